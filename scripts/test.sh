@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Makes .venv if it is missing, then checks and tests everything:
+# ruff, pyright, shellcheck, pytest. Arguments are passed on to pytest.
+#
+#   bash scripts/test.sh                    everything that is not marked slow
+#   bash scripts/test.sh -m slow            the slow tests
+#   bash scripts/test.sh tests/test_cli.py  one file
+#
+# It needs no GPU and no hub. Each stage says how long it took.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh --dev
+# Only now: the installation is the one step that needs the network.
+export HF_HUB_OFFLINE=1
+export PATH="$PWD/.venv/bin:$PATH"
+
+stage() {
+    local name="$1"
+    shift
+    local started=$SECONDS
+    echo "== $name"
+    if ! "$@"; then
+        echo "== $name FAILED after $((SECONDS - started)) s" >&2
+        exit 1
+    fi
+    echo "== $name passed in $((SECONDS - started)) s"
+}
+
+stage "ruff check" ruff check .
+stage "ruff format" ruff format --check .
+stage "pyright" pyright
+stage "shellcheck" shellcheck scripts/*.sh .ci/run
+stage "pytest" pytest "$@"
+echo "All stages passed in $SECONDS s."

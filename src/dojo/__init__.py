@@ -1,0 +1,1 @@
+"""SD Dojo: the library under the training scripts."""

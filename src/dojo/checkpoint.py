@@ -1,0 +1,189 @@
+"""Checkpoints that are whole or absent, and everything a run needs to go on exactly.
+
+A checkpoint is a folder `checkpoint-N`. It is written under another name, flushed and renamed, so
+that a process killed while writing leaves nothing that could be taken for whole. Draws derive from
+the seed and the position, so no generator is saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from dojo.cli import UserError
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands."""
+
+    step: int
+    """optimizer steps done"""
+    seed: int
+    num_processes: int
+    batch_size: int
+    """samples per optimizer step over all processes"""
+    data: str
+    """fingerprint of the training samples in their order"""
+    loss_sum: float = 0.0
+    """loss since the last logged step, so that a resumed run logs the same averages"""
+    loss_count: int = 0
+
+
+def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder and gives it its name only when every byte is on the disk."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write(temporary)
+    for path in [*temporary.rglob("*"), temporary]:
+        _flush(path)
+    if folder.exists():
+        _remove(folder)
+    temporary.rename(folder)
+    _flush(folder.parent)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replaces a small text file as a whole."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    temporary.replace(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Takes the name away first: a half-deleted checkpoint must not be found."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def existing(output_dir: Path) -> list[tuple[int, Path]]:
+    """The whole checkpoints of a run with their steps, oldest first."""
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def choose(output_dir: Path, request: str | None) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means; None starts from zero.
+
+    Args:
+        request: None, `latest`, `checkpoint-N`, or a path to one.
+    Raises:
+        UserError: a named checkpoint is not there.
+    """
+    if request is None:
+        return None
+    found = existing(output_dir)
+    if request == "latest":
+        return found[-1][1] if found else None
+    for path in (output_dir / request, Path(request)):
+        if path.is_dir() and _NAME.fullmatch(path.name):
+            return path
+    there = ", ".join(path.name for _, path in found) or "none"
+    raise UserError(f"--resume_from_checkpoint: there is no {request} in {output_dir} ({there})")
+
+
+def rotate(output_dir: Path, limit: int | None) -> None:
+    """Removes the oldest checkpoints over `--checkpoints_total_limit`, and what a kill left."""
+    if limit is not None:
+        for _, path in existing(output_dir)[: -limit or None]:
+            _remove(path)
+    for leftover in output_dir.glob(".checkpoint-*.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def save_training(
+    folder: Path,
+    state: State,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    scaler: Any | None,
+) -> None:
+    """Writes everything but the weights into a folder."""
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(schedule.state_dict(), folder / "schedule.pt")
+    if scaler is not None:
+        (folder / "scaler.json").write_text(json.dumps(scaler.state_dict()))
+    (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
+
+
+def read_state(folder: Path) -> State:
+    """Reads where a checkpoint stands.
+
+    Raises:
+        UserError: a part is missing.
+    """
+    for part in ("state.json", "optimizer.pt", "schedule.pt"):
+        if not (folder / part).is_file():
+            raise UserError(f"{folder} is no complete checkpoint: {part} is missing")
+    return State(**json.loads((folder / "state.json").read_text()))
+
+
+def load_training(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    scaler: Any | None,
+    device: torch.device,
+) -> None:
+    """Puts everything but the weights back.
+
+    Raises:
+        UserError: the checkpoint was made under fp16 and the run is not, or the reverse.
+    """
+    optimizer.load_state_dict(
+        torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+    )
+    schedule.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True))
+    saved = folder / "scaler.json"
+    if saved.is_file() != (scaler is not None):
+        raise UserError(f"{folder}: --mixed_precision fp16 must be the same when a run goes on")
+    if scaler is not None:
+        scaler.load_state_dict(json.loads(saved.read_text()))
+
+
+def check_same_run(folder: Path, saved: State, now: State) -> None:
+    """Refuses to go on with other data, seed or batch: the result would be neither run's.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    for name, advice in (
+        ("seed", "the --seed"),
+        ("batch_size", "the samples per step (batch size, accumulation, processes)"),
+        ("num_processes", "the number of processes"),
+        ("data", "the training data (pictures, captions, resolution)"),
+    ):
+        if getattr(saved, name) != getattr(now, name):
+            raise UserError(
+                f"{folder} was made with another value of {advice}: "
+                f"{getattr(saved, name)}, now {getattr(now, name)}; start a new --output_dir "
+                "(--init weights from this one if you want to build on it)"
+            )

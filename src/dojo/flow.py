@@ -1,0 +1,94 @@
+"""Rectified flow as Stable Diffusion 3 trains it (Esser et al. 2024, arXiv:2403.03206).
+
+Pure functions of tensors. B is the batch; `clean`, `noise`, `noisy` and velocities are [B, ...],
+`sigma` is float32 [B] in (0, 1] with 1 pure noise. The model's timestep is 1000 * sigma.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+WeightingScheme = Literal["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"]
+
+# The finest sigma that SD3 was trained on: 1/1000 of the path. Below it the x0 form loses its
+# digits (sigma * velocity drowns in the rounding of `noisy`).
+MIN_SIGMA = 1e-3
+
+
+def _like(sigma: Tensor, latents: Tensor) -> Tensor:
+    """[B] -> [B, 1, ..., 1]."""
+    return sigma.view(-1, *[1] * (latents.dim() - 1))
+
+
+def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The straight path z = (1 - sigma) x0 + sigma eps (Equation 13)."""
+    s = _like(sigma, clean)
+    return (1 - s) * clean + s * noise
+
+
+def velocity(clean: Tensor, noise: Tensor) -> Tensor:
+    """The path's derivative by sigma, eps - x0: what the network predicts."""
+    return noise - clean
+
+
+def clean_estimate(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """The x0 that a velocity at `noisy` points to: z - sigma v."""
+    return noisy - _like(sigma, noisy) * velocity
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """Moves sigmas towards noise for larger pictures: a s / (1 + (a - 1) s) (Equation 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def draw_sigma(
+    uniform: Tensor,
+    scheme: WeightingScheme,
+    *,
+    shift: float = 1.0,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    mode_scale: float = 1.29,
+) -> Tensor:
+    """Turns uniform numbers into sigmas of the scheme's density, shifted.
+
+    Deterministic in `uniform`, so evenly spread numbers give stratified sigmas. A positive
+    `logit_mean` means more noise. cosmap and sigma_sqrt are uniform here and weigh the loss.
+
+    Args:
+        uniform: float32 [B] in (0, 1].
+    Returns:
+        float32 [B] in [MIN_SIGMA, 1].
+    """
+    if scheme == "logit_normal":  # Equation 19, by the inverse of the normal's distribution
+        sigma = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(uniform))
+    elif scheme == "mode":  # Equation 20
+        cosine = torch.cos(math.pi / 2 * uniform) ** 2
+        sigma = 1 - uniform - mode_scale * (cosine - 1 + uniform)
+    elif scheme in get_args(WeightingScheme):
+        sigma = uniform
+    else:
+        raise ValueError(f"unknown weighting scheme {scheme!r}")
+    return shift_sigma(sigma.float(), shift).clamp(MIN_SIGMA, 1.0)
+
+
+def loss_weight(sigma: Tensor, scheme: WeightingScheme) -> Tensor:
+    """The weight of the squared error at `sigma`: [B].
+
+    cosmap is the density that Equation 21 samples, here as a weight on uniform sigmas; sigma_sqrt
+    is sigma^-2, which turns the x0 error back into the velocity error.
+    """
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    if scheme == "sigma_sqrt":
+        return sigma**-2
+    return torch.ones_like(sigma)
+
+
+def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of every sample, in float32: [B, ...] -> [B]."""
+    return (predicted.float() - target.float()).square().flatten(1).mean(1)

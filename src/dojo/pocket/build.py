@@ -1,0 +1,403 @@
+"""Trains the pocket models from nothing: `python -m dojo.pocket.build` (scripts/build_pocket_models.sh).
+
+Stages, each resumable: the autoencoder on scenes and crops of photographs; the MMDiT together with
+its three text encoders by rectified flow on cached latents; pocket-clip contrastively; the report.
+A stage whose result lies in `work_dir` is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from dojo import cli, flow, rng
+from dojo.pocket import models, scenes, text
+
+SEED = 0
+SAVE_EVERY = 500  # steps between two states on disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Where the pocket models are trained and put."""
+
+    models_dir: Path = Path("models")
+    """folder that receives pocket-sd3 and pocket-clip"""
+    work_dir: Path = Path("outputs/pocket_build")
+    """folder of the training states; remove it to train again from nothing"""
+    photos_dir: Path = Path("datas/photos")
+    """photographs whose crops train the autoencoder beside the scenes"""
+    dog_dir: Path = Path("datas/dog")
+    """photographs that were not trained on, for the report"""
+    vae_steps: int = 4500
+    """steps of 32 pictures for the autoencoder"""
+    sd3_steps: int = 9000
+    """steps of 64 latents for the MMDiT and its text encoders"""
+    clip_steps: int = 3000
+    """steps of 128 pairs for pocket-clip"""
+    num_scenes: int = 60_000
+    """scenes in the training set of the MMDiT"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """where to train"""
+
+
+def to_tensor(pictures: np.ndarray, device: str) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def optimise(
+    name: str,
+    args: Args,
+    modules: Sequence[nn.Module],
+    loss_at: Callable[[int], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """AdamW with a warm-up and a cosine to zero; state to disk every `SAVE_EVERY` steps.
+
+    `loss_at(step)` draws its batch from the step's number alone, so a run that was stopped goes on
+    exactly where it was.
+    """
+    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    warmup = min(200, steps // 10 + 1)
+
+    def factor(step: int) -> float:
+        progress = min(1.0, step / steps)
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + float(np.cos(np.pi * progress)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    path = args.work_dir / f"{name}-state.pt"
+    first, seconds = 0, 0.0
+    if path.exists():
+        state = torch.load(path, map_location=args.device, weights_only=True)
+        for module, weights in zip(modules, state["modules"], strict=True):
+            module.load_state_dict(weights)
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first, seconds = int(state["step"]), float(state["seconds"])
+    for module in modules:
+        module.to(args.device).train()
+    started, average = time.monotonic(), 0.0
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5)
+    for step in bar:
+        loss = loss_at(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        average = loss.item() if step == first else 0.98 * average + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            spent = seconds + time.monotonic() - started
+            state = {
+                "modules": [module.state_dict() for module in modules],
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "step": step + 1,
+                "seconds": spent,
+            }
+            torch.save(state, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+            with (args.work_dir / "log.jsonl").open("a") as log:
+                row = {"stage": name, "step": step + 1, "loss": average, "seconds": spent}
+                log.write(json.dumps(row) + "\n")
+    for module in modules:
+        module.eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# Autoencoder
+
+
+def photo_crops(folder: Path, count: int, seed: int) -> np.ndarray:
+    """Random square crops of photographs at 64 px: uint8 [count, 64, 64, 3]."""
+    draw = random.Random(seed)
+    photos = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.jpg"))]
+    if not photos:
+        raise ValueError(f"no .jpg in {folder}")
+    crops = np.empty((count, scenes.CANVAS, scenes.CANVAS, 3), dtype=np.uint8)
+    for i in range(count):
+        photo = draw.choice(photos)
+        longest = min(photo.size)
+        side = draw.uniform(min(72, longest), longest)
+        left, top = (draw.uniform(0, extent - side) for extent in photo.size)
+        box = (left, top, left + side, top + side)
+        size = (scenes.CANVAS, scenes.CANVAS)
+        crops[i] = np.asarray(photo.resize(size, Image.Resampling.LANCZOS, box=box))
+    return crops
+
+
+def wild_scene(draw: random.Random) -> np.ndarray:
+    """A scene in colours and places outside the grammar, so that the autoencoder knows more than
+    the base model: uint8 [64, 64, 3]."""
+    color = lambda: np.array([draw.randrange(256) for _ in range(3)], dtype=np.float32)  # noqa: E731
+    picture = np.empty((scenes.CANVAS, scenes.CANVAS, 3), dtype=np.float32)
+    picture[:] = color()
+    for _ in range(draw.randint(1, 5)):
+        shape = draw.choice(scenes.SHAPES + scenes.NOVEL_SHAPES)
+        x, y, radius = draw.uniform(0, 64), draw.uniform(0, 64), draw.uniform(5, 24)
+        cover = scenes.mask(shape, x, y, radius)[..., None]
+        if draw.random() < 0.4:  # an outline
+            cover = cover - scenes.mask(shape, x, y, radius * draw.uniform(0.6, 0.85))[..., None]
+        picture += cover.clip(0, 1) * (color() - picture)
+    return np.round(picture).astype(np.uint8)
+
+
+def train_vae(args: Args) -> AutoencoderKL:
+    """Trains the autoencoder and fits its shift and scaling factors."""
+    torch.manual_seed(SEED)
+    vae = models.vae()
+    draw = random.Random(SEED)
+    known = np.stack([scenes.draw(scenes.sample(draw)[1]) for _ in range(12_000)])
+    wild = np.stack([wild_scene(draw) for _ in range(4_000)])
+    photos = photo_crops(args.photos_dir, 12_000, SEED)
+    shares = ((known, 12), (wild, 4), (photos, 16))
+
+    def loss_at(step: int) -> Tensor:
+        pick = np.random.default_rng([SEED, step])
+        rows = [pool[pick.integers(len(pool), size=count)] for pool, count in shares]
+        pictures = np.concatenate(rows)
+        mirrored = pick.random(len(pictures)) < 0.5
+        pictures[mirrored] = pictures[mirrored, :, ::-1]
+        pixels = to_tensor(pictures, args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            posterior = vae.encode(pixels).latent_dist
+            noise = rng.generator(SEED, "vae", step)
+            latents = posterior.mean + posterior.std * torch.randn(
+                posterior.mean.shape, generator=noise
+            ).to(args.device)
+            decoded = vae.decode(latents).sample
+        error = decoded.float() - pixels
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return error.square().mean() + 0.1 * error.abs().mean() + 5e-4 * kl
+
+    optimise("vae", args, [vae], loss_at, steps=args.vae_steps, learning_rate=2e-3)
+    mean, std = encode(vae, known[:2000], args.device)
+    vae.register_to_config(
+        shift_factor=round(mean.mean().item(), 4),
+        scaling_factor=round(1 / (mean.var() + std.square().mean()).sqrt().item(), 4),
+    )
+    return vae
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
+    """Posterior mean and std, unscaled: two float32 [B, 16, 8, 8] on the CPU."""
+    means, stds = [], []
+    for start in range(0, len(pictures), 100):
+        posterior = vae.encode(to_tensor(pictures[start : start + 100], device)).latent_dist
+        means.append(posterior.mean.cpu())
+        stds.append(posterior.std.cpu())
+    return torch.cat(means), torch.cat(stds)
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, pictures: np.ndarray, device: str) -> float:
+    """Mean over pictures of the reconstruction's PSNR in dB (8-bit range, posterior mean)."""
+    pixels = to_tensor(pictures, device)
+    decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+    errors = ((decoded - pixels) / 2).square().flatten(1).mean(1)
+    return (-10 * errors.log10()).mean().item()
+
+
+def squares(folder: Path) -> np.ndarray:
+    """Every photograph of a folder as its central square at 64 px."""
+    rows = []
+    for path in sorted(folder.glob("*.jpg")):
+        photo = Image.open(path).convert("RGB")
+        side = min(photo.size)
+        left, top = ((extent - side) / 2 for extent in photo.size)
+        box = (left, top, left + side, top + side)
+        size = (scenes.CANVAS, scenes.CANVAS)
+        rows.append(np.asarray(photo.resize(size, Image.Resampling.LANCZOS, box=box)))
+    return np.stack(rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# MMDiT and text encoders
+
+
+def prompt_states(
+    pipeline: StableDiffusion3Pipeline, captions: Sequence[str], t5_length: int
+) -> tuple[Tensor, Tensor]:
+    """The pipeline's `encode_prompt` with gradients: [B, 20 + t5_length, 192] and [B, 160]."""
+    device = pipeline.transformer.device
+    states, pooled = [], []
+    for tokenizer, encoder in (
+        (pipeline.tokenizer, pipeline.text_encoder),
+        (pipeline.tokenizer_2, pipeline.text_encoder_2),
+    ):
+        tokens = tokenizer(
+            list(captions), padding="max_length", max_length=text.CLIP_LENGTH, return_tensors="pt"
+        )
+        output = encoder(tokens.input_ids.to(device), output_hidden_states=True)
+        states.append(output.hidden_states[-2])
+        pooled.append(output.text_embeds)
+    clip = torch.cat(states, dim=-1)
+    clip = F.pad(clip, (0, models.T5_WIDTH - clip.shape[-1]))
+    tokens = pipeline.tokenizer_3(
+        list(captions), padding="max_length", max_length=t5_length, return_tensors="pt"
+    )
+    t5 = pipeline.text_encoder_3(tokens.input_ids.to(device)).last_hidden_state
+    return torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1)
+
+
+def t5_length_at(step: int) -> tuple[int, int]:
+    """Tokens of T5 and batch size at a step: mostly short, now and then as the pipeline pads."""
+    if step % 16 == 7:
+        return 256, 32
+    if step % 16 in (3, 11):
+        return 77, 64
+    return text.T5_LENGTH, 64
+
+
+def train_sd3(args: Args, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+    """Trains MMDiT and text encoders jointly on the latents of random scenes."""
+    torch.manual_seed(SEED + 1)
+    pipeline = models.sd3_pipeline()
+    pipeline.register_modules(vae=vae)
+    draw = random.Random(SEED + 1)
+    captions, pictures = [], []
+    for i in range(args.num_scenes):
+        caption, scene = scenes.sample(draw, scenes.TASKS[i % len(scenes.TASKS)])
+        captions.append(caption)
+        pictures.append(scenes.draw(scene))
+    mean, std = encode(vae, np.stack(pictures), args.device)
+    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+    modules = [
+        pipeline.transformer,
+        pipeline.text_encoder,
+        pipeline.text_encoder_2,
+        pipeline.text_encoder_3,
+    ]
+
+    def loss_at(step: int) -> Tensor:
+        t5_length, batch = t5_length_at(step)
+        pick = np.random.default_rng([SEED + 1, step])
+        rows = pick.integers(len(captions), size=batch)
+        words = ["" if pick.random() < 0.1 else captions[row] for row in rows]
+        noises = torch.randn(3, batch, *mean.shape[1:], generator=rng.generator(SEED, "sd3", step))
+        clean = (mean[rows] + std[rows] * noises[0] - shift) * scale
+        uniform = torch.from_numpy(1 - pick.random(batch, dtype=np.float32))
+        # Between the training densities of shift 1 and 3: places are decided at high sigma, the
+        # small shapes at low.
+        sigma = flow.draw_sigma(uniform, "logit_normal", shift=1.7).to(args.device)
+        clean, noise = clean.to(args.device), noises[1].to(args.device)
+        noisy = flow.interpolate(clean, noise, sigma)
+        with torch.autocast(args.device, torch.bfloat16):
+            states, pooled = prompt_states(pipeline, words, t5_length)
+            predicted = pipeline.transformer(
+                noisy, states, pooled, 1000 * sigma, return_dict=False
+            )[0]
+        return flow.squared_error(predicted, flow.velocity(clean, noise)).mean()
+
+    optimise("sd3", args, modules, loss_at, steps=args.sd3_steps, learning_rate=1.2e-3)
+    return pipeline
+
+
+# ---------------------------------------------------------------------------------------------
+# pocket-clip
+
+
+def train_clip(args: Args, vae: AutoencoderKL) -> CLIPModel:
+    """Trains pocket-clip with the symmetric cross-entropy of CLIP (arXiv:2103.00020, Figure 3).
+
+    Pictures of which half went through the autoencoder, because it will judge generated ones. Two
+    captions of a batch may fit one picture; words that say more make that rare.
+    """
+    torch.manual_seed(SEED + 2)
+    clip = models.clip()
+    tokenizer = text.clip_tokenizer()
+    draw = random.Random(SEED + 2)
+    pairs = [scenes.sample(draw) for _ in range(24_000)]
+    pictures = np.stack([scenes.draw(scene) for _, scene in pairs])
+    mean, std = encode(vae, pictures, args.device)
+    decoded = decode(vae, mean + 0.1 * std.clamp(min=0.5) * torch.randn_like(mean), args.device)
+    processor = clip_processor()
+    center = torch.tensor(processor.image_mean).view(-1, 1, 1)
+    spread = torch.tensor(processor.image_std).view(-1, 1, 1)
+
+    def loss_at(step: int) -> Tensor:
+        pick = np.random.default_rng([SEED + 2, step])
+        rows = pick.choice(len(pairs), size=128, replace=False)
+        source = np.where(
+            (pick.random(len(rows)) < 0.5)[:, None, None, None], pictures[rows], decoded[rows]
+        )
+        pixels = (torch.from_numpy(source).permute(0, 3, 1, 2) / 255 - center) / spread
+        tokens = tokenizer(
+            [pairs[row][0] for row in rows], padding="max_length", return_tensors="pt"
+        )
+        with torch.autocast(args.device, torch.bfloat16):
+            logits = clip(
+                input_ids=tokens.input_ids.to(args.device),
+                attention_mask=tokens.attention_mask.to(args.device),
+                pixel_values=pixels.to(args.device),
+            ).logits_per_text.float()
+        # Equal captions of a batch share their mass instead of fighting.
+        words = [pairs[row][0] for row in rows]
+        same = torch.tensor([[float(a == b) for b in words] for a in words], device=args.device)
+        target = same / same.sum(1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    optimise("clip", args, [clip], loss_at, steps=args.clip_steps, learning_rate=1e-3)
+    return clip
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor, device: str) -> np.ndarray:
+    """Unscaled latents to pictures: uint8 [B, 64, 64, 3]."""
+    rows = []
+    for chunk in latents.split(100):
+        pixels = (vae.decode(chunk.to(device)).sample.clamp(-1, 1) + 1) * 127.5
+        rows.append(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(rows)
+
+
+def clip_processor() -> CLIPImageProcessor:
+    """CLIP's preprocessing at 64 px, with CLIP's own mean and std."""
+    return CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving and report
+
+
+def half(module: nn.Module) -> nn.Module:
+    """Rounds the weights to half precision in place and returns the module in float16."""
+    return module.half()
+
+
+def main(args: Args) -> None:
+    """Runs the stages that are not done yet, then saves and reports."""
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    with_stage = lambda name: print(f"== {name}", flush=True)  # noqa: E731
+    with_stage("vae")
+    vae = train_vae(args)
+    print(f"photographs that were not trained on: {psnr(vae, squares(args.dog_dir), args.device):.2f} dB")
+    with_stage("sd3")
+    pipeline = train_sd3(args, vae)
+    with_stage("clip")
+    clip = train_clip(args, vae)
+
+
+if __name__ == "__main__":
+    main(cli.parse(Args, __doc__))

@@ -1,0 +1,163 @@
+"""The pocket models as untrained modules: real diffusers and transformers classes, small sizes.
+
+Three things that are hard to change once the weights exist (each was a trap in practice):
+configurations of the text encoders say float32, because transformers takes the dtype from there
+while diffusers' own models default to float32; CLIP-L and CLIP-G differ in width and CLIP-L's
+projection is the identity, because single-file loaders tell them apart by that; T5 sees 24, 77 and
+256 tokens in training, because the pipeline pads to 256 without a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    T5Config,
+    T5EncoderModel,
+)
+
+from dojo.pocket import text
+
+CLIP_L_WIDTH = 64
+CLIP_G_WIDTH = 96
+T5_WIDTH = 192  # at least the two CLIPs together: their states are zero-padded to it
+SHIFT = 3.0  # the scheduler's, as in SD3.5
+
+
+def vae(latent_channels: int = 16) -> AutoencoderKL:
+    """SD3's autoencoder in small: 8x down, 16 channels, no quant convolutions."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=latent_channels,
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=8,
+        sample_size=64,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+
+
+def transformer() -> SD3Transformer2DModel:
+    """SD3.5-Medium's MMDiT in small: patch 2, qk-norm, dual attention in the first two layers."""
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=T5_WIDTH,
+        caption_projection_dim=192,
+        pooled_projection_dim=CLIP_L_WIDTH + CLIP_G_WIDTH,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
+    )
+
+
+def _clip_text_config(width: int, layers: int, activation: str, pad_token: str) -> CLIPTextConfig:
+    tokenizer = text.clip_tokenizer(pad_token)
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=text.CLIP_LENGTH,
+        hidden_act=activation,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+
+
+def clip_l() -> CLIPTextModelWithProjection:
+    """SD3's first text encoder; its projection is the identity and stays so."""
+    model = CLIPTextModelWithProjection(_clip_text_config(CLIP_L_WIDTH, 2, "quick_gelu", "<|endoftext|>"))
+    with torch.no_grad():
+        model.text_projection.weight.copy_(torch.eye(CLIP_L_WIDTH))
+    model.text_projection.requires_grad_(False)
+    return model
+
+
+def clip_g() -> CLIPTextModelWithProjection:
+    """SD3's second text encoder, wider than the first."""
+    return CLIPTextModelWithProjection(_clip_text_config(CLIP_G_WIDTH, 3, "gelu", "!"))
+
+
+def t5() -> T5EncoderModel:
+    """SD3's third text encoder."""
+    tokenizer = text.t5_tokenizer()
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=T5_WIDTH,
+        d_kv=32,
+        d_ff=2 * T5_WIDTH,
+        num_layers=2,
+        num_heads=6,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        is_encoder_decoder=False,
+        use_cache=False,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        dtype="float32",
+    )
+    return T5EncoderModel(config)
+
+
+def sd3_pipeline() -> StableDiffusion3Pipeline:
+    """An untrained pocket SD3 with every component that SD3.5 has."""
+    return StableDiffusion3Pipeline(
+        transformer=transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=vae(),
+        text_encoder=clip_l(),
+        tokenizer=text.clip_tokenizer(),
+        text_encoder_2=clip_g(),
+        tokenizer_2=text.clip_tokenizer("!"),
+        text_encoder_3=t5(),
+        tokenizer_3=text.t5_tokenizer(),
+    )
+
+
+def clip() -> CLIPModel:
+    """A two-tower CLIP for 64-pixel pictures, to be trained contrastively."""
+    text_config = _clip_text_config(128, 3, "quick_gelu", "<|endoftext|>")
+    vision_config = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        projection_dim=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+        hidden_act="quick_gelu",
+    )
+    config = CLIPConfig(
+        text_config=text_config.to_dict(),
+        vision_config=vision_config.to_dict(),
+        projection_dim=128,
+        dtype="float32",
+    )
+    return CLIPModel(config)

@@ -1,0 +1,345 @@
+"""Stable Diffusion 3 and 3.5: what diffusers and transformers want to be told, in one place.
+
+Shapes: B batch, C = 16 latent channels, h = height / 8, T = CLIP tokens + T5 tokens (77 + 256 for
+the real models), D = 4096. Latents are those that the transformer sees: shifted and scaled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor
+
+from dojo import flow, training
+from dojo.cli import UserError
+
+TEXT_FOLDERS = tuple(f"{part}{i}" for part in ("tokenizer", "text_encoder") for i in ("", "_2", "_3"))
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """The model that is trained."""
+
+    pretrained_model_name_or_path: str
+    """folder or hub id of a StableDiffusion3Pipeline"""
+    revision: str | None = None
+    """branch, tag or commit of the hub repository"""
+    variant: str | None = None
+    """file variant of the hub repository, such as fp16"""
+    max_sequence_length: int = 256
+    """tokens of T5, 1 to 512; the same in training, validation and demo.py"""
+    vae_dtype: Literal["no", "fp16", "bf16"] = "no"
+    """precision of the frozen autoencoder; no is float32"""
+    gradient_checkpointing: bool = False
+    """recompute the blocks' activations in the backward pass: less memory, about 30 % slower"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_sequence_length <= 512:
+            raise ValueError("--max_sequence_length must lie between 1 and 512")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseArgs:
+    """The flow-matching objective: which noise levels are trained, and how they weigh."""
+
+    weighting_scheme: flow.WeightingScheme = "logit_normal"
+    """density of sigma; cosmap and sigma_sqrt draw uniformly and weigh the loss"""
+    logit_mean: float = 0.0
+    """logit_normal: mean of the logit; positive is more noise"""
+    logit_std: float = 1.0
+    """logit_normal: standard deviation of the logit"""
+    mode_scale: float = 1.29
+    """mode: positive puts more weight on the middle of the path"""
+    precondition_outputs: bool = False
+    """compare clean estimates instead of velocities (diffusers' form: sigma^2 times the error)"""
+    flow_shift: float | Literal["auto"] | None = None
+    """shift of sigma: unset is the scheduler's own, auto is that times sqrt(latent tokens / the
+    model's native tokens); also used in validation and saved with the result"""
+
+    def __post_init__(self) -> None:
+        if self.weighting_scheme == "sigma_sqrt" and not self.precondition_outputs:
+            raise ValueError(
+                "--weighting_scheme sigma_sqrt weighs by sigma^-2, which is unbounded on velocity "
+                "errors: add --precondition_outputs"
+            )
+        if isinstance(self.flow_shift, float) and self.flow_shift <= 0:
+            raise ValueError("--flow_shift must be positive")
+        if self.logit_std <= 0:
+            raise ValueError("--logit_std must be positive")
+
+    def draw(self, uniform: Tensor, shift: float) -> Tensor:
+        """Uniform numbers [B] to sigmas [B] of this density."""
+        return flow.draw_sigma(
+            uniform,
+            self.weighting_scheme,
+            shift=shift,
+            logit_mean=self.logit_mean,
+            logit_std=self.logit_std,
+            mode_scale=self.mode_scale,
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is known of a model without its weights."""
+
+    folder: Path
+    transformer: dict[str, object]
+    vae: dict[str, object]
+    scheduler: dict[str, object]
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """8 for every known SD3 autoencoder."""
+        channels = self.vae["block_out_channels"]
+        assert isinstance(channels, list | tuple)
+        return 2 ** (len(channels) - 1)
+
+    @property
+    def pixel_step(self) -> int:
+        """Height and width of a picture must be multiples of this (16 for SD3.5)."""
+        return self.pixels_per_latent * self._int("patch_size")
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """[C, h, w] of a picture.
+
+        Raises:
+            UserError: the size is not a multiple of `pixel_step` or larger than the model's table
+                of positions.
+        """
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels % self.pixel_step:
+                nearest = max(1, round(pixels / self.pixel_step)) * self.pixel_step
+                raise UserError(
+                    f"--{name} (or --resolution) {pixels} is not a multiple of {self.pixel_step}, "
+                    f"which this model needs; the nearest is {nearest}"
+                )
+            largest = self._int("pos_embed_max_size") * self.pixel_step
+            if pixels > largest:
+                raise UserError(
+                    f"--{name} (or --resolution) {pixels} is larger than this model's positions "
+                    f"reach ({largest})"
+                )
+        step = self.pixels_per_latent
+        return self._int("in_channels"), height // step, width // step
+
+    def shift(self, choice: float | Literal["auto"] | None, height: int, width: int) -> float:
+        """The one shift rule, for training, validation and the saved scheduler.
+
+        `auto` keeps the scheduler's shift at the model's native size and follows the square root of
+        the token count elsewhere (arXiv:2403.03206, Equation 23).
+        """
+        own = self.scheduler.get("shift", 1.0)
+        assert isinstance(own, float | int)
+        if choice is None:
+            return float(own)
+        if choice == "auto":
+            tokens = (height // self.pixel_step) * (width // self.pixel_step)
+            native = (self._int("sample_size") // self._int("patch_size")) ** 2
+            return float(own) * math.sqrt(tokens / native)
+        return choice
+
+    def make_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
+        """The model's scheduler with another shift."""
+        return FlowMatchEulerDiscreteScheduler.from_config({**self.scheduler, "shift": shift})
+
+    def scaled(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """A draw from the autoencoder's posterior, as the transformer sees it: [B, C, h, w]."""
+        shift, scale = self.vae["shift_factor"], self.vae["scaling_factor"]
+        return (mean.float() + std.float() * noise - shift) * scale  # pyright: ignore
+
+    def _int(self, name: str) -> int:
+        value = self.transformer[name]
+        assert isinstance(value, int)
+        return value
+
+
+def open_model(args: ModelArgs) -> Config:
+    """Finds the model's folder (downloading a hub id) and reads its configurations.
+
+    Raises:
+        UserError: there is no such folder or hub repository, or it holds no SD3.
+    """
+    name = args.pretrained_model_name_or_path
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.startswith("models/"):
+            raise UserError(f"--pretrained_model_name_or_path: there is no folder {name}")
+        try:
+            folder = Path(
+                DiffusionPipeline.download(name, revision=args.revision, variant=args.variant)
+            )
+        except OSError as error:
+            raise UserError(
+                f"--pretrained_model_name_or_path: {name} is neither a folder nor a reachable hub "
+                f"repository ({str(error).splitlines()[0]})"
+            ) from error
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"--pretrained_model_name_or_path: {folder} has no model_index.json")
+    if "transformer" not in json.loads(index.read_text()):
+        raise UserError(f"--pretrained_model_name_or_path: {folder} holds no Stable Diffusion 3")
+    read = lambda part, file: json.loads((folder / part / file).read_text())  # noqa: E731
+    config = Config(
+        folder=folder,
+        transformer=read("transformer", "config.json"),
+        vae=read("vae", "config.json"),
+        scheduler=read("scheduler", "scheduler_config.json"),
+    )
+    if config.vae["latent_channels"] != config.transformer["in_channels"]:
+        raise UserError(
+            f"{folder}: the autoencoder has {config.vae['latent_channels']} channels, the "
+            f"transformer expects {config.transformer['in_channels']}"
+        )
+    return config
+
+
+def load_transformer(config: Config, args: ModelArgs, dtype: torch.dtype) -> SD3Transformer2DModel:
+    """The frozen MMDiT in `dtype`, in training mode when gradients are to be checkpointed."""
+    transformer = SD3Transformer2DModel.from_pretrained(
+        config.folder, subfolder="transformer", dtype=dtype, variant=args.variant
+    )
+    transformer.requires_grad_(False)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def meta_transformer(config: Config) -> SD3Transformer2DModel:
+    """The MMDiT without memory for its weights, for counting."""
+    with torch.device("meta"):
+        return SD3Transformer2DModel.from_config(config.transformer)
+
+
+def load_vae(config: Config, args: ModelArgs) -> AutoencoderKL:
+    """The frozen autoencoder in `--vae_dtype`."""
+    vae = AutoencoderKL.from_pretrained(
+        config.folder, subfolder="vae", dtype=DTYPES[args.vae_dtype], variant=args.variant
+    )
+    return vae.requires_grad_(False).eval()
+
+
+class TextEncoders:
+    """The three frozen text encoders, as `StableDiffusion3Pipeline.encode_prompt` uses them."""
+
+    def __init__(
+        self, config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.max_sequence_length = args.max_sequence_length
+        self.device = device
+        self.pipeline = StableDiffusion3Pipeline.from_pretrained(
+            config.folder, transformer=None, vae=None, dtype=dtype, variant=args.variant
+        ).to(device)
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """`prompt_embeds` [B, T, D] and `pooled_prompt_embeds` [B, P] on the CPU."""
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(captions),
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"prompt_embeds": embeds.cpu(), "pooled_prompt_embeds": pooled.cpu()}
+
+
+@torch.no_grad()
+def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of the autoencoder's posterior, unscaled: pixels [B, 3, H, W] in [-1, 1]."""
+    distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return distribution.mean, distribution.std
+
+
+def velocity(
+    transformer: torch.nn.Module,
+    noisy: Tensor,
+    sigma: Tensor,
+    prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The network's velocity at `noisy` [B, C, h, w]: float32, whatever the network computes in.
+
+    The timestep stays float32: in bfloat16 only 353 of 1000 values would differ.
+    """
+    return transformer(
+        hidden_states=noisy.to(dtype),
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        pooled_projections=pooled_prompt_embeds.to(dtype),
+        timestep=1000 * sigma,
+        return_dict=False,
+    )[0].float()
+
+
+def fingerprint(folder: Path, parts: Sequence[str]) -> str:
+    """Identifies the model files of some sub-folders: names, sizes and samples of their contents.
+
+    64 blocks of 64 KiB spread over each file are read, so that 10 GB take no longer than 10 MB;
+    training changes every block of a weight file.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        for path in sorted((folder / part).glob("*")):
+            size = path.stat().st_size
+            digest.update(f"{part}/{path.name}:{size}".encode())
+            with path.open("rb") as file:
+                for i in range(64):
+                    file.seek(max(0, size - 65_536) * i // 63)
+                    digest.update(file.read(65_536))
+                    if size <= 65_536:
+                        break
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, config: Config, latents: Tensor) -> Tensor:
+    """Latents as the transformer sees them to pictures: float32 [B, 3, H, W] in [0, 1]."""
+    shift, scale = config.vae["shift_factor"], config.vae["scaling_factor"]
+    unscaled = latents.float() / scale + shift  # pyright: ignore
+    decoded = vae.decode(unscaled.to(vae.device, vae.dtype)).sample  # pyright: ignore
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+def training_cost(
+    transformer: torch.nn.Module,
+    config: Config,
+    args: ModelArgs,
+    batch_size: int,
+    latent_shape: tuple[int, int, int],
+) -> training.Cost:
+    """Operations and activations of one micro-batch on a model of the meta device."""
+    dtype = next(p.dtype for p in transformer.parameters() if not p.requires_grad)
+    for param in transformer.parameters():
+        param.data = param.data.to(dtype)  # no autocast on the meta device
+    transformer.train()
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()  # pyright: ignore
+    tokens = 77 + args.max_sequence_length
+    width, pooled = config.transformer["joint_attention_dim"], "pooled_projection_dim"
+    options = {"dtype": dtype, "device": "meta"}
+    latents = torch.empty(batch_size, *latent_shape, **options)
+    embeds = torch.empty(batch_size, tokens, width, **options)  # pyright: ignore
+    pooled_embeds = torch.empty(batch_size, config.transformer[pooled], **options)  # pyright: ignore
+    sigma = torch.empty(batch_size, device="meta")
+
+    def loss() -> Tensor:
+        return velocity(transformer, latents, sigma, embeds, pooled_embeds, dtype).mean()
+
+    return training.count_cost(loss)

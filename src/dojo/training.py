@@ -1,0 +1,714 @@
+"""What every training script needs around its loop: the run, its numbers, its optimizer.
+
+The loop itself stands in the script. A `Run` knows the processes, the output folder, the seed and
+the step, writes metrics and checkpoints, and stops when numbers are no longer finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import platform
+import resource
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from dojo import checkpoint
+from dojo.cli import TrainingStopped, UserError
+
+Item = TypeVar("Item")
+Key = tuple[int | str, ...]
+
+TRACKERS = ("tensorboard", "wandb", "swanlab")
+MAX_SKIPPED_STEPS = 20  # of the fp16 gradient scaler, in a row
+# Dense bfloat16 peak in FLOP/s by the device's name (vendors' data sheets), for the utilisation.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    """The run: where it writes, how it resumes, what it reports."""
+
+    output_dir: Path
+    """folder of the result, checkpoints, metrics and validation pictures"""
+    overwrite_output_dir: bool = False
+    """remove an earlier run in output_dir instead of refusing"""
+    seed: int | None = None
+    """seed of every random draw; unset is drawn once, stored and resumed"""
+    resume_from_checkpoint: str | None = None
+    """latest, checkpoint-N or a path; latest in an empty folder starts from zero"""
+    checkpointing_steps: int = 500
+    """optimizer steps between checkpoints; there is one at the end too"""
+    checkpoints_total_limit: int | None = None
+    """keep only this many checkpoints, the newest"""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """precision of the frozen parts and the arithmetic; unset is what accelerate's configuration
+    says; trainable weights are float32 in any case"""
+    allow_tf32: bool = False
+    """let float32 products on Ampere and newer GPUs use TensorFloat-32"""
+    report_to: Literal["tensorboard", "wandb", "swanlab", "all", "none"] = "tensorboard"
+    """trackers beside metrics.jsonl; all is every installed one"""
+    tracker_project_name: str = "sd-dojo"
+    """project of the trackers"""
+    logging_steps: int = 10
+    """optimizer steps between two logged ones, which average over them; step 1 is always logged"""
+    dry_run: bool = False
+    """print the resolved options, sizes, steps and estimates, and exit"""
+
+    def __post_init__(self) -> None:
+        for name in ("checkpointing_steps", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError("--checkpoints_total_limit must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimArgs:
+    """Length of the training, batch, AdamW and its schedule."""
+
+    train_batch_size: int = 4
+    """samples per process and micro-step"""
+    gradient_accumulation_steps: int = 1
+    """micro-steps per optimizer step"""
+    max_train_steps: int | None = None
+    """optimizer steps; wins over num_train_epochs; both unset is 1000 steps"""
+    num_train_epochs: int | None = None
+    """passes over the data"""
+    steps_per_epoch: int | None = None
+    """optimizer steps that count as one epoch; unset is what the data set takes"""
+    learning_rate: float = 1e-4
+    """learning rate after warm-up"""
+    scale_lr: bool = False
+    """multiply the learning rate by batch size, accumulation steps and processes"""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """shape of the learning rate over the steps"""
+    lr_warmup_steps: int = 0
+    """optimizer steps of linear warm-up (every shape but constant)"""
+    lr_num_cycles: int = 1
+    """hard restarts of cosine_with_restarts"""
+    lr_power: float = 1.0
+    """power of polynomial"""
+    adam_beta1: float = 0.9
+    """decay of the first moment"""
+    adam_beta2: float = 0.999
+    """decay of the second moment"""
+    adam_weight_decay: float = 1e-4
+    """decoupled weight decay"""
+    adam_epsilon: float = 1e-8
+    """added to the root of the second moment"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "num_train_epochs",
+            "steps_per_epoch",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1")
+        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
+            raise ValueError("--learning_rate and --max_grad_norm must be positive")
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise ValueError("--lr_warmup_steps needs --lr_scheduler constant_with_warmup")
+
+    def samples_per_step(self, num_processes: int) -> int:
+        """The effective batch size."""
+        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
+
+    def epoch_length(self, num_samples: int, num_processes: int) -> float:
+        """Optimizer steps per epoch; the stream of samples knows no last, short batch."""
+        return self.steps_per_epoch or num_samples / self.samples_per_step(num_processes)
+
+    def num_steps(self, num_samples: int, num_processes: int) -> int:
+        """Optimizer steps of the whole run."""
+        if self.max_train_steps is not None:
+            return self.max_train_steps
+        if self.num_train_epochs is None:
+            return 1000
+        return math.ceil(self.num_train_epochs * self.epoch_length(num_samples, num_processes))
+
+
+class Run:
+    """One training run on this process; made by `start`."""
+
+    def __init__(self, accelerator: accelerate.Accelerator, args: RunArgs, seed: int) -> None:
+        self.accelerator = accelerator
+        self.args = args
+        self.output_dir = args.output_dir
+        self.seed = seed
+        self.step = 0  # optimizer steps done
+        self.num_steps = 0
+        self.samples_per_step = 0
+        self.epoch_length = 1.0
+        self.flops_per_sample = 0.0
+        self._resumed: Path | None = None
+        self._skipped = 0
+        self._data = ""
+        self._loss = torch.zeros((), device=accelerator.device)
+        self._micro_loss = torch.zeros((), device=accelerator.device)
+        self._mark = 0.0
+        self._loss_count = 0
+        self._samples = 0
+        self._seconds: dict[str, float] = {}
+
+    # -- processes ----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.accelerator.is_main_process
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the frozen parts."""
+        names = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        return names.get(self.accelerator.mixed_precision, torch.float32)
+
+    @property
+    def share(self) -> dict[str, int]:
+        """This process's number and how many there are, as keyword arguments."""
+        return {
+            "process": self.accelerator.process_index,
+            "num_processes": self.accelerator.num_processes,
+        }
+
+    def say(self, text: str) -> None:
+        """Prints on one process only."""
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def keys(self, stream: str, places: Iterable[int]) -> list[Key]:
+        """Keys of one random stream for samples at these places."""
+        return [(self.seed, stream, place) for place in places]
+
+    # -- time ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time inside to `seconds_<name>`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self._seconds[name] = self._seconds.get(name, 0.0) + spent
+
+    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Passes items on; the waiting for them is phase `data`, until `update` phase `train`."""
+        iterator = iter(items)
+        while True:
+            with self.phase("data"):
+                item = next(iterator)
+            self._mark = time.perf_counter()
+            yield item
+
+    # -- length and resume --------------------------------------------------------------------
+
+    def plan(self, optim: OptimArgs, ids: Sequence[str], settings: Mapping[str, object]) -> None:
+        """Fixes the length of the run from the data: `ids` of the samples in order."""
+        processes = self.accelerator.num_processes
+        self.num_steps = optim.num_steps(len(ids), processes)
+        self.samples_per_step = optim.samples_per_step(processes)
+        self.epoch_length = optim.epoch_length(len(ids), processes)
+        words = "\n".join([*ids, json.dumps(settings, sort_keys=True)])
+        self._data = hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
+
+    def finished(self, result: Path) -> bool:
+        """Whether this run is over and its result is there: then nothing is to be done."""
+        marker = self.output_dir / "finished.json"
+        if not (marker.is_file() and result.exists()):
+            return False
+        if json.loads(marker.read_text())["step"] < self.num_steps:
+            return False
+        self.say(f"{self.output_dir} is finished ({self.num_steps} steps): nothing to do")
+        return True
+
+    def resume(
+        self,
+        load_weights: Callable[[Path], None],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        """Continues from the chosen checkpoint, if there is one; sets `step`."""
+        folder = self._resumed
+        if folder is not None:
+            state = checkpoint.read_state(folder)
+            checkpoint.check_same_run(folder, state, self._state())
+            load_weights(folder)
+            checkpoint.load_training(
+                folder, optimizer, schedule, self.accelerator.scaler, self.device
+            )
+            self.step = state.step
+            self._loss.fill_(state.loss_sum)
+            self._loss_count = state.loss_count
+            self.say(f"resuming from {folder} at step {state.step}")
+        self._forget_metrics_after(self.step)
+
+    def _state(self) -> checkpoint.State:
+        return checkpoint.State(
+            step=self.step,
+            seed=self.seed,
+            num_processes=self.accelerator.num_processes,
+            batch_size=self.samples_per_step,
+            data=self._data,
+            loss_sum=float(self._reduced_loss()),
+            loss_count=self._loss_count,
+        )
+
+    def save_checkpoint(
+        self,
+        save_weights: Callable[[Path], None],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> None:
+        """Writes `checkpoint-<step>` when it is due (every `checkpointing_steps` and at the end)."""
+        due = self.step % self.args.checkpointing_steps == 0 or self.step == self.num_steps
+        if not due:
+            return
+        with self.phase("checkpoint"):
+            state = self._state()  # a collective: on all processes
+
+            def write(folder: Path) -> None:
+                save_weights(folder)
+                scaler = self.accelerator.scaler
+                checkpoint.save_training(folder, state, optimizer, schedule, scaler)
+
+            if self.main:
+                checkpoint.write_whole(self.output_dir / f"checkpoint-{self.step}", write)
+                checkpoint.rotate(self.output_dir, self.args.checkpoints_total_limit)
+            self.accelerator.wait_for_everyone()
+
+    def finish(self) -> None:
+        """Marks the run as over and closes the trackers."""
+        if self.main:
+            text = json.dumps({"step": self.step})
+            checkpoint.write_file(self.output_dir / "finished.json", text)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def update(
+        self,
+        loss: Tensor,
+        params: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        max_grad_norm: float,
+    ) -> float | None:
+        """Backward pass of a micro-batch and, when its turn has come, the optimizer step.
+
+        Returns:
+            The gradients' norm after an optimizer step; None between two, and for a step that
+            the fp16 scaler skipped.
+        Raises:
+            TrainingStopped: loss or gradients are not finite.
+        """
+        self.accelerator.backward(loss)
+        self._micro_loss += loss.detach()
+        if not self.accelerator.sync_gradients:
+            return None
+        norm = self.accelerator.clip_grad_norm_(params, max_grad_norm)
+        norm = torch.zeros_like(loss) if norm is None else norm  # DeepSpeed keeps it to itself
+        grad_norm, micro_loss = torch.stack([norm.float(), self._micro_loss]).tolist()
+        finite = math.isfinite(grad_norm) and math.isfinite(micro_loss)
+        if not finite and self.accelerator.scaler is None:
+            self._stop(f"loss {micro_loss:g}, gradient norm {grad_norm:g}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        skipped = self.accelerator.optimizer_step_was_skipped
+        if skipped:
+            self._skipped += 1
+            if self._skipped >= MAX_SKIPPED_STEPS:
+                self._stop(f"{self._skipped} steps in a row overflowed under fp16")
+        else:
+            self._skipped = 0
+            schedule.step()
+            self.step += 1
+            self._loss += self._micro_loss / self.accelerator.gradient_accumulation_steps
+            self._loss_count += 1
+            self._samples += self.samples_per_step
+        self._micro_loss.zero_()
+        self._seconds["train"] = self._seconds.get("train", 0.0) + time.perf_counter() - self._mark
+        self._mark = time.perf_counter()
+        return None if skipped else grad_norm
+
+    def _stop(self, what: str) -> None:
+        whole = checkpoint.existing(self.output_dir)
+        last = f"the last good checkpoint is {whole[-1][1]}" if whole else "there is no checkpoint"
+        raise TrainingStopped(
+            f"step {self.step + 1} is not finite: {what}; {last}. Try a lower --learning_rate, "
+            "--lr_warmup_steps, a smaller --max_grad_norm, or --mixed_precision bf16 instead of fp16"
+        )
+
+    # -- numbers ------------------------------------------------------------------------------
+
+    def log_step(self, lr: float, grad_norm: float) -> dict[str, float] | None:
+        """Writes a row of metrics when it is due: the first step, every `logging_steps`, the last.
+
+        `loss` is the mean since the last row, over all processes; `seconds_<phase>` are totals
+        since the last row; `memory_gib` is the peak of the GPU (of the process without one).
+        """
+        if self.step != 1 and self.step % self.args.logging_steps and self.step != self.num_steps:
+            return None
+        loss = float(self._reduced_loss()) / max(1, self._loss_count)
+        spent = sum(self._seconds.get(name, 0.0) for name in ("data", "train"))
+        row = {
+            "epoch": round(self.step / self.epoch_length, 4),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "images_per_s": self._samples / spent if spent else 0.0,
+            **{f"seconds_{name}": round(value, 4) for name, value in self._seconds.items()},
+            "memory_gib": round(peak_memory_gib(self.device), 3),
+        }
+        peak = device_peak_flops(self.device)
+        if peak and self.flops_per_sample and spent:
+            share = self._samples / self.accelerator.num_processes
+            row["mfu"] = self.flops_per_sample * share / spent / peak
+        self.write_metrics(row)
+        self._loss.zero_()
+        self._loss_count = self._samples = 0
+        self._seconds.clear()
+        return row
+
+    def _reduced_loss(self) -> Tensor:
+        """Mean over the processes of the loss since the last row."""
+        if self.accelerator.num_processes == 1:
+            return self._loss
+        return self.accelerator.reduce(self._loss.clone(), "mean")  # pyright: ignore
+
+    def write_metrics(self, row: Mapping[str, float]) -> None:
+        """Appends one row to metrics.jsonl and tells the trackers."""
+        if self.main:
+            with (self.output_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self.step, **row}) + "\n")
+        self.accelerator.log(dict(row), step=self.step)
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Rows of steps that will be done again would stand twice."""
+        path = self.output_dir / "metrics.jsonl"
+        if self.main and path.is_file():
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step and step > 0]
+            checkpoint.write_file(path, "".join(line + "\n" for line in kept))
+        self.accelerator.wait_for_everyone()
+
+    def progress(self) -> tqdm[None]:
+        """The bar over the optimizer steps, silent on other processes."""
+        return tqdm(
+            total=self.num_steps, initial=self.step, desc="steps", disable=not self.main, smoothing=0.1
+        )
+
+
+# -- start ------------------------------------------------------------------------------------
+
+
+def start(args: Any, run_args: RunArgs, optim: OptimArgs) -> Run:
+    """Opens the processes and the output folder, settles the seed, writes args.json.
+
+    Raises:
+        UserError: the folder holds another run, a tracker is not installed, or a checkpoint is
+            not there.
+    """
+    accelerator = accelerate.Accelerator(
+        mixed_precision=run_args.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=optim.gradient_accumulation_steps,
+            adjust_scheduler=False,
+            sync_with_dataloader=False,
+        ),
+        log_with=_trackers(run_args.report_to) if not run_args.dry_run else None,
+        project_dir=run_args.output_dir / "logs",
+        # Rank 0 may check and cache a large data set while the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+    )
+    if not accelerator.is_main_process:
+        for library in (transformers, diffusers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    torch.backends.cuda.matmul.allow_tf32 = run_args.allow_tf32
+    torch.backends.cudnn.allow_tf32 = run_args.allow_tf32
+
+    folder = run_args.output_dir
+    resumed = checkpoint.choose(folder, run_args.resume_from_checkpoint)
+    seed = _settle_seed(run_args, resumed)
+    run = Run(accelerator, run_args, seed)
+    run._resumed = resumed
+    if run_args.dry_run:
+        return run
+    occupied = (folder / "finished.json").is_file() or bool(checkpoint.existing(folder))
+    finished = (folder / "finished.json").is_file() and _same_options(folder, args)
+    accelerator.wait_for_everyone()
+    if occupied and run_args.resume_from_checkpoint is None and not finished:
+        if not run_args.overwrite_output_dir:
+            raise UserError(
+                f"--output_dir {folder} holds a run already: continue it with "
+                "--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or "
+                "choose another folder"
+            )
+        if accelerator.is_main_process:
+            shutil.rmtree(folder)
+    if run_args.resume_from_checkpoint == "latest" and resumed is None:
+        run.say(f"no checkpoint in {folder} yet: starting from zero")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and not finished:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_file(folder / "args.json", json.dumps(record(args, run), indent=1))
+    if not finished:
+        accelerator.init_trackers(run_args.tracker_project_name, config=_flat(args))
+    return run
+
+
+def _trackers(choice: str) -> list[str]:
+    if choice == "none":
+        return []
+    names = [name for name in TRACKERS if choice in (name, "all") and find_spec(name)]
+    if choice != "all" and not names:
+        raise UserError(f"--report_to {choice}: the package {choice} is not installed")
+    return names
+
+
+def _settle_seed(args: RunArgs, resumed: Path | None) -> int:
+    """The given seed, that of the run to be resumed, or a drawn one; equal on all processes."""
+    if args.seed is not None:
+        return args.seed
+    if resumed is not None:
+        return checkpoint.read_state(resumed).seed
+    recorded = args.output_dir / "args.json"
+    if args.resume_from_checkpoint == "latest" and recorded.is_file():
+        return int(json.loads(recorded.read_text())["seed"])  # killed before its first checkpoint
+    return int(broadcast_object_list([secrets.randbits(31)])[0])
+
+
+def options(args: Any) -> dict[str, Any]:
+    """The resolved options by group, ready for JSON; tokens stay out."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items() if "token" not in name}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(asdict(args))
+
+
+def _flat(args: Any) -> dict[str, Any]:
+    """The options as trackers want them: no groups, only simple values."""
+    simple = (bool, int, float, str)
+    return {
+        name: value if isinstance(value, simple) else str(value)
+        for group in options(args).values()
+        for name, value in (group.items() if isinstance(group, dict) else [])
+    }
+
+
+# Options that say how far or how to show, not what is trained.
+_INCIDENTAL = {"resume_from_checkpoint", "overwrite_output_dir", "dry_run"}
+
+
+def _same_options(folder: Path, args: Any) -> bool:
+    """Whether the run in `folder` was started with the same options."""
+    path = folder / "args.json"
+    if not path.is_file():
+        return False
+
+    def essential(groups: dict[str, Any]) -> str:
+        kept = {
+            f"{group}.{name}": value
+            for group, values in groups.items()
+            if isinstance(values, dict)
+            for name, value in values.items()
+            if name not in _INCIDENTAL
+        }
+        return json.dumps(kept, sort_keys=True)
+
+    return essential(json.loads(path.read_text())["args"]) == essential(options(args))
+
+
+def record(args: Any, run: Run) -> dict[str, Any]:
+    """What args.json says: options, seed, processes, git revision, versions."""
+    return {
+        "args": options(args),
+        "seed": run.seed,
+        "num_processes": run.accelerator.num_processes,
+        "mixed_precision": run.accelerator.mixed_precision,
+        "device": device_name(run.device),
+        "git_revision": _git_revision(),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("sd-dojo", "torch", "diffusers", "transformers", "accelerate", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+# -- optimizer --------------------------------------------------------------------------------
+
+
+def make_optimizer(
+    params: Sequence[nn.Parameter], args: OptimArgs, run: Run
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Fused AdamW and its schedule over the optimizer steps of the run.
+
+    The schedule is stepped once per optimizer step on every process, whatever their number; it
+    must not be handed to accelerate, which would step it once per process.
+    """
+    lr = args.learning_rate * (run.samples_per_step if args.scale_lr else 1)
+    optimizer = torch.optim.AdamW(
+        params,
+        lr=lr,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        fused=run.device.type in ("cuda", "cpu"),
+    )
+    schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=run.num_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    return optimizer, schedule
+
+
+# -- dry run ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward and backward pass costs."""
+
+    flops: int
+    """floating-point operations of the products, recomputation included"""
+    saved_bytes: int
+    """activations kept for the backward pass"""
+
+
+def count_cost(loss: Callable[[], Tensor]) -> Cost:
+    """Runs a loss and its backward pass, on the meta device usually, and counts."""
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        # A tensor that several nodes keep is stored once.
+        seen[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)
+        return tensor
+
+    kept: list[Tensor] = []  # keeps the ids above from being given away again
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            value = loss()
+        value.backward()
+    return Cost(counter.get_total_flops(), sum(seen.values()))
+
+
+def print_plan(run: Run, args: Any, model: nn.Module, cost: Cost, batch_size: int) -> None:
+    """Prints what `--dry_run` promises: options, sizes, steps, memory and operations.
+
+    `model` holds the parameters in the dtype that they will have; `cost` is that of a micro-batch
+    of `batch_size`.
+    """
+    total = sum(param.numel() for param in model.parameters())
+    trained = [param for param in model.parameters() if param.requires_grad]
+    weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    frozen_bytes = sum(weights.values()) - sum(weights[id(p)] for p in trained)
+    # Weight, gradient and two moments, each float32.
+    trained_bytes = 16 * sum(param.numel() for param in trained)
+    gib = (frozen_bytes + trained_bytes + cost.saved_bytes) / 2**30
+    micro_batches = run.samples_per_step / batch_size / run.accelerator.num_processes
+    rows = {
+        "trainable parameters": f"{sum(param.numel() for param in trained):,}",
+        "total parameters": f"{total:,}",
+        "effective batch size": f"{run.samples_per_step}",
+        "optimizer steps": f"{run.num_steps}",
+        "steps per epoch": f"{run.epoch_length:.2f}",
+        "memory per process, estimated": f"{gib:.2f} GiB (weights {frozen_bytes / 2**30:.2f}, "
+        f"training state {trained_bytes / 2**30:.2f}, activations {cost.saved_bytes / 2**30:.2f}; "
+        "without autoencoder, text encoders and the allocator's reserve)",
+        "operations per process and step": f"{cost.flops * micro_batches / 1e12:.3f} TFLOP",
+    }
+    run.say(json.dumps(options(args), indent=1))
+    for name, value in rows.items():
+        run.say(f"{name}: {value}")
+
+
+# -- machine ----------------------------------------------------------------------------------
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak of allocated GPU memory, or of the process's resident memory without a GPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the device's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def device_peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 peak of a known GPU, in FLOP/s."""
+    name = device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)

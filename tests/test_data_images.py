@@ -1,0 +1,275 @@
+"""Claims about reading and fitting pictures."""
+
+import io
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile, ImageOps
+
+from dojo.data import BadSample, cover_box, fit, images, read_image
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def quarters(width: int = 32, height: int = 16) -> Image.Image:
+    """Red, green / blue, white: every turn and mirror image of it looks different."""
+    image = Image.new("RGB", (width, height), "white")
+    half_width, half_height = width // 2, height // 2
+    image.paste("red", (0, 0, half_width, half_height))
+    image.paste("lime", (half_width, 0, width, half_height))
+    image.paste("blue", (0, half_height, half_width, height))
+    return image
+
+
+def pixel(data: bytes | Path | Image.Image, at: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
+    image = read_image(data, "sample")
+    assert image.mode == "RGB"
+    value = image.getpixel(at)
+    assert isinstance(value, tuple)
+    return value
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(orientation: int, form: str) -> None:
+    upright = quarters()
+    # What a camera stores is the inverse of the turn that the tag asks for; each is its own
+    # inverse but for the two quarter turns.
+    inverse = {6: 8, 8: 6}.get(orientation, orientation)
+    tag = Image.Exif()
+    tag[0x0112] = inverse
+    turned = io.BytesIO(encoded(upright, "PNG", exif=tag))
+    stored = ImageOps.exif_transpose(Image.open(turned)).convert("RGB")
+    stored.info.clear()
+    tag[0x0112] = orientation
+    options = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
+    options |= {"lossless": True} if form == "WEBP" else {}
+    image = read_image(encoded(stored, form, exif=tag, **options), "photo")
+    assert image.size == upright.size
+    difference = np.abs(np.asarray(image, dtype=int) - np.asarray(upright, dtype=int))
+    assert difference.mean() < 3
+
+
+def test_damaged_exif_does_not_cost_the_picture() -> None:
+    data = encoded(Image.new("RGB", (8, 8), "red"), "JPEG", exif=b"Exif\0\0garbage!!!!!!")
+    assert pixel(data) == (254, 0, 0)
+
+
+def test_transparency_lies_on_white() -> None:
+    assert pixel(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG")) == (255, 255, 255)
+    assert pixel(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), "PNG")) == (127, 127, 127)
+    assert pixel(encoded(Image.new("LA", (4, 4), (0, 0)), "PNG")) == (255, 255, 255)
+    assert pixel(encoded(Image.new("LA", (4, 4), (10, 255)), "PNG")) == (10, 10, 10)
+
+
+def test_palettes_keep_colour_and_transparency() -> None:
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    assert pixel(encoded(image, "PNG")) == (10, 200, 30)
+    assert pixel(encoded(image, "GIF")) == (10, 200, 30)
+    assert pixel(encoded(image, "PNG", transparency=1)) == (255, 255, 255)
+    assert pixel(encoded(image, "GIF", transparency=1)) == (255, 255, 255)
+    assert pixel(encoded(image, "PNG", transparency=bytes([255, 0]))) == (255, 255, 255)
+    assert pixel(Image.new("PA", (4, 4))) == (255, 255, 255)
+
+
+def test_transparent_colour_of_an_rgb_or_grey_picture_lies_on_white() -> None:
+    red = Image.new("RGB", (4, 4), "red")
+    assert pixel(encoded(red, "PNG", transparency=(255, 0, 0))) == (255, 255, 255)
+    assert pixel(encoded(red, "PNG", transparency=(0, 255, 0))) == (255, 0, 0)
+    assert pixel(encoded(Image.new("L", (4, 4), 7), "PNG", transparency=7)) == (255, 255, 255)
+
+
+def test_cmyk_jpeg_has_the_right_colour() -> None:
+    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    assert np.allclose(pixel(encoded(cyan, "JPEG")), (0, 255, 255), atol=3)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_keeps_its_high_byte(form: str) -> None:
+    for value, expected in [(0, 0), (255, 0), (256, 1), (0x80FF, 0x80), (65535, 255)]:
+        data = encoded(Image.fromarray(np.full((4, 4), value, dtype=np.uint16)), form)
+        assert pixel(data) == (expected,) * 3
+
+
+def test_big_endian_and_32_bit_grey_keep_the_same_byte() -> None:
+    big_endian = Image.frombytes("I;16B", (2, 2), b"\x80\x01" * 4)
+    assert pixel(big_endian) == (0x80,) * 3
+    assert pixel(encoded(big_endian, "TIFF")) == (0x80,) * 3
+    assert pixel(Image.new("I", (2, 2), 0x8001)) == (0x80,) * 3
+    assert pixel(Image.new("I", (2, 2), -5)) == (0, 0, 0)
+    assert pixel(Image.new("I", (2, 2), 1 << 20)) == (255, 255, 255)
+
+
+def test_one_bit_grey_and_8_bit_grey_read_as_grey() -> None:
+    assert pixel(encoded(Image.new("1", (4, 4), 1), "PNG")) == (255, 255, 255)
+    assert pixel(encoded(Image.new("1", (4, 4), 0), "PNG")) == (0, 0, 0)
+    assert pixel(encoded(Image.new("L", (4, 4), 77), "PNG")) == (77, 77, 77)
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    with pytest.raises(BadSample, match=r"depth\.tif.*floating-point"):
+        read_image(encoded(Image.new("F", (2, 2), 0.5), "TIFF"), "depth.tif")
+
+
+def test_the_first_frame_of_an_animation_is_read() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for form in ("GIF", "WEBP", "PNG"):
+        data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+        assert np.allclose(pixel(data), (255, 0, 0), atol=4)
+
+
+def test_paths_bytes_and_open_pictures_read_the_same(tmp_path: Path) -> None:
+    data = encoded(quarters(), "PNG")
+    path = tmp_path / "大 红.png"
+    path.write_bytes(data)
+    readings = [read_image(source, "x") for source in (path, data, Image.open(path))]
+    assert len({reading.tobytes() for reading in readings}) == 1
+
+
+def noise(size: int = 64) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.9])
+def test_a_truncated_file_is_a_bad_sample(form: str, kept: float) -> None:
+    data = encoded(noise(), form)
+    with pytest.raises(BadSample, match=r"^cut\.bin: .+"):
+        read_image(data[: int(len(data) * kept)], "cut.bin")
+
+
+def test_files_that_are_no_pictures_are_bad_samples(tmp_path: Path) -> None:
+    text = tmp_path / "text.jpg"
+    text.write_text("a red circle")
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    for path, reason in [
+        (text, "not a picture"),
+        (empty, "the file is empty"),
+        (tmp_path / "absent.png", "no such file"),
+        (tmp_path, ".+"),
+        (Path("nul\0.png"), "null"),
+    ]:
+        with pytest.raises(BadSample, match=f"^the name: .*{reason}"):
+            read_image(path, "the name")
+    with pytest.raises(BadSample, match="the file is empty"):
+        read_image(b"", "bytes")
+
+
+def test_postscript_is_never_interpreted() -> None:
+    with pytest.raises(BadSample, match="not a picture"):
+        read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "x.jpg")
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9_500, 50_000])
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(side: int) -> None:
+    # 9,500 squared is where Pillow only warns.
+    with pytest.raises(BadSample, match=r"^bomb\.png: more than 89,478,485 pixels"):
+        read_image(png_that_claims(side, side), "bomb.png")
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_the_bomb_is_named_where_warnings_are_errors() -> None:
+    with pytest.raises(BadSample, match=r"^bomb\.png: more than"):
+        read_image(png_that_claims(9_500, 9_500), "bomb.png")
+
+
+def test_the_pixel_limit_is_ours_and_pillow_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    with pytest.raises(BadSample, match="more than 99 pixels"):
+        read_image(Image.new("RGB", (10, 10)), "x")
+    assert read_image(Image.new("RGB", (9, 11)), "x").size == (9, 11)
+    after = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    assert after == before
+
+
+def test_threads_read_alike() -> None:
+    data = encoded(quarters(), "PNG")
+    with ThreadPoolExecutor(8) as executor:
+        readings = executor.map(lambda _: read_image(data, "x").tobytes(), range(64))
+    assert len(set(readings)) == 1
+
+
+def test_fit_gives_float32_in_minus_one_to_one() -> None:
+    tensor = fit(Image.new("RGB", (30, 20), (0, 255, 51)), 8, 16)
+    assert tensor.shape == (3, 8, 16)
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous()
+    assert tensor[0].unique().tolist() == [-1.0]
+    assert tensor[1].unique().tolist() == [1.0]
+    assert tensor[2].unique().item() == pytest.approx(51 / 127.5 - 1)
+
+
+def test_fit_of_a_picture_of_the_right_size_changes_nothing() -> None:
+    image = noise(16)
+    restored = (fit(image, 16, 16) + 1) * 127.5
+    assert torch.equal(restored.round().byte(), torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 900), (900, 16), (1, 4000), (3, 5), (641, 479)])
+@pytest.mark.parametrize("target", [(64, 64), (48, 96), (7, 3)])
+@pytest.mark.parametrize("anchor", [(0.0, 0.0), (0.5, 0.5), (0.3, 0.7), (1.0, 1.0)])
+def test_any_picture_covers_the_target(
+    size: tuple[int, int], target: tuple[int, int], anchor: tuple[float, float]
+) -> None:
+    left, top, right, bottom = cover_box(size, *target, anchor)
+    assert 0 <= left < right <= size[0]
+    assert 0 <= top < bottom <= size[1]
+    assert (right - left) / (bottom - top) == pytest.approx(target[1] / target[0])
+    assert right - left == pytest.approx(size[0]) or bottom - top == pytest.approx(size[1])
+    tensor = fit(Image.new("RGB", size, "red"), *target, anchor=anchor)
+    assert torch.equal(tensor, torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, *target))
+
+
+def test_the_anchor_chooses_the_end_of_a_strip() -> None:
+    strip = Image.new("RGB", (10, 90), "red")
+    strip.paste("lime", (0, 40, 10, 50))
+    strip.paste("blue", (0, 80, 10, 90))
+    for place, channel in [(0.0, 0), (0.5, 1), (1.0, 2)]:
+        tensor = fit(strip, 10, 10, anchor=(place, 0.5))
+        assert tensor.mean(dim=(1, 2)).argmax().item() == channel
+        across = fit(strip.transpose(Image.Transpose.TRANSPOSE), 10, 10, anchor=(0.5, place))
+        assert torch.equal(across, tensor.transpose(1, 2))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (37, 53), (200, 31)])
+@pytest.mark.parametrize("horizontal", [0.0, 0.3, 0.5, 1.0])
+def test_a_flip_is_the_exact_mirror(size: tuple[int, int], horizontal: float) -> None:
+    image = noise(200).resize(size)
+    plain = fit(image, 24, 20, anchor=(0.4, horizontal))
+    mirrored = fit(image, 24, 20, anchor=(0.4, horizontal), flip=True)
+    assert torch.equal(mirrored, plain.flip(-1))
+    assert not torch.equal(mirrored, plain)
+
+
+def test_fit_refuses_what_makes_no_sense() -> None:
+    image = Image.new("RGB", (4, 4))
+    with pytest.raises(ValueError, match="anchor"):
+        fit(image, 4, 4, anchor=(0.5, 1.5))
+    with pytest.raises(ValueError, match="positive"):
+        fit(image, 0, 4)
+    with pytest.raises(ValueError, match="RGB"):
+        fit(image.convert("L"), 4, 4)

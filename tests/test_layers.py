@@ -1,0 +1,187 @@
+"""Imports go down, never up, never in a circle: the table of the library's layers, enforced."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "dojo"
+
+# Module (a package counts as one) -> what it may import of ours. A dotted name allows that one
+# module of a package only. A module that is not listed fails: a new one is a decision.
+# `cli` stands apart: every part may take its errors and its parser from it.
+ALLOWED: dict[str, set[str]] = {
+    # ground
+    "gaussian": set(),
+    "rng": set(),
+    "cli": set(),
+    # maths
+    "flow": {"gaussian", "rng"},
+    "ddpm": {"gaussian", "rng"},
+    "policy": {"gaussian", "rng"},
+    "preference": {"gaussian", "rng"},
+    # procedures
+    "rollout": {"flow", "ddpm", "policy", "preference", "gaussian", "rng"},
+    # parts
+    "data": {"cli", "rng"},
+    "lora": {"cli"},
+    "checkpoint": {"cli", "rng"},
+    "download": {"cli"},
+    "publish": {"cli"},
+    "bench": {"cli"},
+    "sd3": {"cli", "flow", "rng"},
+    "sd15": {"cli", "ddpm", "rng"},
+    "training": {"cli", "rng", "checkpoint"},
+    "validation": {"cli", "flow", "rng", "sd3", "training"},
+    "pocket": {"cli", "flow", "ddpm", "rng", "sd3", "sd15", "validation"},
+    "rewards": {"cli", "pocket.verifier"},
+}
+GROUND = {"gaussian", "rng"}
+MATHS = {"flow", "ddpm", "policy", "preference"}
+# The third-party packages of the modules whose lightness is the point.
+THIRD_PARTY: dict[str, set[str]] = {
+    **{name: {"torch"} for name in GROUND | MATHS},
+    "rollout": {"torch"},
+    "cli": {"tyro"},
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name below `dojo`; a package stands for its own __init__."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name:
+            found[name] = path
+    return found
+
+
+def imports(path: Path, package: str = "") -> Iterator[str]:
+    """The full names of what a file imports, wherever in the file it does so.
+
+    `package` is the dotted package the file belongs to, which relative imports start from.
+    """
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            # `from dojo import flow` names a module, `from dojo.flow import loss` a function in
+            # one: both spellings are given, and the reader below takes what is a module.
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def of_ours(name: str, path: Path) -> set[str]:
+    """The modules of the library that the module `name` imports, as dotted names below `dojo`."""
+    parent = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    package = f"dojo.{parent}".rstrip(".")
+    found = set()
+    for full in imports(path, package):
+        below = full.removeprefix("dojo.")
+        if full.startswith("dojo.") and below in modules():
+            found.add(below)
+    # `dojo.pocket` named only on the way to `dojo.pocket.verifier` is not an import of its own.
+    return {one for one in found if not any(other.startswith(f"{one}.") for other in found)}
+
+
+def unit(name: str) -> str:
+    """The row of the table that a module belongs to."""
+    return name.split(".")[0]
+
+
+def circle(edges: dict[str, set[str]]) -> list[str] | None:
+    """One circle in a graph, as the names along it, or None."""
+    done: set[str] = set()
+
+    def walk(node: str, trail: list[str]) -> list[str] | None:
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node in done:
+            return None
+        for other in sorted(edges.get(node, ())):
+            if found := walk(other, [*trail, node]):
+                return found
+        done.add(node)
+        return None
+
+    for start in sorted(edges):
+        if found := walk(start, []):
+            return found
+    return None
+
+
+@pytest.mark.parametrize("name", modules())
+def test_a_module_imports_only_what_the_table_allows(name: str) -> None:
+    row = unit(name)
+    assert row in ALLOWED, f"dojo.{name} has no row in the table of tests/test_layers.py"
+    for imported in of_ours(name, modules()[name]):
+        if unit(imported) == row:
+            continue
+        allowed = unit(imported) in ALLOWED[row] or imported in ALLOWED[row]
+        assert allowed, f"dojo.{name} imports dojo.{imported}, which its layer does not allow"
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if unit(name) in THIRD_PARTY])
+def test_the_light_modules_import_nothing_heavy(name: str) -> None:
+    light = {"dojo", *THIRD_PARTY[unit(name)], *sys.stdlib_module_names}
+    heavy = {full.split(".")[0] for full in imports(modules()[name], "dojo")} - light
+    assert not heavy, f"dojo.{name} imports {', '.join(sorted(heavy))}"
+
+
+def test_the_table_itself_goes_down_only() -> None:
+    assert circle({row: {unit(one) for one in below} for row, below in ALLOWED.items()}) is None
+    for row, below in ALLOWED.items():
+        unknown = {unit(one) for one in below} - set(ALLOWED)
+        assert not unknown, f"the row of {row} allows what has no row: {unknown}"
+    assert all(ALLOWED[row] <= GROUND for row in MATHS)
+    assert all(not ALLOWED[row] for row in GROUND | {"cli"})
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    edges = {name: of_ours(name, path) for name, path in modules().items()}
+    found = circle(edges)
+    assert found is None, " -> ".join(found or [])
+
+
+def test_a_circle_is_found_where_there_is_one() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def test_relative_and_nested_imports_are_seen(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("def f():\n    from .. import sd3\n    from .scenes import draw\n")
+    names = set(imports(path, "dojo.pocket"))
+    assert {"dojo.sd3", "dojo.pocket.scenes"} <= names
+
+
+def test_the_maths_loads_without_the_libraries_of_the_parts() -> None:
+    names = [f"dojo.{name}" for name in modules() if name in GROUND | MATHS | {"rollout", "cli"}]
+    heavy = ["diffusers", "transformers", "accelerate", "peft", "datasets"]
+    program = (
+        "import importlib, sys\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_script_imports_another_and_the_library_imports_none() -> None:
+    scripts = [*sorted(ROOT.glob("train_*.py")), *ROOT.glob("demo.py")]
+    names = {path.stem for path in scripts}
+    for path in [*scripts, *modules().values()]:
+        wrong = {full.split(".")[0] for full in imports(path)} & names
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
