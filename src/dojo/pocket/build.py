@@ -1,4 +1,4 @@
-"""Trains the pocket models from nothing: `python -m dojo.pocket.build` (scripts/build_pocket_models.sh).
+"""Trains the pocket models from nothing: `python -m dojo.pocket.build`.
 
 Stages, each resumable: the autoencoder on scenes and crops of photographs; the MMDiT together with
 its three text encoders by rectified flow on cached latents; pocket-clip contrastively; the report.
@@ -8,24 +8,26 @@ A stage whose result lies in `work_dir` is not trained again.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from dojo import cli, flow, rng
-from dojo.pocket import models, scenes, text
+from dojo.pocket import models, scenes, score, text, verifier
 
 SEED = 0
 SAVE_EVERY = 500  # steps between two states on disk
@@ -161,10 +163,10 @@ def wild_scene(draw: random.Random) -> np.ndarray:
     return np.round(picture).astype(np.uint8)
 
 
-def train_vae(args: Args) -> AutoencoderKL:
+def train_vae(args: Args) -> Any:
     """Trains the autoencoder and fits its shift and scaling factors."""
     torch.manual_seed(SEED)
-    vae = models.vae()
+    vae: Any = models.vae()
     draw = random.Random(SEED)
     known = np.stack([scenes.draw(scenes.sample(draw)[1]) for _ in range(12_000)])
     wild = np.stack([wild_scene(draw) for _ in range(4_000)])
@@ -200,7 +202,7 @@ def train_vae(args: Args) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
+def encode(vae: Any, pictures: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
     """Posterior mean and std, unscaled: two float32 [B, 16, 8, 8] on the CPU."""
     means, stds = [], []
     for start in range(0, len(pictures), 100):
@@ -211,7 +213,7 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray, device: str) -> tuple[Tenso
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pictures: np.ndarray, device: str) -> float:
+def psnr(vae: Any, pictures: np.ndarray, device: str) -> float:
     """Mean over pictures of the reconstruction's PSNR in dB (8-bit range, posterior mean)."""
     pixels = to_tensor(pictures, device)
     decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
@@ -270,7 +272,7 @@ def t5_length_at(step: int) -> tuple[int, int]:
     return text.T5_LENGTH, 64
 
 
-def train_sd3(args: Args, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
+def train_sd3(args: Args, vae: Any) -> StableDiffusion3Pipeline:
     """Trains MMDiT and text encoders jointly on the latents of random scenes."""
     torch.manual_seed(SEED + 1)
     pipeline = models.sd3_pipeline()
@@ -318,7 +320,7 @@ def train_sd3(args: Args, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
 # pocket-clip
 
 
-def train_clip(args: Args, vae: AutoencoderKL) -> CLIPModel:
+def train_clip(args: Args, vae: Any) -> CLIPModel:
     """Trains pocket-clip with the symmetric cross-entropy of CLIP (arXiv:2103.00020, Figure 3).
 
     Pictures of which half went through the autoencoder, because it will judge generated ones. Two
@@ -363,7 +365,7 @@ def train_clip(args: Args, vae: AutoencoderKL) -> CLIPModel:
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor, device: str) -> np.ndarray:
+def decode(vae: Any, latents: Tensor, device: str) -> np.ndarray:
     """Unscaled latents to pictures: uint8 [B, 64, 64, 3]."""
     rows = []
     for chunk in latents.split(100):
@@ -381,22 +383,142 @@ def clip_processor() -> CLIPImageProcessor:
 # Saving and report
 
 
-def half(module: nn.Module) -> nn.Module:
-    """Rounds the weights to half precision in place and returns the module in float16."""
-    return module.half()
+def save_half(pipeline: StableDiffusion3Pipeline, clip: CLIPModel, models_dir: Path) -> None:
+    """Writes both folders in half precision; they load in float32.
+
+    transformers takes a model's dtype from its config.json, diffusers takes float32: the configs
+    say float32, so that a plain `from_pretrained` gives one dtype throughout.
+    """
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    for part in [*parts, clip]:
+        part.half()
+    pipeline.save_pretrained(models_dir / "pocket-sd3")
+    CLIPProcessor(clip_processor(), text.clip_tokenizer()).save_pretrained(
+        models_dir / "pocket-clip"
+    )
+    clip.save_pretrained(models_dir / "pocket-clip")
+    for path in models_dir.glob("pocket-*/**/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("torch_dtype", None)
+        config["dtype"] = "float32"
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def retrieval(folder: Path, device: str) -> float:
+    """Share of fresh pictures whose caption pocket-clip picks among 32 (different ones)."""
+    clip = CLIPModel.from_pretrained(folder).to(device)  # pyright: ignore
+    processor = CLIPProcessor.from_pretrained(folder)
+    draw = random.Random(SEED + 3)
+    hits = 0
+    for _ in range(16):
+        pairs: dict[str, np.ndarray] = {}
+        while len(pairs) < 32:
+            caption, scene = scenes.sample(draw)
+            pairs[caption] = scenes.draw(scene)
+        inputs = processor(
+            text=list(pairs), images=list(pairs.values()), padding="max_length", return_tensors="pt"
+        ).to(device)
+        with torch.no_grad():
+            logits = clip(**inputs).logits_per_image
+        hits += int((logits.argmax(1).cpu() == torch.arange(32)).sum())
+    return hits / 512
+
+
+def report(args: Args, seconds: dict[str, float]) -> None:
+    """Scores the saved models as a user would load them and writes models/README.md."""
+    folder = args.models_dir / "pocket-sd3"
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder).to(args.device)
+    captions = scenes.evaluation_captions(500, seed=0)
+    columns: dict[str, dict[str, float]] = {}
+    for guidance in (4.0, 1.0):
+        for t5_length in (text.T5_LENGTH, 256):
+            name = f"{'CFG 4' if guidance > 1 else 'no CFG'}, T5 {t5_length}"
+            pictures = score.generate(
+                pipeline,
+                captions,
+                guidance_scale=guidance,
+                num_inference_steps=20,
+                max_sequence_length=t5_length,
+                seed=0,
+            )
+            columns[name] = verifier.task_scores(pictures, captions)
+            graded = verifier.score(pictures, captions, strict=False).mean().item()
+            columns[name]["graded"] = graded
+            print(name, columns[name], flush=True)
+    draw = random.Random(SEED + 4)
+    fresh = np.stack([scenes.draw(scenes.sample(draw)[1]) for _ in range(500)])
+    vae = pipeline.vae
+    facts = {
+        "scenes": psnr(vae, fresh, args.device),
+        "datas/dog": psnr(vae, squares(args.dog_dir), args.device),
+        "datas/photos": psnr(vae, squares(args.photos_dir), args.device),
+    }
+    tasks = list(next(iter(columns.values())))
+    size = sum(path.stat().st_size for path in args.models_dir.glob("pocket-*/**/*.safetensors"))
+    lines = [
+        "# The pocket models",
+        "",
+        "`pocket-sd3` is a StableDiffusion3Pipeline (MMDiT with dual attention and qk-norm,",
+        "16-channel autoencoder, two CLIP text encoders, T5), `pocket-clip` a CLIPModel; both know",
+        "the 64-pixel scenes of `dojo.pocket.scenes` and nothing else. They are trained from",
+        "nothing by `bash scripts/build_pocket_models.sh`, which also writes this page. Licence:",
+        "Apache-2.0, as the rest of the repository.",
+        "",
+        f"Built on {time.strftime('%Y-%m-%d')}, {machine(args.device)}. Training time (wall",
+        "clock): "
+        + ", ".join(f"{name} {spent / 60:.0f} min" for name, spent in seconds.items())
+        + f". {size / 1e6:.1f} MB of weights in half precision.",
+        "",
+        "## What pocket-sd3 draws",
+        "",
+        "Strict score (everything in the caption holds) over the 500 captions of",
+        "`scenes.evaluation_captions(500, seed=0)`, one picture each with seed = number of the",
+        "caption, 20 steps; `overall` is the mean of the six tasks, `graded` the verifier's",
+        "partial credit.",
+        "",
+        "| task | " + " | ".join(columns) + " |",
+        "| --- |" + " --- |" * len(columns),
+        *[
+            f"| {task} | " + " | ".join(f"{column[task]:.3f}" for column in columns.values()) + " |"
+            for task in tasks
+        ],
+        "",
+        "## Autoencoder",
+        "",
+        "Reconstruction of 64-pixel pictures, mean PSNR: "
+        + ", ".join(f"{name} {value:.2f} dB" for name, value in facts.items())
+        + ".",
+        "The photographs of `datas/photos`, the dog's among them, gave the training crops.",
+        "",
+        "## pocket-clip",
+        "",
+        "Picks the right one of 32 captions for a fresh picture in "
+        f"{100 * retrieval(args.models_dir / 'pocket-clip', args.device):.1f} % of 512 cases.",
+        "",
+    ]
+    (args.models_dir / "README.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def machine(device: str) -> str:
+    """The machine in words: the GPU's name, or how many CPU cores."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
 def main(args: Args) -> None:
     """Runs the stages that are not done yet, then saves and reports."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    with_stage = lambda name: print(f"== {name}", flush=True)  # noqa: E731
-    with_stage("vae")
     vae = train_vae(args)
-    print(f"photographs that were not trained on: {psnr(vae, squares(args.dog_dir), args.device):.2f} dB")
-    with_stage("sd3")
+    found = psnr(vae, squares(args.dog_dir), args.device)
+    print(f"autoencoder: {found:.2f} dB on the photographs of {args.dog_dir}", flush=True)
     pipeline = train_sd3(args, vae)
-    with_stage("clip")
     clip = train_clip(args, vae)
+    save_half(pipeline, clip, args.models_dir)
+    rows = [json.loads(line) for line in (args.work_dir / "log.jsonl").read_text().splitlines()]
+    report(args, {row["stage"]: row["seconds"] for row in rows})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ projection is the identity, because single-file loaders tell them apart by that;
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -36,14 +38,18 @@ SHIFT = 3.0  # the scheduler's, as in SD3.5
 
 def vae(latent_channels: int = 16) -> AutoencoderKL:
     """SD3's autoencoder in small: 8x down, 16 channels, no quant convolutions."""
+    # diffusers annotates these as tuples of one.
+    widths: Any = (16, 32, 64, 96)
+    down: Any = ("DownEncoderBlock2D",) * 4
+    up: Any = ("UpDecoderBlock2D",) * 4
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         latent_channels=latent_channels,
-        block_out_channels=(16, 32, 64, 96),
+        block_out_channels=widths,
         layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=down,
+        up_block_types=up,
         norm_num_groups=8,
         sample_size=64,
         use_quant_conv=False,
@@ -73,7 +79,7 @@ def transformer() -> SD3Transformer2DModel:
 
 
 def _clip_text_config(width: int, layers: int, activation: str, pad_token: str) -> CLIPTextConfig:
-    tokenizer = text.clip_tokenizer(pad_token)
+    tokenizer: Any = text.clip_tokenizer(pad_token)
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -92,7 +98,9 @@ def _clip_text_config(width: int, layers: int, activation: str, pad_token: str) 
 
 def clip_l() -> CLIPTextModelWithProjection:
     """SD3's first text encoder; its projection is the identity and stays so."""
-    model = CLIPTextModelWithProjection(_clip_text_config(CLIP_L_WIDTH, 2, "quick_gelu", "<|endoftext|>"))
+    model = CLIPTextModelWithProjection(
+        _clip_text_config(CLIP_L_WIDTH, 2, "quick_gelu", "<|endoftext|>")
+    )
     with torch.no_grad():
         model.text_projection.weight.copy_(torch.eye(CLIP_L_WIDTH))
     model.text_projection.requires_grad_(False)
@@ -120,7 +128,6 @@ def t5() -> T5EncoderModel:
         use_cache=False,
         pad_token_id=0,
         eos_token_id=1,
-        decoder_start_token_id=0,
         dtype="float32",
     )
     return T5EncoderModel(config)

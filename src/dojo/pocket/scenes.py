@@ -15,6 +15,7 @@ Everything random comes from the `random.Random` that is handed in.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import re
@@ -150,9 +151,7 @@ def _alternatives(words: Sequence[str]) -> str:
     return "|".join(sorted(words, key=len, reverse=True))
 
 
-_SHAPE_WORDS = {
-    word: shape for shape in SHAPES + NOVEL_SHAPES for word in (shape, _plural(shape))
-}
+_SHAPE_WORDS = {word: shape for shape in SHAPES + NOVEL_SHAPES for word in (shape, _plural(shape))}
 _PART = (
     rf"(a|{_alternatives(list(COUNTS))})"
     rf"(?: ({_alternatives(list(SIZES))}))?"
@@ -190,7 +189,8 @@ def parse(text: str) -> Spec:
 
 def _part(groups: Sequence[str | None]) -> Part:
     number, size, color, shape = groups
-    assert number is not None and shape is not None  # the pattern demands both
+    assert number is not None  # the pattern demands it, and the shape
+    assert shape is not None
     return Part(_SHAPE_WORDS[shape], color=color, size=size, count=COUNTS.get(number, 1))
 
 
@@ -260,6 +260,7 @@ def _centres(spec: Spec, rng: random.Random) -> list[tuple[float, float]]:
     return [(CANVAS * x + i, CANVAS * y + j) for (x, y), (i, j) in zip(places, jitter, strict=True)]
 
 
+@functools.cache
 def outline(shape: str) -> list[list[tuple[float, float]]]:
     """Polygons of a shape around the origin for radius 1, y downwards; a second one is a hole."""
     if shape == "circle":
@@ -337,7 +338,11 @@ def changed(scene: Scene, attribute: str, rng: random.Random) -> Scene:
     """The scene with one attribute wrong: `shape`, `color`, `count` or `position`.
 
     A shape or colour changes in one object, a count by one object more or fewer (one to four
-    stay), a position by a swap of two objects or by a move to the canvas's other side.
+    stay; a lone object in the middle makes room for the second), a position by a swap of two
+    objects or by a move to the canvas's other side.
+
+    Raises:
+        ValueError: the attribute is unknown, or a position among more than two objects.
     """
     things = list(scene.things)
     i = rng.randrange(len(things))
@@ -351,8 +356,13 @@ def changed(scene: Scene, attribute: str, rng: random.Random) -> Scene:
         if len(things) > 1:
             del things[i]
         else:
-            things.append(replace(things[0], **_opposite(things[0])))
+            added = replace(things[0], **_opposite(things[0]))
+            if math.hypot(added.x - things[0].x, added.y - things[0].y) < 28:
+                things[0] = replace(things[0], **_opposite(added))
+            things.append(added)
     elif attribute == "position":
+        if len(things) > 2:
+            raise ValueError("a position is changed in scenes of one or two objects only")
         if len(things) == 2:
             a, b = things
             things = [replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)]
@@ -364,7 +374,7 @@ def changed(scene: Scene, attribute: str, rng: random.Random) -> Scene:
 
 
 def _opposite(thing: Thing) -> dict[str, float]:
-    """A centre on the other side of the canvas, clear of the old place."""
+    """The centre of the quarter of the canvas that is farthest from a thing."""
     cells = ((16, 16), (48, 48), (16, 48), (48, 16))
     x, y = max(cells, key=lambda place: (place[0] - thing.x) ** 2 + (place[1] - thing.y) ** 2)
     return {"x": float(x), "y": float(y)}

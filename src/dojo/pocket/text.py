@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
@@ -36,7 +37,7 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     )
 
 
-def _byte_pairs(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _byte_pairs(words: list[str]) -> tuple[dict[str, int], Any]:
     """Merges that make each word one token; ids in CLIP's order (bytes, merges, start, end)."""
     tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -44,10 +45,10 @@ def _byte_pairs(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]
         vocab_size=10_000, min_frequency=1, show_progress=False, end_of_word_suffix="</w>"
     )
     tokenizer.train_from_iterator(words, trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     alphabet = _clip_alphabet()
     symbols = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(p) for p in merges]
-    symbols = list(dict.fromkeys(symbols)) + ["<|startoftext|>", "<|endoftext|>"]
+    symbols = [*dict.fromkeys(symbols), "<|startoftext|>", "<|endoftext|>"]
     return {symbol: i for i, symbol in enumerate(symbols)}, merges
 
 
@@ -58,7 +59,7 @@ def _clip_alphabet() -> list[str]:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """A unigram vocabulary: a piece for each word of the grammar, single characters for the rest."""
+    """A unigram vocabulary: a piece for each word of the grammar, characters for the rest."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     pieces += [("▁" + word, -2.0) for word in grammar_words() if len(word) > 1]
     letters = string.ascii_letters + string.digits + string.punctuation

@@ -204,7 +204,7 @@ def _split_colors(patch: np.ndarray, nearest: np.ndarray, pixels: np.ndarray) ->
 
 def _nearest_core(patch: np.ndarray, cores: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Deals the pixels of a patch out to the nearest of several cores."""
-    owner = np.stack([ndimage.distance_transform_edt(~core) for core in cores]).argmin(axis=0)
+    owner = np.stack([_distance_to(core) for core in cores]).argmin(axis=0)
     return [patch & (owner == i) for i in range(len(cores))]
 
 
@@ -212,9 +212,16 @@ def _reaches(patches: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Each patch with the edge pixels around it: within 2 px, and nearer to it than to others."""
     if not patches:
         return []
-    distance = np.stack([ndimage.distance_transform_edt(~patch) for patch in patches])
+    distance = np.stack([_distance_to(patch) for patch in patches])
     owner = distance.argmin(axis=0)
     return [(owner == i) & (distance[i] <= 2.3) for i in range(len(patches))]
+
+
+def _distance_to(mask: np.ndarray) -> np.ndarray:
+    """Distance in pixels from every pixel to the nearest one of the mask."""
+    distance = ndimage.distance_transform_edt(~mask)
+    assert isinstance(distance, np.ndarray)  # one array where no indices are asked for
+    return distance
 
 
 def _measure(
@@ -267,7 +274,7 @@ def _split_touching(
     best = max(whole.shape_scores.values())
     if best > 0.8 or whole.area < 4 * DEFINITE_AREA:
         return None
-    depth = ndimage.distance_transform_edt(np.pad(patch, 1))[1:-1, 1:-1]
+    depth = _distance_to(~np.pad(patch, 1))[1:-1, 1:-1]
     for share in (0.4, 0.6, 0.8, 0.9):
         cores = _components(depth > share * depth.max(), 3)
         if len(cores) > 1:
