@@ -7,7 +7,7 @@ Pure functions of tensors. B is the batch; `clean`, `noise`, `noisy` and velocit
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -65,7 +65,8 @@ def draw_sigma(
         float32 [B] in [MIN_SIGMA, 1].
     """
     if scheme == "logit_normal":  # Equation 19, by the inverse of the normal's distribution
-        sigma = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(uniform))
+        quantile = cast(Tensor, torch.special.ndtri(uniform))  # pyright: ignore[reportUnknownMemberType]
+        sigma = torch.sigmoid(logit_mean + logit_std * quantile)
     elif scheme == "mode":  # Equation 20
         cosine = torch.cos(math.pi / 2 * uniform) ** 2
         sigma = 1 - uniform - mode_scale * (cosine - 1 + uniform)

@@ -139,10 +139,8 @@ def prepare(
     Args:
         texts: captions that are needed besides the samples': validation and negative prompts.
     """
-    vae = sd3.load_vae(config, model).to(run.device)  # pyright: ignore
-    train = data.Pictures(
-        sources.train, args, seed=run.seed, caption_dropout=cache.caption_dropout
-    )
+    vae = sd3.load_vae(config, model, run.device)
+    train = data.Pictures(sources.train, args, seed=run.seed, caption_dropout=cache.caption_dropout)
     # The held-out pictures are seen as they are.
     still = replace(args, random_flip=False, random_crop=False)
     held_out = (
@@ -167,7 +165,7 @@ def prepare(
 
     with run.phase("cache"):
         train, held_out = cached(train), cached(held_out) if held_out else None
-        captions = list(sources.train.captions) + [""]
+        captions = [*sources.train.captions, ""]
         others = [*texts, *(sources.held_out.captions if sources.held_out else [])]
         if cache.no_cache_text_embeddings:
             lookup = load_encoders()

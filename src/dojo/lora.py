@@ -6,6 +6,7 @@ that what is saved says its alpha and that what is loaded arrives.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig
@@ -85,7 +85,9 @@ def target_layers(model: nn.Module, choice: Sequence[str]) -> list[str]:
         try:
             matches = [name for name in linear if re.fullmatch(pattern, name)]
         except re.error as error:
-            raise UserError(f"--lora_layers: {word!r} is no regular expression ({error})") from error
+            raise UserError(
+                f"--lora_layers: {word!r} is no regular expression ({error})"
+            ) from error
         if not matches:
             raise UserError(
                 f"--lora_layers: {word!r} matches no linear layer; there are, for example, "
@@ -144,18 +146,39 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save(
-    folder: Path, transformer: nn.Module, pipeline: type[DiffusionPipeline] = StableDiffusion3Pipeline
+    folder: Path,
+    transformer: nn.Module,
+    pipeline: type[DiffusionPipeline] = StableDiffusion3Pipeline,
 ) -> None:
     """Writes `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`.
 
     The adapter's configuration goes into the file's header: without it diffusers would take alpha
-    for the rank.
+    for the rank. Equal weights give equal bytes.
     """
+    config = {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in transformer.peft_config[ADAPTER].to_dict().items()  # pyright: ignore
+    }
     pipeline.save_lora_weights(  # pyright: ignore
         folder,
         transformer_lora_layers=state(transformer),
-        transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),  # pyright: ignore
+        transformer_lora_adapter_metadata=config,
     )
+    _sort_header(folder / WEIGHTS)
+
+
+def _sort_header(path: Path) -> None:
+    """Puts the header's free text in alphabetical order; safetensors writes it in a random one.
+
+    The format is 8 bytes of header length, a JSON header padded with spaces, the tensors.
+    """
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = text + b" " * (-len(text) % 8)
+    path.write_bytes(len(padded).to_bytes(8, "little") + padded + content[8 + length :])
 
 
 def restore(folder: Path, transformer: nn.Module) -> None:

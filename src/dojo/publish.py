@@ -10,9 +10,20 @@ from typing import Any
 from dojo.checkpoint import write_file
 
 _SHOWN = (
-    "rank lora_alpha lora_layers learning_rate train_batch_size gradient_accumulation_steps "
-    "lr_scheduler mixed_precision resolution max_sequence_length flow_shift weighting_scheme seed"
-).split()
+    "rank",
+    "lora_alpha",
+    "lora_layers",
+    "learning_rate",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler",
+    "mixed_precision",
+    "resolution",
+    "max_sequence_length",
+    "flow_shift",
+    "weighting_scheme",
+    "seed",
+)
 
 _USE = """```python
 import torch

@@ -33,7 +33,10 @@ def normal(
 ) -> Tensor:
     """Standard normal noise, one generator per sample: float32 [len(keys), *shape]."""
     return torch.stack(
-        [torch.randn(*shape, generator=generator(*key, device=device), device=device) for key in keys]
+        [
+            torch.randn(*shape, generator=generator(*key, device=device), device=device)
+            for key in keys
+        ]
     )
 
 
@@ -45,4 +48,4 @@ def uniform(keys: Sequence[tuple[Key, ...]], device: torch.device | str = "cpu")
 
 def seed_global(*keys: Key) -> None:
     """Seeds torch's own generators, for what draws from them inside a network: dropout."""
-    torch.manual_seed(seed_for(*keys))
+    torch.manual_seed(seed_for(*keys))  # pyright: ignore[reportUnknownMemberType]

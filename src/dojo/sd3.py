@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -24,10 +24,12 @@ from diffusers import (
 )
 from torch import Tensor
 
-from dojo import flow, training
+from dojo import cost, flow
 from dojo.cli import UserError
 
-TEXT_FOLDERS = tuple(f"{part}{i}" for part in ("tokenizer", "text_encoder") for i in ("", "_2", "_3"))
+TEXT_FOLDERS = tuple(
+    f"{part}{i}" for part in ("tokenizer", "text_encoder") for i in ("", "_2", "_3")
+)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -99,9 +101,9 @@ class Config:
     """What is known of a model without its weights."""
 
     folder: Path
-    transformer: dict[str, object]
-    vae: dict[str, object]
-    scheduler: dict[str, object]
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
 
     @property
     def pixels_per_latent(self) -> int:
@@ -109,6 +111,12 @@ class Config:
         channels = self.vae["block_out_channels"]
         assert isinstance(channels, list | tuple)
         return 2 ** (len(channels) - 1)
+
+    @property
+    def clip_tokens(self) -> int:
+        """Length that the CLIP tokenizers pad to (77 for SD3.5)."""
+        path = self.folder / "tokenizer" / "tokenizer_config.json"
+        return int(json.loads(path.read_text())["model_max_length"])
 
     @property
     def pixel_step(self) -> int:
@@ -156,7 +164,9 @@ class Config:
 
     def make_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
         """The model's scheduler with another shift."""
-        return FlowMatchEulerDiscreteScheduler.from_config({**self.scheduler, "shift": shift})
+        config = {**self.scheduler, "shift": shift}
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
+        return scheduler
 
     def scaled(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """A draw from the autoencoder's posterior, as the transformer sees it: [B, C, h, w]."""
@@ -209,29 +219,32 @@ def open_model(args: ModelArgs) -> Config:
     return config
 
 
-def load_transformer(config: Config, args: ModelArgs, dtype: torch.dtype) -> SD3Transformer2DModel:
-    """The frozen MMDiT in `dtype`, in training mode when gradients are to be checkpointed."""
-    transformer = SD3Transformer2DModel.from_pretrained(
+def load_transformer(
+    config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
+) -> SD3Transformer2DModel:
+    """The frozen MMDiT in `dtype`."""
+    transformer: Any = SD3Transformer2DModel.from_pretrained(
         config.folder, subfolder="transformer", dtype=dtype, variant=args.variant
     )
     transformer.requires_grad_(False)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    return transformer
+    return transformer.to(device)
 
 
-def meta_transformer(config: Config) -> SD3Transformer2DModel:
-    """The MMDiT without memory for its weights, for counting."""
+def meta_transformer(config: Config, dtype: torch.dtype) -> SD3Transformer2DModel:
+    """The frozen MMDiT without memory for its weights, for counting."""
     with torch.device("meta"):
-        return SD3Transformer2DModel.from_config(config.transformer)
+        transformer: Any = SD3Transformer2DModel.from_config(config.transformer)
+    return transformer.to(dtype).requires_grad_(False)
 
 
-def load_vae(config: Config, args: ModelArgs) -> AutoencoderKL:
+def load_vae(config: Config, args: ModelArgs, device: torch.device) -> AutoencoderKL:
     """The frozen autoencoder in `--vae_dtype`."""
-    vae = AutoencoderKL.from_pretrained(
+    vae: Any = AutoencoderKL.from_pretrained(
         config.folder, subfolder="vae", dtype=DTYPES[args.vae_dtype], variant=args.variant
     )
-    return vae.requires_grad_(False).eval()
+    return vae.requires_grad_(False).eval().to(device)
 
 
 class TextEncoders:
@@ -242,7 +255,7 @@ class TextEncoders:
     ) -> None:
         self.max_sequence_length = args.max_sequence_length
         self.device = device
-        self.pipeline = StableDiffusion3Pipeline.from_pretrained(
+        self.pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
             config.folder, transformer=None, vae=None, dtype=dtype, variant=args.variant
         ).to(device)
 
@@ -263,7 +276,8 @@ class TextEncoders:
 @torch.no_grad()
 def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of the autoencoder's posterior, unscaled: pixels [B, 3, H, W] in [-1, 1]."""
-    distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    encoded: Any = vae.encode(pixels.to(vae.device, vae.dtype))  # pyright: ignore
+    distribution = encoded.latent_dist
     return distribution.mean, distribution.std
 
 
@@ -323,7 +337,7 @@ def training_cost(
     args: ModelArgs,
     batch_size: int,
     latent_shape: tuple[int, int, int],
-) -> training.Cost:
+) -> cost.Cost:
     """Operations and activations of one micro-batch on a model of the meta device."""
     dtype = next(p.dtype for p in transformer.parameters() if not p.requires_grad)
     for param in transformer.parameters():
@@ -331,7 +345,7 @@ def training_cost(
     transformer.train()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # pyright: ignore
-    tokens = 77 + args.max_sequence_length
+    tokens = config.clip_tokens + args.max_sequence_length
     width, pooled = config.transformer["joint_attention_dim"], "pooled_projection_dim"
     options = {"dtype": dtype, "device": "meta"}
     latents = torch.empty(batch_size, *latent_shape, **options)
@@ -342,4 +356,4 @@ def training_cost(
     def loss() -> Tensor:
         return velocity(transformer, latents, sigma, embeds, pooled_embeds, dtype).mean()
 
-    return training.count_cost(loss)
+    return cost.count_cost(loss)

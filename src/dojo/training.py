@@ -37,11 +37,11 @@ from accelerate.utils import (
 )
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from dojo import checkpoint
 from dojo.cli import TrainingStopped, UserError
+from dojo.cost import Cost
 
 Item = TypeVar("Item")
 Key = tuple[int | str, ...]
@@ -301,7 +301,7 @@ class Run:
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
     ) -> None:
-        """Writes `checkpoint-<step>` when it is due (every `checkpointing_steps` and at the end)."""
+        """Writes `checkpoint-<step>` when it is due: every `checkpointing_steps`, and the last."""
         due = self.step % self.args.checkpointing_steps == 0 or self.step == self.num_steps
         if not due:
             return
@@ -378,7 +378,7 @@ class Run:
         last = f"the last good checkpoint is {whole[-1][1]}" if whole else "there is no checkpoint"
         raise TrainingStopped(
             f"step {self.step + 1} is not finite: {what}; {last}. Try a lower --learning_rate, "
-            "--lr_warmup_steps, a smaller --max_grad_norm, or --mixed_precision bf16 instead of fp16"
+            "--lr_warmup_steps, a smaller --max_grad_norm, or bf16 instead of fp16"
         )
 
     # -- numbers ------------------------------------------------------------------------------
@@ -434,10 +434,14 @@ class Run:
             checkpoint.write_file(path, "".join(line + "\n" for line in kept))
         self.accelerator.wait_for_everyone()
 
-    def progress(self) -> tqdm[None]:
+    def progress(self) -> Any:
         """The bar over the optimizer steps, silent on other processes."""
         return tqdm(
-            total=self.num_steps, initial=self.step, desc="steps", disable=not self.main, smoothing=0.1
+            total=self.num_steps,
+            initial=self.step,
+            desc="steps",
+            disable=not self.main,
+            smoothing=0.1,
         )
 
 
@@ -458,7 +462,7 @@ def start(args: Any, run_args: RunArgs, optim: OptimArgs) -> Run:
             adjust_scheduler=False,
             sync_with_dataloader=False,
         ),
-        log_with=_trackers(run_args.report_to) if not run_args.dry_run else None,
+        log_with=None if run_args.dry_run else _trackers(run_args.report_to) or None,
         project_dir=run_args.output_dir / "logs",
         # Rank 0 may check and cache a large data set while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
@@ -501,7 +505,7 @@ def start(args: Any, run_args: RunArgs, optim: OptimArgs) -> Run:
     return run
 
 
-def _trackers(choice: str) -> list[str]:
+def _trackers(choice: str) -> list[Any]:
     if choice == "none":
         return []
     names = [name for name in TRACKERS if choice in (name, "all") and find_spec(name)]
@@ -632,34 +636,6 @@ def make_optimizer(
 
 
 # -- dry run ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one forward and backward pass costs."""
-
-    flops: int
-    """floating-point operations of the products, recomputation included"""
-    saved_bytes: int
-    """activations kept for the backward pass"""
-
-
-def count_cost(loss: Callable[[], Tensor]) -> Cost:
-    """Runs a loss and its backward pass, on the meta device usually, and counts."""
-    seen: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        # A tensor that several nodes keep is stored once.
-        seen[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-        kept.append(tensor)
-        return tensor
-
-    kept: list[Tensor] = []  # keeps the ids above from being given away again
-    with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            value = loss()
-        value.backward()
-    return Cost(counter.get_total_flops(), sum(seen.values()))
 
 
 def print_plan(run: Run, args: Any, model: nn.Module, cost: Cost, batch_size: int) -> None:

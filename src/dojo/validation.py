@@ -6,7 +6,6 @@ over the training density, so that its changes come from the weights alone.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from dojo import flow, rng, sd3
 from dojo.data.cache import collate
 from dojo.data.order import Draw
 from dojo.frozen import Frozen
+from dojo.pictures import slug, to_pil
 from dojo.training import Run
 
 
@@ -132,16 +132,17 @@ def pictures(
     run.accelerator.wait_for_everyone()
     model = run.accelerator.unwrap_model(transformer)
     model.eval()
-    pipeline = StableDiffusion3Pipeline(
+    absent: Any = None
+    pipeline: Any = StableDiffusion3Pipeline(
         transformer=model,
         scheduler=config.make_scheduler(shift),
         vae=frozen.vae,
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
-        text_encoder_2=None,  # pyright: ignore[reportArgumentType]
-        tokenizer_2=None,  # pyright: ignore[reportArgumentType]
-        text_encoder_3=None,  # pyright: ignore[reportArgumentType]
-        tokenizer_3=None,  # pyright: ignore[reportArgumentType]
+        text_encoder=absent,
+        tokenizer=absent,
+        text_encoder_2=absent,
+        tokenizer_2=absent,
+        text_encoder_3=absent,
+        tokenizer_3=absent,
     )
     pipeline.set_progress_bar_config(disable=True)
     wanted = [
@@ -157,7 +158,7 @@ def pictures(
     for i, prompt, seed in tqdm(mine, desc="validation", disable=not run.main, leave=False):
         embeds = {name: value.to(run.dtype) for name, value in frozen.text([prompt]).items()}
         with run.accelerator.autocast():
-            latents: Any = pipeline(
+            latents = pipeline(
                 **embeds,
                 **negative,
                 height=size[0],
@@ -166,7 +167,7 @@ def pictures(
                 guidance_scale=args.validation_guidance_scale,
                 generator=rng.generator(seed),
                 output_type="latent",
-            ).images  # pyright: ignore[reportAttributeAccessIssue]
+            ).images
         decoded = sd3.decode(frozen.vae, config, latents)
         to_pil(decoded)[0].save(folder / f"{i:02d}-{slug(prompt)}-seed{seed}.png")
     model.train()
@@ -181,15 +182,3 @@ def _track(run: Run, folder: Path) -> None:
     for tracker in run.accelerator.trackers:
         extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"validation": stack}, step=run.step, **extra)
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Float [B, 3, H, W] in [0, 1] to 8-bit pictures."""
-    rows = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(row) for row in rows]
-
-
-def slug(prompt: str) -> str:
-    """A prompt as part of a file name: letters and digits, at most 60 characters."""
-    words = re.sub(r"\W+", "_", prompt, flags=re.UNICODE).strip("_")
-    return words[:60] or "empty"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -139,7 +139,9 @@ def cache_folder(root: Path, kind: str, settings: Mapping[str, object]) -> Path:
 def describe(folder: Path, settings: Mapping[str, object]) -> None:
     """Writes beside the shards what they were made with, for a person who looks."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(settings, indent=1, sort_keys=True, default=str))
+    (folder / "settings.json").write_text(
+        json.dumps(settings, indent=1, sort_keys=True, default=str)
+    )
 
 
 def check_disk(folder: Path, num_bytes: int) -> None:
@@ -162,7 +164,12 @@ def check_disk(folder: Path, num_bytes: int) -> None:
 
 
 def checked(
-    source: Captioned, root: Path, *, on_bad_sample: str, num_threads: int, progress: bool
+    source: Captioned,
+    root: Path,
+    *,
+    on_bad_sample: Literal["skip", "error"],
+    num_threads: int,
+    progress: bool,
 ) -> tuple[list[int], list[BadReport]]:
     """`verify`, remembered by the samples' ids: files that did not change are not decoded again."""
     path = root / f"checked-{_digest([on_bad_sample, *source.ids])}.json"

@@ -9,6 +9,8 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from dojo.cli import UserError
+
 MAX_PIXELS = 89_478_485
 """Pictures with more pixels are refused (0.25 GiB as RGB; where Pillow begins to warn)."""
 
@@ -29,8 +31,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-from dojo.cli import UserError
 
 
 class BadSample(UserError):
