@@ -5,9 +5,10 @@ straight path from a latent to noise (Esser et al. 2024, arXiv:2403.03206, Equat
 
     z = (1 - sigma) x0 + sigma eps,    loss = w(sigma) |v(z, sigma, caption) - (eps - x0)|^2
 
-It departs from diffusers' example on purpose: the error of the velocity, not of the preconditioned
-clean estimate, is the default; sigma is continuous and float32; `--logit_mean` above zero means more
-noise; the second attention of SD3.5-Medium (attn2) gets adapters too; adapters are float32.
+It departs from diffusers' example on purpose: the error of the velocity, not that of the
+preconditioned clean estimate, is the default; sigma is continuous and float32; `--logit_mean` above
+zero means more noise; the second attention of SD3.5-Medium (attn2) gets adapters too; adapters are
+float32 whatever the base is.
 
     accelerate launch train_lora_sd3.py --pretrained_model_name_or_path models/pocket-sd3 \
         --dataset_name datas/pocket-hearts --resolution 64 --output_dir outputs/hearts
@@ -16,8 +17,7 @@ noise; the second attention of SD3.5-Medium (attn2) gets adapters too; adapters 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from pathlib import Path
 
 from dojo import cli, data, flow, frozen, lora, publish, rng, sd3, training, validation
 
@@ -51,10 +51,11 @@ def main(args: Args) -> None:
         sources = frozen.check_samples(run, sources, args.data, args.cache)
     run.plan(args.optim, sources.train.ids, {"size": args.data.size})
     if args.run.dry_run:
-        model = sd3.meta_transformer(config).to(run.dtype)
-        model.requires_grad_(False)
+        model = sd3.meta_transformer(config, run.dtype)
         lora.add(model, args.lora)
-        cost = sd3.training_cost(model, config, args.model, args.optim.train_batch_size, latent_shape)
+        cost = sd3.training_cost(
+            model, config, args.model, args.optim.train_batch_size, latent_shape
+        )
         return training.print_plan(run, args, model, cost, args.optim.train_batch_size)
     if run.finished(args.run.output_dir / lora.WEIGHTS):
         return None
@@ -63,7 +64,7 @@ def main(args: Args) -> None:
     )
 
     # -------------------------------------------------------------------------------- model
-    transformer = sd3.load_transformer(config, args.model, run.dtype).to(run.device)
+    transformer = sd3.load_transformer(config, args.model, run.dtype, run.device)
     rng.seed_global(run.seed, "adapter")
     params = lora.add(transformer, args.lora)
     optimizer, schedule = training.make_optimizer(params, args.optim, run)
@@ -71,7 +72,7 @@ def main(args: Args) -> None:
     model, optimizer = run.accelerator.prepare(transformer, optimizer)
     model.train()
 
-    def save(folder: training.Path) -> None:
+    def save(folder: Path) -> None:
         lora.save(folder, transformer)
 
     def validate() -> None:
@@ -124,7 +125,7 @@ def main(args: Args) -> None:
         if grad_norm is None:
             continue
         bar.update()
-        row = run.log_step(schedule.get_last_lr()[0], grad_norm)
+        row = run.log_step(float(schedule.get_last_lr()[0]), grad_norm)
         if row is not None:
             bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
         if args.validation.due(run.step, run.num_steps):
