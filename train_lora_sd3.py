@@ -39,7 +39,7 @@ class Args:
 def main(args: Args) -> None:
     """Trains from the options to the saved adapter."""
     # ---------------------------------------------------------------------------------- run
-    run = training.start(args, args.run, args.optim)
+    run = training.start(args.run, args.optim)
     config = sd3.open_model(args.model)
     height, width = args.data.size
     latent_shape = config.latent_shape(height, width)
@@ -49,7 +49,7 @@ def main(args: Args) -> None:
     sources = frozen.open_sources(run, args.data, args.cache)
     if not args.run.dry_run:
         sources = frozen.check_samples(run, sources, args.data, args.cache)
-    run.plan(args.optim, sources.train.ids, {"size": args.data.size})
+    run.plan(args.optim, len(sources.train), sources.fingerprint(args.data.size))
     if args.run.dry_run:
         model = sd3.meta_transformer(config, run.dtype)
         lora.add(model, args.lora)
@@ -57,7 +57,7 @@ def main(args: Args) -> None:
             model, config, args.model, args.optim.train_batch_size, latent_shape
         )
         return training.print_plan(run, args, model, cost, args.optim.train_batch_size)
-    if run.finished(args.run.output_dir / lora.WEIGHTS):
+    if not run.begin(args, lora.WEIGHTS):
         return None
     fixed = frozen.prepare(
         run, sources, config, args.model, args.data, args.cache, args.validation.texts
@@ -76,27 +76,14 @@ def main(args: Args) -> None:
         lora.save(folder, transformer)
 
     def validate() -> None:
-        with run.phase("validation"):
-            if fixed.held_out is not None:
-                run.write_metrics(
-                    validation.eval_loss(
-                        run, model, fixed, config, args.noise, args.validation, shift
-                    )
-                )
-            if args.validation.validation_prompt:
-                validation.pictures(
-                    run, model, fixed, config, args.validation, shift, args.data.size
-                )
+        validation.validate(
+            run, model, fixed, config, args.noise, args.validation, shift, args.data.size
+        )
 
     # --------------------------------------------------------------------------------- loop
     if run.step == 0:
         validate()
-    loader = fixed.loader(
-        run,
-        args.optim.train_batch_size,
-        args.optim.gradient_accumulation_steps,
-        args.data.dataloader_num_workers,
-    )
+    loader = fixed.loader(run, args.optim.train_batch_size, args.data.dataloader_num_workers)
     bar = run.progress()
     for batch in run.timed(loader):
         if run.step >= run.num_steps:

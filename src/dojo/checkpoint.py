@@ -30,8 +30,9 @@ class State:
 
     step: int
     """optimizer steps done"""
+    samples: int
+    """samples used so far, over all processes (steps that fp16 skipped used some too)"""
     seed: int
-    num_processes: int
     batch_size: int
     """samples per optimizer step over all processes"""
     data: str
@@ -151,17 +152,15 @@ def load_training(
     optimizer: torch.optim.Optimizer,
     schedule: LRScheduler,
     scaler: Any | None,
-    device: torch.device,
 ) -> None:
     """Puts everything but the weights back.
 
     Raises:
         UserError: the checkpoint was made under fp16 and the run is not, or the reverse.
     """
-    optimizer.load_state_dict(
-        torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
-    )
-    schedule.load_state_dict(torch.load(folder / "schedule.pt", weights_only=True))
+    # To the CPU first; the optimizer moves its state to where the weights are.
+    for part, file in ((optimizer, "optimizer.pt"), (schedule, "schedule.pt")):
+        part.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
     saved = folder / "scaler.json"
     if saved.is_file() != (scaler is not None):
         raise UserError(f"{folder}: --mixed_precision fp16 must be the same when a run goes on")
@@ -172,18 +171,18 @@ def load_training(
 def check_same_run(folder: Path, saved: State, now: State) -> None:
     """Refuses to go on with other data, seed or batch: the result would be neither run's.
 
+    The number of processes may change as long as the samples per step stay the same.
+
     Raises:
         UserError: naming what differs.
     """
     for name, advice in (
         ("seed", "the --seed"),
         ("batch_size", "the samples per step (batch size, accumulation, processes)"),
-        ("num_processes", "the number of processes"),
         ("data", "the training data (pictures, captions, resolution)"),
     ):
         if getattr(saved, name) != getattr(now, name):
             raise UserError(
                 f"{folder} was made with another value of {advice}: "
-                f"{getattr(saved, name)}, now {getattr(now, name)}; start a new --output_dir "
-                "(--init weights from this one if you want to build on it)"
+                f"{getattr(saved, name)}, now {getattr(now, name)}; start a new --output_dir"
             )

@@ -7,6 +7,7 @@ the loop then asks `latents(batch)` and `text(captions)` without knowing which w
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +24,21 @@ from dojo.training import Run
 
 @dataclass
 class Sources:
-    """The samples to train on and those held out, not yet checked."""
+    """The samples to train on, those held out, and what was left out when they were checked."""
 
     train: data.Captioned
     held_out: data.Captioned | None
+    left_out: tuple[data.BadReport, ...] = ()
+
+    def fingerprint(self, size: tuple[int, int]) -> str:
+        """Identifies what is trained on: samples, captions, order, size."""
+        words = [str(size), *self.train.ids, *self.train.captions]
+        return hashlib.blake2b("\n".join(words).encode(), digest_size=8).hexdigest()
+
+    def report(self) -> str:
+        """The content of data_report.json."""
+        counts = {"train": len(self.train), "held_out": len(self.held_out or ())}
+        return json.dumps({**counts, "left_out": [asdict(row) for row in self.left_out]}, indent=1)
 
 
 @dataclass
@@ -52,15 +64,13 @@ class Frozen:
         """`prompt_embeds` and `pooled_prompt_embeds` of captions, on the device."""
         return {name: value.to(self.device) for name, value in self.lookup(captions).items()}
 
-    def loader(
-        self, run: Run, batch_size: int, accumulation: int, num_workers: int
-    ) -> DataLoader[data.Batch]:
-        """Batches of this process from the run's step on, without end."""
+    def loader(self, run: Run, batch_size: int, num_workers: int) -> DataLoader[data.Batch]:
+        """Batches of this process from where the run stands, without end."""
         batches = data.Batches(
             len(self.train),
             batch_size,
             seed=run.seed,
-            first_batch=run.step * accumulation,
+            first_batch=run.samples // (batch_size * run.accelerator.num_processes),
             **run.share,
         )
         return DataLoader(
@@ -111,18 +121,11 @@ def check_samples(
     if sources.held_out is not None:
         held_out, more = check(sources.held_out)
         bad = bad + more
-    counts = f"{len(train)} to train on, {len(held_out) if held_out else 0} held out"
+    counts = f"{len(train)} to train on, {len(held_out or ())} held out"
     run.say(f"pictures: {counts}, {len(bad)} left out")
     for row in bad[:10]:
         run.say(f"  left out: {row.name}: {row.reason}")
-    if run.main:
-        report = {
-            "train": len(train),
-            "held_out": len(held_out) if held_out else 0,
-            "left_out": [asdict(row) for row in bad],
-        }
-        checkpoint.write_file(run.output_dir / "data_report.json", json.dumps(report, indent=1))
-    return Sources(train, held_out)
+    return Sources(train, held_out, tuple(bad))
 
 
 def prepare(
@@ -139,6 +142,8 @@ def prepare(
     Args:
         texts: captions that are needed besides the samples': validation and negative prompts.
     """
+    if run.main:
+        checkpoint.write_file(run.output_dir / "data_report.json", sources.report())
     vae = sd3.load_vae(config, model, run.device)
     train = data.Pictures(sources.train, args, seed=run.seed, caption_dropout=cache.caption_dropout)
     # The held-out pictures are seen as they are.
@@ -157,6 +162,7 @@ def prepare(
             lambda pixels: sd3.posterior(vae, pixels),
             cache.latent_cache_dir,
             {"vae": sd3.fingerprint(config.folder, ["vae"]), "dtype": model.vae_dtype},
+            latent_shape=config.latent_shape(*args.size),
             **run.share,
         )
 

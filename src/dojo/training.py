@@ -6,7 +6,6 @@ the step, writes metrics and checkpoints, and stops when numbers are no longer f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -175,6 +174,7 @@ class Run:
         self.samples_per_step = 0
         self.epoch_length = 1.0
         self.flops_per_sample = 0.0
+        self.samples = 0  # used so far, over all processes
         self._resumed: Path | None = None
         self._skipped = 0
         self._data = ""
@@ -244,23 +244,49 @@ class Run:
 
     # -- length and resume --------------------------------------------------------------------
 
-    def plan(self, optim: OptimArgs, ids: Sequence[str], settings: Mapping[str, object]) -> None:
-        """Fixes the length of the run from the data: `ids` of the samples in order."""
+    def plan(self, optim: OptimArgs, num_samples: int, fingerprint: str) -> None:
+        """Fixes the length of the run; `fingerprint` identifies the samples and their order."""
         processes = self.accelerator.num_processes
-        self.num_steps = optim.num_steps(len(ids), processes)
+        self.num_steps = optim.num_steps(num_samples, processes)
         self.samples_per_step = optim.samples_per_step(processes)
-        self.epoch_length = optim.epoch_length(len(ids), processes)
-        words = "\n".join([*ids, json.dumps(settings, sort_keys=True)])
-        self._data = hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
+        self.epoch_length = optim.epoch_length(num_samples, processes)
+        self._data = fingerprint
 
-    def finished(self, result: Path) -> bool:
-        """Whether this run is over and its result is there: then nothing is to be done."""
-        marker = self.output_dir / "finished.json"
-        if not (marker.is_file() and result.exists()):
+    def begin(self, args: Any, result: str) -> bool:
+        """Opens the output folder: args.json, metrics, trackers.
+
+        Args:
+            args: the script's options, for args.json.
+            result: file or folder in the output folder that a finished run has.
+        Returns:
+            False when the run is finished already; then nothing is touched.
+        Raises:
+            UserError: the folder holds another run.
+        """
+        folder = self.output_dir
+        marker = folder / "finished.json"
+        done = marker.is_file() and json.loads(marker.read_text())["step"] >= self.num_steps
+        wanted = self.args.resume_from_checkpoint is not None or _same_options(folder, args)
+        if done and wanted and (folder / result).exists() and not self.args.overwrite_output_dir:
+            self.say(f"{folder} is finished ({self.num_steps} steps): nothing to do")
+            self.accelerator.end_training()
             return False
-        if json.loads(marker.read_text())["step"] < self.num_steps:
-            return False
-        self.say(f"{self.output_dir} is finished ({self.num_steps} steps): nothing to do")
+        occupied = marker.is_file() or bool(checkpoint.existing(folder))
+        self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
+        if occupied and self.args.resume_from_checkpoint is None:
+            if not self.args.overwrite_output_dir:
+                raise UserError(
+                    f"--output_dir {folder} holds a run already: continue it with "
+                    "--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or "
+                    "choose another folder"
+                )
+            if self.main:
+                _remove_run(folder, result)
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_file(folder / "args.json", json.dumps(record(args, self), indent=1))
+        self.accelerator.wait_for_everyone()
+        self.accelerator.init_trackers(self.args.tracker_project_name, config=_flat(args))
         return True
 
     def resume(
@@ -275,10 +301,8 @@ class Run:
             state = checkpoint.read_state(folder)
             checkpoint.check_same_run(folder, state, self._state())
             load_weights(folder)
-            checkpoint.load_training(
-                folder, optimizer, schedule, self.accelerator.scaler, self.device
-            )
-            self.step = state.step
+            checkpoint.load_training(folder, optimizer, schedule, self.accelerator.scaler)
+            self.step, self.samples = state.step, state.samples
             self._loss.fill_(state.loss_sum)
             self._loss_count = state.loss_count
             self.say(f"resuming from {folder} at step {state.step}")
@@ -287,8 +311,8 @@ class Run:
     def _state(self) -> checkpoint.State:
         return checkpoint.State(
             step=self.step,
+            samples=self.samples,
             seed=self.seed,
-            num_processes=self.accelerator.num_processes,
             batch_size=self.samples_per_step,
             data=self._data,
             loss_sum=float(self._reduced_loss()),
@@ -346,6 +370,7 @@ class Run:
         """
         self.accelerator.backward(loss)
         self._micro_loss += loss.detach()
+        self.samples += self.samples_per_step // self.accelerator.gradient_accumulation_steps
         if not self.accelerator.sync_gradients:
             return None
         norm = self.accelerator.clip_grad_norm_(params, max_grad_norm)
@@ -448,12 +473,11 @@ class Run:
 # -- start ------------------------------------------------------------------------------------
 
 
-def start(args: Any, run_args: RunArgs, optim: OptimArgs) -> Run:
-    """Opens the processes and the output folder, settles the seed, writes args.json.
+def start(run_args: RunArgs, optim: OptimArgs) -> Run:
+    """Opens the processes, finds the checkpoint to resume, settles the seed; writes nothing.
 
     Raises:
-        UserError: the folder holds another run, a tracker is not installed, or a checkpoint is
-            not there.
+        UserError: a tracker is not installed, or a checkpoint is not there.
     """
     accelerator = accelerate.Accelerator(
         mixed_precision=run_args.mixed_precision,
@@ -480,29 +504,20 @@ def start(args: Any, run_args: RunArgs, optim: OptimArgs) -> Run:
     seed = _settle_seed(run_args, resumed)
     run = Run(accelerator, run_args, seed)
     run._resumed = resumed
-    if run_args.dry_run:
-        return run
-    occupied = (folder / "finished.json").is_file() or bool(checkpoint.existing(folder))
-    finished = (folder / "finished.json").is_file() and _same_options(folder, args)
-    accelerator.wait_for_everyone()
-    if occupied and run_args.resume_from_checkpoint is None and not finished:
-        if not run_args.overwrite_output_dir:
-            raise UserError(
-                f"--output_dir {folder} holds a run already: continue it with "
-                "--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or "
-                "choose another folder"
-            )
-        if accelerator.is_main_process:
-            shutil.rmtree(folder)
     if run_args.resume_from_checkpoint == "latest" and resumed is None:
         run.say(f"no checkpoint in {folder} yet: starting from zero")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not finished:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_file(folder / "args.json", json.dumps(record(args, run), indent=1))
-    if not finished:
-        accelerator.init_trackers(run_args.tracker_project_name, config=_flat(args))
     return run
+
+
+def _remove_run(folder: Path, result: str) -> None:
+    """Removes what a run wrote, and nothing else that may lie in its folder."""
+    names = "args.json metrics.jsonl finished.json data_report.json README.md scheduler logs"
+    own = [folder / name for name in [*names.split(), "validation", result]]
+    for path in [*own, *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _trackers(choice: str) -> list[Any]:

@@ -67,6 +67,24 @@ class ValidationArgs:
         return step % self.validation_steps == 0 or step == num_steps
 
 
+def validate(
+    run: Run,
+    transformer: nn.Module,
+    frozen: Frozen,
+    config: sd3.Config,
+    noise_args: sd3.NoiseArgs,
+    args: ValidationArgs,
+    shift: float,
+    size: tuple[int, int],
+) -> None:
+    """The eval loss, if pictures are held out, and the pictures, if there are prompts."""
+    with run.phase("validation"):
+        if frozen.held_out is not None:
+            run.write_metrics(eval_loss(run, transformer, frozen, config, noise_args, args, shift))
+        if args.validation_prompt:
+            pictures(run, transformer, frozen, config, args, shift, size)
+
+
 @torch.no_grad()
 def eval_loss(
     run: Run,

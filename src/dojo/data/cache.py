@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -265,6 +266,7 @@ def cache_latents(
     root: Path,
     settings: Mapping[str, object],
     *,
+    latent_shape: tuple[int, int, int],
     process: int = 0,
     num_processes: int = 1,
 ) -> Latents:
@@ -276,6 +278,7 @@ def cache_latents(
         encode: pixels [B, 3, H, W] to mean and std; the batches are cut within a shard, so that a
             sample's numbers do not depend on which shards were there before.
         settings: what the numbers depend on besides the picture: autoencoder, dtype.
+        latent_shape: [C, h, w], to estimate the room on the disk.
     """
     flips = (False, True) if pictures.random_flip else (False,)
     size = [pictures.height, pictures.width]
@@ -304,8 +307,8 @@ def cache_latents(
     missing = sum(len(shards.members[k]) for k in shards.missing())
     if missing and process == 0:
         describe(folder, settings)
-        # 16 channels at an eighth of the size, mean and std, float32.
-        check_disk(folder, missing * len(flips) * 2 * 16 * (size[0] // 8) * (size[1] // 8) * 4)
+        # Mean and std in float32.
+        check_disk(folder, missing * len(flips) * 2 * 4 * math.prod(latent_shape))
     shards.fill(make, title="caching latents", process=process, num_processes=num_processes)
     return Latents(pictures, shards)
 

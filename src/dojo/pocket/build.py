@@ -47,7 +47,7 @@ class Args:
     """photographs that were not trained on, for the report"""
     vae_steps: int = 4500
     """steps of 32 pictures for the autoencoder"""
-    sd3_steps: int = 9000
+    sd3_steps: int = 5500
     """steps of 64 latents for the MMDiT and its text encoders"""
     clip_steps: int = 3000
     """steps of 128 pairs for pocket-clip"""
@@ -70,9 +70,11 @@ def optimise(
     *,
     steps: int,
     learning_rate: float,
+    decay: float,
 ) -> None:
-    """AdamW with a warm-up and a cosine to zero; state to disk every `SAVE_EVERY` steps.
+    """AdamW with a warm-up, a plateau and a cosine to zero over the last share `decay`.
 
+    The state goes to disk every `SAVE_EVERY` steps.
     `loss_at(step)` draws its batch from the step's number alone, so a run that was stopped goes on
     exactly where it was.
     """
@@ -81,7 +83,7 @@ def optimise(
     warmup = min(200, steps // 10 + 1)
 
     def factor(step: int) -> float:
-        progress = min(1.0, step / steps)
+        progress = min(1.0, max(0.0, step / steps - (1 - decay)) / decay)
         return min(1.0, (step + 1) / warmup) * 0.5 * (1 + float(np.cos(np.pi * progress)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -192,7 +194,7 @@ def train_vae(args: Args) -> Any:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return error.square().mean() + 0.1 * error.abs().mean() + 5e-4 * kl
 
-    optimise("vae", args, [vae], loss_at, steps=args.vae_steps, learning_rate=2e-3)
+    optimise("vae", args, [vae], loss_at, steps=args.vae_steps, learning_rate=2e-3, decay=1.0)
     mean, std = encode(vae, known[:2000], args.device)
     vae.register_to_config(
         shift_factor=round(mean.mean().item(), 4),
@@ -312,7 +314,15 @@ def train_sd3(args: Args, vae: Any) -> StableDiffusion3Pipeline:
             )[0]
         return flow.squared_error(predicted, flow.velocity(clean, noise)).mean()
 
-    optimise("sd3", args, modules, loss_at, steps=args.sd3_steps, learning_rate=1.2e-3)
+    optimise(
+        "sd3",
+        args,
+        modules,
+        loss_at,
+        steps=args.sd3_steps,
+        learning_rate=1e-3,
+        decay=0.3,
+    )
     return pipeline
 
 
@@ -360,7 +370,7 @@ def train_clip(args: Args, vae: Any) -> CLIPModel:
         target = same / same.sum(1, keepdim=True)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    optimise("clip", args, [clip], loss_at, steps=args.clip_steps, learning_rate=1e-3)
+    optimise("clip", args, [clip], loss_at, steps=args.clip_steps, learning_rate=1e-3, decay=1.0)
     return clip
 
 
