@@ -53,6 +53,8 @@ class Args:
     """steps of 128 pairs for pocket-clip"""
     num_scenes: int = 60_000
     """scenes in the training set of the MMDiT"""
+    report_captions: int = 500
+    """captions that the report draws in each of its four settings"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """where to train"""
 
@@ -439,7 +441,7 @@ def report(args: Args, seconds: dict[str, float]) -> None:
     """Scores the saved models as a user would load them and writes models/README.md."""
     folder = args.models_dir / "pocket-sd3"
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder).to(args.device)
-    captions = scenes.evaluation_captions(500, seed=0)
+    captions = scenes.evaluation_captions(args.report_captions, seed=0)
     columns: dict[str, dict[str, float]] = {}
     for guidance in (4.0, 1.0):
         for t5_length in (text.T5_LENGTH, 256):
@@ -482,8 +484,9 @@ def report(args: Args, seconds: dict[str, float]) -> None:
         "",
         "## What pocket-sd3 draws",
         "",
-        "Strict score (everything in the caption holds) over the 500 captions of",
-        "`scenes.evaluation_captions(500, seed=0)`, one picture each with seed = number of the",
+        "Strict score (everything in the caption holds) over the captions of",
+        f"`scenes.evaluation_captions({len(captions)}, seed=0)`, one picture each with seed =",
+        "number of the",
         "caption, 20 steps; `overall` is the mean of the six tasks, `graded` the verifier's",
         "partial credit.",
         "",

@@ -1,0 +1,166 @@
+"""demo.py: what it draws, what it writes beside the pictures, and how it says no."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import demo
+from dojo import cli, lora, sd3
+from dojo.cli import UserError
+
+
+def parse(*flags: str) -> demo.Args:
+    return cli.parse(demo.Args, None, flags)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA folder that changes pictures, with the scheduler of its training (shift 7)."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = sd3.open_model(sd3.ModelArgs(pretrained_model_name_or_path=str(tiny_sd3)))
+    model = sd3.load_transformer(
+        config,
+        sd3.ModelArgs(pretrained_model_name_or_path=str(tiny_sd3)),
+        torch.float32,
+        torch.device("cpu"),
+    )
+    torch.manual_seed(0)
+    for param in lora.add(model, lora.LoraArgs(rank=2, lora_layers=("all-linear",))):
+        param.data = torch.randn_like(param)
+    lora.save(folder, model)
+    config.make_scheduler(7.0).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def flags_for(model: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("--pretrained_model_name_or_path", str(model), "--output_dir", str(out)),
+        *("--num_inference_steps", "2", "--max_sequence_length", "24", *more),
+    ]
+
+
+def test_prompts_from_flags_and_files_get_safe_names_and_a_record(
+    tiny_sd3: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "two rings"}\n\n{"text": "一颗红心"}\n', encoding="utf-8")
+    more = ("--prompt", "a/b: *?", "--prompt_file", str(file), "--num_images_per_prompt", "2")
+    demo.main(parse(*flags_for(tiny_sd3, tmp_path / "out", *more, "--seed", "4")))
+    record = json.loads((tmp_path / "out" / "prompts.json").read_text(encoding="utf-8"))
+    assert [row["prompt"] for row in record["pictures"]] == [
+        *["a/b: *?"] * 2,
+        *["two rings"] * 2,
+        *["一颗红心"] * 2,
+    ]
+    assert [row["seed"] for row in record["pictures"]] == [4, 5] * 3
+    assert record["pictures"][0]["file"] == "0000-a_b-seed4.png"
+    for row in record["pictures"]:
+        assert Image.open(tmp_path / "out" / row["file"]).size == (64, 64)
+
+
+def test_a_picture_depends_on_its_own_seed_alone(tiny_sd3: Path, tmp_path: Path) -> None:
+    for out, more in (
+        ("many", ("--num_images_per_prompt", "2", "--seed", "4")),
+        ("one", ("--seed", "5")),
+    ):
+        demo.main(parse(*flags_for(tiny_sd3, tmp_path / out, "--prompt", "a star", *more)))
+    many = Image.open(tmp_path / "many" / "0000-a_star-seed5.png")
+    one = Image.open(tmp_path / "one" / "0000-a_star-seed5.png")
+    difference = torch.tensor(list(many.tobytes())) - torch.tensor(list(one.tobytes()))
+    assert difference.abs().max() <= 1  # a batch of two rounds differently
+
+
+def test_compare_lays_base_and_lora_side_by_side(
+    tiny_sd3: Path, adapter: Path, tmp_path: Path
+) -> None:
+    prompt = ("--prompt", "a star", "--seed", "1")
+    demo.main(parse(*flags_for(tiny_sd3, tmp_path / "base", *prompt)))
+    tuned = ("--lora_weights_path", str(adapter), "--compare")
+    demo.main(parse(*flags_for(tiny_sd3, tmp_path / "both", *prompt, *tuned)))
+    grid = Image.open(tmp_path / "both" / "compare.png")
+    base = Image.open(tmp_path / "base" / "0000-a_star-seed1.png")
+    after = Image.open(tmp_path / "both" / "0000-a_star-seed1.png")
+    # The cells of the grid, scaled by whole numbers, hold exactly these pictures.
+    for left, picture in ((150, base), (150 + 198, after)):
+        cell = grid.crop((left, 26, left + 192, 26 + 192))
+        assert cell.tobytes() == picture.resize((192, 192), Image.Resampling.NEAREST).tobytes()
+    assert base.tobytes() != after.tobytes()
+
+
+def test_scale_zero_is_the_base_with_the_loras_scheduler(
+    tiny_sd3: Path, adapter: Path, tmp_path: Path
+) -> None:
+    prompt = ("--prompt", "a star", "--seed", "1")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / lora.WEIGHTS).write_bytes((adapter / lora.WEIGHTS).read_bytes())
+    demo.main(parse(*flags_for(tiny_sd3, tmp_path / "base", *prompt)))
+    pictures = {}
+    for name, folder in (("bare", bare), ("shifted", adapter)):
+        off = ("--lora_weights_path", str(folder), "--lora_scale", "0")
+        demo.main(parse(*flags_for(tiny_sd3, tmp_path / name, *prompt, *off)))
+        pictures[name] = Image.open(tmp_path / name / "0000-a_star-seed1.png").tobytes()
+    base = Image.open(tmp_path / "base" / "0000-a_star-seed1.png").tobytes()
+    assert pictures["bare"] == base
+    assert pictures["shifted"] != base
+
+
+def test_a_lora_that_does_not_fit_is_an_error(
+    tiny_sd3: Path, adapter: Path, tmp_path: Path
+) -> None:
+    alien = {
+        f"lora_unet_{name.replace('.', '_')}": value
+        for name, value in load_file(adapter / lora.WEIGHTS).items()
+    }
+    save_file(alien, tmp_path / "alien.safetensors")
+    more = ("--prompt", "a star", "--lora_weights_path", str(tmp_path / "alien.safetensors"))
+    with pytest.raises(UserError, match=r"alien\.safetensors"):
+        demo.main(parse(*flags_for(tiny_sd3, tmp_path, *more)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--pretrained_model_name_or_path", "models/none"), "there is no folder models/none"),
+        (("--lora_weights_path", "none.safetensors"), "there is no file or folder"),
+        (("--prompt_file", "none.txt"), "none.txt cannot be read"),
+        (("--offload", "model"), "needs a CUDA device"),
+        (("--device", "cuda"), "this machine has none"),
+    ],
+)
+def test_mistakes_are_one_clear_sentence(
+    tiny_sd3: Path, tmp_path: Path, flags: tuple[str, str], message: str
+) -> None:
+    if torch.cuda.is_available() and flags[0] in ("--offload", "--device"):
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match=message):
+        demo.main(parse(*flags_for(tiny_sd3, tmp_path, "--prompt", "x", *flags)))
+
+
+def test_mistakes_end_with_exit_code_two(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ["demo.py", "--prompt", "x", "--pretrained_model_name_or_path", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(demo.main, demo.Args, demo.__doc__)
+    assert ended.value.code == 2
+    assert "has no model_index.json" in capsys.readouterr().err
+    for wrong in ((), ("--compare", "--prompt", "x"), ("--promt", "x")):
+        with pytest.raises(SystemExit) as ended:
+            parse("--pretrained_model_name_or_path", "x", *wrong)
+        assert ended.value.code == 2
+
+
+def test_skip_layer_guidance_reaches_the_pipeline(tiny_sd3: Path, tmp_path: Path) -> None:
+    slg = ("--skip_guidance_layers", "1", "--skip_layer_guidance_stop", "1")
+    pictures = []
+    for name, more in (("plain", ()), ("guided", slg)):
+        prompt = ("--prompt", "a star", "--seed", "1", "--num_inference_steps", "4")
+        demo.main(parse(*flags_for(tiny_sd3, tmp_path / name, *prompt, *more)))
+        pictures.append(Image.open(tmp_path / name / "0000-a_star-seed1.png").tobytes())
+    assert pictures[0] != pictures[1]
