@@ -17,6 +17,7 @@ float32 whatever the base is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dojo import cli, data, flow, frozen, lora, publish, rng, sd3, training, validation
@@ -50,13 +51,15 @@ def main(args: Args) -> None:
     if not args.run.dry_run:
         sources = frozen.check_samples(run, sources, args.data, args.cache)
     run.plan(args.optim, len(sources.train), sources.fingerprint(args.data.size))
+    batch_size = args.optim.train_batch_size
+    cost = partial(
+        sd3.training_cost,
+        *(config, args.model, run.dtype, partial(lora.add, args=args.lora)),
+        *(batch_size, latent_shape),
+    )
     if args.run.dry_run:
-        model = sd3.meta_transformer(config, run.dtype)
-        lora.add(model, args.lora)
-        cost = sd3.training_cost(
-            model, config, args.model, args.optim.train_batch_size, latent_shape
-        )
-        return training.print_plan(run, args, model, cost, args.optim.train_batch_size)
+        planned = cost(checkpointing=args.model.gradient_checkpointing)
+        return training.print_plan(run, args, *planned, batch_size)
     if not run.begin(args, lora.WEIGHTS):
         return None
     fixed = frozen.prepare(
@@ -68,6 +71,7 @@ def main(args: Args) -> None:
     rng.seed_global(run.seed, "adapter")
     params = lora.add(transformer, args.lora)
     optimizer, schedule = training.make_optimizer(params, args.optim, run)
+    run.watch_flops(lambda: cost(checkpointing=False)[1], batch_size)
     run.resume(lambda folder: lora.restore(folder, transformer), optimizer, schedule)
     model, optimizer = run.accelerator.prepare(transformer, optimizer)
     model.train()
@@ -83,7 +87,7 @@ def main(args: Args) -> None:
     # --------------------------------------------------------------------------------- loop
     if run.step == 0:
         validate()
-    loader = fixed.loader(run, args.optim.train_batch_size, args.data.dataloader_num_workers)
+    loader = fixed.loader(run, batch_size, args.data.dataloader_num_workers)
     bar = run.progress()
     for batch in run.timed(loader):
         if run.step >= run.num_steps:

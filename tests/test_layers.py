@@ -27,19 +27,20 @@ ALLOWED: dict[str, set[str]] = {
     # procedures
     "rollout": {"flow", "ddpm", "policy", "preference", "gaussian", "rng"},
     # parts
+    "cost": set(),
+    "pictures": set(),
     "data": {"cli", "rng"},
     "lora": {"cli"},
-    "pictures": {"cli"},
-    "checkpoint": {"cli", "rng"},
+    "checkpoint": {"cli"},
     "download": {"cli"},
     "publish": {"cli", "checkpoint"},
     "bench": {"cli"},
-    "training": {"cli", "rng", "checkpoint"},
-    "sd3": {"cli", "flow", "rng", "training"},
-    "sd15": {"cli", "ddpm", "rng", "training"},
+    "training": {"cli", "rng", "checkpoint", "cost"},
+    "sd3": {"cli", "flow", "rng", "cost"},
+    "sd15": {"cli", "ddpm", "rng", "cost"},
     "frozen": {"cli", "checkpoint", "data", "sd3", "training"},
     "validation": {"cli", "flow", "rng", "data", "frozen", "pictures", "sd3", "training"},
-    "pocket": {"cli", "flow", "ddpm", "rng", "sd3", "sd15", "validation"},
+    "pocket": {"cli", "flow", "ddpm", "rng", "lora"},
     "rewards": {"cli", "pocket.verifier"},
 }
 GROUND = {"gaussian", "rng"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -232,13 +232,6 @@ def load_transformer(
     return transformer.to(device)
 
 
-def meta_transformer(config: Config, dtype: torch.dtype) -> SD3Transformer2DModel:
-    """The frozen MMDiT without memory for its weights, for counting."""
-    with torch.device("meta"):
-        transformer: Any = SD3Transformer2DModel.from_config(config.transformer)
-    return transformer.to(dtype).requires_grad_(False)
-
-
 def load_vae(config: Config, args: ModelArgs, device: torch.device) -> AutoencoderKL:
     """The frozen autoencoder in `--vae_dtype`."""
     vae: Any = AutoencoderKL.from_pretrained(
@@ -332,28 +325,36 @@ def decode(vae: AutoencoderKL, config: Config, latents: Tensor) -> Tensor:
 
 
 def training_cost(
-    transformer: torch.nn.Module,
     config: Config,
     args: ModelArgs,
+    dtype: torch.dtype,
+    add_adapter: Callable[[torch.nn.Module], object],
     batch_size: int,
     latent_shape: tuple[int, int, int],
-) -> cost.Cost:
-    """Operations and activations of one micro-batch on a model of the meta device."""
-    dtype = next(p.dtype for p in transformer.parameters() if not p.requires_grad)
+    *,
+    checkpointing: bool,
+) -> tuple[SD3Transformer2DModel, cost.Cost]:
+    """A model on the meta device as it will be trained, and what one micro-batch costs on it."""
+    with torch.device("meta"):
+        transformer: Any = SD3Transformer2DModel.from_config(config.transformer)
+    transformer.to(dtype).requires_grad_(False)
+    add_adapter(transformer)
     for param in transformer.parameters():
-        param.data = param.data.to(dtype)  # no autocast on the meta device
+        param.data = param.data.to(dtype)  # there is no autocast on the meta device
     transformer.train()
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()  # pyright: ignore
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(batch_size, *shape, dtype=dtype, device="meta")
+
+    latents = empty(*latent_shape)
     tokens = config.clip_tokens + args.max_sequence_length
-    width, pooled = config.transformer["joint_attention_dim"], "pooled_projection_dim"
-    options = {"dtype": dtype, "device": "meta"}
-    latents = torch.empty(batch_size, *latent_shape, **options)
-    embeds = torch.empty(batch_size, tokens, width, **options)  # pyright: ignore
-    pooled_embeds = torch.empty(batch_size, config.transformer[pooled], **options)  # pyright: ignore
+    embeds = empty(tokens, config.transformer["joint_attention_dim"])
+    pooled = empty(config.transformer["pooled_projection_dim"])
     sigma = torch.empty(batch_size, device="meta")
 
     def loss() -> Tensor:
-        return velocity(transformer, latents, sigma, embeds, pooled_embeds, dtype).mean()
+        return velocity(transformer, latents, sigma, embeds, pooled, dtype).mean()
 
-    return cost.count_cost(loss)
+    return transformer, cost.count_cost(loss, transformer)

@@ -342,6 +342,11 @@ class Run:
                 checkpoint.rotate(self.output_dir, self.args.checkpoints_total_limit)
             self.accelerator.wait_for_everyone()
 
+    def watch_flops(self, cost: Callable[[], Cost], batch_size: int) -> None:
+        """Logs the utilisation of a known GPU from here on; `cost` is that of a micro-batch."""
+        if device_peak_flops(self.device):
+            self.flops_per_sample = cost().flops / batch_size
+
     def finish(self) -> None:
         """Marks the run as over and closes the trackers."""
         if self.main:

@@ -49,7 +49,7 @@ class Args:
     """steps of 32 pictures for the autoencoder"""
     sd3_steps: int = 5500
     """steps of 64 latents for the MMDiT and its text encoders"""
-    clip_steps: int = 3000
+    clip_steps: int = 2000
     """steps of 128 pairs for pocket-clip"""
     num_scenes: int = 60_000
     """scenes in the training set of the MMDiT"""
