@@ -30,6 +30,7 @@ import diffusers
 import torch
 import transformers
 from accelerate.utils import (
+    DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
@@ -379,7 +380,7 @@ class Run:
         if not self.accelerator.sync_gradients:
             return None
         norm = self.accelerator.clip_grad_norm_(params, max_grad_norm)
-        norm = torch.zeros_like(loss) if norm is None else norm  # DeepSpeed keeps it to itself
+        assert norm is not None  # DeepSpeed alone keeps it to itself
         grad_norm, micro_loss = torch.stack([norm.float(), self._micro_loss]).tolist()
         finite = math.isfinite(grad_norm) and math.isfinite(micro_loss)
         if not finite and self.accelerator.scaler is None:
@@ -482,7 +483,8 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
     """Opens the processes, finds the checkpoint to resume, settles the seed; writes nothing.
 
     Raises:
-        UserError: a tracker is not installed, or a checkpoint is not there.
+        UserError: a tracker is not installed, a checkpoint is not there, or the processes are
+            sharded (FSDP, DeepSpeed).
     """
     accelerator = accelerate.Accelerator(
         mixed_precision=run_args.mixed_precision,
@@ -496,6 +498,11 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         # Rank 0 may check and cache a large data set while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            f"{accelerator.distributed_type.value} is not supported yet: exact checkpoints of "
+            "sharded state come with full fine-tuning; use scripts/accelerate/multi_gpu.yaml"
+        )
     if not accelerator.is_main_process:
         for library in (transformers, diffusers):
             library.utils.logging.set_verbosity_error()
