@@ -16,7 +16,6 @@ from dojo.cli import UserError
 STATE = checkpoint.State(
     step=3, samples=12, seed=11, batch_size=4, data="abc", loss_sum=0.5, loss_count=2
 )
-CPU = torch.device("cpu")
 
 
 def make(folder: Path, *names: str) -> None:

@@ -1,0 +1,1 @@
+"""Tests: claims about the code, each of which can fail."""
