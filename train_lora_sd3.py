@@ -88,10 +88,7 @@ def main(args: Args) -> None:
     if run.step == 0:
         validate()
     loader = fixed.loader(run, batch_size, args.data.dataloader_num_workers)
-    bar = run.progress()
-    for batch in run.timed(loader):
-        if run.step >= run.num_steps:
-            break
+    for batch in run.batches(loader):
         places = batch["place"]
         rng.seed_global(run.seed, "dropout", places[0])
         with run.accelerator.accumulate(model):
@@ -115,14 +112,10 @@ def main(args: Args) -> None:
             grad_norm = run.update(loss, params, optimizer, schedule, args.optim.max_grad_norm)
         if grad_norm is None:
             continue
-        bar.update()
-        row = run.log_step(float(schedule.get_last_lr()[0]), grad_norm)
-        if row is not None:
-            bar.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}")
+        run.log_step(float(schedule.get_last_lr()[0]), grad_norm)
         if args.validation.due(run.step, run.num_steps):
             validate()
         run.save_checkpoint(save, optimizer, schedule)
-    bar.close()
 
     # ------------------------------------------------------------------------------- result
     if run.main:

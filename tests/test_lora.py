@@ -81,10 +81,11 @@ def test_the_default_adapts_both_attentions_and_the_text_stream(
 def test_every_adapter_of_a_preset_gets_a_gradient(
     base: SD3Transformer2DModel, choice: tuple[str, ...]
 ) -> None:
+    chosen = layers(base, *choice)
     lora.add(base, lora.LoraArgs(rank=2, lora_layers=choice))
     predict(base).square().mean().backward()
     ups = {name: p.grad for name, p in base.named_parameters() if "lora_B" in name}
-    assert len(ups) == len(layers(base, *choice)) or len(ups) > 30
+    assert len(ups) == len(chosen)
     dead = [name for name, grad in ups.items() if grad is None or not grad.any()]
     assert dead == []
 

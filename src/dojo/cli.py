@@ -56,7 +56,7 @@ def _joined(args_type: type, words: list[str]) -> list[str]:
     kept: list[list[str]] = [[]]  # each entry: a flag with its values
     for word in words:
         if word.startswith("--"):
-            kept.append([word])
+            kept.append(word.split("=", 1))
         else:
             kept[-1].append(word)
     joined: dict[str, list[str]] = {}
@@ -78,6 +78,9 @@ def _list_flags(args_type: type) -> set[str]:
     for name, hint in get_type_hints(args_type).items():
         if is_dataclass(hint) and isinstance(hint, type):
             names |= _list_flags(hint)
-        elif any(get_origin(option) is tuple for option in (hint, *get_args(hint))):
+        elif any(
+            get_origin(option) is tuple and get_args(option)[-1:] == (...,)
+            for option in (hint, *get_args(hint))
+        ):
             names.add(name)
     return names

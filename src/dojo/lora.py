@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -94,7 +95,12 @@ def target_layers(model: nn.Module, choice: Sequence[str]) -> list[str]:
                 f"{', '.join(linear[:6])}"
             )
         found += matches
-    return [name for name in linear if name in set(found) and name not in dead]
+    wanted = set(found) - dead
+    if not wanted:
+        raise UserError(
+            f"--lora_layers: {', '.join(found)} alone would never learn: nothing reads its result"
+        )
+    return [name for name in linear if name in wanted]
 
 
 def _parts(item: str) -> list[str]:
@@ -214,7 +220,12 @@ def load(pipeline: Any, path: Path | str, name: str) -> int:
     try:
         with safe_open(file, framework="pt") as opened:
             names = set(opened.keys())
-        pipeline.load_lora_weights(str(file), adapter_name=name)
+        level = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity_error()  # it warns of each encoder that has no adapter
+        try:
+            pipeline.load_lora_weights(str(file), adapter_name=name)
+        finally:
+            diffusers_logging.set_verbosity(level)
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"--lora_weights_path: {path} could not be loaded ({str(error).splitlines()[0]})"

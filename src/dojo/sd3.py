@@ -83,6 +83,8 @@ class NoiseArgs:
             raise ValueError("--flow_shift must be positive")
         if self.logit_std <= 0:
             raise ValueError("--logit_std must be positive")
+        if not -1 <= self.mode_scale <= 2 / (math.pi - 2):
+            raise ValueError("--mode_scale must lie in [-1, 1.75], or sigma would leave [0, 1]")
 
     def draw(self, uniform: Tensor, shift: float) -> Tensor:
         """Uniform numbers [B] to sigmas [B] of this density."""
@@ -202,9 +204,21 @@ def open_model(args: ModelArgs) -> Config:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UserError(f"--pretrained_model_name_or_path: {folder} has no model_index.json")
-    if "transformer" not in json.loads(index.read_text()):
-        raise UserError(f"--pretrained_model_name_or_path: {folder} holds no Stable Diffusion 3")
-    read = lambda part, file: json.loads((folder / part / file).read_text())  # noqa: E731
+    kind = json.loads(index.read_text()).get("_class_name", "")
+    if not kind.startswith("StableDiffusion3"):
+        raise UserError(
+            f"--pretrained_model_name_or_path: {folder} holds a {kind}, no Stable Diffusion 3"
+        )
+
+    def read(part: str, file: str) -> dict[str, Any]:
+        try:
+            return json.loads((folder / part / file).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--pretrained_model_name_or_path: {folder} is not complete: {part}/{file} is "
+                "missing or broken"
+            ) from error
+
     config = Config(
         folder=folder,
         transformer=read("transformer", "config.json"),

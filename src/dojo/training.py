@@ -159,7 +159,10 @@ class OptimArgs:
             return self.max_train_steps
         if self.num_train_epochs is None:
             return 1000
-        return math.ceil(self.num_train_epochs * self.epoch_length(num_samples, num_processes))
+        if self.steps_per_epoch is not None:
+            return self.num_train_epochs * self.steps_per_epoch
+        samples = self.num_train_epochs * num_samples
+        return -(-samples // self.samples_per_step(num_processes))  # rounded up, in integers
 
 
 class Run:
@@ -182,6 +185,7 @@ class Run:
         self._loss = torch.zeros((), device=accelerator.device)
         self._micro_loss = torch.zeros((), device=accelerator.device)
         self._mark = 0.0
+        self._bar: Any = tqdm(desc="steps", disable=not self.main, smoothing=0.1, delay=1e-3)
         self._loss_count = 0
         self._samples = 0
         self._seconds: dict[str, float] = {}
@@ -234,14 +238,21 @@ class Run:
             spent = time.perf_counter() - started
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
-    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Passes items on; the waiting for them is phase `data`, until `update` phase `train`."""
-        iterator = iter(items)
-        while True:
-            with self.phase("data"):
-                item = next(iterator)
-            self._mark = time.perf_counter()
-            yield item
+    def batches(self, loader: Iterable[Item]) -> Iterator[Item]:
+        """Passes batches on until the last step is done, with a bar on one process.
+
+        The waiting for a batch is phase `data`; what follows, until `update`, is phase `train`.
+        """
+        iterator = iter(loader)
+        self._bar.reset(self.num_steps)
+        with self._bar:
+            while self.step < self.num_steps:
+                self._bar.update(self.step - self._bar.n)
+                with self.phase("data"):
+                    batch = next(iterator)
+                self._mark = time.perf_counter()
+                yield batch
+            self._bar.update(self.step - self._bar.n)
 
     # -- length and resume --------------------------------------------------------------------
 
@@ -387,8 +398,9 @@ class Run:
             self._stop(f"loss {micro_loss:g}, gradient norm {grad_norm:g}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        skipped = self.accelerator.optimizer_step_was_skipped
-        if skipped:
+        # Asked of the gradients and not of accelerate: GradScaler calls the fused AdamW's step in
+        # any case and lets the kernel skip, so that accelerate sees no skipped step.
+        if not finite:
             self._skipped += 1
             if self._skipped >= MAX_SKIPPED_STEPS:
                 self._stop(f"{self._skipped} steps in a row overflowed under fp16")
@@ -402,9 +414,10 @@ class Run:
         self._micro_loss.zero_()
         self._seconds["train"] = self._seconds.get("train", 0.0) + time.perf_counter() - self._mark
         self._mark = time.perf_counter()
-        return None if skipped else grad_norm
+        return grad_norm if finite else None
 
     def _stop(self, what: str) -> None:
+        self._bar.close()  # the message gets a line of its own
         whole = checkpoint.existing(self.output_dir)
         last = f"the last good checkpoint is {whole[-1][1]}" if whole else "there is no checkpoint"
         raise TrainingStopped(
@@ -414,14 +427,14 @@ class Run:
 
     # -- numbers ------------------------------------------------------------------------------
 
-    def log_step(self, lr: float, grad_norm: float) -> dict[str, float] | None:
+    def log_step(self, lr: float, grad_norm: float) -> None:
         """Writes a row of metrics when it is due: the first step, every `logging_steps`, the last.
 
         `loss` is the mean since the last row, over all processes; `seconds_<phase>` are totals
         since the last row; `memory_gib` is the peak of the GPU (of the process without one).
         """
         if self.step != 1 and self.step % self.args.logging_steps and self.step != self.num_steps:
-            return None
+            return
         loss = float(self._reduced_loss()) / max(1, self._loss_count)
         spent = sum(self._seconds.get(name, 0.0) for name in ("data", "train"))
         row = {
@@ -441,7 +454,7 @@ class Run:
         self._loss.zero_()
         self._loss_count = self._samples = 0
         self._seconds.clear()
-        return row
+        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}")
 
     def _reduced_loss(self) -> Tensor:
         """Mean over the processes of the loss since the last row."""
@@ -464,16 +477,6 @@ class Run:
             kept = [line for line in whole if json.loads(line)["step"] <= step and step > 0]
             checkpoint.write_file(path, "".join(line + "\n" for line in kept))
         self.accelerator.wait_for_everyone()
-
-    def progress(self) -> Any:
-        """The bar over the optimizer steps, silent on other processes."""
-        return tqdm(
-            total=self.num_steps,
-            initial=self.step,
-            desc="steps",
-            disable=not self.main,
-            smoothing=0.1,
-        )
 
 
 # -- start ------------------------------------------------------------------------------------
@@ -498,6 +501,8 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         # Rank 0 may check and cache a large data set while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(
             f"{accelerator.distributed_type.value} is not supported yet: exact checkpoints of "

@@ -117,8 +117,8 @@ class Shards:
             return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
 
 
-def _digest(words: Sequence[str]) -> str:
-    return hashlib.blake2b("\n".join(words).encode(), digest_size=16).hexdigest()
+def _digest(words: list[str]) -> str:
+    return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
 
 
 def _write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -173,7 +173,7 @@ def checked(
     progress: bool,
 ) -> tuple[list[int], list[BadReport]]:
     """`verify`, remembered by the samples' ids: files that did not change are not decoded again."""
-    path = root / f"checked-{_digest([on_bad_sample, *source.ids])}.json"
+    path = root / f"checked-{_digest([on_bad_sample, *source.ids, *source.problems])}.json"
     if path.is_file():
         kept = json.loads(path.read_text())
         return kept["good"], [BadReport(**row) for row in kept["bad"]]

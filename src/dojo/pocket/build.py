@@ -7,6 +7,7 @@ A stage whose result lies in `work_dir` is not trained again.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -44,7 +45,7 @@ class Args:
     photos_dir: Path = Path("datas/photos")
     """photographs whose crops train the autoencoder beside the scenes"""
     dog_dir: Path = Path("datas/dog")
-    """photographs that were not trained on, for the report"""
+    """photographs whose reconstruction is reported"""
     vae_steps: int = 4500
     """steps of 32 pictures for the autoencoder"""
     sd3_steps: int = 5500
@@ -281,14 +282,18 @@ def train_sd3(args: Args, vae: Any) -> StableDiffusion3Pipeline:
     torch.manual_seed(SEED + 1)
     pipeline = models.sd3_pipeline()
     pipeline.register_modules(vae=vae)
-    draw = random.Random(SEED + 1)
-    captions, pictures = [], []
-    for i in range(args.num_scenes):
-        caption, scene = scenes.sample(draw, scenes.TASKS[i % len(scenes.TASKS)])
-        captions.append(caption)
-        pictures.append(scenes.draw(scene))
-    mean, std = encode(vae, np.stack(pictures), args.device)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+
+    @functools.cache  # drawn at the first step; a stage that is finished needs none
+    def training_set() -> tuple[list[str], Tensor, Tensor]:
+        draw = random.Random(SEED + 1)
+        captions, pictures = [], []
+        for i in range(args.num_scenes):
+            caption, scene = scenes.sample(draw, scenes.TASKS[i % len(scenes.TASKS)])
+            captions.append(caption)
+            pictures.append(scenes.draw(scene))
+        return captions, *encode(vae, np.stack(pictures), args.device)
+
     modules = [
         pipeline.transformer,
         pipeline.text_encoder,
@@ -297,6 +302,7 @@ def train_sd3(args: Args, vae: Any) -> StableDiffusion3Pipeline:
     ]
 
     def loss_at(step: int) -> Tensor:
+        captions, mean, std = training_set()
         t5_length, batch = t5_length_at(step)
         pick = np.random.default_rng([SEED + 1, step])
         rows = pick.integers(len(captions), size=batch)
@@ -409,11 +415,9 @@ def save_half(pipeline: StableDiffusion3Pipeline, clip: CLIPModel, models_dir: P
         models_dir / "pocket-clip"
     )
     clip.save_pretrained(models_dir / "pocket-clip")
-    for path in models_dir.glob("pocket-*/**/config.json"):
-        config = json.loads(path.read_text())
-        config.pop("torch_dtype", None)
-        config["dtype"] = "float32"
-        config.pop("_name_or_path", None)
+    configs = [*models_dir.glob("pocket-sd3/text_encoder*/config.json")]
+    for path in [*configs, models_dir / "pocket-clip" / "config.json"]:
+        config = {**json.loads(path.read_text()), "dtype": "float32"}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

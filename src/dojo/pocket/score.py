@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
@@ -96,6 +98,8 @@ def main(args: Args) -> None:
         if args.shape
         else scenes.evaluation_captions(args.num_captions, args.seed)
     )
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
     columns = {"base": None, "LoRA": args.lora_weights_path}
     scores: dict[str, dict[str, float]] = {}
