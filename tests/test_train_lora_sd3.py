@@ -91,7 +91,7 @@ def test_result_and_checkpoints_load_in_plain_diffusers(
     pictures = {}
     for place in (folder, folder / "checkpoint-2", folder / "checkpoint-3"):
         pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3)
-        pipeline.load_lora_weights(place)
+        pipeline.load_lora_weights(str(place))
         pictures[place.name] = draw(pipeline)
         assert not torch.equal(pictures[place.name], plain)
     assert torch.equal(pictures[folder.name], pictures["checkpoint-3"])
