@@ -5,7 +5,7 @@
 #   bash scripts/build_pocket_models.sh
 #   bash scripts/build_pocket_models.sh --models_dir /tmp/models --sd3_steps 2000
 #
-# On a CPU with two cores: about an hour and a half (models/README.md has the measured times).
+# On a CPU with two cores: about an hour and forty minutes (models/README.md has the times).
 # A run that was stopped goes on where it was; remove outputs/pocket_build to begin again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
