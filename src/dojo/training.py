@@ -185,7 +185,7 @@ class Run:
         self._loss = torch.zeros((), device=accelerator.device)
         self._micro_loss = torch.zeros((), device=accelerator.device)
         self._mark = 0.0
-        self._bar: Any = tqdm(desc="steps", disable=not self.main, smoothing=0.1, delay=1e-3)
+        self._bar: Any = tqdm(disable=True)  # until the loop begins
         self._loss_count = 0
         self._samples = 0
         self._seconds: dict[str, float] = {}
@@ -244,7 +244,13 @@ class Run:
         The waiting for a batch is phase `data`; what follows, until `update`, is phase `train`.
         """
         iterator = iter(loader)
-        self._bar.reset(self.num_steps)
+        self._bar = tqdm(
+            desc="steps",
+            total=self.num_steps,
+            initial=self.step,
+            disable=not self.main,
+            smoothing=0.1,
+        )
         with self._bar:
             while self.step < self.num_steps:
                 self._bar.update(self.step - self._bar.n)
