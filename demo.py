@@ -99,9 +99,10 @@ def main(args: Args) -> None:
     for name, path in zip(names, args.lora_weights_path, strict=True):
         arrived = lora.load(pipeline, path, name)
         print(f"{path}: {arrived} tensors")
-        if (Path(path) / "scheduler").is_dir():  # the shift that it was trained with
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        if (folder / "scheduler").is_dir():  # the shift that it was trained with
             tuned_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-                path, subfolder="scheduler"
+                folder, subfolder="scheduler"
             )
     if args.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)

@@ -78,6 +78,7 @@ def main(args: Args) -> None:
 
     def save(folder: Path) -> None:
         lora.save(folder, transformer)
+        config.make_scheduler(shift).save_pretrained(folder / "scheduler")
 
     def validate() -> None:
         validation.validate(
@@ -120,7 +121,6 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------- result
     if run.main:
         save(args.run.output_dir)
-        config.make_scheduler(shift).save_pretrained(args.run.output_dir / "scheduler")
         publish.write_card(
             args.run.output_dir,
             title="LoRA for Stable Diffusion 3",

@@ -269,6 +269,37 @@ def test_another_run_in_the_same_folder_is_refused(lora_args: MakeArgs, tmp_path
     assert min(min(value.shape) for value in weights(folder).values()) == 3
 
 
+def test_a_run_is_not_continued_with_other_options(lora_args: MakeArgs, tmp_path: Path) -> None:
+    folder = run(lora_args(tmp_path, "--learning_rate", "1e-3"))
+    before = (folder / "args.json").read_bytes()
+    for other in (("--learning_rate", "1e-2"), ("--learning_rate", "1e-3", "--flow_shift", "5")):
+        resume = ("--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+        with pytest.raises(UserError, match=f"{other[-2]} was "):
+            run(lora_args(tmp_path, *resume, *other))
+    assert (folder / "args.json").read_bytes() == before
+
+
+def test_overwriting_wins_over_resuming(lora_args: MakeArgs, tmp_path: Path) -> None:
+    run(lora_args(tmp_path, "--seed", "1"))
+    both = ("--overwrite_output_dir", "--resume_from_checkpoint", "latest", "--rank", "3")
+    folder = run(lora_args(tmp_path, "--seed", "1", *both))
+    fresh = run(lora_args(tmp_path / "fresh", "--seed", "1", "--rank", "3"))
+    assert (folder / lora.WEIGHTS).read_bytes() == (fresh / lora.WEIGHTS).read_bytes()
+
+
+def test_going_back_to_an_earlier_checkpoint_leaves_no_later_ones(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    folder = run(lora_args(tmp_path, "--seed", "1", "--checkpointing_steps", "1"))
+    back = ("--resume_from_checkpoint", "checkpoint-1", "--max_train_steps", "4")
+    run(lora_args(tmp_path, "--seed", "1", "--checkpointing_steps", "9", *back))
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-4",
+    ]
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
+
+
 def test_an_unset_seed_is_drawn_once_and_resumed(lora_args: MakeArgs, tmp_path: Path) -> None:
     folder = run(lora_args(tmp_path))
     seed = json.loads((folder / "args.json").read_text())["seed"]
@@ -371,13 +402,14 @@ def test_two_processes_share_the_batch_and_resume_after_a_kill(
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     short = ("--max_train_steps", "5", "--checkpointing_steps", "2", "--seed", "5")
-    short += ("--eval_fraction", "0.2", "--resume_from_checkpoint", "latest")
+    # One held-out picture: the second process has none to evaluate.
+    short += ("--eval_fraction", "0.1", "--resume_from_checkpoint", "latest")
     half = ("--train_batch_size", "1")
     reference = launch([*lora_flags(whole, tiny_sd3, scene_data), *short, *half], whole, 2)
     assert reference.returncode == 0, reference.stderr
     record = json.loads((whole / "run" / "args.json").read_text())
     assert record["num_processes"] == 2
-    assert reference.stdout.count("pictures: 8 to train on") == 1  # one process speaks
+    assert reference.stdout.count("pictures: 9 to train on") == 1  # one process speaks
 
     flags = [*lora_flags(broken, tiny_sd3, scene_data), *short, *half]
     killed = launch(flags, broken, 2, DIE_AT="step", DIE_COUNT="4")

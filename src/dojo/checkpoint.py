@@ -120,6 +120,14 @@ def rotate(output_dir: Path, limit: int | None) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def forget_after(output_dir: Path, step: int) -> None:
+    """Removes the checkpoints of later steps, and the mark of a run that was finished there."""
+    (output_dir / "finished.json").unlink(missing_ok=True)
+    for later, path in existing(output_dir):
+        if later > step:
+            _remove(path)
+
+
 def save_training(
     folder: Path,
     state: State,

@@ -182,12 +182,18 @@ def prepare(
                 "max_sequence_length": model.max_sequence_length,
             }
             lookup = data.cache_text(
-                [captions, others], load_encoders, cache.latent_cache_dir, settings, **run.share
+                [captions, others],
+                load_encoders,
+                cache.latent_cache_dir,
+                settings,
+                sample_bytes=config.text_numbers(model.max_sequence_length) * run.dtype.itemsize,
+                **run.share,
             )
         run.accelerator.wait_for_everyone()
     gc.collect()  # the encoders, if they were needed
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(run.device)  # the training's peak, not the encoders'
     if not len(train):
         raise UserError("there is nothing to train on")
     return Frozen(train, held_out, vae, lookup, run.device)

@@ -120,6 +120,11 @@ class Config:
         path = self.folder / "tokenizer" / "tokenizer_config.json"
         return int(json.loads(path.read_text())["model_max_length"])
 
+    def text_numbers(self, max_sequence_length: int) -> int:
+        """Numbers in the embeddings of one caption."""
+        tokens = self.clip_tokens + max_sequence_length
+        return tokens * self._int("joint_attention_dim") + self._int("pooled_projection_dim")
+
     @property
     def pixel_step(self) -> int:
         """Height and width of a picture must be multiples of this (16 for SD3.5)."""

@@ -30,6 +30,7 @@ import diffusers
 import torch
 import transformers
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -59,7 +60,7 @@ class RunArgs:
     output_dir: Path
     """folder of the result, checkpoints, metrics and validation pictures"""
     overwrite_output_dir: bool = False
-    """remove an earlier run in output_dir instead of refusing"""
+    """remove an earlier run in output_dir instead of refusing; wins over resuming"""
     seed: int | None = None
     """seed of every random draw; unset is drawn once, stored and resumed"""
     resume_from_checkpoint: str | None = None
@@ -284,15 +285,21 @@ class Run:
         folder = self.output_dir
         marker = folder / "finished.json"
         done = marker.is_file() and json.loads(marker.read_text())["step"] >= self.num_steps
-        wanted = self.args.resume_from_checkpoint is not None or _same_options(folder, args)
-        if done and wanted and (folder / result).exists() and not self.args.overwrite_output_dir:
+        overwrite, resume = self.args.overwrite_output_dir, self.args.resume_from_checkpoint
+        occupied = marker.is_file() or bool(checkpoint.existing(folder))
+        changed = _changed_options(folder, args) if occupied and not overwrite else []
+        if changed and resume is not None:
+            raise UserError(
+                f"--output_dir {folder} holds a run with other options: {'; '.join(changed)}; "
+                "continue it with its own, or choose another folder"
+            )
+        if done and not changed and (folder / result).exists() and not overwrite:
             self.say(f"{folder} is finished ({self.num_steps} steps): nothing to do")
             self.accelerator.end_training()
             return False
-        occupied = marker.is_file() or bool(checkpoint.existing(folder))
         self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
-        if occupied and self.args.resume_from_checkpoint is None:
-            if not self.args.overwrite_output_dir:
+        if occupied and (overwrite or resume is None):
+            if not overwrite:
                 raise UserError(
                     f"--output_dir {folder} holds a run already: continue it with "
                     "--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or "
@@ -398,7 +405,10 @@ class Run:
             return None
         norm = self.accelerator.clip_grad_norm_(params, max_grad_norm)
         assert norm is not None  # DeepSpeed alone keeps it to itself
-        grad_norm, micro_loss = torch.stack([norm.float(), self._micro_loss]).tolist()
+        numbers = torch.stack([norm.float(), self._micro_loss])
+        if self.accelerator.num_processes > 1:  # all stop, or none
+            numbers = self.accelerator.reduce(numbers, "mean")
+        grad_norm, micro_loss = numbers.tolist()  # pyright: ignore
         finite = math.isfinite(grad_norm) and math.isfinite(micro_loss)
         if not finite and self.accelerator.scaler is None:
             self._stop(f"loss {micro_loss:g}, gradient norm {grad_norm:g}")
@@ -476,8 +486,11 @@ class Run:
         self.accelerator.log(dict(row), step=self.step)
 
     def _forget_metrics_after(self, step: int) -> None:
-        """Rows of steps that will be done again would stand twice."""
+        """Rows of steps that will be done again would stand twice, and checkpoints of a branch
+        that was left would be taken for the latest."""
         path = self.output_dir / "metrics.jsonl"
+        if self.main and self._resumed is not None:
+            checkpoint.forget_after(self.output_dir, step)
         if self.main and path.is_file():
             whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in whole if json.loads(line)["step"] <= step and step > 0]
@@ -505,7 +518,11 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         log_with=None if run_args.dry_run else _trackers(run_args.report_to) or None,
         project_dir=run_args.output_dir / "logs",
         # Rank 0 may check and cache a large data set while the others wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=24)),
+            # The only buffer is a constant table of positions, 0.45 GB in SD3.5-Medium.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU")
@@ -523,7 +540,9 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
     torch.backends.cudnn.allow_tf32 = run_args.allow_tf32
 
     folder = run_args.output_dir
-    resumed = checkpoint.choose(folder, run_args.resume_from_checkpoint)
+    resumed = None
+    if not run_args.overwrite_output_dir:
+        resumed = checkpoint.choose(folder, run_args.resume_from_checkpoint)
     seed = _settle_seed(run_args, resumed)
     run = Run(accelerator, run_args, seed)
     run._resumed = resumed
@@ -559,7 +578,8 @@ def _settle_seed(args: RunArgs, resumed: Path | None) -> int:
     if resumed is not None:
         return checkpoint.read_state(resumed).seed
     recorded = args.output_dir / "args.json"
-    if args.resume_from_checkpoint == "latest" and recorded.is_file():
+    resume = args.resume_from_checkpoint == "latest" and not args.overwrite_output_dir
+    if resume and recorded.is_file():
         return int(json.loads(recorded.read_text())["seed"])  # killed before its first checkpoint
     return int(broadcast_object_list([secrets.randbits(31)])[0])
 
@@ -587,27 +607,40 @@ def _flat(args: Any) -> dict[str, Any]:
     }
 
 
-# Options that say how far or how to show, not what is trained.
-_INCIDENTAL = {"resume_from_checkpoint", "overwrite_output_dir", "dry_run"}
+# Options that a run may be continued with another value of: how far, how to show, where to keep
+# things. Data, seed and samples per step have checks of their own.
+_INCIDENTAL = """
+    resume_from_checkpoint overwrite_output_dir dry_run output_dir checkpointing_steps
+    checkpoints_total_limit report_to tracker_project_name logging_steps max_train_steps
+    num_train_epochs steps_per_epoch train_batch_size gradient_accumulation_steps
+    gradient_checkpointing dataset_name train_data_dir cache_dir dataloader_num_workers
+    on_bad_sample eval_fraction eval_data_dir max_train_samples latent_cache_dir
+    no_cache_latents no_cache_text_embeddings
+"""
 
 
-def _same_options(folder: Path, args: Any) -> bool:
-    """Whether the run in `folder` was started with the same options."""
+def _changed_options(folder: Path, args: Any) -> list[str]:
+    """What differs from the options of the run in `folder`, in words."""
     path = folder / "args.json"
     if not path.is_file():
-        return False
+        return []
 
-    def essential(groups: dict[str, Any]) -> str:
-        kept = {
-            f"{group}.{name}": value
+    def essential(groups: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
             for group, values in groups.items()
-            if isinstance(values, dict)
+            if isinstance(values, dict) and group != "validation"
             for name, value in values.items()
-            if name not in _INCIDENTAL
+            if name not in _INCIDENTAL.split()
         }
-        return json.dumps(kept, sort_keys=True)
 
-    return essential(json.loads(path.read_text())["args"]) == essential(options(args))
+    then, now = essential(json.loads(path.read_text())["args"]), essential(options(args))
+    names = sorted(then.keys() | now.keys())
+    return [
+        f"--{name} was {then.get(name)}, now {now.get(name)}"
+        for name in names
+        if then.get(name) != now.get(name)
+    ]
 
 
 def record(args: Any, run: Run) -> dict[str, Any]:

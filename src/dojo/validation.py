@@ -78,6 +78,8 @@ def validate(
     size: tuple[int, int],
 ) -> None:
     """The eval loss, if pictures are held out, and the pictures, if there are prompts."""
+    # Past DDP: the processes need not have equally many held-out pictures.
+    transformer = run.accelerator.unwrap_model(transformer)
     with run.phase("validation"):
         if frozen.held_out is not None:
             run.write_metrics(eval_loss(run, transformer, frozen, config, noise_args, args, shift))
@@ -122,7 +124,7 @@ def eval_loss(
         noisy = flow.interpolate(clean, noise, sigma)
         predicted = sd3.velocity(transformer, noisy, sigma, **embeds, dtype=run.dtype)
         errors = flow.squared_error(predicted, flow.velocity(clean, noise))
-        total += torch.tensor([errors.double().sum().item(), len(errors)])
+        total += torch.tensor([errors.cpu().double().sum().item(), len(errors)])
     transformer.train()
     if shares["num_processes"] > 1:
         total = run.accelerator.reduce(total.float().to(run.device), "sum")  # pyright: ignore
@@ -148,8 +150,8 @@ def pictures(
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
     run.accelerator.wait_for_everyone()
-    model = run.accelerator.unwrap_model(transformer)
-    model.eval()
+    transformer.eval()
+    model: Any = transformer
     absent: Any = None
     pipeline: Any = StableDiffusion3Pipeline(
         transformer=model,
@@ -188,7 +190,7 @@ def pictures(
             ).images
         decoded = sd3.decode(frozen.vae, config, latents)
         to_pil(decoded)[0].save(folder / f"{i:02d}-{slug(prompt)}-seed{seed}.png")
-    model.train()
+    transformer.train()
     run.accelerator.wait_for_everyone()
     if run.main:
         _track(run, folder)

@@ -156,7 +156,8 @@ def check_disk(folder: Path, num_bytes: int) -> None:
     if num_bytes * 1.05 > free:
         raise UserError(
             f"the cache in {folder} needs {num_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
-            "are free: choose another --latent_cache_dir, or --no_cache_latents"
+            "are free: choose another --latent_cache_dir, or --no_cache_latents and "
+            "--no_cache_text_embeddings"
         )
 
 
@@ -348,6 +349,7 @@ def cache_text(
     root: Path,
     settings: Mapping[str, object],
     *,
+    sample_bytes: int = 0,
     process: int = 0,
     num_processes: int = 1,
 ) -> CachedText:
@@ -355,6 +357,9 @@ def cache_text(
 
     Each group has shards of its own, so that another validation prompt does not disturb the data
     set's.
+
+    Args:
+        sample_bytes: what one caption takes, to refuse a cache that the disk cannot hold.
     """
     folder = cache_folder(root, "text", settings)
     lists = [sorted(set(group)) for group in groups]
@@ -366,6 +371,9 @@ def cache_text(
         if not any(k % num_processes == process for k in shards.missing()):
             continue
         describe(folder, settings)
+        if process == 0:
+            missing = sum(len(shards.members[k]) for k in shards.missing())
+            check_disk(folder, missing * sample_bytes)
         encoder = encoder or load_encoder()
         encode = encoder
 
