@@ -63,7 +63,7 @@ def test_a_run_leaves_everything_that_was_promised(lora_args: MakeArgs, tmp_path
     folder = run(args)
     record = json.loads((folder / "args.json").read_text())
     assert record["args"]["lora"]["rank"] == 2
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]
+    assert torch.__version__.startswith(record["versions"]["torch"])
     assert isinstance(record["seed"], int)
     rows = metrics(folder)
     trained = [row for row in rows if "loss" in row]
