@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dojo import cli, data, flow, frozen, lora, publish, rng, sd3, training, validation
+from dojo import cli, data, flow, frozen, lora, optim, publish, rng, sd3, training, validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Args:
     cache: data.CacheArgs
     lora: lora.LoraArgs
     noise: sd3.NoiseArgs
-    optim: training.OptimArgs
+    optim: optim.OptimArgs
     validation: validation.ValidationArgs
 
 
@@ -70,7 +70,7 @@ def main(args: Args) -> None:
     transformer = sd3.load_transformer(config, args.model, run.dtype, run.device)
     rng.seed_global(run.seed, "adapter")
     params = lora.add(transformer, args.lora)
-    optimizer, schedule = training.make_optimizer(params, args.optim, run)
+    optimizer, schedule = optim.make(params, args.optim, run)
     run.watch_flops(lambda: cost(checkpointing=False)[1], batch_size)
     run.resume(lambda folder: lora.restore(folder, transformer), optimizer, schedule)
     model, optimizer = run.accelerator.prepare(transformer, optimizer)

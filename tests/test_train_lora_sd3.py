@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 import train_lora_sd3
@@ -133,7 +133,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert "optimizer steps: 3" in text
     total = sum(
         p.numel()
-        for p in sd3.SD3Transformer2DModel.from_pretrained(
+        for p in SD3Transformer2DModel.from_pretrained(
             tiny_sd3, subfolder="transformer"
         ).parameters()
     )

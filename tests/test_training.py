@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import train_lora_sd3 as script
 from dojo import cli, lora, sd3, training
+from dojo import optim as optimizers
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
-from dojo.training import OptimArgs
+from dojo.optim import OptimArgs
 
 from .conftest import MakeArgs, lora_flags, reset_accelerate
 
@@ -117,7 +118,7 @@ class Processes:
 def rates(optim: OptimArgs, num_processes: int = 1) -> list[float]:
     """The learning rate of every step of a run over 80 samples, and the one after the last."""
     run: Any = Processes(optim, num_processes)
-    optimizer, schedule = training.make_optimizer([nn.Parameter(torch.ones(1))], optim, run)
+    optimizer, schedule = optimizers.make([nn.Parameter(torch.ones(1))], optim, run)
     found = [float(rate) for rate in schedule.get_last_lr()]
     for _ in range(run.num_steps):
         optimizer.step()
@@ -169,7 +170,7 @@ def test_adam_gets_its_options() -> None:
         max_train_steps=1,
     )  # fmt: skip
     run: Any = Processes(optim, 1)
-    optimizer, _ = training.make_optimizer([nn.Parameter(torch.ones(1))], optim, run)
+    optimizer, _ = optimizers.make([nn.Parameter(torch.ones(1))], optim, run)
     group = optimizer.param_groups[0]
     assert isinstance(optimizer, torch.optim.AdamW)
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.95), 0.03, 1e-6)
@@ -211,7 +212,7 @@ def toy(args: script.Args, *, scaler: torch.amp.GradScaler | None = None) -> Toy
         run.accelerator.native_amp = True
         run.accelerator.state._mixed_precision = "fp16"  # pyright: ignore
     weight = nn.Parameter(torch.ones(1))
-    optimizer, schedule = training.make_optimizer([weight], args.optim, run)
+    optimizer, schedule = optimizers.make([weight], args.optim, run)
     return Toy(run, weight, run.accelerator.prepare(optimizer), schedule)
 
 

@@ -1,30 +1,20 @@
-"""Stable Diffusion 3 and 3.5: what diffusers and transformers want to be told, in one place.
-
-Shapes: B batch, C = 16 latent channels, h = height / 8, T = CLIP tokens + T5 tokens (77 + 256 for
-the real models), D = 4096. Latents are those that the transformer sees: shifted and scaled.
-"""
+"""What is known of a Stable Diffusion 3 without its weights: options, sizes, the shift rule."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dojo import cost, flow
+from dojo import flow
 from dojo.cli import UserError
 
 TEXT_FOLDERS = tuple(
@@ -238,82 +228,6 @@ def open_model(args: ModelArgs) -> Config:
     return config
 
 
-def load_transformer(
-    config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
-) -> SD3Transformer2DModel:
-    """The frozen MMDiT in `dtype`."""
-    transformer: Any = SD3Transformer2DModel.from_pretrained(
-        config.folder, subfolder="transformer", dtype=dtype, variant=args.variant
-    )
-    transformer.requires_grad_(False)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return transformer.to(device)
-
-
-def load_vae(config: Config, args: ModelArgs, device: torch.device) -> AutoencoderKL:
-    """The frozen autoencoder in `--vae_dtype`."""
-    vae: Any = AutoencoderKL.from_pretrained(
-        config.folder, subfolder="vae", dtype=DTYPES[args.vae_dtype], variant=args.variant
-    )
-    return vae.requires_grad_(False).eval().to(device)
-
-
-class TextEncoders:
-    """The three frozen text encoders, as `StableDiffusion3Pipeline.encode_prompt` uses them."""
-
-    def __init__(
-        self, config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.max_sequence_length = args.max_sequence_length
-        self.device = device
-        self.pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
-            config.folder, transformer=None, vae=None, dtype=dtype, variant=args.variant
-        ).to(device)
-
-    @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`prompt_embeds` [B, T, D] and `pooled_prompt_embeds` [B, P] on the CPU."""
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            list(captions),
-            None,
-            None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )
-        return {"prompt_embeds": embeds.cpu(), "pooled_prompt_embeds": pooled.cpu()}
-
-
-@torch.no_grad()
-def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std of the autoencoder's posterior, unscaled: pixels [B, 3, H, W] in [-1, 1]."""
-    encoded: Any = vae.encode(pixels.to(vae.device, vae.dtype))  # pyright: ignore
-    distribution = encoded.latent_dist
-    return distribution.mean, distribution.std
-
-
-def velocity(
-    transformer: torch.nn.Module,
-    noisy: Tensor,
-    sigma: Tensor,
-    prompt_embeds: Tensor,
-    pooled_prompt_embeds: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The network's velocity at `noisy` [B, C, h, w]: float32, whatever the network computes in.
-
-    The timestep stays float32: in bfloat16 only 353 of 1000 values would differ.
-    """
-    return transformer(
-        hidden_states=noisy.to(dtype),
-        encoder_hidden_states=prompt_embeds.to(dtype),
-        pooled_projections=pooled_prompt_embeds.to(dtype),
-        timestep=1000 * sigma,
-        return_dict=False,
-    )[0].float()
-
-
 def fingerprint(folder: Path, parts: Sequence[str]) -> str:
     """Identifies the model files of some sub-folders: names, sizes and samples of their contents.
 
@@ -332,48 +246,3 @@ def fingerprint(folder: Path, parts: Sequence[str]) -> str:
                     if size <= 65_536:
                         break
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKL, config: Config, latents: Tensor) -> Tensor:
-    """Latents as the transformer sees them to pictures: float32 [B, 3, H, W] in [0, 1]."""
-    shift, scale = config.vae["shift_factor"], config.vae["scaling_factor"]
-    unscaled = latents.float() / scale + shift  # pyright: ignore
-    decoded = vae.decode(unscaled.to(vae.device, vae.dtype)).sample  # pyright: ignore
-    return (decoded.float() / 2 + 0.5).clamp(0, 1)
-
-
-def training_cost(
-    config: Config,
-    args: ModelArgs,
-    dtype: torch.dtype,
-    add_adapter: Callable[[torch.nn.Module], object],
-    batch_size: int,
-    latent_shape: tuple[int, int, int],
-    *,
-    checkpointing: bool,
-) -> tuple[SD3Transformer2DModel, cost.Cost]:
-    """A model on the meta device as it will be trained, and what one micro-batch costs on it."""
-    with torch.device("meta"):
-        transformer: Any = SD3Transformer2DModel.from_config(config.transformer)
-    transformer.to(dtype).requires_grad_(False)
-    add_adapter(transformer)
-    for param in transformer.parameters():
-        param.data = param.data.to(dtype)  # there is no autocast on the meta device
-    transformer.train()
-    if checkpointing:
-        transformer.enable_gradient_checkpointing()
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(batch_size, *shape, dtype=dtype, device="meta")
-
-    latents = empty(*latent_shape)
-    tokens = config.clip_tokens + args.max_sequence_length
-    embeds = empty(tokens, config.transformer["joint_attention_dim"])
-    pooled = empty(config.transformer["pooled_projection_dim"])
-    sigma = torch.empty(batch_size, device="meta")
-
-    def loss() -> Tensor:
-        return velocity(transformer, latents, sigma, embeds, pooled, dtype).mean()
-
-    return transformer, cost.count_cost(loss, transformer)

@@ -1,0 +1,138 @@
+"""Which layers get an adapter, and the adapter itself: float32 and trainable, computed by peft."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from dojo.cli import UserError
+
+ADAPTER = "default"
+
+_ATTENTION = r"attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+PRESETS = {
+    "attn": rf"transformer_blocks\.\d+\.{_ATTENTION}",
+    "attn+ff": rf"transformer_blocks\.\d+\.({_ATTENTION}|ff(_context)?\.net\.(0\.proj|2))",
+    "all-linear": r"transformer_blocks\.\d+\..*",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraArgs:
+    """The adapter."""
+
+    rank: int = 16
+    """rank of the two factors"""
+    lora_alpha: float | None = None
+    """the update is scaled by alpha / rank; unset is the rank, a scale of 1"""
+    lora_dropout: float = 0.0
+    """dropout on the adapter's input"""
+    lora_layers: tuple[str, ...] = ("attn",)
+    """attn (every attention projection, attn2 and the text stream's included), attn+ff, all-linear,
+    names of layers (also as one comma list, such as attn.to_k,attn.to_q), or one regular
+    expression over full module names, marked by a leading re:"""
+    use_dora: bool = False
+    """decompose weights into magnitude and direction (DoRA, arXiv:2402.09353)"""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError("--rank must be at least 1")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError("--lora_alpha must be positive")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError("--lora_dropout must lie in [0, 1)")
+        if not self.lora_layers:
+            raise ValueError("--lora_layers needs at least one name")
+
+
+def target_layers(model: nn.Module, choice: Sequence[str]) -> list[str]:
+    """Full names of the linear layers that `--lora_layers` means.
+
+    The last block's query of the text stream is left out: its output is thrown away, so it would
+    get a zero gradient for ever.
+
+    Raises:
+        UserError: a name or expression matches no layer; the message names it.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    dead = _dead_layers(linear)
+    found: list[str] = []
+    for word in [part.strip() for item in choice for part in _parts(item)]:
+        if word in PRESETS:
+            pattern = PRESETS[word]
+        elif word.startswith("re:"):
+            pattern = word.removeprefix("re:")
+        else:
+            pattern = rf"(.*\.)?{re.escape(word)}"
+        try:
+            matches = [name for name in linear if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise UserError(
+                f"--lora_layers: {word!r} is no regular expression ({error})"
+            ) from error
+        if not matches:
+            raise UserError(
+                f"--lora_layers: {word!r} matches no linear layer; there are, for example, "
+                f"{', '.join(linear[:6])}"
+            )
+        found += matches
+    wanted = set(found) - dead
+    if not wanted:
+        raise UserError(
+            f"--lora_layers: {', '.join(found)} alone would never learn: nothing reads its result"
+        )
+    return [name for name in linear if name in wanted]
+
+
+def _parts(item: str) -> list[str]:
+    return [item] if item.startswith("re:") else item.split(",")
+
+
+def _dead_layers(linear: Sequence[str]) -> set[str]:
+    """Layers of the last joint block whose result nothing reads."""
+    blocks = [int(m[1]) for name in linear if (m := re.match(r"transformer_blocks\.(\d+)\.", name))]
+    return {f"transformer_blocks.{max(blocks)}.attn.add_q_proj"} if blocks else set()
+
+
+def add(model: nn.Module, args: LoraArgs) -> list[nn.Parameter]:
+    """Adds an adapter to the frozen model and returns its parameters, float32 and trainable.
+
+    B starts at zero, so the model is unchanged; A is drawn from torch's global generator.
+    """
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha if args.lora_alpha is not None else args.rank,  # pyright: ignore
+        lora_dropout=args.lora_dropout,
+        target_modules=target_layers(model, args.lora_layers),
+        use_dora=args.use_dora,
+        init_lora_weights="gaussian",
+    )
+    model.add_adapter(config, ADAPTER)  # pyright: ignore
+    params = [param for param in model.parameters() if param.requires_grad]
+    for param in params:
+        # peft creates them in the base's dtype; a bfloat16 weight of 0.02 cannot take a step of
+        # 1e-5, which is below half a unit in its last place.
+        param.data = param.data.float()
+    return params
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model for a while: the reference of KL terms and of before/after pictures."""
+    model.disable_adapters()  # pyright: ignore
+    try:
+        yield
+    finally:
+        model.enable_adapters()  # pyright: ignore
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's names, on the CPU."""
+    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
