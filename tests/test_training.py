@@ -1,4 +1,4 @@
-"""Claims about a run: its length, its seed, its stops, its records, and that it goes on exactly."""
+"""Claims about a run: its seed, its stops, its records, and that it goes on exactly."""
 
 import json
 import math
@@ -19,7 +19,6 @@ from dojo import cli, lora, sd3, training
 from dojo import optim as optimizers
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
-from dojo.optim import OptimArgs
 
 from .conftest import MakeArgs, lora_flags, reset_accelerate
 
@@ -61,119 +60,6 @@ def whole(place: Path, flags: list[str]) -> Path:
 def again(flags: list[str], *more: str) -> None:
     reset_accelerate()
     script.main(cli.parse(script.Args, None, [*flags, *more]))
-
-
-# Length
-
-
-@pytest.mark.parametrize(
-    ("options", "samples", "processes", "steps"),
-    [
-        ({}, 10, 1, 1000),
-        ({"max_train_steps": 7}, 10, 1, 7),
-        ({"max_train_steps": 7, "num_train_epochs": 100}, 10, 2, 7),
-        ({"num_train_epochs": 2}, 10, 1, 5),  # 20 samples by 4
-        ({"num_train_epochs": 3}, 10, 1, 8),  # 30 by 4, rounded up
-        ({"num_train_epochs": 3, "gradient_accumulation_steps": 2}, 10, 1, 4),
-        ({"num_train_epochs": 3}, 10, 2, 4),
-        ({"num_train_epochs": 3, "steps_per_epoch": 50}, 10, 4, 150),
-        ({"num_train_epochs": 1, "train_batch_size": 64}, 10, 1, 1),
-        # 15 * (25 / 3) is a little more than 125 in floating point.
-        ({"num_train_epochs": 15, "train_batch_size": 3}, 25, 1, 125),
-    ],
-)
-def test_the_length_of_a_run_follows_from_data_and_batch(
-    options: dict[str, int], samples: int, processes: int, steps: int
-) -> None:
-    assert OptimArgs(**options).num_steps(samples, processes) == steps  # pyright: ignore
-
-
-@pytest.mark.parametrize(
-    "name", ["train_batch_size", "gradient_accumulation_steps", "max_train_steps"]
-)
-def test_lengths_below_one_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--{name}"):
-        OptimArgs(**{name: 0})  # pyright: ignore
-
-
-def test_a_warm_up_that_would_be_ignored_is_refused() -> None:
-    with pytest.raises(ValueError, match="--lr_warmup_steps"):
-        OptimArgs(lr_warmup_steps=10)
-    OptimArgs(lr_warmup_steps=10, lr_scheduler="constant_with_warmup")
-
-
-# The optimizer
-
-
-class Processes:
-    """As much of a run as the optimizer asks for, with any number of processes."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, optim: OptimArgs, num_processes: int) -> None:
-        self.num_steps = optim.num_steps(80, num_processes)
-        self.samples_per_step = optim.samples_per_step(num_processes)
-
-
-def rates(optim: OptimArgs, num_processes: int = 1) -> list[float]:
-    """The learning rate of every step of a run over 80 samples, and the one after the last."""
-    run: Any = Processes(optim, num_processes)
-    optimizer, schedule = optimizers.make([nn.Parameter(torch.ones(1))], optim, run)
-    found = [float(rate) for rate in schedule.get_last_lr()]
-    for _ in range(run.num_steps):
-        optimizer.step()
-        schedule.step()
-        found += [float(rate) for rate in schedule.get_last_lr()]
-    return found
-
-
-@pytest.mark.parametrize("processes", [1, 2, 5])
-@pytest.mark.parametrize("length", [{"max_train_steps": 12}, {"num_train_epochs": 3}])
-def test_the_schedule_ends_with_the_run_whatever_the_number_of_processes(
-    processes: int, length: dict[str, int]
-) -> None:
-    # diffusers #8312: with N processes the schedule ran N times too fast or never ended.
-    optim = OptimArgs(learning_rate=0.5, lr_scheduler="linear", **length)  # pyright: ignore
-    found = rates(optim, processes)
-    assert found[0] == 0.5
-    assert found[-1] == pytest.approx(0)
-    assert min(found[:-1]) > 0
-    count = len(found) - 1
-    assert found == pytest.approx([0.5 * (1 - i / count) for i in range(count + 1)])
-
-
-def test_warm_up_rises_and_cosine_falls() -> None:
-    optim = OptimArgs(
-        learning_rate=1.0, lr_scheduler="cosine", lr_warmup_steps=4, max_train_steps=12
-    )
-    found = rates(optim)
-    assert found[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
-    assert found[8] == pytest.approx(0.5)
-    assert found[12] == pytest.approx(0)
-
-
-@pytest.mark.parametrize(("processes", "factor"), [(1, 6), (4, 24)])
-def test_scale_lr_multiplies_by_the_samples_per_step(processes: int, factor: int) -> None:
-    optim = OptimArgs(
-        learning_rate=1e-3,
-        scale_lr=True,
-        train_batch_size=3,
-        gradient_accumulation_steps=2,
-        max_train_steps=1,
-    )
-    assert rates(optim, processes)[0] == pytest.approx(1e-3 * factor)
-
-
-def test_adam_gets_its_options() -> None:
-    optim = OptimArgs(
-        adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.03, adam_epsilon=1e-6,
-        max_train_steps=1,
-    )  # fmt: skip
-    run: Any = Processes(optim, 1)
-    optimizer, _ = optimizers.make([nn.Parameter(torch.ones(1))], optim, run)
-    group = optimizer.param_groups[0]
-    assert isinstance(optimizer, torch.optim.AdamW)
-    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.95), 0.03, 1e-6)
 
 
 # One step

@@ -1,19 +1,39 @@
-"""Length of a training, its optimizer and the schedule of the learning rate."""
+"""Length of a training, its optimizer and the schedule of the learning rate.
+
+The optimizers themselves come from torch and from their authors' packages; this file gives them
+the same options and makes sure that each can be resumed exactly.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from dojo.cli import UserError
+
+Groups = Sequence[nn.Parameter] | Sequence[dict[str, Any]]
+
+# Bytes per trained weight: weight, gradient and the optimizer's state, with float32 weights.
+STATE_BYTES = {
+    "adamw": 16,
+    "adamw8bit": 10,
+    "adafactor": 8,
+    "lion": 12,
+    "prodigy": 24,
+    "schedulefree": 16,
+}
+KAHAN_BYTES = {"adamw": 10, "lion": 8}  # bfloat16 weights with a compensation each
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimArgs:
-    """Length of the training, batch, AdamW and its schedule."""
+    """Length of the training, batch, optimizer and its schedule."""
 
     train_batch_size: int = 4
     """samples per process and micro-step"""
@@ -25,6 +45,14 @@ class OptimArgs:
     """passes over the data"""
     steps_per_epoch: int | None = None
     """optimizer steps that count as one epoch; unset is what the data set takes"""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedulefree"] = (
+        "adamw"
+    )
+    """adamw (fused), adamw8bit (bitsandbytes), adafactor (torch), lion (optimi, wants a learning
+    rate 3 to 10 times smaller), prodigy (finds its step size: set --learning_rate 1), schedulefree
+    (AdamW that averages its weights and needs no schedule)"""
+    use_8bit_adam: bool = False
+    """the same as --optimizer adamw8bit"""
     learning_rate: float = 1e-4
     """learning rate after warm-up"""
     scale_lr: bool = False
@@ -34,7 +62,7 @@ class OptimArgs:
     ] = "constant"
     """shape of the learning rate over the steps"""
     lr_warmup_steps: int = 0
-    """optimizer steps of linear warm-up (every shape but constant)"""
+    """optimizer steps of linear warm-up (every shape but constant; schedulefree has its own)"""
     lr_num_cycles: int = 1
     """hard restarts of cosine_with_restarts"""
     lr_power: float = 1.0
@@ -42,7 +70,7 @@ class OptimArgs:
     adam_beta1: float = 0.9
     """decay of the first moment"""
     adam_beta2: float = 0.999
-    """decay of the second moment"""
+    """decay of the second moment (lion: 0.99 is usual)"""
     adam_weight_decay: float = 1e-4
     """decoupled weight decay"""
     adam_epsilon: float = 1e-8
@@ -63,8 +91,20 @@ class OptimArgs:
                 raise ValueError(f"--{name} must be at least 1")
         if self.learning_rate <= 0 or self.max_grad_norm <= 0:
             raise ValueError("--learning_rate and --max_grad_norm must be positive")
-        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+        if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
+            raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}")
+        if self.kind == "schedulefree":
+            if self.lr_scheduler not in ("constant", "constant_with_warmup"):
+                raise ValueError("--optimizer schedulefree takes no --lr_scheduler: leave it unset")
+        elif self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ValueError("--lr_warmup_steps needs --lr_scheduler constant_with_warmup")
+        if self.scale_lr and self.kind == "prodigy":
+            raise ValueError("--scale_lr: prodigy finds its own step size")
+
+    @property
+    def kind(self) -> str:
+        """The optimizer's name, with the older spelling of the 8-bit one."""
+        return "adamw8bit" if self.use_8bit_adam else self.optimizer
 
     def samples_per_step(self, num_processes: int) -> int:
         """The effective batch size."""
@@ -85,6 +125,10 @@ class OptimArgs:
         samples = self.num_train_epochs * num_samples
         return -(-samples // self.samples_per_step(num_processes))  # rounded up, in integers
 
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes per trained weight: weight, gradient, optimizer state."""
+        return (STATE_BYTES if dtype == torch.float32 else KAHAN_BYTES).get(self.kind, 16)
+
 
 class Length(Protocol):
     """What a schedule has to know of a run."""
@@ -99,24 +143,28 @@ class Length(Protocol):
 
 
 def make(
-    params: Sequence[nn.Parameter], args: OptimArgs, run: Length
+    params: Groups, args: OptimArgs, run: Length
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Fused AdamW and its schedule over the optimizer steps of the run.
+    """The optimizer and its schedule over the optimizer steps of the run.
 
     The schedule is stepped once per optimizer step on every process, whatever their number; it
     must not be handed to accelerate, which would step it once per process.
+
+    Args:
+        params: weights, or groups of them with a learning rate `lr` of their own.
+    Raises:
+        UserError: the optimizer's package is missing, or it cannot train bfloat16 weights.
     """
-    lr = args.learning_rate * (run.samples_per_step if args.scale_lr else 1)
-    optimizer = torch.optim.AdamW(
-        params,
-        lr=lr,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=run.device.type in ("cuda", "cpu"),
-    )
+    scale = run.samples_per_step if args.scale_lr else 1
+    groups = [
+        {**group, "lr": group.get("lr", args.learning_rate) * scale}
+        for group in (entry if isinstance(entry, dict) else {"params": [entry]} for entry in params)
+    ]
+    if not isinstance(params[0], dict):
+        groups = [{"params": list(params), "lr": args.learning_rate * scale}]
+    optimizer = _optimizer(groups, args, run.device)
     schedule = get_scheduler(
-        args.lr_scheduler,
+        "constant" if args.kind == "schedulefree" else args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=run.num_steps,
@@ -124,3 +172,62 @@ def make(
         power=args.lr_power,
     )
     return optimizer, schedule
+
+
+def _optimizer(
+    groups: list[dict[str, Any]], args: OptimArgs, device: torch.device
+) -> torch.optim.Optimizer:
+    low = any(param.dtype != torch.float32 for group in groups for param in group["params"])
+    if low and args.kind not in KAHAN_BYTES:
+        raise UserError(
+            f"--optimizer {args.kind} loses small updates of bfloat16 weights; with --train_dtype "
+            "bf16 use adamw or lion, which compensate (Kahan), or leave --train_dtype at fp32"
+        )
+    common: dict[str, Any] = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.kind == "adafactor":  # its second moment is factored, its first one absent
+        return torch.optim.Adafactor(
+            groups, lr=args.learning_rate, weight_decay=args.adam_weight_decay
+        )
+    if args.kind == "adamw8bit":
+        _require("bitsandbytes", args)
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, **common)
+    if args.kind == "prodigy":
+        import prodigyopt
+
+        return prodigyopt.Prodigy(groups, safeguard_warmup=True, use_bias_correction=True, **common)
+    if args.kind == "schedulefree":
+        import schedulefree
+
+        optimizer = schedulefree.AdamWScheduleFree(
+            groups, warmup_steps=args.lr_warmup_steps, **common
+        )
+        optimizer.train()
+        return optimizer
+    if args.kind == "lion" or low:
+        import optimi
+
+        if args.kind == "lion":
+            common.pop("eps")
+            return optimi.Lion(groups, kahan_sum=low, **common)
+        return optimi.AdamW(groups, kahan_sum=True, **common)
+    return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **common)
+
+
+def _require(package: str, args: OptimArgs) -> None:
+    if find_spec(package) is None:
+        raise UserError(
+            f"--optimizer {args.kind} needs the package {package}: pip install {package}"
+        )
+
+
+def learning_rate(optimizer: Any) -> float:
+    """The rate of the first group's next step; prodigy's own step size is in it."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) * float(group.get("d", 1.0))

@@ -27,6 +27,7 @@ from typing import Any, Literal, TypeVar
 
 import accelerate
 import diffusers
+import psutil
 import torch
 import transformers
 from accelerate.utils import (
@@ -219,7 +220,10 @@ class Run:
                 "continue it with its own, or choose another folder"
             )
         if done and not changed and (folder / result).exists() and not overwrite:
-            self.say(f"{folder} is finished ({self.num_steps} steps): nothing to do")
+            self.say(
+                f"{folder} is finished ({self.num_steps} steps): nothing to do "
+                f"(to upload it: python -m dojo.publish {folder})"
+            )
             self.accelerator.end_training()
             return False
         self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
@@ -476,10 +480,18 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
     return run
 
 
+# Everything but checkpoints that a run may leave in its folder.
+_OUTPUTS = """
+    args.json metrics.jsonl finished.json data_report.json README.md report.html contact_sheet.png
+    logs validation model_index.json model.safetensors transformer vae scheduler
+    tokenizer tokenizer_2 tokenizer_3 text_encoder text_encoder_2 text_encoder_3
+    pytorch_lora_weights_kohya.safetensors pytorch_lora_weights_comfyui.safetensors
+"""
+
+
 def _remove_run(folder: Path, result: str) -> None:
     """Removes what a run wrote, and nothing else that may lie in its folder."""
-    names = "args.json metrics.jsonl finished.json data_report.json README.md scheduler logs"
-    own = [folder / name for name in [*names.split(), "validation", result]]
+    own = [folder / name for name in [*_OUTPUTS.split(), result]]
     for path in [*own, *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -514,7 +526,8 @@ def options(args: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: plain(item) for name, item in value.items() if "token" not in name}
+            # hub_token and its like; max_sequence_length and keep_tokens are no secrets.
+            return {k: plain(item) for k, item in value.items() if not k.endswith("_token")}
         if isinstance(value, tuple | list):
             return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
@@ -538,9 +551,10 @@ _INCIDENTAL = """
     resume_from_checkpoint overwrite_output_dir dry_run output_dir checkpointing_steps
     checkpoints_total_limit report_to tracker_project_name logging_steps max_train_steps
     num_train_epochs steps_per_epoch train_batch_size gradient_accumulation_steps
-    gradient_checkpointing dataset_name train_data_dir cache_dir dataloader_num_workers
-    on_bad_sample eval_fraction eval_data_dir max_train_samples latent_cache_dir
-    no_cache_latents no_cache_text_embeddings
+    gradient_checkpointing torch_compile dataset_name train_data_dir instance_data_dir data_config
+    class_data_dir sample_batch_size cache_dir dataloader_num_workers on_bad_sample eval_fraction
+    eval_data_dir max_train_samples latent_cache_dir no_cache_latents no_cache_text_embeddings
+    offload_ema save_dtype single_file single_file_without_t5 lora_format
 """
 
 
@@ -554,7 +568,7 @@ def _changed_options(folder: Path, args: Any) -> list[str]:
         return {
             name: value
             for group, values in groups.items()
-            if isinstance(values, dict) and group != "validation"
+            if isinstance(values, dict) and group not in ("validation", "publish")
             for name, value in values.items()
             if name not in _INCIDENTAL.split()
         }
@@ -603,18 +617,28 @@ def _git_revision() -> str | None:
 # -- dry run ----------------------------------------------------------------------------------
 
 
-def print_plan(run: Run, args: Any, model: nn.Module, cost: Cost, batch_size: int) -> None:
+def print_plan(
+    run: Run,
+    args: Any,
+    model: nn.Module,
+    cost: Cost,
+    batch_size: int,
+    *,
+    bytes_per_weight: int = 16,
+) -> None:
     """Prints what `--dry_run` promises: options, sizes, steps, memory and operations.
 
-    `model` holds the parameters in the dtype that they will have; `cost` is that of a micro-batch
-    of `batch_size`.
+    Args:
+        model: holds the parameters in the dtype that they will have.
+        cost: of a micro-batch of `batch_size`.
+        bytes_per_weight: what training one weight takes: itself, its gradient, the optimizer's
+            state, an average.
     """
     total = sum(param.numel() for param in model.parameters())
     trained = [param for param in model.parameters() if param.requires_grad]
     weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     frozen_bytes = sum(weights.values()) - sum(weights[id(p)] for p in trained)
-    # Weight, gradient and two moments, each float32.
-    trained_bytes = 16 * sum(param.numel() for param in trained)
+    trained_bytes = bytes_per_weight * sum(param.numel() for param in trained)
     gib = (frozen_bytes + trained_bytes + cost.saved_bytes) / 2**30
     micro_batches = run.samples_per_step / batch_size / run.accelerator.num_processes
     rows = {
@@ -642,6 +666,13 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def used_memory_gib(device: torch.device) -> float:
+    """Allocated GPU memory, or the process's resident memory without a GPU, in GiB, now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
 
 
 def device_name(device: torch.device) -> str:

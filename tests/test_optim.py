@@ -1,0 +1,341 @@
+"""Claims about the length of a run, its optimizers and the schedule of the learning rate."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dojo import optim as optimizers
+from dojo.averaging import Averaged, EmaArgs
+from dojo.cli import UserError
+from dojo.optim import OptimArgs
+
+# Length
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "processes", "steps"),
+    [
+        ({}, 10, 1, 1000),
+        ({"max_train_steps": 7}, 10, 1, 7),
+        ({"max_train_steps": 7, "num_train_epochs": 100}, 10, 2, 7),
+        ({"num_train_epochs": 2}, 10, 1, 5),  # 20 samples by 4
+        ({"num_train_epochs": 3}, 10, 1, 8),  # 30 by 4, rounded up
+        ({"num_train_epochs": 3, "gradient_accumulation_steps": 2}, 10, 1, 4),
+        ({"num_train_epochs": 3}, 10, 2, 4),
+        ({"num_train_epochs": 3, "steps_per_epoch": 50}, 10, 4, 150),
+        ({"num_train_epochs": 1, "train_batch_size": 64}, 10, 1, 1),
+        # 15 * (25 / 3) is a little more than 125 in floating point.
+        ({"num_train_epochs": 15, "train_batch_size": 3}, 25, 1, 125),
+    ],
+)
+def test_the_length_of_a_run_follows_from_data_and_batch(
+    options: dict[str, int], samples: int, processes: int, steps: int
+) -> None:
+    assert OptimArgs(**options).num_steps(samples, processes) == steps  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    "name", ["train_batch_size", "gradient_accumulation_steps", "max_train_steps"]
+)
+def test_lengths_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"--{name}"):
+        OptimArgs(**{name: 0})  # pyright: ignore
+
+
+def test_a_warm_up_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ValueError, match="--lr_warmup_steps"):
+        OptimArgs(lr_warmup_steps=10)
+    OptimArgs(lr_warmup_steps=10, lr_scheduler="constant_with_warmup")
+
+
+# The schedule
+
+
+class Processes:
+    """As much of a run as the optimizer asks for, with any number of processes."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, optim: OptimArgs, num_processes: int) -> None:
+        self.num_steps = optim.num_steps(80, num_processes)
+        self.samples_per_step = optim.samples_per_step(num_processes)
+
+
+def rates(optim: OptimArgs, num_processes: int = 1) -> list[float]:
+    """The learning rate of every step of a run over 80 samples, and the one after the last."""
+    run: Any = Processes(optim, num_processes)
+    optimizer, schedule = optimizers.make([nn.Parameter(torch.ones(1))], optim, run)
+    found = [float(rate) for rate in schedule.get_last_lr()]
+    for _ in range(run.num_steps):
+        optimizer.step()
+        schedule.step()
+        found += [float(rate) for rate in schedule.get_last_lr()]
+    return found
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+@pytest.mark.parametrize("length", [{"max_train_steps": 12}, {"num_train_epochs": 3}])
+def test_the_schedule_ends_with_the_run_whatever_the_number_of_processes(
+    processes: int, length: dict[str, int]
+) -> None:
+    # diffusers #8312: with N processes the schedule ran N times too fast or never ended.
+    optim = OptimArgs(learning_rate=0.5, lr_scheduler="linear", **length)  # pyright: ignore
+    found = rates(optim, processes)
+    assert found[0] == 0.5
+    assert found[-1] == pytest.approx(0)
+    assert min(found[:-1]) > 0
+    count = len(found) - 1
+    assert found == pytest.approx([0.5 * (1 - i / count) for i in range(count + 1)])
+
+
+def test_warm_up_rises_and_cosine_falls() -> None:
+    optim = OptimArgs(
+        learning_rate=1.0, lr_scheduler="cosine", lr_warmup_steps=4, max_train_steps=12
+    )
+    found = rates(optim)
+    assert found[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert found[8] == pytest.approx(0.5)
+    assert found[12] == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("processes", "factor"), [(1, 6), (4, 24)])
+def test_scale_lr_multiplies_by_the_samples_per_step(processes: int, factor: int) -> None:
+    optim = OptimArgs(
+        learning_rate=1e-3,
+        scale_lr=True,
+        train_batch_size=3,
+        gradient_accumulation_steps=2,
+        max_train_steps=1,
+    )
+    assert rates(optim, processes)[0] == pytest.approx(1e-3 * factor)
+
+
+def test_adam_gets_its_options() -> None:
+    optim = OptimArgs(
+        adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.03, adam_epsilon=1e-6,
+        max_train_steps=1,
+    )  # fmt: skip
+    run: Any = Processes(optim, 1)
+    optimizer, _ = optimizers.make([nn.Parameter(torch.ones(1))], optim, run)
+    group = optimizer.param_groups[0]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.95), 0.03, 1e-6)
+
+
+# The optimizers
+
+KINDS = ["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedulefree"]
+SIZE = 4096 + 7  # bitsandbytes keeps weights below 4096 numbers in full precision
+
+
+def problem(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> tuple[Any, Any]:
+    """A weight that starts at 1 and its optimizer."""
+    if kind == "adamw8bit" and find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    rate = {"prodigy": 1.0, "lion": 1e-3}.get(kind, 1e-2)
+    options: Any = {"optimizer": kind, "learning_rate": rate, "max_train_steps": 40, **more}
+    args = OptimArgs(**options)
+    weight = nn.Parameter(torch.ones(SIZE, dtype=dtype))
+    run: Any = Processes(args, 1)
+    return weight, optimizers.make([weight], args, run)[0]
+
+
+def descend(weight: Tensor, optimizer: Any, steps: range, goal: float = 0.0) -> None:
+    """Steps of gradient descent on half the squared distance to the goal, with fixed noise."""
+    for step in steps:
+        noise = torch.randn(SIZE, generator=torch.Generator().manual_seed(step))
+        gradient = weight.detach().float() - goal + 0.01 * noise
+        weight.grad = gradient.to(weight.dtype)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_optimizer_goes_downhill(kind: str) -> None:
+    weight, optimizer = problem(kind)
+    descend(weight, optimizer, range(40))
+    # Prodigy starts from a step of 1e-6 and only feels its way in forty steps.
+    assert weight.mean() < (1 - 1e-6 if kind == "prodigy" else 0.97)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_optimizer_goes_on_exactly_from_its_saved_state(kind: str, tmp_path: Path) -> None:
+    whole, optimizer = problem(kind)
+    descend(whole, optimizer, range(10))
+    half, optimizer = problem(kind)
+    descend(half, optimizer, range(5))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    resumed, optimizer = problem(kind)
+    with torch.no_grad():
+        resumed.copy_(half)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    descend(resumed, optimizer, range(5, 10))
+    assert torch.equal(whole, resumed)
+
+
+def test_adamw_is_the_formula() -> None:
+    weight, optimizer = problem("adamw", adam_weight_decay=0.1)
+    expected, first, second = torch.ones(SIZE), torch.zeros(SIZE), torch.zeros(SIZE)
+    for step in range(5):
+        noise = torch.randn(SIZE, generator=torch.Generator().manual_seed(step))
+        gradient = expected + 0.01 * noise
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        corrected = first / (1 - 0.9 ** (step + 1))
+        root = (second / (1 - 0.999 ** (step + 1))).sqrt()
+        expected = expected * (1 - 1e-2 * 0.1) - 1e-2 * corrected / (root + 1e-8)
+    descend(weight, optimizer, range(5))
+    assert torch.allclose(weight, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion"])
+def test_bfloat16_weights_keep_steps_that_plain_rounding_loses(kind: str) -> None:
+    # Near 1 bfloat16 knows steps of 1/256; fifty steps of 1e-4 are one of them and a bit.
+    options: dict[str, Any] = {"learning_rate": 1e-4, "adam_weight_decay": 0.0}
+    weight, optimizer = problem(kind, torch.bfloat16, **options)
+    plain = nn.Parameter(torch.ones(SIZE, dtype=torch.bfloat16))
+    descend(plain, torch.optim.AdamW([plain], lr=1e-4, weight_decay=0.0), range(100))
+    descend(weight, optimizer, range(100))
+    assert torch.equal(plain, torch.ones_like(plain)), "the premise: plain AdamW stands still"
+    assert weight.float().mean().item() == pytest.approx(0.99, abs=0.003)
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "adafactor", "prodigy", "schedulefree"])
+def test_bfloat16_weights_without_compensation_are_refused(kind: str) -> None:
+    with pytest.raises(UserError, match=f"--optimizer {kind}.*bfloat16"):
+        problem(kind, torch.bfloat16)
+
+
+def test_groups_have_learning_rates_of_their_own() -> None:
+    args = OptimArgs(learning_rate=1e-3, scale_lr=True, train_batch_size=2, max_train_steps=1)
+    run: Any = Processes(args, 1)
+    groups = [{"params": [nn.Parameter(torch.ones(1))]}] * 1
+    groups.append({"params": [nn.Parameter(torch.ones(1))], "lr": 5e-6})  # pyright: ignore
+    optimizer, _ = optimizers.make(groups, args, run)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-3, 1e-5])
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, "--lr_scheduler"),
+        ({"optimizer": "lion", "use_8bit_adam": True}, "--use_8bit_adam"),
+        ({"optimizer": "prodigy", "scale_lr": True}, "--scale_lr"),
+    ],
+)
+def test_contradictions_are_refused(options: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        OptimArgs(**options)
+
+
+def test_the_logged_rate_of_prodigy_holds_its_step_size() -> None:
+    weight, optimizer = problem("prodigy")
+    descend(weight, optimizer, range(3))
+    group = optimizer.param_groups[0]
+    assert group["d"] < 1
+    assert optimizers.learning_rate(optimizer) == group["d"] * group["lr"]
+
+
+# Averages
+
+
+def test_the_moving_average_is_the_formula() -> None:
+    weight, optimizer = problem("adamw")
+    averaged = Averaged([weight], EmaArgs(use_ema=True, ema_decay=0.9), optimizer)
+    expected = torch.ones(SIZE)
+    for step in range(1, 31):
+        descend(weight, optimizer, range(step, step + 1))
+        averaged.update(step)
+        # diffusers' warm-up: the first update takes the weights, then (1 + n) / (10 + n).
+        n = step - 1
+        decay = 0.0 if n == 0 else min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * weight.detach()
+    before = weight.detach().clone()
+    with averaged.applied():
+        assert torch.allclose(weight, expected, atol=1e-6)
+        assert not torch.equal(weight, before)
+    assert torch.equal(weight, before)
+
+
+def test_the_average_moves_only_when_its_turn_has_come() -> None:
+    weight, optimizer = problem("adamw")
+    args = EmaArgs(use_ema=True, ema_update_every=3)
+    averaged = Averaged([weight], args, optimizer)
+    seen = []
+    for step in range(1, 7):
+        descend(weight, optimizer, range(step, step + 1))
+        averaged.update(step)
+        with averaged.applied():
+            seen.append(weight.mean().item())
+    assert seen[0] == seen[1] == 1.0
+    assert seen[2] == seen[3] == seen[4] != 1.0
+    assert seen[5] != seen[4]
+
+
+def test_the_average_of_bfloat16_weights_is_float32() -> None:
+    weight, optimizer = problem("adamw", torch.bfloat16)
+    averaged = Averaged([weight], EmaArgs(use_ema=True), optimizer)
+    assert averaged.ema is not None
+    assert averaged.ema.shadow_params[0].dtype == torch.float32
+    averaged.update(1)
+    with averaged.applied():
+        assert weight.dtype == torch.bfloat16
+
+
+def test_a_schedule_free_optimizer_validates_with_its_own_average_and_loses_no_bit() -> None:
+    weight, optimizer = problem("schedulefree")
+    averaged = Averaged([weight], EmaArgs(), optimizer)
+    descend(weight, optimizer, range(10))
+    before = weight.detach().clone()
+    with averaged.applied():
+        assert not torch.equal(weight, before)
+    assert torch.equal(weight, before)
+    plain, other = problem("schedulefree")
+    descend(plain, other, range(20))
+    descend(weight, optimizer, range(10, 20))
+    assert torch.equal(weight, plain)
+
+
+def test_two_averages_at_once_are_refused() -> None:
+    weight, optimizer = problem("schedulefree")
+    with pytest.raises(UserError, match="--use_ema"):
+        Averaged([weight], EmaArgs(use_ema=True), optimizer)
+
+
+def test_an_average_is_saved_and_restored_exactly(tmp_path: Path) -> None:
+    weight, optimizer = problem("adamw")
+    averaged = Averaged([weight], EmaArgs(use_ema=True), optimizer)
+    for step in range(1, 6):
+        descend(weight, optimizer, range(step, step + 1))
+        averaged.update(step)
+    saved: dict[str, Tensor] = {}
+    averaged.save(tmp_path, lambda: saved.update(average=weight.detach().clone()))
+    saved["own"] = weight.detach().clone()
+    other, _ = problem("adamw")
+    again = Averaged([other], EmaArgs(use_ema=True), optimizer)
+
+    def read(name: str) -> None:
+        with torch.no_grad():
+            other.copy_(saved[name])
+
+    again.restore(tmp_path, lambda: read("average"))
+    read("own")
+    for step in range(6, 9):
+        descend(weight, optimizer, range(step, step + 1))
+        with torch.no_grad():
+            other.copy_(weight)
+        averaged.update(step)
+        again.update(step)
+    with averaged.applied(), again.applied():
+        assert torch.equal(weight, other)
+
+
+def test_a_checkpoint_without_an_average_is_refused(tmp_path: Path) -> None:
+    weight, optimizer = problem("adamw")
+    averaged = Averaged([weight], EmaArgs(use_ema=True), optimizer)
+    with pytest.raises(UserError, match="--use_ema"):
+        averaged.restore(tmp_path, lambda: None)
