@@ -1,31 +1,47 @@
-"""Claims about the caches: whole shards, equal bits, nothing mixed up, nothing stale."""
+"""Claims about rows and caches: equal with and without, nothing mixed up, nothing stale."""
 
+import copy
+import dataclasses
+import functools
+import io
 import itertools
 import json
 import os
+import pickle
 import shutil
+import tracemalloc
 import types
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from dojo import sd3
 from dojo.cli import UserError
 from dojo.data import (
+    Batch,
     Batches,
     CacheArgs,
+    CachedText,
+    CaptionArgs,
     Captioned,
     DataArgs,
     Draw,
     Latents,
     Pictures,
+    Plan,
+    Posterior,
+    Recipe,
+    Size,
+    assign,
     cache,
     cache_latents,
     cache_text,
@@ -33,339 +49,584 @@ from dojo.data import (
     collate,
     open_source,
 )
+from dojo.data import shards as disk
+from dojo.data.shards import Shards
 
-CPU = torch.device("cpu")
 SETTINGS: dict[str, object] = {"vae": "v1", "dtype": "no"}
+SIZES: list[Size] = [(64, 64), (64, 64), (120, 60), (100, 56), (60, 120), (70, 62), (64, 90)] * 2
+"""Of the painted pictures: (height, width)."""
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten samples then make shards of 4, 4 and 2."""
-    monkeypatch.setattr(cache, "SHARD_SIZE", 4)
+    """A dozen samples then make several shards."""
+    monkeypatch.setattr(disk, "SHARD_SIZE", 4)
 
 
-@pytest.fixture(scope="module")
-def model_args(tiny_sd3: Path) -> sd3.ModelArgs:
-    """The tiny model with short texts."""
-    return sd3.ModelArgs(pretrained_model_name_or_path=str(tiny_sd3), max_sequence_length=24)
+@dataclass(frozen=True)
+class Painter:
+    """Paints the picture of a row: no two rows, no two corners and no two places look the same."""
+
+    sizes: list[Size]
+
+    def __call__(self, row: int) -> bytes:
+        return paint(row, *self.sizes[row])
 
 
-@pytest.fixture(scope="module")
-def vae(model_args: sd3.ModelArgs) -> AutoencoderKL:
-    """The tiny autoencoder."""
-    return sd3.load_vae(sd3.open_model(model_args), model_args, CPU)
+def colour_of(row: int) -> Tensor:
+    """The colour of a picture at large, by which it is known: [3] in [0, 1]."""
+    return torch.tensor([row % 3, row // 3 % 3, row // 9]) / 2
 
 
-@pytest.fixture(scope="module")
-def encoders(model_args: sd3.ModelArgs) -> sd3.TextEncoders:
-    """The tiny text encoders."""
-    return sd3.TextEncoders(sd3.open_model(model_args), model_args, torch.float32, CPU)
+@functools.cache
+def paint(seed: int, height: int, width: int) -> bytes:
+    noise = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(seed))
+    picture = Image.fromarray(((noise + 3 * colour_of(seed)) / 4 * 255).byte().numpy())
+    file = io.BytesIO()
+    picture.resize((width, height), Image.Resampling.BICUBIC).save(file, "BMP")
+    return file.getvalue()
 
 
-def pictures_of(folder: Path, *, dropout: float = 0.0, seed: int = 0, **options: Any) -> Pictures:
-    args = DataArgs(**{"dataset_name": str(folder), "resolution": 64, **options})
-    return Pictures(open_source(str(folder), args), args, seed=seed, caption_dropout=dropout)
-
-
-def filled(pictures: Pictures, vae: AutoencoderKL, root: Path, **options: Any) -> Latents:
-    return cache_latents(
-        pictures,
-        lambda pixels: sd3.posterior(vae, pixels),
-        root,
-        SETTINGS,
-        latent_shape=(16, pictures.height // 8, pictures.width // 8),
-        **options,
+def painted(args: DataArgs, sizes: list[Size] = SIZES, version: int = 1) -> Captioned:
+    count = len(sizes)
+    return Captioned(
+        description="painted pictures",
+        names=[f"{i}.png" for i in range(count)],
+        ids=[f"{i}.png|{version}" for i in range(count)],
+        captions=[(f"picture {i}, big, bright", f"number {i}") for i in range(count)],
+        problems=[""] * count,
+        rows=list(range(count)),
+        store=Painter(sizes),
+        recipes=(Recipe.of(args),),
+        recipe_of=[0] * count,
+        sizes=sizes,
     )
+
+
+def pictures_of(
+    source: Captioned | None = None,
+    captions: CaptionArgs | None = None,
+    *,
+    seed: int = 0,
+    still: bool = False,
+    **options: Any,
+) -> tuple[Pictures, Plan]:
+    """The painted pictures, at 64 pixels in steps of 8, and their plan."""
+    args = DataArgs(**{"dataset_name": "x", "resolution": (64,), **options})
+    source = source or painted(args)
+    pictures = Pictures(source, args, captions or CaptionArgs(), seed=seed, still=still)
+    return pictures, assign(source, args, 8)
+
+
+def encode(pixels: Tensor) -> Posterior:
+    """An autoencoder by which a picture is known: the mean of every 8 x 8 pixels."""
+    mean = torch.nn.functional.avg_pool2d(pixels, 8)
+    return mean, mean.abs() + 0.1
+
+
+def filled(
+    pictures: Pictures, plan: Plan, root: Path, encode: Any = encode, **options: Any
+) -> Latents:
+    options = {"latent_channels": 3, "settings": SETTINGS, **options}
+    return cache_latents(pictures, plan.needed(), encode, root, **options)
+
+
+def fail(*args: object, **options: object) -> Any:
+    raise AssertionError("done again")
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(root.glob("*/*.safetensors"))}
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.glob("*/*.safetensors")}
 
 
-def touched(root: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in root.glob("*/*.safetensors")}
+def some_batches(plan: Plan, count: int, **options: Any) -> list[list[Draw]]:
+    options = {"batch_size": 3, "seed": 0, **options}
+    return list(itertools.islice(Batches(plan, **options), count))
 
 
-# Shards
+def assert_same_rows(cached: Batch, fresh: Batch) -> None:
+    """A batch from the cache is the batch that is read and encoded now."""
+    mean, std = encode(fresh["pixels"])
+    torch.testing.assert_close(cached["mean"], mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(cached["std"], std, rtol=0, atol=1e-6)
+    assert set(cached) - {"mean", "std"} == set(fresh) - {"pixels"}
+    for name in set(fresh) - {"pixels"}:
+        if isinstance(fresh[name], Tensor):
+            assert torch.equal(cached[name], fresh[name])
+        else:
+            assert cached[name] == fresh[name]
 
 
-def numbered(ids: Sequence[str], root: Path) -> cache.Shards:
-    return cache.Shards(root, ids)
+# Rows
 
 
-def make(indices: Sequence[int]) -> dict[str, Tensor]:
-    return {"value": torch.tensor([[float(i)] for i in indices])}
+def test_a_row_says_what_it_is() -> None:
+    pictures, _ = pictures_of()
+    recipe = replace(pictures.source.recipes[0], weight=0.25, is_regularisation=True)
+    other = replace(pictures.source, recipes=(recipe,))
+    for source, weight in ((pictures.source, 1.0), (other, 0.25)):
+        row = pictures_of(source)[0][Draw(4, 17, (32, 48))]
+        assert (row["place"], row["size"]) == (17, (32, 48))
+        assert row["caption"] in source.captions[4]
+        assert row["pixels"].shape == (3, 32, 48)
+        assert row["weight"] == torch.tensor(weight)
+        assert row["regularisation"].dtype == torch.bool
+        assert row["regularisation"].item() == (weight < 1)
+        assert "mask" not in row
 
 
-IDS = [f"{i}.png|v1" for i in range(10)]
+def test_rows_of_a_batch_are_stacked_or_listed() -> None:
+    pictures, plan = pictures_of(aspect_buckets=True)
+    for draws in some_batches(plan, 8):
+        batch = collate([pictures[draw] for draw in draws])
+        height, width = draws[0].size
+        assert batch["pixels"].shape == (3, 3, height, width)
+        assert batch["weight"].shape == batch["regularisation"].shape == (3,)
+        assert batch["size"] == [(height, width)] * 3
+        assert batch["place"] == [draw.place for draw in draws]
 
 
-def test_every_sample_is_read_back_from_its_place(tmp_path: Path) -> None:
-    shards = numbered(IDS, tmp_path)
-    assert [list(members) for members in shards.members] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    shards.fill(make, title="test")
-    assert [shards.read(i)["value"].item() for i in range(10)] == list(range(10))
-    assert shards.missing() == []
-
-
-def test_a_shard_is_whole_or_absent(tmp_path: Path) -> None:
-    def stop(indices: Sequence[int]) -> dict[str, Tensor]:
-        if 8 in indices:
-            raise KeyboardInterrupt
-        return make(indices)
-
-    shards = numbered(IDS, tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        shards.fill(stop, title="test")
-    assert shards.missing() == [2]
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_half_written_file_is_not_taken_for_a_shard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write_half(tensors: dict[str, Tensor], path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    shards = numbered(IDS, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "save_file", write_half)
-        with pytest.raises(OSError, match="disk full"):
-            shards.fill(make, title="test")
-    assert shards.missing() == [0, 1, 2]
-    shards.fill(make, title="test")
-    assert [shards.read(i)["value"].item() for i in range(10)] == list(range(10))
-
-
-def test_two_processes_fill_disjoint_shards(tmp_path: Path) -> None:
-    done: list[list[int]] = [[], []]
-
-    def remember(process: int) -> None:
-        def make_and_tell(indices: Sequence[int]) -> dict[str, Tensor]:
-            done[process] += indices
-            return make(indices)
-
-        numbered(IDS, tmp_path).fill(make_and_tell, title="test", process=process, num_processes=2)
-
-    remember(1)
-    assert numbered(IDS, tmp_path).missing() == [0, 2]
-    remember(0)
-    assert done == [[0, 1, 2, 3, 8, 9], [4, 5, 6, 7]]
-    assert numbered(IDS, tmp_path).missing() == []
-
-
-def test_another_id_remakes_its_shard_only(tmp_path: Path) -> None:
-    numbered(IDS, tmp_path).fill(make, title="test")
-    changed = [*IDS[:5], "5.png|v2", *IDS[6:]]
-    assert numbered(changed, tmp_path).missing() == [1]
-
-
-def test_ids_cannot_run_into_each_other(tmp_path: Path) -> None:
-    names = {path for ids in (["ab", "c"], ["a", "bc"]) for path in numbered(ids, tmp_path).paths}
-    assert len(names) == 2
-
-
-def test_other_settings_lie_in_another_folder(tmp_path: Path) -> None:
-    settings = [SETTINGS, {**SETTINGS, "vae": "v2"}, {**SETTINGS, "dtype": "bf16"}, {}]
-    assert len({cache.cache_folder(tmp_path, "latents", each) for each in settings}) == 4
-    turned = dict(reversed(SETTINGS.items()))
-    assert cache.cache_folder(tmp_path, "latents", turned) == cache.cache_folder(
-        tmp_path, "latents", SETTINGS
+def test_flips_crops_and_captions_hang_on_seed_and_place_alone() -> None:
+    tags = CaptionArgs(caption_dropout=0.3, shuffle_caption=True)
+    first, again, other = (
+        pictures_of(None, tags, seed=seed, random_flip=True, random_crop=True)[0]
+        for seed in (1, 1, 2)
     )
-    assert cache.cache_folder(tmp_path, "text", {}) != cache.cache_folder(tmp_path, "latents", {})
+    draws = [Draw(2, place, (64, 64)) for place in range(40)]
+    for draw in reversed(draws):
+        assert torch.equal(first[draw]["pixels"], again[draw]["pixels"])
+        assert first[draw]["caption"] == again[draw]["caption"]
+    assert [first[d]["caption"] for d in draws] != [other[d]["caption"] for d in draws]
+    assert len({first[d]["pixels"].sum().item() for d in draws}) == 40
+    assert len({other[d]["pixels"].sum().item() for d in draws}) == 40
 
 
-# Latents
+def test_dropping_captions_leaves_flips_and_crops_alone() -> None:
+    options = {"random_flip": True, "crop_variants": 4}
+    plain = pictures_of(**options)[0]
+    dropping = pictures_of(None, CaptionArgs(caption_dropout=0.5), **options)[0]
+    draws = [Draw(0, place, (64, 64)) for place in range(100)]
+    assert [plain.view(d) for d in draws] == [dropping.view(d) for d in draws]
+    assert 20 < sum(dropping[d]["caption"] == "" for d in draws) < 80
 
 
-def test_cached_latents_are_those_made_on_the_fly(
-    scene_data: Path, vae: AutoencoderKL, tmp_path: Path
+def test_half_of_the_uses_are_mirrored_and_every_crop_has_its_share() -> None:
+    pictures, _ = pictures_of(random_flip=True, crop_variants=4)
+    views = [pictures.view(Draw(0, place, (64, 64))) for place in range(800)]
+    assert 330 < sum(flip for _, flip in views) < 470
+    for crop in range(4):
+        assert 140 < sum(one == crop for one, _ in views) < 260
+    plain, _ = pictures_of()
+    assert {plain.view(Draw(0, place, (64, 64))) for place in range(50)} == {(0, False)}
+
+
+def test_the_numbered_crops_of_a_picture_are_the_same_in_every_run() -> None:
+    one, other = (pictures_of(crop_variants=3, seed=seed)[0] for seed in (0, 1))
+    for index in range(5):
+        anchors = [one.anchor(index, crop) for crop in range(3)]
+        assert anchors == [other.anchor(index, crop) for crop in range(3)]
+        assert anchors[0] == (0.5, 0.5)
+        assert len(set(anchors)) == 3
+    assert one.anchor(0, 1) != one.anchor(1, 1)
+
+
+def test_still_rows_are_centred_unmirrored_and_have_the_first_caption() -> None:
+    tags = CaptionArgs(caption_dropout=0.9, shuffle_caption=True)
+    cases: list[dict[str, Any]] = [{"crop_variants": 4}, {"random_crop": True}]
+    for options in cases:
+        moving, _ = pictures_of(None, tags, random_flip=True, **options)
+        still, _ = pictures_of(None, tags, random_flip=True, still=True, **options)
+        for place in range(10):
+            draw = Draw(2, place, (64, 64))
+            for row in (still[draw], moving.still()[draw]):
+                expected = moving.render(2, (64, 64), [((0.5, 0.5), False)])[0]["pixels"]
+                assert torch.equal(row["pixels"], expected)
+                assert row["caption"] == "picture 2, big, bright"
+        assert not moving.is_still
+
+
+def test_the_texts_are_those_that_rows_have() -> None:
+    for captions in (
+        CaptionArgs(),
+        CaptionArgs(caption_dropout=0.2),
+        CaptionArgs(shuffle_caption=True, keep_tokens=1, caption_variants=2),
+    ):
+        pictures, _ = pictures_of(None, captions)
+        rows = (pictures.row(Draw(i, 14 * k + i, (64, 64))) for i in range(14) for k in range(60))
+        assert pictures.texts() == sorted({row["caption"] for row in rows})
+        assert pictures.still().texts() == sorted(f"picture {i}, big, bright" for i in range(14))
+
+
+def test_reading_pictures_leaves_none_in_memory() -> None:
+    args = DataArgs(dataset_name="x", resolution=(256,))
+    pictures, plan = pictures_of(painted(args, [(256, 256)] * 20), resolution=(256,))
+    draws = [draw for batch in some_batches(plan, 7) for draw in batch]
+    for row in range(20):
+        pictures.source.store(row)  # painted once
+    pictures[draws[0]]
+    tracemalloc.start()
+    for draw in draws:
+        pictures[draw]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 256 * 256 * 3  # bytes; not one picture of twenty
+
+
+def test_a_large_data_set_is_ids_and_captions_only(tmp_path: Path) -> None:
+    count = 100_000
+    args = DataArgs(dataset_name="x", resolution=(64,))
+    small = painted(args, [(64, 64)])
+    source = replace(
+        small,
+        names=[f"{i}.png" for i in range(count)],
+        ids=[f"{i}.png|1" for i in range(count)],
+        captions=[(f"picture {i}",) for i in range(count)],
+        problems=[""] * count,
+        rows=[0] * count,
+        recipe_of=[0] * count,
+        sizes=[(64, 64)] * count,
+    )
+    pictures, plan = pictures_of(source)
+    (indices,) = plan.needed().values()
+    shards = Shards(tmp_path, source.ids, views=1)
+    latents = Latents(pictures, {(64, 64): (shards, {i: row for row, i in enumerate(indices)})})
+    text = CachedText()
+    text.add(pictures.texts(), Shards(tmp_path, pictures.texts()))
+    assert len(pickle.dumps((latents, text))) < 200 * count  # bytes a sample, for each worker
+
+
+# Cached latents
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"random_flip": True},
+        {"aspect_buckets": True, "random_flip": True, "crop_variants": 3},
+        {"resolution": (64, 96), "aspect_buckets": True, "crop_variants": 2, "repeats": 2},
+    ],
+    ids=["plain", "flips", "buckets", "resolutions"],
+)
+def test_a_cached_row_belongs_to_its_picture_and_its_caption(
+    tmp_path: Path, options: dict[str, Any], workers: int
 ) -> None:
-    pictures = pictures_of(scene_data)
-    latents = filled(pictures, vae, tmp_path)
-    for batch in itertools.islice(Batches(10, 3, seed=0), 7):  # crosses epochs and shards
-        cached, fresh = (collate([data[draw] for draw in batch]) for data in (latents, pictures))
-        mean, std = sd3.posterior(vae, fresh["pixels"])
-        torch.testing.assert_close(cached["mean"], mean, rtol=0, atol=1e-5)
-        torch.testing.assert_close(cached["std"], std, rtol=0, atol=1e-5)
-        assert cached["caption"] == fresh["caption"]
-        assert cached["place"] == fresh["place"] == [draw.place for draw in batch]
+    # diffusers #14430: a cache in the order of one pass, read in that of a shuffling loader.
+    captions = CaptionArgs(caption_dropout=0.2, shuffle_caption=True, keep_tokens=1)
+    pictures, plan = pictures_of(None, captions, **options)
+    latents = filled(pictures, plan, tmp_path)
+    draws = some_batches(plan, 24)
+    loader = DataLoader(
+        latents,
+        batch_sampler=draws,
+        collate_fn=collate,
+        num_workers=workers,  # pyright: ignore
+    )
+    for batch, cached in zip(draws, loader, strict=True):
+        assert_same_rows(cached, collate([pictures[draw] for draw in batch]))
+        for draw, caption in zip(batch, cached["caption"], strict=True):
+            assert caption == "" or str(draw.index) in caption.replace(",", "").split()
 
 
-def test_a_cached_flip_is_the_encoded_mirror_image(
-    scene_data: Path, vae: AutoencoderKL, tmp_path: Path
-) -> None:
-    pictures = pictures_of(scene_data, random_flip=True)
-    latents = filled(pictures, vae, tmp_path)
-    plain = pictures.pixels(6, flip=False)
-    mean, _ = sd3.posterior(vae, plain.flip(-1)[None])
-    torch.testing.assert_close(latents.posterior(6, flip=True)[0], mean[0], rtol=0, atol=1e-5)
-    # Encoding does not commute with mirroring: flipping the latents would be something else.
-    assert not torch.allclose(latents.posterior(6)[0].flip(-1), mean[0], atol=1e-3)
+def test_a_cached_row_has_the_colour_of_the_picture_in_its_caption(tmp_path: Path) -> None:
+    pictures, plan = pictures_of(random_flip=True, crop_variants=2, aspect_buckets=True)
+    latents = filled(pictures, plan, tmp_path)
+    colours = torch.stack([colour_of(i) for i in range(14)]) * 1.5 - 0.75  # of the latents
+    for draws in some_batches(plan, 14):
+        for row in (latents[draw] for draw in draws):
+            nearest = (colours - row["mean"].mean((1, 2))).norm(dim=1).argmin().item()
+            assert str(nearest) in row["caption"].replace(",", "").split()
 
 
-def test_flips_are_drawn_by_place_with_and_without_a_cache(
-    scene_data: Path, vae: AutoencoderKL, tmp_path: Path
-) -> None:
-    pictures = pictures_of(scene_data, random_flip=True)
-    latents = filled(pictures, vae, tmp_path)
-    turned = [pictures.mirrored(Draw(0, place)) for place in range(400)]
-    assert 150 < sum(turned) < 250
-    for place in range(6):
-        fresh = sd3.posterior(vae, pictures[Draw(2, place)]["pixels"][None])[0][0]
-        torch.testing.assert_close(latents[Draw(2, place)]["mean"], fresh, rtol=0, atol=1e-5)
-    assert not any(pictures_of(scene_data).mirrored(Draw(0, place)) for place in range(50))
+def test_all_crops_and_mirrorings_are_cached_and_used(tmp_path: Path) -> None:
+    # diffusers' cache holds one random crop and one flip of each picture for ever.
+    pictures, plan = pictures_of(random_flip=True, crop_variants=3)
+    latents = filled(pictures, plan, tmp_path)
+    rows = [latents.stored(2, (64, 64), crop=c, flip=f) for c in range(3) for f in (False, True)]
+    views = [row["mean"] for row in rows]
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in itertools.combinations(views, 2))
+    used = [latents[Draw(2, place, (64, 64))]["mean"] for place in range(60)]
+    counts = [sum(torch.equal(mean, view) for mean in used) for view in views]
+    assert sum(counts) == 60
+    assert min(counts) > 2
 
 
-def test_a_half_filled_cache_is_completed_with_the_same_bits(
-    scene_data: Path, vae: AutoencoderKL, tmp_path: Path
-) -> None:
-    pictures = pictures_of(scene_data, random_flip=True)
-    filled(pictures, vae, tmp_path)
-    before, times = contents(tmp_path), touched(tmp_path)
-    assert len(before) == 3
-    lost = next(tmp_path.glob(f"*/{list(before)[1]}"))
-    lost.unlink()
-    filled(pictures, vae, tmp_path)
-    assert contents(tmp_path) == before
-    kept = {name for name, time in touched(tmp_path).items() if time == times[name]}
-    assert kept == set(before) - {lost.name}
-
-
-def test_a_full_cache_encodes_nothing(scene_data: Path, vae: AutoencoderKL, tmp_path: Path) -> None:
-    pictures = pictures_of(scene_data)
-    filled(pictures, vae, tmp_path)
-
-    def fail(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        raise AssertionError("encoded again")
-
-    latents = cache_latents(pictures, fail, tmp_path, SETTINGS, latent_shape=(16, 8, 8))
-    assert latents[Draw(9, 0)]["mean"].shape == (16, 8, 8)
-
-
-def test_two_processes_make_together_what_one_makes(
-    scene_data: Path, vae: AutoencoderKL, tmp_path: Path
-) -> None:
-    pictures = pictures_of(scene_data)
-    filled(pictures, vae, tmp_path / "one")
-    for process in (1, 0):
-        filled(pictures, vae, tmp_path / "two", process=process, num_processes=2)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-
-
-def test_a_changed_picture_is_encoded_again(
-    scene_data: Path, vae: AutoencoderKL, tmp_path: Path
-) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(scene_data, data)
-    before = filled(pictures_of(data), vae, tmp_path / "cache")
-    shutil.copyfile(data / "00.png", data / "05.png")
-    after = filled(pictures_of(data), vae, tmp_path / "cache")
-    assert len(contents(tmp_path / "cache")) == 4  # one shard was made anew, the old one stays
-    torch.testing.assert_close(after[Draw(5, 0)]["mean"], before[Draw(0, 0)]["mean"])
-    assert torch.equal(after[Draw(4, 0)]["mean"], before[Draw(4, 0)]["mean"])
-
-
-def test_other_sizes_and_flips_do_not_share_a_folder(
-    scene_data: Path, vae: AutoencoderKL, tmp_path: Path
-) -> None:
-    for options in ({}, {"random_flip": True}, {"height": 32}, {"width": 32}):
-        filled(pictures_of(scene_data, **options), vae, tmp_path)
-    assert len(list(tmp_path.glob("latents-*"))) == 4
-
-
-def test_the_cache_says_what_it_was_made_with(
-    scene_data: Path, vae: AutoencoderKL, tmp_path: Path
-) -> None:
-    filled(pictures_of(scene_data), vae, tmp_path)
-    settings = json.loads(next(tmp_path.glob("latents-*/settings.json")).read_text())
-    assert settings["vae"] == "v1"
-    assert settings["size"] == [64, 64]
-
-
-def test_latents_are_float32_whatever_the_autoencoder_gives(
-    scene_data: Path, tmp_path: Path
-) -> None:
-    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        small = torch.nn.functional.avg_pool2d(pixels, 8).bfloat16()
-        return small, small.abs()
-
-    cache_latents(pictures_of(scene_data), encode, tmp_path, SETTINGS, latent_shape=(3, 8, 8))
-    shard = load_file(next(tmp_path.glob("latents-*/*.safetensors")))
-    assert {tensor.dtype for tensor in shard.values()} == {torch.float32}
-    assert shard["mean"].shape[1:] == (1, 3, 8, 8)  # [sample, flip, C, h, w]
-
-
-def test_random_crops_are_not_frozen_in_a_cache() -> None:
+def test_random_crops_are_not_frozen_in_a_cache(tmp_path: Path) -> None:
     data = DataArgs(dataset_name="x", random_crop=True)
-    with pytest.raises(UserError, match="--no_cache_latents"):
+    with pytest.raises(UserError, match=r"--crop_variants.*--no_cache_latents"):
         CacheArgs().check(data)
     CacheArgs(no_cache_latents=True).check(data)
-    CacheArgs().check(DataArgs(dataset_name="x", random_flip=True))
+    CacheArgs().check(DataArgs(dataset_name="x", random_flip=True, crop_variants=4))
+    # A source of a data_config may ask for them where the flags do not.
+    pictures, plan = pictures_of(random_crop=True)
+    with pytest.raises(UserError, match="--crop_variants"):
+        filled(pictures, plan, tmp_path)
+    filled(pictures.still(), plan, tmp_path)
 
 
-def test_random_crops_differ_from_use_to_use(tmp_path: Path) -> None:
-    from PIL import Image
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    """A real autoencoder, 8 pixels to a place, untrained."""
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "latent_channels": 4}
+    down: Any = ("DownEncoderBlock2D",) * 4
+    up: Any = ("UpDecoderBlock2D",) * 4
+    vae: Any = AutoencoderKL(down_block_types=down, up_block_types=up, **blocks)
+    return vae.requires_grad_(False).eval()
 
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.txt").write_text("a strip")
-    ramp = Image.linear_gradient("L").transpose(Image.Transpose.ROTATE_90).resize((256, 64))
-    ramp.convert("RGB").save(tmp_path / "data" / "a.png")
-    pictures = pictures_of(tmp_path / "data", random_crop=True)
-    first, second = (pictures[Draw(0, place)]["pixels"] for place in (0, 1))
-    assert not torch.equal(first, second)
-    assert torch.equal(pictures[Draw(0, 0)]["pixels"], first)
+
+def test_a_cached_mirror_image_is_the_encoded_one(vae: AutoencoderKL, tmp_path: Path) -> None:
+    pictures, plan = pictures_of(random_flip=True)
+    latents = filled(pictures, plan, tmp_path, lambda pixels: sd3.posterior(vae, pixels))
+    pixels = pictures.render(6, (64, 64), [((0.5, 0.5), False)])[0]["pixels"]
+    mean, _ = sd3.posterior(vae, pixels.flip(-1)[None])
+    cached = latents.stored(6, (64, 64), flip=True)["mean"]
+    torch.testing.assert_close(cached, mean[0], rtol=0, atol=1e-5)
+    # Encoding does not commute with mirroring: flipping the latents would be something else.
+    assert not torch.allclose(latents.stored(6, (64, 64))["mean"].flip(-1), mean[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_autoencoder_of_any_dtype_encodes_with_and_without_a_cache(
+    vae: AutoencoderKL, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    # kohya #1758 and diffusers: pixels in one dtype, the autoencoder in another, and a crash.
+    model: Any = copy.deepcopy(vae)
+    model.to(dtype=dtype)
+    pictures, plan = pictures_of()
+    latents = filled(pictures, plan, tmp_path, lambda pixels: sd3.posterior(model, pixels))
+    for batch in some_batches(plan, 3):
+        cached, fresh = (collate([data[draw] for draw in batch]) for data in (latents, pictures))
+        mean, std = sd3.posterior(model, fresh["pixels"])
+        assert (mean.dtype, cached["mean"].dtype) == (dtype, torch.float32)
+        off = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(cached["mean"], mean.float(), rtol=off, atol=off)
+        torch.testing.assert_close(cached["std"], std.float(), rtol=off, atol=off)
+
+
+def test_nothing_of_another_making_is_used(tmp_path: Path) -> None:
+    # kohya_ss #3157: cached latents of another model were mixed in.
+    pictures, plan = pictures_of()
+    filled(pictures, plan, tmp_path)
+    assert len(list(tmp_path.glob("latents-*"))) == 1
+    masked = replace(painted(DataArgs(dataset_name="x", resolution=(64,))), has_masks=True)
+    changes: list[tuple[tuple[Pictures, Plan], dict[str, object]]] = [
+        (pictures_of(), {"vae": "v2"}),
+        (pictures_of(), {"dtype": "fp16"}),
+        (pictures_of(resolution=(72,)), {}),
+        (pictures_of(height=32), {}),
+        (pictures_of(random_flip=True), {}),
+        (pictures_of(crop_variants=2), {}),
+        (pictures_of(masked), {}),
+    ]
+    for number, (changed, settings) in enumerate(changes, start=2):
+        with pytest.raises(AssertionError, match="done again"):
+            filled(*changed, tmp_path / "none", fail, settings={**SETTINGS, **settings})
+        filled(*changed, tmp_path, settings={**SETTINGS, **settings})
+        assert len(list(tmp_path.glob("latents-*"))) == number
+    # Seeds, captions and repeats change nothing that is cached.
+    tags = CaptionArgs(shuffle_caption=True, caption_dropout=0.1)
+    filled(*pictures_of(None, tags, seed=3, repeats=2), tmp_path, fail)
+
+
+def test_a_picture_at_a_size_that_is_not_cached_is_an_error(tmp_path: Path) -> None:
+    pictures, plan = pictures_of(aspect_buckets=True)
+    latents = filled(pictures, plan, tmp_path)
+    ((tall, members),) = (item for item in plan.rounds[0].items() if 2 in item[1])
+    assert 0 not in members
+    with pytest.raises(KeyError):
+        latents[Draw(0, 0, tall)]
+    with pytest.raises(KeyError):
+        latents[Draw(0, 0, (8, 8))]
+
+
+def test_a_full_cache_encodes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures, plan = pictures_of(aspect_buckets=True, random_flip=True)
+    filled(pictures, plan, tmp_path)
+    assert "GiB" in capsys.readouterr().out
+    latents = filled(pictures, plan, tmp_path, fail)
+    assert capsys.readouterr().out == ""
+    for batch in some_batches(plan, 10):
+        assert len(collate([latents[draw] for draw in batch])["mean"]) == 3
+
+
+def test_the_evaluation_view_needs_no_cache_of_its_own(tmp_path: Path) -> None:
+    pictures, plan = pictures_of(random_flip=True, crop_variants=3)
+    still = filled(pictures, plan, tmp_path).still()
+    for index in range(14):
+        draw = Draw(index, index, (64, 64))
+        assert_same_rows(collate([still[draw]]), collate([pictures.still()[draw]]))
+
+
+def test_a_half_filled_cache_is_completed_with_the_same_bits(tmp_path: Path) -> None:
+    pictures, plan = pictures_of(random_flip=True, aspect_buckets=True, crop_variants=2)
+
+    def dying() -> Any:
+        calls = itertools.count()
+
+        def encode_some(pixels: Tensor) -> Posterior:
+            if next(calls) == 4:
+                raise KeyboardInterrupt
+            return encode(pixels)
+
+        return encode_some
+
+    filled(pictures, plan, tmp_path / "whole")
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            filled(pictures, plan, tmp_path / "broken", dying())
+    before = contents(tmp_path / "broken")
+    assert 3 <= len(before) < len(contents(tmp_path / "whole"))
+    filled(pictures, plan, tmp_path / "broken")
+    after = contents(tmp_path / "broken")
+    assert after == contents(tmp_path / "whole")
+    assert all(after[name] == content for name, content in before.items())
+
+
+def test_processes_make_together_what_one_makes(tmp_path: Path) -> None:
+    pictures, plan = pictures_of(random_flip=True, aspect_buckets=True)
+    filled(pictures, plan, tmp_path / "one")
+    made = []
+    for process in (2, 0, 1):
+        filled(pictures, plan, tmp_path / "three", process=process, num_processes=3)
+        made.append(len(contents(tmp_path / "three")))
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert 0 < made[0] < made[1] < made[2]
+
+
+def test_a_changed_picture_is_encoded_again_and_most_others_are_not(tmp_path: Path) -> None:
+    pictures, plan = pictures_of()
+    filled(pictures, plan, tmp_path)
+    source = pictures.source
+    ids = [*source.ids[:5], "5.png|2", *source.ids[6:]]
+    rows = [*source.rows[:5], 1, *source.rows[6:]]
+    changed, _ = pictures_of(replace(source, ids=ids, rows=rows))
+    encoded: list[int] = []
+
+    def counting(pixels: Tensor) -> Posterior:
+        encoded.append(len(pixels))
+        return encode(pixels)
+
+    latents = filled(changed, plan, tmp_path, counting)
+    assert 1 <= sum(encoded) <= 8
+    draws = [Draw(i, i, (64, 64)) for i in range(14)]
+    assert_same_rows(
+        collate([latents[draw] for draw in draws]), collate([changed[draw] for draw in draws])
+    )
+
+
+def test_the_cache_says_what_it_was_made_with(tmp_path: Path) -> None:
+    filled(*pictures_of(crop_variants=2), tmp_path)
+    settings = json.loads(next(tmp_path.glob("latents-*/settings.json")).read_text())
+    assert settings == {**SETTINGS, "size": [64, 64], "crops": 2, "flips": 1}
+
+
+def test_latents_are_float32_whatever_the_autoencoder_gives(tmp_path: Path) -> None:
+    def half(pixels: Tensor) -> Posterior:
+        mean, std = encode(pixels)
+        return mean.bfloat16(), std.bfloat16()
+
+    filled(*pictures_of(random_flip=True, crop_variants=3), tmp_path, half)
+    shard = load_file(next(tmp_path.glob("latents-*/*.safetensors")))
+    assert {tensor.dtype for tensor in shard.values()} == {torch.float32}
+    assert shard["mean"].shape[1:] == (3, 2, 3, 8, 8)  # [sample, crop, mirrored, C, h, w]
+
+
+def test_the_batches_of_the_autoencoder_are_bounded(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def remember(pixels: Tensor) -> Posterior:
+        sizes.append(len(pixels) * pixels.shape[-1] * pixels.shape[-2])
+        return encode(pixels)
+
+    args = DataArgs(dataset_name="x", resolution=(1024,))
+    source = painted(args, [(64, 64)] * 3)
+    pictures, plan = pictures_of(source, resolution=(1024,), random_flip=True, crop_variants=2)
+    filled(pictures, plan, tmp_path, remember)
+    assert max(sizes) <= 2**21  # pixels
 
 
 def test_a_cache_that_the_disk_cannot_hold_is_refused(
-    scene_data: Path, vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = 10 * 2 * 16 * 8 * 8 * 4  # ten pictures, mean and std, float32
+    pictures, plan = pictures_of(random_flip=True, aspect_buckets=True)
+    filled(pictures, plan, tmp_path / "measured")
+    needed = sum(
+        tensor.nbytes
+        for path in tmp_path.glob("measured/*/*.safetensors")
+        for tensor in load_file(path).values()
+    )
 
     def leave(free: int) -> None:
         usage = types.SimpleNamespace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
 
-    leave(needed)  # no margin
-    with pytest.raises(UserError, match="--latent_cache_dir"):
-        filled(pictures_of(scene_data), vae, tmp_path)
-    assert contents(tmp_path) == {}
-    leave(int(needed * 1.06))
-    filled(pictures_of(scene_data), vae, tmp_path)
+    root = tmp_path / "root"
+    leave(int(needed * 1.049))
+    with pytest.raises(UserError, match=r"14 pictures.*--latent_cache_dir"):
+        filled(pictures, plan, root)
+    assert contents(root) == {}
+    leave(int(needed * 1.051))
+    filled(pictures, plan, root)
     leave(0)
-    filled(pictures_of(scene_data), vae, tmp_path)  # nothing is missing, nothing is needed
+    filled(pictures, plan, root)  # nothing is missing, nothing is needed
+
+
+# Masks
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Captioned:
+    """The painted pictures; the even ones have a mask that is white in the upper left quarter."""
+    source = painted(DataArgs(dataset_name="x", resolution=(64,), aspect_buckets=True))
+    paths = []
+    for i, (height, width) in enumerate(source.sizes):
+        path = tmp_path / f"mask-{i}.png"
+        mask = Image.new("L", (width, height))
+        mask.paste(255, (0, 0, width // 2, height // 2))
+        mask.save(path)
+        paths.append(str(path) if i % 2 == 0 else "")
+    return replace(source, masks=paths, has_masks=True)
+
+
+def test_a_mask_is_cropped_and_mirrored_with_its_picture(masked: Captioned) -> None:
+    pictures, _ = pictures_of(masked)
+    framings = [((0.5, 0.5), False), ((0.5, 0.5), True), ((0.0, 0.0), False), ((1.0, 1.0), False)]
+    plain, mirrored, first, last = (
+        row["mask"]
+        for row in pictures.render(2, (64, 64), framings)  # 120 x 60
+    )
+    assert plain.shape == (1, 8, 8)
+    assert torch.equal(plain.flip(-1), mirrored)
+    assert torch.equal(plain[0, :4, :4], torch.ones(4, 4))
+    assert plain.sum() == 16
+    assert first.sum() > plain.sum() > last.sum()
+    other = pictures[Draw(1, 0, (64, 64))]["mask"]  # no mask: all of it counts
+    assert torch.equal(other, torch.ones(1, 8, 8))
+
+
+def test_masks_are_cached_beside_the_latents(masked: Captioned, tmp_path: Path) -> None:
+    pictures, plan = pictures_of(masked, random_flip=True, crop_variants=3)
+    latents = filled(pictures, plan, tmp_path)
+    for batch in some_batches(plan, 24):
+        cached, fresh = (collate([data[draw] for draw in batch]) for data in (latents, pictures))
+        assert_same_rows(cached, fresh)
+        height, width = batch[0].size
+        assert cached["mask"].shape == (3, 1, height // 8, width // 8)
 
 
 # Text
 
 
-def test_cached_text_is_that_of_its_own_caption_in_shuffled_order(
-    scene_data: Path, vae: AutoencoderKL, encoders: sd3.TextEncoders, tmp_path: Path
-) -> None:
-    # diffusers #14430: a cache in the order of the files, read in that of a shuffling loader.
-    pictures = pictures_of(scene_data)
-    text = cache_text([pictures.source.captions], lambda: encoders, tmp_path, {})
-    latents = filled(pictures, vae, tmp_path)
-    for batch in itertools.islice(Batches(10, 4, seed=5), 5):
-        rows = collate([latents[draw] for draw in batch])
-        found = text(rows["caption"])
-        for i, draw in enumerate(batch):
-            fresh = encoders([pictures.source.captions[draw.index]])
-            for name, value in fresh.items():
-                torch.testing.assert_close(found[name][i], value[0], rtol=0, atol=1e-5)
-            mean, _ = sd3.posterior(vae, pictures.pixels(draw.index, flip=False)[None])
-            torch.testing.assert_close(rows["mean"][i], mean[0], rtol=0, atol=1e-5)
-
-
 def counting(encoded: list[str]) -> Any:
     """An encoder that writes down what it was asked and answers with the caption's length."""
 
-    def encode(captions: Sequence[str]) -> dict[str, Tensor]:
+    def encode_text(captions: Sequence[str]) -> dict[str, Tensor]:
         encoded.extend(captions)
         return {"length": torch.tensor([float(len(caption)) for caption in captions])}
 
-    return lambda: encode
+    return lambda: encode_text
 
 
 def test_a_repeated_caption_is_encoded_once(tmp_path: Path) -> None:
@@ -385,13 +646,37 @@ def test_another_prompt_does_not_disturb_the_data_sets_captions(tmp_path: Path) 
     assert text(["bb", "yyyyyyy"])["length"].tolist() == [2, 7]
 
 
+def test_a_new_caption_does_not_disturb_all_the_others(tmp_path: Path) -> None:
+    captions = [f"caption number {i:04d}" for i in range(400)]
+    cache_text([captions], counting([]), tmp_path, {})
+    encoded: list[str] = []
+    cache_text([[*captions, "", "caption number 0200 and a half"]], counting(encoded), tmp_path, {})
+    assert 2 <= len(encoded) < 40
+
+
 def test_a_full_cache_does_not_load_the_encoders(tmp_path: Path) -> None:
     cache_text([["a", "bb"], []], counting([]), tmp_path, {})
-
-    def fail() -> Any:
-        raise AssertionError("loaded")
-
     assert cache_text([["bb", "a"], []], fail, tmp_path, {})(["bb"])["length"].tolist() == [2]
+
+
+def test_the_encoders_are_loaded_once_for_all_groups(tmp_path: Path) -> None:
+    loaded: list[int] = []
+
+    def load() -> Any:
+        loaded.append(1)
+        return counting([])()
+
+    cache_text([["a", "bb"], ["ccc"], ["a"]], load, tmp_path, {})
+    assert loaded == [1]
+
+
+def test_text_of_another_making_is_not_used(tmp_path: Path) -> None:
+    settings = {"encoders": "v1", "max_sequence_length": 77}
+    cache_text([["a"]], counting([]), tmp_path, settings)
+    for changed in ({"encoders": "v2"}, {"max_sequence_length": 256}, {"dtype": "bf16"}):
+        encoded: list[str] = []
+        cache_text([["a"]], counting(encoded), tmp_path, {**settings, **changed})
+        assert encoded == ["a"]
 
 
 def test_two_processes_encode_disjoint_captions(tmp_path: Path) -> None:
@@ -412,33 +697,58 @@ def test_captions_with_line_breaks_cannot_run_into_each_other(tmp_path: Path) ->
     assert second(["bb\nc"])["length"].tolist() == [4]
 
 
-# Captions
+def test_a_caption_that_is_not_cached_is_an_error(tmp_path: Path) -> None:
+    text = cache_text([["a", "c"]], counting([]), tmp_path, {})
+    for unknown in ("", "b", "d"):
+        with pytest.raises(KeyError, match="does not hold"):
+            text(["a", unknown])
 
 
-def test_captions_are_dropped_at_the_asked_rate(scene_data: Path) -> None:
-    def dropped(rate: float) -> list[bool]:
-        pictures = pictures_of(scene_data, dropout=rate)
-        return [pictures.caption(Draw(place % 10, place)) == "" for place in range(2000)]
-
-    assert sum(dropped(0.0)) == 0
-    assert sum(dropped(1.0)) == 2000
-    assert 0.07 < sum(dropped(0.1)) / 2000 < 0.13
-    assert dropped(0.1) == dropped(0.1)
-
-
-def test_dropout_leaves_flips_and_order_alone(scene_data: Path) -> None:
-    plain = pictures_of(scene_data, random_flip=True)
-    dropping = pictures_of(scene_data, random_flip=True, dropout=0.5)
-    draws = [Draw(place % 10, place) for place in range(100)]
-    assert [plain.mirrored(d) for d in draws] == [dropping.mirrored(d) for d in draws]
-    kept = [d for d in draws if dropping.caption(d)]
-    assert all(dropping.caption(d) == plain.caption(d) for d in kept)
+def test_all_runs_share_the_shuffled_captions(tmp_path: Path) -> None:
+    tags = CaptionArgs(shuffle_caption=True, caption_variants=2)
+    pictures = [pictures_of(None, tags, seed=seed)[0] for seed in (0, 1)]
+    cache_text([pictures[0].texts()], counting([]), tmp_path, {})
+    text = cache_text([pictures[1].texts()], fail, tmp_path, {})
+    for place in range(100):
+        caption = pictures[1].row(Draw(place % 14, place, (64, 64)))["caption"]
+        assert text([caption])["length"].tolist() == [len(caption)]
 
 
-def test_other_seeds_drop_other_captions(scene_data: Path) -> None:
-    draws = [Draw(0, place) for place in range(100)]
-    first, second = (pictures_of(scene_data, dropout=0.5, seed=seed) for seed in (0, 1))
-    assert [first.caption(d) for d in draws] != [second.caption(d) for d in draws]
+class Rows:
+    """Looks captions up where a data loader's worker runs."""
+
+    def __init__(self, text: CachedText, captions: list[str]) -> None:
+        self.text = text
+        self.captions = captions
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> tuple[int, float]:
+        length = self.text([self.captions[index]])["length"][0].item()
+        return os.getpid(), length
+
+
+def test_workers_can_look_text_up(tmp_path: Path) -> None:
+    captions = ["a", "bb", "ccc", "dddd"] * 2
+    text = cache_text([captions], counting([]), tmp_path, {})
+    copied = pickle.loads(pickle.dumps(text))
+    rows: Any = Rows(copied, captions)
+    loader = DataLoader(rows, batch_size=None, num_workers=2)
+    found = list(loader)
+    assert [length for _, length in found] == [1, 2, 3, 4] * 2
+    assert os.getpid() not in {process for process, _ in found}
+
+
+def test_text_that_the_disk_cannot_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = types.SimpleNamespace(free=2 * 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match=r"3 captions needs 3\.00 GiB"):
+        cache_text([["a", "b", "a"], ["c"]], fail, tmp_path, {}, sample_bytes=2**30)
+    cache_text([["a", "b", "a"], ["c"]], counting([]), tmp_path, {}, sample_bytes=2**29)
+    assert "3 captions: 1.50 GiB" in capsys.readouterr().out
 
 
 # Checking
@@ -446,9 +756,9 @@ def test_other_seeds_drop_other_captions(scene_data: Path) -> None:
 
 def check(
     source: Captioned, root: Path, how: Literal["skip", "error"] = "skip"
-) -> tuple[list[int], int]:
+) -> tuple[Captioned, list[str]]:
     good, bad = checked(source, root, on_bad_sample=how, num_threads=2, progress=False)
-    return good, len(bad)
+    return good, [row.name for row in bad]
 
 
 @pytest.fixture
@@ -465,42 +775,46 @@ def test_a_checked_data_set_is_not_decoded_again(
     copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (copied / "03.png").write_bytes(b"no picture")
-    first = check(source_of(copied), tmp_path / "cache")
-    assert first == ([0, 1, 2, 4, 5, 6, 7, 8, 9], 1)
-
-    def fail(*args: object, **options: object) -> None:
-        raise AssertionError("decoded again")
+    Image.new("RGB", (30, 20)).save(copied / "04.png")
+    source = source_of(copied)
+    good, bad = check(source, tmp_path / "cache")
+    assert good.ids == [*source.ids[:3], *source.ids[4:]]
+    assert good.captions == [*source.captions[:3], *source.captions[4:]]
+    assert good.sizes == [(64, 64)] * 3 + [(20, 30)] + [(64, 64)] * 5
+    assert len(bad) == 1
+    assert source.sizes == []
 
     monkeypatch.setattr(cache, "verify", fail)
-    assert check(source_of(copied), tmp_path / "cache") == first
+    again, bad_again = check(source_of(copied), tmp_path / "cache")
+    fields = [field.name for field in dataclasses.fields(Captioned)]
+    assert all(getattr(again, name) == getattr(good, name) for name in fields)
+    assert all(isinstance(size, tuple) for size in again.sizes)
+    assert bad_again == bad
 
 
-def test_a_file_that_changed_since_is_noticed(copied: Path, tmp_path: Path) -> None:
-    assert check(source_of(copied), tmp_path / "cache") == (list(range(10)), 0)
+def test_files_and_captions_that_changed_since_are_noticed(copied: Path, tmp_path: Path) -> None:
+    def bad() -> int:
+        return len(check(source_of(copied), tmp_path / "cache")[1])
+
+    assert bad() == 0
     (copied / "03.png").write_bytes(b"no picture")
-    assert check(source_of(copied), tmp_path / "cache")[1] == 1
+    assert bad() == 1
     (copied / "04.png").unlink()
-    assert check(source_of(copied), tmp_path / "cache")[1] == 2
-
-
-def test_a_caption_that_was_lost_since_is_noticed(copied: Path, tmp_path: Path) -> None:
-    assert check(source_of(copied), tmp_path / "cache") == (list(range(10)), 0)
-    metadata = copied / "metadata.jsonl"
-    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
-    rows[3]["text"] = ""
-    metadata.write_text("\n".join(json.dumps(row) for row in rows))
-    assert check(source_of(copied), tmp_path / "cache") == ([0, 1, 2, 4, 5, 6, 7, 8, 9], 1)
-
-
-def test_a_caption_that_was_mended_since_is_noticed(copied: Path, tmp_path: Path) -> None:
+    assert bad() == 2
     metadata = copied / "metadata.jsonl"
     whole = metadata.read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
-    rows[3]["text"] = ""
+    rows[5]["text"] = ""
     metadata.write_text("\n".join(json.dumps(row) for row in rows))
-    assert check(source_of(copied), tmp_path / "cache")[1] == 1
+    assert bad() == 3
     metadata.write_text(whole)
-    assert check(source_of(copied), tmp_path / "cache") == (list(range(10)), 0)
+    assert bad() == 2
+
+
+def test_a_picture_of_another_size_is_noticed(copied: Path, tmp_path: Path) -> None:
+    assert check(source_of(copied), tmp_path / "cache")[0].sizes[2] == (64, 64)
+    Image.new("RGB", (50, 40)).save(copied / "02.png")
+    assert check(source_of(copied), tmp_path / "cache")[0].sizes[2] == (40, 50)
 
 
 def test_a_bad_sample_stops_every_time(copied: Path, tmp_path: Path) -> None:
@@ -509,31 +823,3 @@ def test_a_bad_sample_stops_every_time(copied: Path, tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(UserError, match=r"03\.png"):
             check(source_of(copied), tmp_path / "cache", "error")
-
-
-def test_a_selection_keeps_ids_and_captions_together(copied: Path) -> None:
-    source = source_of(copied)
-    chosen = source.select([7, 2])
-    assert chosen.ids == [source.ids[7], source.ids[2]]
-    assert chosen.captions == [source.captions[7], source.captions[2]]
-    assert chosen.read(0).tobytes() == source.read(7).tobytes()
-
-
-def test_leftovers_of_a_killed_process_are_harmless(tmp_path: Path) -> None:
-    shards = numbered(IDS, tmp_path)
-    tmp_path.mkdir(exist_ok=True)
-    for path in shards.paths:
-        path.with_name(f".{path.name}.{os.getpid()}").write_bytes(b"half")
-    assert shards.missing() == [0, 1, 2]
-    shards.fill(make, title="test")
-    assert shards.read(9)["value"].item() == 9
-
-
-def test_pictures_and_captions_are_drawn_from_the_arguments(scene_data: Path) -> None:
-    args = DataArgs(dataset_name=str(scene_data), resolution=32)
-    source = open_source(str(scene_data), args)
-    wide = Pictures(source, replace(args, width=48), seed=0, caption_dropout=0.0)
-    row = wide[Draw(4, 17)]
-    assert row["pixels"].shape == (3, 32, 48)
-    assert row["caption"] == source.captions[4]
-    assert row["place"] == 17

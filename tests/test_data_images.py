@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from dojo.data import BadSample, cover_box, fit, images, read_image
+from dojo.data import BadSample, cover_box, fit, fit_mask, images, read_image
+from dojo.data.images import has_alpha, read_alpha, read_mask
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -273,3 +274,126 @@ def test_fit_refuses_what_makes_no_sense() -> None:
         fit(image, 0, 4)
     with pytest.raises(ValueError, match="RGB"):
         fit(image.convert("L"), 4, 4)
+
+
+# Masks
+
+
+def test_an_alpha_channel_is_a_mask_and_an_opaque_picture_has_none() -> None:
+    for mode, colour in [("RGBA", (255, 0, 0, 60)), ("LA", (9, 60))]:
+        mask = read_alpha(encoded(Image.new(mode, (6, 4), colour), "PNG"), "x")
+        assert mask is not None
+        assert (mask.mode, mask.size, mask.getpixel((5, 3))) == ("L", (6, 4), 60)
+    palette = encoded(Image.new("P", (4, 4), 1), "GIF", transparency=1)
+    for data in (
+        encoded(Image.new("RGB", (4, 4)), "JPEG"),
+        encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 255)), "PNG"),
+        encoded(Image.fromarray(np.full((4, 4), 4096, dtype=np.uint16)), "PNG"),
+    ):
+        assert read_alpha(data, "x") is None
+    with pytest.raises(BadSample, match=r"^x: the picture is transparent everywhere"):
+        read_alpha(palette, "x")
+    with pytest.raises(BadSample, match=r"^x: the file is empty"):
+        read_alpha(b"", "x")
+    assert has_alpha(palette)
+    assert not has_alpha(encoded(Image.new("RGB", (4, 4)), "PNG"))
+    assert not has_alpha(b"no picture")
+    assert not has_alpha(Path("absent.png"))
+
+
+def test_alpha_masks_lie_as_their_pictures_do() -> None:
+    image = Image.new("RGBA", (32, 16), (255, 255, 255, 255))
+    image.paste((0, 0, 0, 128), (0, 0, 8, 4))
+    for orientation in range(1, 9):
+        tag = Image.Exif()
+        tag[0x0112] = orientation
+        data = encoded(image, "PNG", exif=tag)
+        mask = read_alpha(data, "x")
+        assert mask is not None
+        dark = np.asarray(read_image(data, "x").convert("L")) < 255
+        assert np.array_equal(dark, np.asarray(mask) < 255)
+
+
+def test_masks_are_read_as_grey_whatever_their_format() -> None:
+    brush = Image.new("RGBA", (4, 2), (255, 255, 255, 0))
+    brush.putpixel((0, 0), (255, 255, 255, 255))
+    deep = Image.fromarray(np.full((2, 4), 0x80FF, dtype=np.uint16))
+    for image, expected in [
+        (Image.new("RGB", (4, 2), (77, 77, 77)), [77, 77]),
+        (Image.new("1", (4, 2), 1), [255, 255]),
+        (deep, [0x80, 0x80]),
+        (brush, [255, 0]),  # what the brush did not touch is not trained on
+    ]:
+        mask = read_mask(encoded(image, "PNG"), (2, 4), "x")
+        assert (mask.mode, mask.size) == ("L", (4, 2))
+        assert [mask.getpixel((column, 0)) for column in (0, 3)] == expected
+
+
+def test_a_mask_is_scaled_to_its_picture_unless_it_lies_on_its_side() -> None:
+    mask = Image.new("L", (20, 10), 0)
+    mask.paste(255, (0, 0, 10, 10))
+    data = encoded(mask, "PNG")
+    scaled = read_mask(data, (30, 40), "x")
+    assert scaled.size == (40, 30)
+    assert [scaled.getpixel((column, 15)) for column in (0, 17, 22, 39)] == [255, 255, 0, 0]
+    assert read_mask(data, (10, 20), "x").tobytes() == mask.tobytes()
+    with pytest.raises(BadSample, match="lies on its side"):
+        read_mask(data, (20, 10), "x")
+    square = encoded(Image.new("L", (10, 10), 255), "PNG")
+    assert read_mask(square, (10, 10), "x").size == (10, 10)
+
+
+def grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def test_each_cell_of_a_fitted_mask_is_the_mean_over_its_area() -> None:
+    values = np.random.default_rng(0).integers(0, 256, (32, 48))
+    cells = fit_mask(grey(values), 32, 48, 8)
+    assert (cells.shape, cells.dtype) == ((1, 4, 6), torch.float32)
+    expected = values.reshape(4, 8, 6, 8).mean(axis=(1, 3)) / 255
+    assert np.allclose(cells[0].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (37, 53), (200, 31), (5, 3)])
+@pytest.mark.parametrize("anchor", [(0.0, 0.0), (0.5, 0.5), (0.3, 0.9), (1.0, 1.0)])
+def test_white_stays_one_and_black_stays_zero(
+    size: tuple[int, int], anchor: tuple[float, float]
+) -> None:
+    for value, expected in [(255, 1.0), (0, 0.0)]:
+        cells = fit_mask(Image.new("L", size, value), 32, 24, 8, anchor=anchor)
+        assert torch.equal(cells, torch.full((1, 4, 3), expected))
+
+
+def test_pixels_that_a_cell_cuts_count_in_part() -> None:
+    # Three pixels on two cells: the middle one is halved.
+    cells = fit_mask(grey(np.array([[255, 0, 255]] * 3)), 16, 16, 8)
+    assert torch.allclose(cells, torch.full((1, 2, 2), 2 / 3))
+    cells = fit_mask(grey(np.array([[255, 255, 0]] * 3)), 16, 16, 8)
+    assert torch.allclose(cells, torch.tensor([1.0, 1 / 3]).expand(1, 2, 2))
+
+
+@pytest.mark.parametrize("size", [(96, 64), (50, 90), (301, 77)])
+@pytest.mark.parametrize("anchor", [(0.0, 0.0), (0.5, 0.5), (0.8, 0.3)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_mask_is_cropped_and_mirrored_as_its_picture(
+    size: tuple[int, int], anchor: tuple[float, float], flip: bool
+) -> None:
+    patches = np.random.default_rng(0).integers(0, 2, (7, 11)) * 255
+    mask = grey(patches).resize(size, Image.Resampling.NEAREST)
+    cells = fit_mask(mask, 48, 64, 8, anchor=anchor, flip=flip)
+    picture = (fit(mask.convert("RGB"), 48, 64, anchor=anchor, flip=flip)[:1] + 1) / 2
+    seen = torch.nn.functional.avg_pool2d(picture, 8)
+    # Lanczos, which the picture is resized with, rings at edges and reaches over them.
+    assert (cells - seen).abs().max() < 0.1
+    assert (cells - seen.flip(-1)).abs().max() > 0.5
+
+
+def test_fit_mask_refuses_what_makes_no_sense() -> None:
+    mask = Image.new("L", (16, 16))
+    with pytest.raises(ValueError, match="mode L"):
+        fit_mask(mask.convert("RGB"), 16, 16, 8)
+    with pytest.raises(ValueError, match="not a multiple of the step 8"):
+        fit_mask(mask, 16, 12, 8)
+    with pytest.raises(ValueError, match="anchor"):
+        fit_mask(mask, 16, 16, 8, anchor=(0.0, 1.1))

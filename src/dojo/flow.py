@@ -90,6 +90,16 @@ def loss_weight(sigma: Tensor, scheme: WeightingScheme) -> Tensor:
     return torch.ones_like(sigma)
 
 
-def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of every sample, in float32: [B, ...] -> [B]."""
-    return (predicted.float() - target.float()).square().flatten(1).mean(1)
+def squared_error(predicted: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
+    """Mean squared error of every sample, in float32: [B, C, h, w] -> [B].
+
+    Args:
+        area: how much each place counts, float32 [B, 1, h, w]; the mean is over what counts, so
+            that a small subject teaches as much as a large one. None counts every place alike.
+    """
+    errors = (predicted.float() - target.float()).square()
+    if area is None:
+        return errors.flatten(1).mean(1)
+    weights = area.expand_as(errors)
+    total = weights.flatten(1).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weights * errors).flatten(1).sum(1) / total

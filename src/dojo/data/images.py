@@ -1,15 +1,25 @@
-"""Picture files become tensors: read anything as RGB, then resize and crop to a training size."""
+"""Picture files become tensors: read anything as RGB, then resize and crop to a training size.
+
+A mask goes the same way, down to the latent's cells: white is trained on, black is not.
+"""
+
+from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
 from dojo.cli import UserError
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
 
 MAX_PIXELS = 89_478_485
 """Pictures with more pixels are refused (0.25 GiB as RGB; where Pillow begins to warn)."""
@@ -51,13 +61,58 @@ def read_image(source: Path | bytes | Image.Image, name: str) -> Image.Image:
         BadSample: the file is missing, empty, truncated, not a picture, or larger than
             ``MAX_PIXELS``.
     """
+    return _read(source, name, _rgb)
+
+
+def read_alpha(source: Path | bytes | Image.Image, name: str) -> Image.Image | None:
+    """Reads the alpha channel of a picture as its mask, upright.
+
+    Returns:
+        Mode L, as large as the picture, opaque is 255; None where nothing is transparent.
+
+    Raises:
+        BadSample: the picture cannot be read, or all of it is transparent.
+    """
+    alpha = _read(source, name, _alpha)
+    if np.asarray(alpha).min() == 255:
+        return None
+    _refuse_black(alpha, name, "the picture is transparent everywhere")
+    return alpha
+
+
+def has_alpha(source: Path | bytes) -> bool:
+    """Whether a picture's header promises transparency; False for what cannot be opened."""
     try:
-        if isinstance(source, Image.Image):
-            return _upright_rgb(source)
         with _open(source) as image:
-            return _upright_rgb(image)
-    except Exception as error:  # Pillow's decoders raise anything, from OSError to struct.error
-        raise BadSample(f"{name}: {_reason(error)}") from error
+            return image.has_transparency_data
+    except Exception:  # told by whoever reads the picture
+        return False
+
+
+def read_mask(source: Path | bytes | Image.Image, size: Size, name: str) -> Image.Image:
+    """Reads a mask as upright grey, scaled to its picture; what is transparent in it is black.
+
+    Args:
+        source: a path, the bytes of a file, or a picture that Pillow has opened already.
+        size: (height, width) of the picture, in pixels.
+        name: what an error message calls the mask.
+
+    Returns:
+        Mode L of that size: 255 is trained on, 0 is not.
+
+    Raises:
+        BadSample: the mask cannot be read, is black everywhere, or lies on its side.
+    """
+    mask = _read(source, name, _grey)
+    _refuse_black(mask, name, "the mask is black everywhere")
+    height, width = size
+    if mask.size == (height, width) and height != width:
+        # Drawn on a picture whose EXIF orientation was not applied: scaling would hide it.
+        raise BadSample(
+            f"{name}: the mask lies on its side: it is {height} pixels wide and {width} high, its "
+            f"picture {width} wide and {height} high"
+        )
+    return mask.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def cover_box(
@@ -125,6 +180,57 @@ def fit(
     return pixels.contiguous().float() / 127.5 - 1.0
 
 
+def fit_mask(
+    mask: Image.Image,
+    height: int,
+    width: int,
+    step: int,
+    *,
+    anchor: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+) -> Tensor:
+    """How much of each latent cell a mask covers, cropped and mirrored as ``fit`` does a picture.
+
+    Each cell is the mean over its area, pixels that it cuts counted in part, so nothing that a
+    mask leaves out leaks in by resampling.
+
+    Args:
+        mask: in mode L, as large as its picture.
+        height: of the cropped picture, in pixels.
+        width: of the cropped picture, in pixels.
+        step: side of a cell in pixels of the cropped picture; divides height and width.
+        anchor: (vertical, horizontal) place of the crop in [0, 1], as for ``fit``.
+        flip: mirror the result left to right, after the crop.
+
+    Returns:
+        float32 [1, height // step, width // step] in [0, 1].
+
+    Raises:
+        ValueError: another mode than L, a step that does not divide, or an anchor outside [0, 1].
+    """
+    if mask.mode != "L":
+        raise ValueError(f"fit_mask takes masks in mode L, got {mask.mode}")
+    if height % step or width % step:
+        raise ValueError(f"{height} x {width} is not a multiple of the step {step}")
+    left, top, right, bottom = cover_box(mask.size, height, width, anchor)
+    rows = _interval_means(np.asarray(mask, dtype=np.float64), top, bottom, height // step)
+    cells = _interval_means(rows.T, left, right, width // step).T / 255.0
+    if flip:
+        cells = cells[:, ::-1]
+    return torch.from_numpy(cells.clip(0.0, 1.0).astype(np.float32))[None]  # [1, h, w]
+
+
+def _interval_means(
+    values: NDArray[np.float64], start: float, stop: float, count: int
+) -> NDArray[np.float64]:
+    """Means along the first axis over equal intervals of [start, stop], ends counted in part."""
+    total = np.concatenate([np.zeros((1, values.shape[1])), values.cumsum(axis=0)])
+    edges = np.linspace(start, stop, count + 1)
+    whole = np.minimum(edges.astype(int), len(values) - 1)
+    up_to_edge = total[whole] + (edges - whole)[:, None] * values[whole]
+    return np.diff(up_to_edge, axis=0) / ((stop - start) / count)
+
+
 @cache
 def _readable_formats() -> list[str]:
     # A short list, because opening an .eps would start Ghostscript; AVIF came with Pillow 11.3.
@@ -140,7 +246,19 @@ def _open(source: Path | bytes) -> Image.Image:
     return Image.open(file, formats=_readable_formats())
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _read(
+    source: Path | bytes | Image.Image, name: str, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    try:
+        if isinstance(source, Image.Image):
+            return _upright(source, convert)
+        with _open(source) as image:
+            return _upright(image, convert)
+    except Exception as error:  # Pillow's decoders raise anything, from OSError to struct.error
+        raise BadSample(f"{name}: {_reason(error)}") from error
+
+
+def _upright(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     # Checked before any pixel is decoded. Pillow itself only warns up to twice this size, and
     # turning its warning into an error would need a filter that all threads share.
     if image.width * image.height > MAX_PIXELS:
@@ -148,20 +266,42 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     # ImageOps.exif_transpose would also rewrite the EXIF block, which fails on odd tags.
     turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    rgb = _rgb(image)
-    return rgb if turn is None else rgb.transpose(turn)
+    converted = convert(image)
+    return converted if turn is None else converted.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    return _on_background(image, "white").convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    return _on_background(image, "black").convert("L")
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES or not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
+
+
+def _on_background(image: Image.Image, colour: str) -> Image.Image:
+    """A picture of 8 bits per channel in any mode but for transparency, laid on a colour."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
     if image.mode in _SIXTEEN_BIT_MODES:
         high_byte = np.asarray(image).clip(0, 65535) // 256
-        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
+        return Image.fromarray(high_byte.astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, colour), rgba)
+    return image
+
+
+def _refuse_black(mask: Image.Image, name: str, reason: str) -> None:
+    brightest = int(np.asarray(mask).max())
+    # Label masks of 0 and 1 look black and would train next to nothing.
+    if brightest <= 1:
+        raise BadSample(f"{name}: {reason} (the brightest value is {brightest} of 255)")
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,129 @@
+"""Metadata files of picture folders: csv, jsonl and parquet become records, with their places."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+from dojo.cli import UserError
+from dojo.data.columns import shown
+
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a metadata file."""
+
+    place: str
+    """Where it stands in the file: ``line 3``."""
+    fields: Mapping[str, object]
+    """Its cells by column."""
+    problem: str = ""
+    """What is wrong with the row as a whole; empty where nothing is."""
+
+
+def read_metadata(path: Path) -> list[Record]:
+    """The rows of a metadata file.
+
+    Raises:
+        UserError: the file is broken, not UTF-8, or has no rows.
+    """
+    if path.suffix == ".parquet":
+        records = list(_read_parquet(path))
+    else:
+        text = _read_text(path)
+        records = list((_read_csv if path.suffix == ".csv" else _read_jsonl)(path, text))
+    if not records:
+        raise UserError(f"{path} has no rows")
+    return records
+
+
+def file_column(metadata: Path, columns: Sequence[str], wanted: str | None) -> str:
+    """The column that names the pictures' files.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    # datasets shows the files of an imagefolder as a column "image", so that name is taken too.
+    as_datasets_shows_it = wanted == "image" and wanted not in columns
+    column = "file_name" if wanted is None or as_datasets_shows_it else wanted
+    if column not in columns:
+        raise UserError(
+            f"{metadata} has no column {column!r}; it has {shown(columns)} (--image_column)"
+        )
+    return column
+
+
+def file_path(folder: str, file_name: object) -> tuple[str, str]:
+    """The path of a file_name relative to the root, and what is wrong with it.
+
+    Judged by the text alone: hub snapshots are symbolic links that lead outside by design.
+
+    Args:
+        folder: of the metadata file, relative to the root.
+        file_name: the cell.
+    """
+    if not isinstance(file_name, str) or not file_name.strip():
+        return "", "the file name is missing"
+    if posixpath.isabs(file_name) or PureWindowsPath(file_name).drive:
+        return "", f"{file_name!r} is an absolute path; paths must lie inside the folder"
+    path = posixpath.normpath(file_name)
+    if ".." in PureWindowsPath(path).parts:
+        return "", f"{file_name!r} climbs out of the folder"
+    return posixpath.join(folder, path), ""
+
+
+def _read_text(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # error.object, unlike raw, lacks the byte order mark that error.start does not count.
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path} is not UTF-8: line {line}, byte {len(raw) - len(error.object) + error.start}"
+        ) from error
+
+
+def _read_csv(path: Path, text: str) -> Iterator[Record]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    try:
+        for fields in reader:
+            surplus: object = fields.pop(None, None)
+            problem = "more fields than the header; quote captions with commas" if surplus else ""
+            yield Record(f"line {reader.line_num}", fields, problem)
+    except csv.Error as error:
+        # line_num is the end of the row before; a quote left open runs on to the end of the file.
+        raise UserError(f"{path} line {reader.line_num + 1}: {error}") from error
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[Record]:
+    # Not splitlines: JSON strings may hold U+2028, which is a line break to it.
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            fields = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {line}: not JSON ({error.msg})") from error
+        if not isinstance(fields, dict):
+            raise UserError(f"{path} line {line}: not a JSON object")
+        yield Record(f"line {line}", fields)
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet  # folders with other metadata do without
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for row, fields in enumerate(table.to_pylist(), start=1):
+        yield Record(f"row {row}", fields)

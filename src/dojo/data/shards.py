@@ -1,0 +1,148 @@
+"""Tensors of many samples on disk, in files that are whole or absent.
+
+A cache is a folder named by a fingerprint of everything its numbers depend on; a shard is a
+safetensors file named by the samples in it. A shard appears under its name only when it is whole,
+so a process that is killed loses at most the shard in its hands, and a sample that changed has
+another id and thereby another shard. What stays the same is shared by later runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from dojo.cli import UserError
+
+FORMAT = 2  # to be raised when the same settings would give other numbers
+SHARD_SIZE = 32  # samples at most; the most work that a kill can lose
+
+
+class Shards:
+    """The shards of one list of samples in one cache folder.
+
+    A shard's name is a hash of its samples' ids, and where it ends the id of its last sample says:
+    so a sample that is added or left out changes the shard around it, not all that follow. Small
+    to pickle; holds no tensors.
+    """
+
+    def __init__(self, folder: Path, ids: Sequence[str], *, views: int = 1) -> None:
+        """
+        Args:
+            views: how often each sample is encoded; the more views, the fewer samples in a shard.
+        """
+        self.folder = folder
+        self.starts = _starts(ids, max(1, SHARD_SIZE // views))
+        self.members = [range(*pair) for pair in itertools.pairwise([*self.starts, len(ids)])]
+        self.names = [digest([ids[i] for i in members]) for members in self.members]
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self.folder / f"{self.names[shard]}.safetensors"
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not on disk yet."""
+        return [k for k in range(len(self.names)) if not self.path(k).is_file()]
+
+    def num_missing(self) -> int:
+        """Samples in the missing shards."""
+        return sum(len(self.members[k]) for k in self.missing())
+
+    def fill(
+        self,
+        make: Callable[[Sequence[int]], Mapping[str, Tensor]],
+        *,
+        title: str,
+        process: int = 0,
+        num_processes: int = 1,
+        first: int = 0,
+    ) -> None:
+        """Makes this process's share of the missing shards.
+
+        Args:
+            make: takes sample indices, returns tensors whose first axis is the sample.
+            first: shards of lists that were dealt to the processes before this one, so that many
+                short lists do not all begin with process 0.
+        """
+        mine = [k for k in self.missing() if (first + k) % num_processes == process]
+        total = sum(len(self.members[k]) for k in mine)
+        bar = tqdm(total=total, desc=title, disable=process != 0 or not mine, unit="sample")
+        for k in mine:
+            _write_whole(self.path(k), make(self.members[k]))
+            bar.update(len(self.members[k]))
+        bar.close()
+
+    def read(self, index: int, *view: int) -> dict[str, Tensor]:
+        """One sample's tensors, or what lies at `view` of them; nothing else is read."""
+        shard = bisect_right(self.starts, index) - 1
+        row = index - self.starts[shard]
+        with safe_open(self.path(shard), framework="pt") as file:
+            return {name: file.get_slice(name)[(row, *view)] for name in file.keys()}  # noqa: SIM118
+
+
+def _starts(ids: Sequence[str], size: int) -> list[int]:
+    """Where shards begin: about `size / 2` apart, and never more than `size`."""
+    starts: list[int] = []
+    ended = True
+    for i, sample_id in enumerate(ids):
+        if ended or i - starts[-1] == size:
+            starts.append(i)
+        ended = zlib.crc32(sample_id.encode("utf-8", "surrogatepass")) % max(1, size // 2) == 0
+    return starts
+
+
+def digest(words: Sequence[str]) -> str:
+    """A hash of words, which cannot run into each other: 32 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
+
+
+def _write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes under another name, flushes, renames: a reader sees all of the file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def cache_folder(root: Path, kind: str, settings: Mapping[str, object]) -> Path:
+    """The folder of the cache that was made with exactly these settings."""
+    text = json.dumps({**settings, "format": FORMAT}, sort_keys=True, default=str)
+    return root / f"{kind}-{digest([text])}"
+
+
+def describe(folder: Path, settings: Mapping[str, object]) -> None:
+    """Writes beside the shards what they were made with, for a person who looks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(
+        json.dumps(settings, indent=1, sort_keys=True, default=str)
+    )
+
+
+def announce(what: str, root: Path, num_bytes: int) -> None:
+    """Says how much a cache is about to take, and refuses what the disk cannot hold.
+
+    Raises:
+        UserError: less is free than `num_bytes` and a margin of 5 %.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    room = f"{num_bytes / 2**30:.2f} GiB in {root}, where {free / 2**30:.2f} GiB are free"
+    if num_bytes * 1.05 > free:
+        raise UserError(
+            f"caching {what} needs {room}: choose another --latent_cache_dir, or "
+            "--no_cache_latents and --no_cache_text_embeddings"
+        )
+    print(f"caching {what}: {room}", flush=True)

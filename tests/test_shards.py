@@ -1,0 +1,257 @@
+"""Claims about shards: whole or absent, each sample in its place, little disturbed by a change."""
+
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dojo.cli import UserError
+from dojo.data import shards as disk
+from dojo.data.shards import Shards
+
+IDS = [f"{i}.png|v1" for i in range(10)]
+MANY = [f"{i:05d}.png|{i}" for i in range(2000)]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten samples then make several shards."""
+    monkeypatch.setattr(disk, "SHARD_SIZE", 4)
+
+
+def make(indices: Sequence[int]) -> dict[str, Tensor]:
+    return {"value": torch.tensor([[float(i), -float(i)] for i in indices])}
+
+
+def values(shards: Shards, count: int = 10) -> list[float]:
+    return [shards.read(i)["value"][0].item() for i in range(count)]
+
+
+def test_every_sample_is_read_back_from_its_place(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, IDS)
+    assert len(shards.members) > 2
+    shards.fill(make, title="test")
+    assert values(shards) == list(range(10))
+    assert shards.read(7, 1)["value"].item() == -7  # a view of the sample, not all of it
+    assert (shards.missing(), shards.num_missing()) == ([], 0)
+
+
+@pytest.mark.parametrize("views", [1, 2, 100])
+def test_shards_divide_the_samples_and_stay_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
+) -> None:
+    monkeypatch.undo()
+    shards = Shards(tmp_path, MANY, views=views)
+    assert [i for members in shards.members for i in members] == list(range(2000))
+    lengths = [len(members) for members in shards.members]
+    assert max(lengths) <= max(1, disk.SHARD_SIZE // views)
+    assert min(lengths) >= 1
+    if views == 1:
+        assert 8 < sum(lengths) / len(lengths) < 24
+    assert len(set(shards.names)) == len(shards.names)
+
+
+def test_equal_ids_do_not_make_one_endless_shard(tmp_path: Path) -> None:
+    # No id ends a shard here, or each does: the size is bounded all the same.
+    for sample_id in ("a", "b", "c", "d"):
+        assert max(map(len, Shards(tmp_path, [sample_id] * 50).members)) <= 4
+
+
+def test_a_sample_more_or_less_disturbs_its_own_surroundings_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    before = set(Shards(tmp_path, MANY).names)
+    rng = random.Random(0)
+    for _ in range(20):
+        i = rng.randrange(2000)
+        changes = (
+            MANY[:i] + MANY[i + 1 :],  # left out
+            [*MANY[:i], "new.png|1", *MANY[i:]],  # added
+            [*MANY[:i], MANY[i] + "0", *MANY[i + 1 :]],  # written anew
+        )
+        for ids in changes:
+            new = Shards(tmp_path, ids)
+            changed = [k for k, name in enumerate(new.names) if name not in before]
+            # A shard that is cut at its full length moves the next ones until an id ends one.
+            assert 0 <= sum(len(new.members[k]) for k in changed) <= 4 * disk.SHARD_SIZE
+
+
+def test_a_changed_id_is_never_found_under_the_old_name(tmp_path: Path) -> None:
+    Shards(tmp_path, IDS).fill(make, title="test")
+    changed = Shards(tmp_path, [*IDS[:5], "5.png|v2", *IDS[6:]])
+    (shard,) = (k for k, members in enumerate(changed.members) if 5 in members)
+    assert shard in changed.missing()
+
+
+def test_ids_cannot_run_into_each_other(tmp_path: Path) -> None:
+    names = {name for ids in (["ab", "c"], ["a", "bc"]) for name in Shards(tmp_path, ids).names}
+    assert disk.digest(["ab", "c"]) != disk.digest(["a", "bc"])
+    assert len(names) >= 2
+
+
+def test_odd_names_of_files_are_ids_too(tmp_path: Path) -> None:
+    ids = ["caf\udce9.png|1", "ba\nd|1", "", "\x00"]
+    shards = Shards(tmp_path, ids)
+    shards.fill(make, title="test")
+    assert values(shards, 4) == [0, 1, 2, 3]
+
+
+def test_a_shard_is_whole_or_absent(tmp_path: Path) -> None:
+    def stop(indices: Sequence[int]) -> dict[str, Tensor]:
+        if 9 in indices:
+            raise KeyboardInterrupt
+        return make(indices)
+
+    shards = Shards(tmp_path, IDS)
+    with pytest.raises(KeyboardInterrupt):
+        shards.fill(stop, title="test")
+    last = len(shards.names) - 1
+    assert shards.missing() == [last]
+    assert len(list(tmp_path.iterdir())) == last
+
+
+def test_a_half_written_file_is_not_taken_for_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    shards = Shards(tmp_path, IDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "save_file", write_half)
+        with pytest.raises(OSError, match="disk full"):
+            shards.fill(make, title="test")
+    assert len(list(tmp_path.iterdir())) == 1
+    assert shards.missing() == list(range(len(shards.names)))
+    shards.fill(make, title="test")
+    assert values(shards) == list(range(10))
+
+
+DEADLY = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from dojo.data import shards
+
+shards.SHARD_SIZE = 4
+calls = iter(range(1, 100))
+save = shards.save_file
+
+def deadly(tensors, path):
+    save(tensors, path)
+    if next(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+shards.save_file = deadly
+ids = [f"{i}.png|v1" for i in range(10)]
+shards.Shards(Path(sys.argv[1]), ids).fill(
+    lambda members: {"value": torch.tensor([[float(i), -float(i)] for i in members])}, title="test"
+)
+"""
+
+
+def test_a_killed_process_is_completed_with_the_same_bytes(tmp_path: Path) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-c", DEADLY, str(tmp_path / "killed")], capture_output=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    shards, whole = Shards(tmp_path / "killed", IDS), Shards(tmp_path / "whole", IDS)
+    assert 0 < len(shards.missing()) == len(shards.names) - 2  # written, but not renamed
+    shards.fill(make, title="test")
+    whole.fill(make, title="test")
+    assert values(shards) == list(range(10))
+    for k in range(len(whole.names)):
+        assert shards.path(k).read_bytes() == whole.path(k).read_bytes()
+
+
+def test_processes_fill_disjoint_shards(tmp_path: Path) -> None:
+    done: list[list[int]] = [[], []]
+
+    def remember(process: int) -> None:
+        def make_and_tell(indices: Sequence[int]) -> dict[str, Tensor]:
+            done[process] += indices
+            return make(indices)
+
+        Shards(tmp_path, IDS).fill(make_and_tell, title="test", process=process, num_processes=2)
+
+    remember(1)
+    assert Shards(tmp_path, IDS).missing() == list(range(0, len(Shards(tmp_path, IDS).names), 2))
+    remember(0)
+    assert sorted(done[0] + done[1]) == list(range(10))
+    assert Shards(tmp_path, IDS).missing() == []
+
+
+def test_short_lists_are_dealt_to_all_processes(tmp_path: Path) -> None:
+    made = [0, 0]
+    for process in (0, 1):
+        for number in range(6):  # six lists of one shard
+            one = Shards(tmp_path / str(process), [f"only {number}"])
+            missing = len(one.missing())
+            one.fill(make, title="test", process=process, num_processes=2, first=number)
+            made[process] += missing - len(one.missing())
+    assert made == [3, 3]
+
+
+def test_leftovers_of_a_killed_process_are_harmless(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, IDS)
+    for k in range(len(shards.names)):
+        path = shards.path(k)
+        path.with_name(f".{path.name}.{os.getpid()}").write_bytes(b"half")
+    assert shards.missing() == list(range(len(shards.names)))
+    shards.fill(make, title="test")
+    assert values(shards) == list(range(10))
+    assert all(load_file(shards.path(k)) for k in range(len(shards.names)))
+
+
+def test_shards_are_small_to_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    shards = Shards(tmp_path, MANY)
+    assert len(pickle.dumps(shards)) < 20 * len(MANY)
+    copied = pickle.loads(pickle.dumps(shards))
+    copied.fill(make, title="test")
+    assert shards.read(1234)["value"][0].item() == 1234
+
+
+# Folders
+
+
+def test_other_settings_lie_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"vae": "v1", "dtype": "no"}
+    others = [settings, {**settings, "vae": "v2"}, {**settings, "dtype": "bf16"}, {}]
+    folders = {disk.cache_folder(tmp_path, "latents", each) for each in others}
+    folders.add(disk.cache_folder(tmp_path, "text", settings))
+    turned = dict(reversed(settings.items()))
+    assert disk.cache_folder(tmp_path, "latents", turned) in folders
+    monkeypatch.setattr(disk, "FORMAT", disk.FORMAT + 1)
+    folders.add(disk.cache_folder(tmp_path, "latents", settings))
+    assert len(folders) == 6
+
+
+def test_the_disk_is_asked_before_a_cache_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def leave(free: int) -> None:
+        usage = types.SimpleNamespace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+    leave(3 * 2**30)
+    disk.announce("the latents of 7 pictures", tmp_path / "new", 2 * 2**30)
+    assert "7 pictures: 2.00 GiB in " in capsys.readouterr().out
+    leave(2 * 2**30)  # no margin
+    with pytest.raises(UserError, match=r"7 pictures needs 2\.00 GiB.*--latent_cache_dir"):
+        disk.announce("the latents of 7 pictures", tmp_path / "new", 2 * 2**30)
