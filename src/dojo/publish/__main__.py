@@ -1,0 +1,92 @@
+"""Publishes a finished result: a LoRA folder, a pipeline folder or a checkpoint-N.
+
+    python -m dojo.publish outputs/hearts                        under the folder's name
+    python -m dojo.publish outputs/hearts --hub_model_id me/hearts --private
+    python -m dojo.publish outputs/hearts --modelscope_model_id me/hearts
+
+A folder without a model card gets one. Tokens come from HF_TOKEN or `hf auth login`, and from
+MODELSCOPE_API_TOKEN or `modelscope login`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dojo.cli import UserError
+from dojo.publish.card import WEIGHTS, read_json, write_card
+from dojo.publish.hubs import PublishArgs, find_result, upload
+
+_ON_THE_COMMAND_LINE = "rather set {}: every user of the machine sees this command"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code; a user's mistake is 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dojo.publish",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="what to publish")
+    parser.add_argument(
+        "--push_to_hub",
+        action="store_true",
+        help="to the Hugging Face Hub; the default unless --modelscope_model_id is given",
+    )
+    parser.add_argument("--hub_model_id", help="repository there, name or owner/name")
+    parser.add_argument("--hub_token", help=_ON_THE_COMMAND_LINE.format("HF_TOKEN"))
+    parser.add_argument("--modelscope_model_id", help="repository on ModelScope, owner/name")
+    parser.add_argument(
+        "--modelscope_token", help=_ON_THE_COMMAND_LINE.format("MODELSCOPE_API_TOKEN")
+    )
+    parser.add_argument(
+        "--private", "--hub_private_repo", action="store_true", help="make new repositories private"
+    )
+    flags = parser.parse_args(argv)
+    args = PublishArgs(
+        push_to_hub=flags.push_to_hub or bool(flags.hub_model_id) or not flags.modelscope_model_id,
+        hub_model_id=flags.hub_model_id,
+        hub_token=flags.hub_token,
+        hub_private_repo=flags.private,
+        modelscope_model_id=flags.modelscope_model_id,
+        modelscope_token=flags.modelscope_token,
+    )
+    try:
+        weights = find_result(flags.folder)
+        args.check(flags.folder)
+        if not (flags.folder / "README.md").is_file():
+            _write_card(flags.folder, weights, args.hub_model_id)
+        upload(flags.folder, args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write_card(folder: Path, weights: str, repo_id: str | None) -> None:
+    """A card from what the folder, or the run that a checkpoint belongs to, tells of itself."""
+    is_checkpoint = (folder / "state.json").is_file()
+    run = folder.resolve().parent if is_checkpoint else folder
+    options = read_json(run / "args.json").get("args", {})
+    model, data = options.get("model", {}), options.get("data", {})
+    state = read_json(folder / "state.json") or read_json(folder / "finished.json")
+    places = ("dataset_name", "train_data_dir", "instance_data_dir", "data_config")
+    kind = {WEIGHTS: ("LoRA", "lora")}.get(weights, ("Fine-tuned model", "full-fine-tuning"))
+    write_card(
+        folder,
+        title=f"{kind[0]}: {folder.resolve().name}",
+        base_model=model.get("pretrained_model_name_or_path") or "",
+        dataset=next((data[place] for place in places if data.get(place)), ""),
+        options=options,
+        steps=state.get("step", 0),
+        tags=(kind[1], "text-to-image"),
+        weights=weights,
+        repo_id=repo_id,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
