@@ -1,17 +1,24 @@
-"""Tensors to picture files, safe names for them, and labelled grids."""
+"""Tensors to picture files, safe names for them, labelled grids and the contact sheet of a run."""
 
 from __future__ import annotations
 
+import functools
+import json
 import re
-import textwrap
+import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
+import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 _MARGIN = 6  # pixels between the cells of a grid
-_LABEL_WIDTH = 150  # pixels of the column with the rows' labels
+_LABEL_WIDTH = 170  # pixels of the column with the rows' labels
+_FONT_SIZE = 13
+_LINE = 17  # pixels from one line of a label to the next
+_WIDE = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -21,13 +28,20 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def slug(prompt: str) -> str:
-    """A prompt as part of a file name: letters and digits of any script, at most 60 characters."""
-    words = re.sub(r"\W+", "_", prompt).strip("_")
-    return words[:60] or "empty"
+    """A prompt as part of a file name: letters and digits of any script, at most 60 characters.
+
+    In UTF-8 it takes at most 180 bytes, so that with number, size and seed it stays below the 255
+    that file systems allow.
+    """
+    words = re.sub(r"\W+", "_", unicodedata.normalize("NFC", prompt)).strip("_")[:60]
+    return words.encode()[:180].decode(errors="ignore") or "empty"
+
+
+# -- grids ------------------------------------------------------------------------------------
 
 
 def labelled_grid(
-    rows: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Image.Image | None]],
     *,
     row_labels: Sequence[str],
     column_labels: Sequence[str],
@@ -37,10 +51,9 @@ def labelled_grid(
 
     Args:
         rows: the pictures, all rows of one length; each is scaled to `cell` pixels in height,
-            small ones without smoothing.
+            small ones without smoothing; None leaves the cell empty.
     """
-    width = max(max(1, round(cell * p.width / p.height)) for row in rows for p in row)
-    font = ImageFont.load_default(13)
+    width = max(max(1, round(cell * p.width / p.height)) for row in rows for p in row if p)
     header = 26
     step_x, step_y = width + _MARGIN, cell + _MARGIN
     size = (_LABEL_WIDTH + step_x * len(rows[0]), header + step_y * len(rows))
@@ -48,14 +61,137 @@ def labelled_grid(
     pen = ImageDraw.Draw(sheet)
     for x, label in enumerate(column_labels):
         center = _LABEL_WIDTH + x * step_x + width // 2
-        pen.text((center, header // 2), label, fill="black", font=font, anchor="mm")
+        font, text = drawable(label)
+        pen.text((center, header // 2), text, fill="black", font=font, anchor="mm")
     for y, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
         top = header + y * step_y
-        words = "\n".join(textwrap.wrap(label, 20)[: cell // 16])
-        pen.multiline_text((_MARGIN, top + _MARGIN), words, fill="black", font=font)
+        font, text = drawable(label)
+        lines = _wrap(text, font, _LABEL_WIDTH - 2 * _MARGIN)[: cell // _LINE]
+        for i, line in enumerate(lines):
+            pen.text((_MARGIN, top + _MARGIN + i * _LINE), line, fill="black", font=font)
         for x, picture in enumerate(row):
+            if picture is None:
+                continue
             small = picture.height < cell
             resample = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-            scaled = picture.resize((round(cell * picture.width / picture.height), cell), resample)
+            scaled_width = max(1, round(cell * picture.width / picture.height))
+            scaled = picture.convert("RGB").resize((scaled_width, cell), resample)
             sheet.paste(scaled, (_LABEL_WIDTH + x * step_x, top))
     return sheet
+
+
+def contact_sheet(
+    folder: Path, *, last_step: int | None = None, max_columns: int = 8, max_rows: int = 60
+) -> Image.Image | None:
+    """What became of each validation picture: a row per picture, a column per step.
+
+    Args:
+        folder: holds `step-N/*.png`, and perhaps `prompts.json` with the pictures' labels.
+        last_step: later steps are left out (they belong to a run that was given up).
+        max_columns: more steps are thinned out evenly; the first and the last stay.
+        max_rows: of more pictures the first are shown.
+    Returns:
+        None when there are no pictures.
+    """
+    found: dict[int, Path] = {}
+    for path in folder.glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdecimal() and (last_step is None or int(number) <= last_step):
+            found[int(number)] = path
+    files = {step: {p.name for p in path.glob("*.png")} for step, path in sorted(found.items())}
+    steps = thin_out([step for step, names in files.items() if names], max_columns)
+    if not steps:
+        return None
+    there = {name for step in steps for name in files[step]}
+    record = folder / "prompts.json"
+    known: dict[str, str] = {}
+    if record.is_file():
+        pictures = json.loads(record.read_text(encoding="utf-8"))["pictures"]
+        known = {row["file"]: row["label"] for row in pictures}
+    names = ([name for name in known if name in there] or sorted(there))[:max_rows]
+    return labelled_grid(
+        [[_read(found[step] / name) for step in steps] for name in names],
+        row_labels=[known.get(name, name.removesuffix(".png")) for name in names],
+        column_labels=[f"step {step}" for step in steps],
+    )
+
+
+def thin_out(steps: Sequence[int], most: int) -> list[int]:
+    """At most `most` of the steps, evenly spread over the list, with its first and last."""
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+
+
+def _read(path: Path) -> Image.Image | None:
+    if not path.is_file():
+        return None
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+# -- letters ----------------------------------------------------------------------------------
+
+
+def drawable(text: str) -> tuple[ImageFont.FreeTypeFont, str]:
+    """A font for a text, and the text with what no font of this machine has replaced by "(?)".
+
+    matplotlib's DejaVu Sans has the European scripts, Arabic and Hebrew. For others, Chinese
+    first of all, the machine's fonts are searched (Debian: the package fonts-noto-cjk).
+    """
+    text = " ".join(text.split())
+    path, had = _best_font("".join(sorted(set(text))))
+    other = f"[^{re.escape(''.join(sorted(had)))} ]+"
+    return ImageFont.truetype(path, _FONT_SIZE), re.sub(other, "(?)", text)
+
+
+@functools.lru_cache(maxsize=256)
+def _best_font(needed: str) -> tuple[str, frozenset[str]]:
+    """The font that has most of the characters, and those of them that it has."""
+    wanted = {char for char in needed if not char.isspace()}
+    best, had = _BASE_FONT, wanted & _characters(_BASE_FONT, wanted)
+    if had != wanted:
+        for path in _system_fonts():
+            has = _characters(path, wanted)
+            if len(has) > len(had):
+                best, had = path, has
+            if had == wanted:
+                break
+    return best, frozenset(had)
+
+
+_BASE_FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+
+
+@functools.cache
+def _system_fonts() -> list[str]:
+    """The machine's fonts, those with Chinese, Japanese and Korean in their names first."""
+    from matplotlib import font_manager  # the import alone may build a list of fonts on disk
+
+    wide = re.compile("cjk|wqy|hei|song|ming|fang|gothic|noto|droid|fallback|unifont", re.I)
+    paths = font_manager.findSystemFonts()
+    return sorted(paths, key=lambda path: (not wide.search(Path(path).name), path))
+
+
+def _characters(path: str, wanted: set[str]) -> set[str]:
+    """Which of the characters a font file has."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        known = FT2Font(path).get_charmap()
+    except (OSError, RuntimeError):  # a bitmap font, or a broken file
+        return set()
+    return {char for char in wanted if ord(char) in known}
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels, broken between words and between Chinese characters."""
+    lines = [""]
+    for word in re.findall(rf"{_WIDE.pattern}|\s+|(?:(?!{_WIDE.pattern})\S)+", text):
+        if font.getlength(lines[-1] + word.rstrip()) > width and lines[-1]:
+            lines.append("")
+        for char in word:
+            if font.getlength(lines[-1] + char) > width:
+                lines.append("")
+            lines[-1] += char if lines[-1] or not char.isspace() else ""
+    return [line.rstrip() for line in lines if line.strip()]

@@ -1,0 +1,142 @@
+"""Pictures: file names, labelled grids, the contact sheet, letters that a font may lack."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image
+
+from dojo import pictures
+
+
+def solid(color: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    return Image.new("RGB", size, color)
+
+
+@pytest.fixture
+def no_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without fonts of its own."""
+    pictures._best_font.cache_clear()
+    monkeypatch.setattr(pictures, "_system_fonts", list)
+
+
+def cat_font(path: Path) -> Path:
+    """A font that has the letters a, b, x and the character 猫, each a square."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 500), (500, 500), (500, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    square = pen.glyph()
+    names = {ord("a"): "a", ord("b"): "b", ord("x"): "x", ord("猫"): "cat"}
+    order = [".notdef", *names.values()]
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder(order)
+    builder.setupCharacterMap(names)
+    builder.setupGlyf(dict.fromkeys(order, square))
+    builder.setupHorizontalMetrics({name: (600, 0) for name in order})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Cat", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    return path
+
+
+def test_pixels_are_rounded_and_clipped() -> None:
+    values = torch.tensor([-1.0, 0.0, 0.5, 0.999, 2.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
+    (picture,) = pictures.to_pil(values)
+    assert picture.size == (5, 1)
+    row = [picture.getpixel((x, 0)) for x in range(5)]
+    assert row == [(value,) * 3 for value in (0, 0, 128, 255, 255)]
+
+
+def test_a_slug_keeps_words_of_any_script_within_a_file_systems_limit() -> None:
+    assert pictures.slug("a/b: *weird* prompt?") == "a_b_weird_prompt"
+    assert pictures.slug("一只猫，在/屋顶") == "一只猫_在_屋顶"
+    assert pictures.slug(" ?! ") == "empty"
+    assert pictures.slug("cafe\u0301") == pictures.slug("café")  # one name for one text
+    assert len(pictures.slug("x" * 500)) == 60
+    assert len(pictures.slug("\U00020000" * 100).encode()) <= 180
+
+
+def test_cells_of_a_grid_keep_their_aspect_and_may_be_empty() -> None:
+    rows = [[solid("red"), solid("blue", (128, 64))], [None, solid("lime", (32, 64))]]
+    sheet = pictures.labelled_grid(rows, row_labels=["a", "b"], column_labels=["x", "y"], cell=64)
+    left, top, step_x, step_y = pictures._LABEL_WIDTH, 26, 128 + 6, 64 + 6
+    assert sheet.size == (left + 2 * step_x, top + 2 * step_y)
+
+    def at(column: int, row: int, x: int) -> object:
+        return sheet.getpixel((left + column * step_x + x, top + row * step_y + 32))
+
+    white, red, blue, lime = (255, 255, 255), (255, 0, 0), (0, 0, 255), (0, 255, 0)
+    assert [at(0, 0, 63), at(0, 0, 64)] == [red, white]
+    assert [at(1, 0, 127), at(1, 0, 128)] == [blue, white]
+    assert [at(0, 1, 32), at(1, 1, 31), at(1, 1, 32)] == [white, lime, white]
+
+
+def test_steps_are_thinned_out_between_the_first_and_the_last() -> None:
+    assert pictures.thin_out([0, 5, 7], 8) == [0, 5, 7]
+    steps = list(range(0, 10_001, 100))
+    kept = pictures.thin_out(steps, 8)
+    assert (len(kept), kept[0], kept[-1]) == (8, 0, 10_000)
+    gaps = [after - before for before, after in pairwise(kept)]
+    assert max(gaps) - min(gaps) <= 100
+
+
+def test_a_contact_sheet_is_made_from_the_files_alone(tmp_path: Path) -> None:
+    assert pictures.contact_sheet(tmp_path) is None
+    for step in (0, 2, 10, 300):
+        folder = tmp_path / f"step-{step}"
+        folder.mkdir()
+        solid("red").save(folder / "00-a-seed0.png")
+        if step == 10:
+            solid("blue").save(folder / "01-b-seed0.png")
+    (tmp_path / "step-7").mkdir()  # a kill left it empty
+    sheet = pictures.contact_sheet(tmp_path, last_step=10)
+    assert sheet is not None
+    left, step = pictures._LABEL_WIDTH, 198
+    assert sheet.size == (left + 3 * step, 26 + 2 * step)  # 0, 2, 10 in the order of numbers
+    assert sheet.getpixel((left + 2 * step + 9, 26 + step + 9)) == (0, 0, 255)
+    assert sheet.getpixel((left + 9, 26 + step + 9)) == (255, 255, 255)
+
+    rows = [{"file": "01-b-seed0.png", "label": "01 b"}, {"file": "gone.png", "label": "02"}]
+    (tmp_path / "prompts.json").write_text(json.dumps({"pictures": rows}))
+    only = pictures.contact_sheet(tmp_path, last_step=10)
+    assert only is not None
+    assert only.size == (left + 3 * step, 26 + step)
+
+
+def test_letters_that_no_font_has_are_replaced_and_not_drawn_as_boxes(no_fonts: None) -> None:
+    assert pictures.drawable("Ελλάδα, привет:\n a-b]c^\\d")[1] == "Ελλάδα, привет: a-b]c^\\d"
+    assert pictures.drawable("00 一只猫 seed 0")[1] == "00 (?) seed 0"
+    assert pictures.drawable("猫")[1] == "(?)"
+
+
+def test_a_font_of_the_machine_is_taken_where_it_has_more(
+    tmp_path: Path, no_fonts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.ttf"
+    broken.write_bytes(b"no font")
+    fonts = [str(broken), str(cat_font(tmp_path / "cat.ttf"))]
+    monkeypatch.setattr(pictures, "_system_fonts", lambda: fonts)
+    font, text = pictures.drawable("ab 猫x")
+    assert (font.path, text) == (fonts[1], "ab 猫x")
+    font, text = pictures.drawable("abc")
+    assert (Path(str(font.path)).name, text) == ("DejaVuSans.ttf", "abc")
+    sheet = pictures.labelled_grid([[solid("white")]], row_labels=["猫"], column_labels=[""])
+    label = sheet.crop((0, 26, pictures._LABEL_WIDTH, 60))
+    assert min(label.convert("L").tobytes()) < 50  # something dark is there
+
+
+def test_labels_are_wrapped_between_words_and_within_what_is_too_long() -> None:
+    font, _ = pictures.drawable("a")
+    lines = pictures._wrap("a long label with " + "x" * 60, font, 100)
+    assert all(font.getlength(line) <= 100 for line in lines)
+    assert "".join(lines).replace(" ", "") == "alonglabelwith" + "x" * 60
+    assert lines[0].endswith(("long", "label"))
+    assert pictures._wrap("猫" * 3, font, int(font.getlength("猫") * 1.5)) == ["猫"] * 3
