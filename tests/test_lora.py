@@ -1,5 +1,6 @@
 """Claims about adapters: which layers, which precision, what is saved and what is loaded."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -305,7 +306,21 @@ def test_restore_refuses_another_adapter(
 @pytest.fixture
 def pipeline(tiny_sd3: Path) -> Any:
     """A pipeline to load files into."""
-    return StableDiffusion3Pipeline.from_pretrained(tiny_sd3)
+    return load_pipeline(tiny_sd3)
+
+
+def load_pipeline(folder: Path) -> Any:
+    """The parts that may be adapted, frozen, with both CLIPs' tokenizers."""
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
+        folder, vae=None, text_encoder_3=None, tokenizer_3=None
+    )
+    for model in adapted(pipeline):
+        model.requires_grad_(False)
+    return pipeline
+
+
+def adapted(pipeline: Any) -> list[Any]:
+    return [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2]
 
 
 def test_load_counts_what_arrived(
@@ -372,3 +387,136 @@ def test_files_that_are_missing_or_broken_are_refused(
 def test_a_hub_id_without_a_network_is_refused(pipeline: Any) -> None:
     with pytest.raises(UserError, match="someone/lora is neither"):
         lora.load(pipeline, "someone/lora", "mine")
+
+
+# Text encoders
+
+
+TOKENS = (torch.arange(40) % 11).reshape(2, 20)
+
+
+def embed(model: Any) -> Tensor:
+    output = model(TOKENS, output_hidden_states=True)
+    return torch.cat([output.hidden_states[-2].flatten(), output[0].flatten()])
+
+
+def three(pipeline: Any, args: lora.LoraArgs) -> list[torch.nn.Parameter]:
+    """Adapters on the transformer and on both CLIPs."""
+    transformer, clip_l, clip_g = adapted(pipeline)
+    return [
+        *lora.add(transformer, args),
+        *lora.add_text(clip_l, args, 2),
+        *lora.add_text(clip_g, args, 3),
+    ]
+
+
+def randomize(params: list[torch.nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for param in params:
+        param.data = 0.1 * torch.randn(param.shape, generator=generator)
+
+
+def test_a_clip_adapts_its_attention_and_nothing_else(pipeline: Any) -> None:
+    before = embed(pipeline.text_encoder)
+    args = lora.LoraArgs(rank=4, lora_alpha=6.0)
+    params = lora.add_text(pipeline.text_encoder.to(torch.bfloat16), args, 2)
+    names = {name.rsplit(".", 2)[0] for name in lora.state(pipeline.text_encoder)}
+    assert names == {
+        f"text_model.encoder.layers.{i}.self_attn.{name}"
+        for i in range(2)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+    }
+    assert {param.dtype for param in params} == {torch.float32}
+    trainable = {id(p) for p in pipeline.text_encoder.parameters() if p.requires_grad}
+    assert trainable == {id(param) for param in params}
+    # The scale is the transformer's: 6 / 4, whatever the rank.
+    config = pipeline.text_encoder.peft_config[lora.ADAPTER]
+    assert (config.r, config.lora_alpha) == (2, 3.0)
+    torch.testing.assert_close(embed(pipeline.text_encoder.float()), before, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 9.0])
+def test_plain_diffusers_loads_all_three_parts(
+    pipeline: Any, tiny_sd3: Path, tmp_path: Path, alpha: float
+) -> None:
+    randomize(three(pipeline, lora.LoraArgs(rank=4, lora_alpha=alpha)))
+    lora.save(tmp_path, *adapted(pipeline))
+    fresh = load_pipeline(tiny_sd3)
+    with torch.no_grad():
+        before = embed(fresh.text_encoder), embed(fresh.text_encoder_2)
+        fresh.load_lora_weights(tmp_path)
+        torch.testing.assert_close(
+            predict(fresh.transformer), predict(pipeline.transformer), rtol=0, atol=1e-6
+        )
+        for i, part in enumerate(("text_encoder", "text_encoder_2")):
+            found, expected = embed(getattr(fresh, part)), embed(getattr(pipeline, part))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+            assert (found - before[i]).abs().max() > 1e-3
+    assert fresh.get_list_adapters().keys() == {"transformer", "text_encoder", "text_encoder_2"}
+    assert lora.load(load_pipeline(tiny_sd3), tmp_path, "mine") == len(
+        load_file(tmp_path / lora.WEIGHTS)
+    )
+
+
+def test_the_two_clips_are_not_taken_for_each_other(
+    pipeline: Any, tiny_sd3: Path, tmp_path: Path
+) -> None:
+    # Both have one class: a loader that asks for the class finds the first one twice.
+    randomize(three(pipeline, lora.LoraArgs(rank=4)))
+    lora.save(tmp_path, *adapted(pipeline))
+    saved = load_file(tmp_path / lora.WEIGHTS)
+    shapes = {
+        part: {tuple(x.shape) for n, x in saved.items() if n.startswith(f"{part}.") and "A" in n}
+        for part in ("text_encoder", "text_encoder_2")
+    }
+    assert shapes == {"text_encoder": {(2, 64)}, "text_encoder_2": {(3, 96)}}
+    other = load_pipeline(tiny_sd3)
+    three(other, lora.LoraArgs(rank=4))
+    assert not torch.equal(embed(other.text_encoder_2), embed(pipeline.text_encoder_2))
+    lora.restore(tmp_path, *adapted(other))
+    for ours, theirs in zip(adapted(pipeline), adapted(other), strict=True):
+        first, second = lora.state(ours), lora.state(theirs)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_restored_run_goes_on_bit_for_bit(tiny_sd3: Path, tmp_path: Path) -> None:
+    def begin() -> tuple[Any, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        pipeline = load_pipeline(tiny_sd3)
+        return pipeline, torch.optim.AdamW(three(pipeline, lora.LoraArgs(rank=2)), lr=1e-2)
+
+    def train(pipeline: Any, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            _, *clips = adapted(pipeline)
+            loss = sum(embed(clip).square().mean() for clip in clips)
+            (loss + predict(pipeline.transformer).square().mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, optimizer = begin()
+    train(whole, optimizer, 2)
+    lora.save(tmp_path, *adapted(whole))
+    moments = copy.deepcopy(optimizer.state_dict())
+    resumed, second = begin()
+    lora.restore(tmp_path, *adapted(resumed))
+    second.load_state_dict(moments)
+    train(whole, optimizer, 2)
+    train(resumed, second, 2)
+    for ours, theirs in zip(adapted(whole), adapted(resumed), strict=True):
+        first, found = lora.state(ours), lora.state(theirs)
+        assert all(torch.equal(first[name], found[name]) for name in first)
+
+
+def test_restore_wants_every_part_and_no_more(
+    pipeline: Any, tiny_sd3: Path, tmp_path: Path
+) -> None:
+    args = lora.LoraArgs(rank=2)
+    three(pipeline, args)
+    lora.save(tmp_path / "three", *adapted(pipeline))
+    lora.save(tmp_path / "one", pipeline.transformer)
+    with pytest.raises(UserError, match="text_encoder"):
+        lora.restore(tmp_path / "three", pipeline.transformer)
+    with pytest.raises(UserError, match="text_encoder"):
+        lora.restore(tmp_path / "one", *adapted(pipeline))
+    lora.restore(tmp_path / "one", pipeline.transformer)

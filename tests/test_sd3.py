@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from dojo import flow, sd3
+from dojo import flow, lora, sd3
 from dojo.cli import UserError
 
 CPU = torch.device("cpu")
@@ -273,7 +273,44 @@ def test_counting_needs_no_memory(config: sd3.Config, tiny_sd3: Path) -> None:
     assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in real.parameters())
 
 
+def test_each_block_is_compiled_and_nothing_else(
+    config: sd3.Config, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    model = sd3.load_transformer(config, args_of(tiny_sd3), torch.float32, CPU)
+    assert compiled == []
+    model = sd3.load_transformer(config, args_of(tiny_sd3, torch_compile=True), torch.float32, CPU)
+    assert compiled == list(model.transformer_blocks)
+
+
+@pytest.mark.slow
+def test_a_compiled_transformer_trains_an_adapter_as_before(
+    config: sd3.Config, tiny_sd3: Path
+) -> None:
+    found = []
+    names = set()
+    for compile_ in (False, True):
+        args = args_of(tiny_sd3, torch_compile=compile_)
+        model = sd3.load_transformer(config, args, torch.float32, CPU)
+        torch.manual_seed(0)
+        params = lora.add(model, lora.LoraArgs(rank=2))
+        generator = torch.Generator().manual_seed(0)
+        noisy = torch.randn(1, 16, 4, 4, generator=generator)
+        text, pooled = torch.zeros(1, 24, 192), torch.zeros(1, 160)
+        out = sd3.velocity(model, noisy, torch.ones(1), text, pooled, torch.float32)
+        out.square().mean().backward()
+        found.append((out, [param.grad for param in params]))
+        names.add(tuple(lora.state(model)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert len(names) == 1
+
+
 # Text
+
+
+def encoders(config: sd3.Config, args: sd3.ModelArgs, dtype: torch.dtype) -> sd3.TextEncoders:
+    return sd3.TextEncoders.load(config, args, sd3.TextArgs(), dtype, CPU)
 
 
 @pytest.mark.parametrize("length", [1, 24, 77, 256])
@@ -282,7 +319,7 @@ def test_texts_are_encoded_as_the_pipeline_does_it(
 ) -> None:
     captions = ["a red circle", "two blue stars on a black background", ""]
     args = args_of(tiny_sd3, max_sequence_length=length)
-    found = sd3.TextEncoders(config, args, torch.float32, CPU)(captions)
+    found = encoders(config, args, torch.float32)(captions)
     with torch.no_grad():
         embeds, _, pooled, _ = pipeline.encode_prompt(
             captions, captions, captions, max_sequence_length=length
@@ -295,18 +332,16 @@ def test_texts_are_encoded_as_the_pipeline_does_it(
 def test_a_long_caption_uses_the_whole_sequence_length(config: sd3.Config, tiny_sd3: Path) -> None:
     # The predecessor cut T5's text at 77 tokens whatever --max_sequence_length said.
     start = " ".join(["red"] * 90)
-    encode = sd3.TextEncoders(
-        config, args_of(tiny_sd3, max_sequence_length=200), torch.float32, CPU
-    )
+    encode = encoders(config, args_of(tiny_sd3, max_sequence_length=200), torch.float32)
     first, second = encode([f"{start} circle", f"{start} star"])["prompt_embeds"]
     assert not torch.allclose(first[20:], second[20:], atol=1e-4)
 
 
 def test_encoders_sit_in_the_precision_that_was_asked(config: sd3.Config, tiny_sd3: Path) -> None:
     # transformers takes the dtype from config.json, diffusers float32: both must obey.
-    encode = sd3.TextEncoders(config, args_of(tiny_sd3), torch.bfloat16, CPU)
-    parts = [getattr(encode.pipeline, f"text_encoder{i}") for i in ("", "_2", "_3")]
-    assert [part.dtype for part in parts] == [torch.bfloat16] * 3
+    encode = encoders(config, args_of(tiny_sd3), torch.bfloat16)
+    assert encode.t5 is not None
+    assert [part.dtype for part in (*encode.clips, encode.t5)] == [torch.bfloat16] * 3
     assert encode(["a star"])["prompt_embeds"].dtype == torch.bfloat16
 
 

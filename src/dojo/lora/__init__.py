@@ -1,11 +1,20 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on an MMDiT: adding, saving, loading.
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on SD3: adding, saving, loading, converting.
 
-peft computes them; this file decides which layers get one, keeps them in float32, and makes sure
-that what is saved says its alpha and that what is loaded arrives.
+peft computes them; this package decides which layers get one, keeps them in float32, and makes sure
+that what is saved says its alpha and that what is loaded arrives, in three public formats.
 """
 
-from dojo.lora.adapter import ADAPTER, PRESETS, LoraArgs, add, disabled, state, target_layers
-from dojo.lora.files import WEIGHTS, load, restore, save
+from dojo.lora.adapter import (
+    ADAPTER,
+    PRESETS,
+    LoraArgs,
+    add,
+    add_text,
+    disabled,
+    state,
+    target_layers,
+)
+from dojo.lora.files import WEIGHTS, export, load, restore, save, start_from
 
 __all__ = [
     "ADAPTER",
@@ -13,10 +22,13 @@ __all__ = [
     "WEIGHTS",
     "LoraArgs",
     "add",
+    "add_text",
     "disabled",
+    "export",
     "load",
     "restore",
     "save",
+    "start_from",
     "state",
     "target_layers",
 ]

@@ -12,10 +12,14 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dojo.cli import UserError
+from dojo.lora.formats import Format
 
 ADAPTER = "default"
 
 _ATTENTION = r"attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+_CLIP_ATTENTION = re.compile(
+    r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+)
 PRESETS = {
     "attn": rf"transformer_blocks\.\d+\.{_ATTENTION}",
     "attn+ff": rf"transformer_blocks\.\d+\.({_ATTENTION}|ff(_context)?\.net\.(0\.proj|2))",
@@ -39,6 +43,11 @@ class LoraArgs:
     expression over full module names, marked by a leading re:"""
     use_dora: bool = False
     """decompose weights into magnitude and direction (DoRA, arXiv:2402.09353)"""
+    init_lora_weights_path: str | None = None
+    """start from this LoRA (file, folder or hub id; diffusers', kohya's or ComfyUI's format): its
+    layers must be adapted here too, its rank may be smaller"""
+    lora_format: Format = "diffusers"
+    """write the result in this format too, beside diffusers' file, which resuming needs"""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -49,6 +58,10 @@ class LoraArgs:
             raise ValueError("--lora_dropout must lie in [0, 1)")
         if not self.lora_layers:
             raise ValueError("--lora_layers needs at least one name")
+        if self.use_dora and self.lora_format != "diffusers":
+            raise ValueError(f"--lora_format {self.lora_format} has no form for --use_dora")
+        if self.use_dora and self.init_lora_weights_path:
+            raise ValueError("--init_lora_weights_path cannot be combined with --use_dora")
 
 
 def target_layers(model: nn.Module, choice: Sequence[str]) -> list[str]:
@@ -105,11 +118,28 @@ def add(model: nn.Module, args: LoraArgs) -> list[nn.Parameter]:
 
     B starts at zero, so the model is unchanged; A is drawn from torch's global generator.
     """
+    return _add(model, args, args.rank, target_layers(model, args.lora_layers))
+
+
+def add_text(
+    text_encoder: nn.Module, args: LoraArgs, rank: int | None = None
+) -> list[nn.Parameter]:
+    """Adds an adapter to the attention projections of a frozen CLIP text encoder.
+
+    Args:
+        rank: unset is `--rank`; the scale alpha / rank is the transformer's in any case.
+    """
+    layers = [name for name, _ in text_encoder.named_modules() if _CLIP_ATTENTION.fullmatch(name)]
+    return _add(text_encoder, args, rank or args.rank, layers)
+
+
+def _add(model: nn.Module, args: LoraArgs, rank: int, layers: list[str]) -> list[nn.Parameter]:
+    scale = 1 if args.lora_alpha is None else args.lora_alpha / args.rank
     config = LoraConfig(
-        r=args.rank,
-        lora_alpha=args.lora_alpha if args.lora_alpha is not None else args.rank,  # pyright: ignore
+        r=rank,
+        lora_alpha=scale * rank,  # pyright: ignore
         lora_dropout=args.lora_dropout,
-        target_modules=target_layers(model, args.lora_layers),
+        target_modules=layers,
         use_dora=args.use_dora,
         init_lora_weights="gaussian",
     )

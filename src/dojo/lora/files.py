@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+import torch
+from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
+from dojo import tensors
 from dojo.cli import UserError
-from dojo.lora.adapter import ADAPTER, state
+from dojo.lora import formats
+from dojo.lora.adapter import ADAPTER, LoraArgs, state
+from dojo.lora.formats import METADATA, PARTS, Format
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -23,113 +28,205 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 def save(
     folder: Path,
     transformer: nn.Module,
-    pipeline: type[DiffusionPipeline] = StableDiffusion3Pipeline,
+    text_encoder: nn.Module | None = None,
+    text_encoder_2: nn.Module | None = None,
 ) -> None:
     """Writes `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`.
 
-    The adapter's configuration goes into the file's header: without it diffusers would take alpha
-    for the rank. Equal weights give equal bytes.
+    The adapters' configurations go into the file's header: without them diffusers would take
+    alpha for the rank. Equal weights give equal bytes.
     """
-    config = {
-        name: sorted(value) if isinstance(value, set) else value
-        for name, value in transformer.peft_config[ADAPTER].to_dict().items()  # pyright: ignore
-    }
-    pipeline.save_lora_weights(  # pyright: ignore
-        folder,
-        transformer_lora_layers=state(transformer),
-        transformer_lora_adapter_metadata=config,
-    )
-    _sort_header(folder / WEIGHTS)
+    models = dict(zip(PARTS, (transformer, text_encoder, text_encoder_2), strict=True))
+    weights: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
+    for part, model in models.items():
+        if model is None:
+            continue
+        weights |= {f"{part}.{name}": value for name, value in state(model).items()}
+        for name, value in model.peft_config[ADAPTER].to_dict().items():  # pyright: ignore
+            if name == "base_model_name_or_path":
+                continue  # a path of this machine
+            config[f"{part}.{name}"] = sorted(value) if isinstance(value, set) else value
+    metadata = {METADATA: json.dumps(config, indent=2, sort_keys=True)}
+    tensors.save(folder / WEIGHTS, weights, metadata)
 
 
-def _sort_header(path: Path) -> None:
-    """Puts the header's free text in alphabetical order; safetensors writes it in a random one.
-
-    The format is 8 bytes of header length, a JSON header padded with spaces, the tensors.
-    """
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = text + b" " * (-len(text) % 8)
-    path.write_bytes(len(padded).to_bytes(8, "little") + padded + content[8 + length :])
-
-
-def restore(folder: Path, transformer: nn.Module) -> None:
-    """Puts a saved adapter's tensors back into a model that has the same adapter.
+def export(folder: Path, form: Format) -> Path:
+    """Writes a saved adapter in another format beside diffusers' file and returns where.
 
     Raises:
-        UserError: the file's tensors are not exactly those of the adapter.
+        UserError: it has no form in that format (DoRA).
     """
+    source = folder / WEIGHTS
+    if form == "diffusers":
+        return source
+    target = source.with_name(f"{source.stem}_{form}.safetensors")
+    formats.write(target, formats.read(source)[0], form)
+    return target
+
+
+def restore(
+    folder: Path,
+    transformer: nn.Module,
+    text_encoder: nn.Module | None = None,
+    text_encoder_2: nn.Module | None = None,
+) -> None:
+    """Puts a saved adapter's tensors back into models that have the same adapters.
+
+    Raises:
+        UserError: the file's tensors are not exactly those of the adapters.
+    """
+    models = dict(zip(PARTS, (transformer, text_encoder, text_encoder_2), strict=True))
+    models = {part: model for part, model in models.items() if model is not None}
     saved = load_file(folder / WEIGHTS)
-    tensors = {name.removeprefix("transformer."): value for name, value in saved.items()}
-    own = state(transformer)
+    own = {
+        f"{part}.{name}": value
+        for part, model in models.items()
+        for name, value in state(model).items()
+    }
     wrong = sorted(
         name
-        for name in own.keys() | tensors.keys()
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+        for name in own.keys() | saved.keys()
+        if name not in own or name not in saved or own[name].shape != saved[name].shape
     )
     if wrong:
         raise UserError(
-            f"{folder / WEIGHTS} does not fit this adapter (other --rank or --lora_layers?): "
-            f"{', '.join(wrong[:4])}"
+            f"{folder / WEIGHTS} does not fit this adapter (other --rank, --lora_layers or "
+            f"--train_text_encoder?): {', '.join(wrong[:4])}"
         )
-    set_peft_model_state_dict(transformer, tensors, adapter_name=ADAPTER)
+    for part, model in models.items():
+        mine = {n.removeprefix(f"{part}."): v for n, v in saved.items() if n.startswith(f"{part}.")}
+        set_peft_model_state_dict(model, mine, adapter_name=ADAPTER)
+
+
+def start_from(
+    args: LoraArgs,
+    transformer: nn.Module,
+    text_encoder: nn.Module | None = None,
+    text_encoder_2: nn.Module | None = None,
+) -> None:
+    """Makes fresh adapters compute what `--init_lora_weights_path` computes; unset does nothing.
+
+    A file of smaller rank fills the first ranks; in the others B stays zero and A random, so
+    that the update is the file's and every rank can learn. Layers that the file lacks stay fresh.
+
+    Raises:
+        UserError: the file has other layers than the adapters, or a larger rank.
+    """
+    if args.init_lora_weights_path is None:
+        return
+    flag = "--init_lora_weights_path"
+    path = find(args.init_lora_weights_path, flag)
+    models = dict(zip(PARTS, (transformer, text_encoder, text_encoder_2), strict=True))
+    lora, unknown = formats.read(path)
+    if unknown:
+        raise UserError(f"{flag}: {path} has tensors that SD3 has no place for: {unknown[0]}")
+    for part, layers in lora.items():
+        model = models[part]
+        if model is None:
+            raise UserError(
+                f"{flag}: {path} adapts {part}, which is not trained here (--train_text_encoder)"
+            )
+        modules: dict[str, Any] = dict(model.named_modules())
+        for name, factors in layers.items():
+            module = modules.get(name)
+            if not hasattr(module, "lora_A"):
+                raise UserError(f"{flag}: {path} adapts {name}, which --lora_layers does not")
+            _fill(module, factors, f"{path}: {name}")
+
+
+def _fill(module: Any, factors: formats.Factors, where: str) -> None:
+    down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+    if factors.rank > len(down):
+        raise UserError(
+            f"--rank {len(down)} is smaller than the rank {factors.rank} of "
+            f"--init_lora_weights_path {where}"
+        )
+    if down.shape[1:] != factors.down.shape[1:] or len(up) != len(factors.up):
+        raise UserError(f"--init_lora_weights_path: {where} has another size in this model")
+    ratio = factors.scale / module.scaling[ADAPTER]
+    with torch.no_grad():
+        down[: factors.rank] = factors.down.to(down)
+        up.zero_()
+        up[:, : factors.rank] = factors.up.to(up) * ratio
 
 
 def load(pipeline: Any, path: Path | str, name: str) -> int:
     """Loads a LoRA file, folder or hub id into a pipeline and returns how many tensors arrived.
 
+    SD3 takes diffusers', kohya's and ComfyUI's format, other pipelines what diffusers knows. What
+    found no place is said on the screen.
+
     Raises:
         UserError: the file is missing or unreadable, or not one of its tensors found a place:
             diffusers loads several public formats as a silent no-op.
     """
-    file = _find(path)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = set(opened.keys())
-        level = diffusers_logging.get_verbosity()
-        diffusers_logging.set_verbosity_error()  # it warns of each encoder that has no adapter
+    flag = "--lora_weights_path"
+    file = find(path, flag)
+    lost: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            pipeline.load_lora_weights(str(file), adapter_name=name)
-        finally:
-            diffusers_logging.set_verbosity(level)
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"--lora_weights_path: {path} could not be loaded ({str(error).splitlines()[0]})"
-        ) from error
+            names = _names(file)
+            start = min(names, default="")
+            if isinstance(pipeline, StableDiffusion3Pipeline) and formats.detect(names) in (
+                "kohya",
+                "comfyui",
+            ):
+                adapters, lost = formats.read(file)
+                file = Path(folder) / WEIGHTS
+                formats.write(file, adapters, "diffusers")
+                names = _names(file)
+            level = diffusers_logging.get_verbosity()
+            diffusers_logging.set_verbosity_error()  # it warns of each encoder without an adapter
+            try:
+                pipeline.load_lora_weights(str(file), adapter_name=name)
+            finally:
+                diffusers_logging.set_verbosity(level)
+        except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{flag}: {path} could not be loaded ({str(error).splitlines()[0]})"
+            ) from error
     arrived = 0
+    there = set()
     for part, component in pipeline.components.items():
         if name in getattr(component, "peft_config", {}):
             for key, value in get_peft_model_state_dict(component, adapter_name=name).items():
                 # Older files are renamed on the way; their up-projection is then not zero.
                 moved = "lora_B" in key and bool(value.any())
                 arrived += f"{part}.{key}" in names or moved
+                there.add(f"{part}.{key}")
     if arrived == 0:
         raise UserError(
-            f"--lora_weights_path: not one tensor of {path} fits this model (its names begin with "
-            f"{min(names, default='')!r})"
+            f"{flag}: not one tensor of {path} fits this model (its names begin with {start!r})"
         )
+    if there & names:
+        lost += sorted(names - there)
+    if lost:
+        print(f"{path}: {len(lost)} tensors have no place in this model, such as {lost[0]}")
     return arrived
 
 
-def _find(path: Path | str) -> Path:
-    """The safetensors file that a `--lora_weights_path` means."""
+def _names(file: Path) -> set[str]:
+    with safe_open(file, framework="pt") as opened:
+        return set(opened.keys())
+
+
+def find(path: Path | str, flag: str) -> Path:
+    """The safetensors file that an option means."""
     location = Path(path)
     if location.is_dir():
         files = sorted(location.glob("*.safetensors"))
         if (location / WEIGHTS) in files or len(files) == 1:
             return location / WEIGHTS if (location / WEIGHTS) in files else files[0]
-        raise UserError(f"--lora_weights_path: {path} has no {WEIGHTS}")
+        raise UserError(f"{flag}: {path} has no {WEIGHTS}")
     if location.is_file():
         return location
     if location.suffix or str(path).count("/") != 1:
-        raise UserError(f"--lora_weights_path: there is no file or folder {path}")
+        raise UserError(f"{flag}: there is no file or folder {path}")
     try:
         return Path(hf_hub_download(str(path), WEIGHTS))
     except OSError as error:
         raise UserError(
-            f"--lora_weights_path: {path} is neither a file, a folder nor a reachable hub "
+            f"{flag}: {path} is neither a file, a folder nor a reachable hub "
             f"repository with {WEIGHTS}"
         ) from error

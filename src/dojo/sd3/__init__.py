@@ -6,6 +6,7 @@ the real models), D = 4096. Latents are those that the transformer sees: shifted
 
 from dojo.sd3.config import (
     DTYPES,
+    TEXT_ENCODERS,
     TEXT_FOLDERS,
     Config,
     ModelArgs,
@@ -13,29 +14,43 @@ from dojo.sd3.config import (
     fingerprint,
     open_model,
 )
+from dojo.sd3.folder import copy_parts
 from dojo.sd3.models import (
     decode,
+    load_text_pipeline,
     load_transformer,
     load_vae,
     posterior,
     training_cost,
     velocity,
 )
-from dojo.sd3.text import TextEncoders
+from dojo.sd3.pipeline import load_pipeline
+from dojo.sd3.single_file import save_single_file
+from dojo.sd3.text import EMBEDS, Embeds, Layout, TextArgs, TextEncoders, with_live_clip
 
 __all__ = [
     "DTYPES",
+    "EMBEDS",
+    "TEXT_ENCODERS",
     "TEXT_FOLDERS",
     "Config",
+    "Embeds",
+    "Layout",
     "ModelArgs",
     "NoiseArgs",
+    "TextArgs",
     "TextEncoders",
+    "copy_parts",
     "decode",
     "fingerprint",
+    "load_pipeline",
+    "load_text_pipeline",
     "load_transformer",
     "load_vae",
     "open_model",
     "posterior",
+    "save_single_file",
     "training_cost",
     "velocity",
+    "with_live_clip",
 ]

@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from dojo import flow
 from dojo.cli import UserError
+from dojo.sd3 import single_file
+from dojo.sd3.keys import PREFIXES
+from dojo.sd3.single_file import FLAG, SingleFile
 
 TEXT_FOLDERS = tuple(
     f"{part}{i}" for part in ("tokenizer", "text_encoder") for i in ("", "_2", "_3")
 )
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -28,7 +33,10 @@ class ModelArgs:
     """The model that is trained."""
 
     pretrained_model_name_or_path: str
-    """folder or hub id of a StableDiffusion3Pipeline"""
+    """folder or hub id of a StableDiffusion3Pipeline, or one .safetensors file (original names)"""
+    single_file_config: str | None = None
+    """with a single file: folder or hub id of the same model in parts, which gives configurations,
+    tokenizers and the parts that the file lacks; unset is Stability's repository of that size"""
     revision: str | None = None
     """branch, tag or commit of the hub repository"""
     variant: str | None = None
@@ -39,10 +47,22 @@ class ModelArgs:
     """precision of the frozen autoencoder; no is float32"""
     gradient_checkpointing: bool = False
     """recompute the blocks' activations in the backward pass: less memory, about 30 % slower"""
+    torch_compile: bool = False
+    """compile the transformer's repeated blocks (regional compilation)"""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_sequence_length <= 512:
             raise ValueError("--max_sequence_length must lie between 1 and 512")
+        if self.single_file_config and not self.is_single_file:
+            raise ValueError(
+                "--single_file_config goes with a .safetensors file as "
+                "--pretrained_model_name_or_path"
+            )
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether the model comes as one file."""
+        return self.pretrained_model_name_or_path.endswith(".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +116,8 @@ class Config:
     transformer: dict[str, Any]
     vae: dict[str, Any]
     scheduler: dict[str, Any]
+    checkpoint: SingleFile | None = None
+    """the single file that some parts come from, instead of `folder`"""
 
     @property
     def pixels_per_latent(self) -> int:
@@ -170,6 +192,17 @@ class Config:
         shift, scale = self.vae["shift_factor"], self.vae["scaling_factor"]
         return (mean.float() + std.float() * noise - shift) * scale  # pyright: ignore
 
+    def fingerprint(self, parts: Sequence[str]) -> str:
+        """Identifies the model files that some parts (names of sub-folders) are loaded from."""
+        if self.checkpoint is None:
+            return fingerprint(self.folder, parts)
+        inside = [part for part in parts if part in self.checkpoint]
+        words = [fingerprint(self.folder, [part for part in parts if part not in inside])]
+        for part in inside:
+            words.append((self.folder / part / "config.json").read_text())
+            words.append(self.checkpoint.fingerprint(part))
+        return hashlib.blake2b("\n".join(words).encode(), digest_size=16).hexdigest()
+
     def _int(self, name: str) -> int:
         value = self.transformer[name]
         assert isinstance(value, int)
@@ -180,38 +213,66 @@ def open_model(args: ModelArgs) -> Config:
     """Finds the model's folder (downloading a hub id) and reads its configurations.
 
     Raises:
-        UserError: there is no such folder or hub repository, or it holds no SD3.
+        UserError: there is no such folder, file or hub repository, or it holds no SD3.
     """
-    name = args.pretrained_model_name_or_path
-    folder = Path(name)
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.startswith("models/"):
-            raise UserError(f"--pretrained_model_name_or_path: there is no folder {name}")
-        try:
-            folder = Path(
-                DiffusionPipeline.download(name, revision=args.revision, variant=args.variant)
+    if not args.is_single_file:
+        name, flag = args.pretrained_model_name_or_path, FLAG
+        return _read_folder(_find_folder(name, flag, args), flag)
+    checkpoint = single_file.inspect(Path(args.pretrained_model_name_or_path).expanduser())
+    flag = "--single_file_config"
+    name = args.single_file_config or checkpoint.hub_id
+    if name is None:
+        raise UserError(
+            f"{flag}: name a folder with the configurations of {checkpoint.path.name}, which is "
+            "neither an SD3-medium nor an SD3.5-medium or -large"
+        )
+    # What the file has is not downloaded; the configurations of these parts still are.
+    passed = {part: None for part in PREFIXES if part in checkpoint}
+    config = replace(
+        _read_folder(_find_folder(name, flag, args, passed), flag), checkpoint=checkpoint
+    )
+    checkpoint.check(config.transformer)
+    return config
+
+
+def _find_folder(
+    name: str, flag: str, args: ModelArgs, passed: Mapping[str, None] | None = None
+) -> Path:
+    """A folder, or the local copy of a hub repository without the `passed` parts' weights."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.startswith("models/"):
+        raise UserError(f"{flag}: there is no folder {name}")
+    try:
+        folder = Path(
+            DiffusionPipeline.download(
+                name, revision=args.revision, variant=args.variant, **(passed or {})
             )
-        except OSError as error:
-            raise UserError(
-                f"--pretrained_model_name_or_path: {name} is neither a folder nor a reachable hub "
-                f"repository ({str(error).splitlines()[0]})"
-            ) from error
+        )
+        for part in passed or ():  # diffusers skips a passed part's configuration too
+            hf_hub_download(name, f"{part}/config.json", revision=args.revision)
+    except OSError as error:
+        raise UserError(
+            f"{flag}: {name} is neither a folder nor a reachable hub "
+            f"repository ({str(error).splitlines()[0]})"
+        ) from error
+    return folder
+
+
+def _read_folder(folder: Path, flag: str) -> Config:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise UserError(f"--pretrained_model_name_or_path: {folder} has no model_index.json")
+        raise UserError(f"{flag}: {folder} has no model_index.json")
     kind = json.loads(index.read_text()).get("_class_name", "")
     if not kind.startswith("StableDiffusion3"):
-        raise UserError(
-            f"--pretrained_model_name_or_path: {folder} holds a {kind}, no Stable Diffusion 3"
-        )
+        raise UserError(f"{flag}: {folder} holds a {kind}, no Stable Diffusion 3")
 
     def read(part: str, file: str) -> dict[str, Any]:
         try:
             return json.loads((folder / part / file).read_text())
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--pretrained_model_name_or_path: {folder} is not complete: {part}/{file} is "
-                "missing or broken"
+                f"{flag}: {folder} is not complete: {part}/{file} is missing or broken"
             ) from error
 
     config = Config(

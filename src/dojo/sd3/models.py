@@ -2,36 +2,96 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from dojo import cost
-from dojo.sd3.config import DTYPES, Config, ModelArgs
+from dojo.cli import UserError
+from dojo.sd3.config import DTYPES, TEXT_ENCODERS, Config, ModelArgs
+from dojo.sd3.single_file import load_encoder
 
 
 def load_transformer(
     config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
 ) -> SD3Transformer2DModel:
     """The frozen MMDiT in `dtype`."""
-    transformer: Any = SD3Transformer2DModel.from_pretrained(
-        config.folder, subfolder="transformer", dtype=dtype, variant=args.variant
-    )
+    transformer: Any = load_part(SD3Transformer2DModel, "transformer", config, args, dtype)
     transformer.requires_grad_(False)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.torch_compile:
+        # One graph per kind of block, made at the first call: adapters may still be added.
+        for block in transformer.transformer_blocks:
+            block.compile()
     return transformer.to(device)
 
 
 def load_vae(config: Config, args: ModelArgs, device: torch.device) -> AutoencoderKL:
     """The frozen autoencoder in `--vae_dtype`."""
-    vae: Any = AutoencoderKL.from_pretrained(
-        config.folder, subfolder="vae", dtype=DTYPES[args.vae_dtype], variant=args.variant
-    )
+    vae = load_part(AutoencoderKL, "vae", config, args, DTYPES[args.vae_dtype])
     return vae.requires_grad_(False).eval().to(device)
+
+
+def load_part(kind: Any, part: str, config: Config, args: ModelArgs, dtype: torch.dtype) -> Any:
+    """A part in diffusers' own class, from the single file if it has it, else from the folder."""
+    if config.checkpoint is not None and part in config.checkpoint:
+        level = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity_error()  # it warns of an empty list of float32 modules
+        try:
+            return kind.from_single_file(
+                str(config.checkpoint.path),
+                config=str(config.folder),
+                subfolder=part,
+                local_files_only=True,
+                dtype=dtype,
+            )
+        finally:
+            diffusers_logging.set_verbosity(level)
+    return kind.from_pretrained(config.folder, subfolder=part, dtype=dtype, variant=args.variant)
+
+
+def load_text_pipeline(
+    config: Config, args: ModelArgs, dtype: torch.dtype
+) -> StableDiffusion3Pipeline:
+    """Tokenizers and text encoders in `dtype`, without transformer and autoencoder.
+
+    Without T5's weights, in the single file and in the folder, `text_encoder_3` is None and
+    says so once.
+
+    Raises:
+        UserError: a CLIP's weights are neither in the single file nor in the folder.
+    """
+    index = json.loads((config.folder / "model_index.json").read_text())
+    parts: dict[str, Any] = {"transformer": None, "vae": None}
+    for part in TEXT_ENCODERS:
+        if config.checkpoint is not None and part in config.checkpoint:
+            parts[part] = load_encoder(config.checkpoint, part, config.folder, dtype)
+        elif any((config.folder / part).glob("*.safetensors")):
+            continue  # from the folder
+        elif part != "text_encoder_3":
+            if config.checkpoint is not None:
+                raise UserError(
+                    f"--single_file_config: neither {config.checkpoint.path.name} nor "
+                    f"{config.folder / part} has the weights of CLIP"
+                )
+            continue  # diffusers says what is missing, or reads another format
+        elif config.checkpoint is not None or index.get(part, [None])[0] is None:
+            parts[part] = None
+            if not (config.folder / "tokenizer_3").is_dir():
+                parts["tokenizer_3"] = None
+            if os.environ.get("RANK", "0") == "0":
+                print("this model has no T5: zeros take its place")
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
+        config.folder, dtype=dtype, variant=args.variant, **parts
+    )
+    return pipeline
 
 
 @torch.no_grad()

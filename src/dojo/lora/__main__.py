@@ -1,0 +1,55 @@
+"""Converts SD3 LoRA files, exactly, between the formats of diffusers, kohya and ComfyUI.
+
+    python -m dojo.lora convert --input outputs/hearts --output hearts.safetensors \
+        --lora_format kohya
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dojo import cli
+from dojo.cli import UserError
+from dojo.lora import formats
+from dojo.lora.files import find
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """What to convert, and into what."""
+
+    input: str
+    """LoRA file, folder or hub id in any of the three formats"""
+    output: Path
+    """the .safetensors file to write"""
+    lora_format: formats.Format
+    """its format"""
+    overwrite: bool = False
+    """replace the output if it is there"""
+
+    def __post_init__(self) -> None:
+        if self.output.suffix != ".safetensors":
+            raise ValueError("--output must end in .safetensors")
+
+
+def main(args: Args) -> None:
+    """Reads, converts, writes, and says what was left out."""
+    if args.output.exists() and not args.overwrite:
+        raise UserError(f"--output: {args.output} is there already (--overwrite replaces it)")
+    source = find(args.input, "--input")
+    adapters, lost = formats.read(source)
+    if not adapters:
+        raise UserError(f"--input: {source} has no layer of Stable Diffusion 3")
+    formats.write(args.output, adapters, args.lora_format)
+    for name in lost:
+        print(f"left out, as SD3 has no place for it: {name}")
+    layers = {part: len(there) for part, there in adapters.items()}
+    print(f"{args.output}: {layers} layers in {args.lora_format}'s format")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["convert"]:  # the one thing that this command does, by name
+        del sys.argv[1]
+    cli.run(main, Args, __doc__)

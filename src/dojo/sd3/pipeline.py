@@ -1,0 +1,23 @@
+"""A whole pipeline for drawing, put together from a folder, a hub id or a single file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from dojo.sd3.config import Config, ModelArgs
+from dojo.sd3.models import load_text_pipeline, load_transformer, load_vae
+
+
+def load_pipeline(
+    config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
+) -> StableDiffusion3Pipeline:
+    """The model as trained, every part in `dtype`, with the scheduler's own shift."""
+    parts: Any = load_text_pipeline(config, args, dtype).components
+    parts["transformer"] = load_transformer(config, args, dtype, device)
+    vae: Any = load_vae(config, args, device)
+    parts["vae"] = vae.to(dtype)
+    parts["scheduler"] = config.make_scheduler(config.scheduler.get("shift", 1.0))
+    return StableDiffusion3Pipeline(**parts).to(device)

@@ -1,0 +1,105 @@
+"""safetensors files, written tensor by tensor, whole or not at all, equal weights as equal bytes.
+
+The safetensors library wants every tensor in memory at once, orders the header's free text at
+random and writes under the final name. The format is simple: 8 bytes of header length, a JSON
+header padded with spaces, the tensors' bytes (little-endian, row-major).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# Makes a tensor on a device: "meta" to learn its size, "cpu" when its turn to be written comes.
+Source = Callable[[str], Tensor]
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def save(
+    path: Path,
+    tensors: Mapping[str, Tensor] | Mapping[str, Source],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a .safetensors file; a process killed meanwhile leaves nothing under its name.
+
+    Args:
+        tensors: by name; as sources they are made one at a time.
+        metadata: free text for the header.
+    """
+
+    def make(name: str, device: str) -> Tensor:
+        entry = tensors[name]
+        return (entry.to(device) if isinstance(entry, Tensor) else entry(device)).detach()
+
+    empty = {name: make(name, "meta") for name in tensors}
+    # Large elements first, as the library does: every tensor is then aligned.
+    order = sorted(empty, key=lambda name: (-empty[name].itemsize, name))
+    header: dict[str, Any] = {
+        "__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))
+    }
+    end = 0
+    for name in order:
+        tensor = empty[name]
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = make(name, "cpu").contiguous()
+            if tensor.shape != empty[name].shape or tensor.dtype != empty[name].dtype:
+                raise ValueError(f"{name} is {tensor.shape}, announced as {empty[name].shape}")
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Name to `{"dtype", "shape", "data_offsets"}` (offsets from the file's start), and free text.
+
+    Raises:
+        ValueError: the file is no whole safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # the library checks header, sizes and overlaps
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    metadata: dict[str, str] = header.pop("__metadata__", {})
+    for entry in header.values():
+        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
+    return header, metadata
