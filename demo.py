@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
 from tqdm import tqdm
 
-from dojo import cli, lora
+from dojo import cli, lora, sd3
 from dojo.cli import UserError
 from dojo.pictures import labelled_grid, slug
 
@@ -34,7 +38,9 @@ class Args:
     """What to draw, with which model."""
 
     pretrained_model_name_or_path: str
-    """folder or hub id of a text-to-image pipeline"""
+    """folder or hub id of a text-to-image pipeline, or one .safetensors file of SD3"""
+    single_file_config: str | None = None
+    """folder or hub id with the configurations and tokenizers that a single file lacks"""
     prompt: tuple[str, ...] = ()
     """one or more prompts"""
     prompt_file: Path | None = None
@@ -42,7 +48,8 @@ class Args:
     negative_prompt: str | None = None
     """what the pictures should not show"""
     lora_weights_path: tuple[str, ...] = ()
-    """LoRA files, folders or hub ids, all active at once"""
+    """LoRA files, folders or hub ids, all active at once; those of SD3 also in kohya's or ComfyUI's
+    form"""
     lora_scale: tuple[float, ...] = (1.0,)
     """strength of each LoRA, or one for all"""
     compare: bool = False
@@ -59,6 +66,11 @@ class Args:
     """pictures per prompt"""
     max_sequence_length: int | None = None
     """tokens of T5 (SD3); unset is the pipeline's 256; use what was trained with"""
+    uncond: Literal["empty_string", "zeros"] = "empty_string"
+    """what guidance takes for no prompt (SD3): the embeddings of "", or zeros; use what was trained
+    with"""
+    t5_padding: Literal["unmodified", "zero"] = "unmodified"
+    """T5's rows of padding (SD3): as they come, or zeros; use what was trained with"""
     skip_guidance_layers: tuple[int, ...] = ()
     """layers for skip-layer guidance (SD3.5-Medium: 7 8 9)"""
     skip_layer_guidance_scale: float = 2.8
@@ -156,13 +168,17 @@ def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image
             option = f"skip_layer_guidance_{name}"
             optional[option] = getattr(args, option)
     accepted = inspect.signature(pipeline.__call__).parameters
+    texts: dict[str, Any] = {"prompt": prompt}
+    if args.uncond == "zeros" or args.t5_padding == "zero":
+        texts = embeddings(pipeline, args, prompt)
+        optional["negative_prompt"] = None
     for name, value in optional.items():
         if value is not None and name not in accepted:
             raise UserError(f"--{name}: {type(pipeline).__name__} has no such option")
         if value is not None:
             options[name] = value
     return pipeline(
-        prompt,
+        **texts,
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
         num_images_per_prompt=len(seeds),
@@ -171,11 +187,37 @@ def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image
     ).images
 
 
+@torch.no_grad()
+def embeddings(pipeline: Any, args: Args, prompt: str) -> dict[str, torch.Tensor]:
+    """What the pipeline would make of the prompts, but for padding and the empty one."""
+    if not isinstance(pipeline, StableDiffusion3Pipeline):
+        raise UserError("--uncond zeros and --t5_padding zero are for Stable Diffusion 3")
+    encoders = sd3.TextEncoders(
+        pipeline,
+        max_sequence_length=args.max_sequence_length or 256,
+        t5_padding=args.t5_padding,
+        width=pipeline.transformer.config["joint_attention_dim"],
+        device=pipeline._execution_device,
+    )
+    found = dict(encoders([prompt]))
+    for name, value in encoders([args.negative_prompt or ""]).items():
+        dropped = args.uncond == "zeros" and not args.negative_prompt
+        found[f"negative_{name}"] = torch.zeros_like(value) if dropped else value
+    return {name: value.to(encoders.device) for name, value in found.items()}
+
+
 def load_pipeline(args: Args, device: torch.device) -> Any:
     """The pipeline of a folder or hub id, quiet and in the chosen precision."""
     auto = {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
     dtype = DTYPES.get(args.dtype, auto)
     name = args.pretrained_model_name_or_path
+    if Path(name).is_file():
+        model = sd3.ModelArgs(
+            pretrained_model_name_or_path=name, single_file_config=args.single_file_config
+        )
+        pipeline: Any = sd3.load_pipeline(sd3.open_model(model), model, dtype, torch.device("cpu"))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         hint = " (a LoRA folder goes to --lora_weights_path)" if is_lora(Path(name)) else ""
         raise UserError(f"--pretrained_model_name_or_path: {name} has no model_index.json{hint}")
@@ -184,7 +226,7 @@ def load_pipeline(args: Args, device: torch.device) -> Any:
     ):
         raise UserError(f"--pretrained_model_name_or_path: there is no folder {name}")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, **absent_parts(Path(name)))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -192,6 +234,16 @@ def load_pipeline(args: Args, device: torch.device) -> Any:
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def absent_parts(folder: Path) -> dict[str, None]:
+    """Parts that a folder says it does not have (T5), as diffusers wants to be told again."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return {}
+    listed = json.loads(index.read_text())
+    names = ("text_encoder_3", "tokenizer_3")
+    return {name: None for name in names if listed.get(name, [""])[0] is None}
 
 
 def is_lora(folder: Path) -> bool:

@@ -20,7 +20,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dojo import cli, data, flow, frozen, lora, optim, publish, rng, sd3, training, validation
+from dojo import (
+    averaging,
+    cli,
+    data,
+    flow,
+    frozen,
+    lora,
+    optim,
+    publish,
+    report,
+    rng,
+    sd3,
+    training,
+    validation,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +42,17 @@ class Args:
     """Options by group; every group is documented where its code is."""
 
     model: sd3.ModelArgs
+    text: sd3.TextArgs
     run: training.RunArgs
     data: data.DataArgs
+    captions: data.CaptionArgs
     cache: data.CacheArgs
     lora: lora.LoraArgs
     noise: sd3.NoiseArgs
     optim: optim.OptimArgs
+    ema: averaging.EmaArgs
     validation: validation.ValidationArgs
+    publish: publish.PublishArgs
 
 
 def main(args: Args) -> None:
@@ -42,85 +60,97 @@ def main(args: Args) -> None:
     # ---------------------------------------------------------------------------------- run
     run = training.start(args.run, args.optim)
     config = sd3.open_model(args.model)
-    height, width = args.data.size
-    latent_shape = config.latent_shape(height, width)
-    shift = config.shift(args.noise.flow_shift, height, width)
+    shift = config.shift(args.noise.flow_shift, *args.data.size)
+    args.validation.check(config)
+    args.publish.check(args.run.output_dir, args.run.report_to)
 
     # --------------------------------------------------------------------------------- data
-    sources = frozen.open_sources(run, args.data, args.cache)
+    sources = frozen.open_sources(run, args)
     if not args.run.dry_run:
-        sources = frozen.check_samples(run, sources, args.data, args.cache)
-    run.plan(args.optim, len(sources.train), sources.fingerprint(args.data.size))
+        sources = frozen.check_samples(run, sources, config, args)
+    run.plan(args.optim, sources.samples_per_epoch, sources.fingerprint())
     batch_size = args.optim.train_batch_size
     cost = partial(
         sd3.training_cost,
         *(config, args.model, run.dtype, partial(lora.add, args=args.lora)),
-        *(batch_size, latent_shape),
+        *(batch_size, config.latent_shape(*args.data.size)),
     )
     if args.run.dry_run:
         planned = cost(checkpointing=args.model.gradient_checkpointing)
         return training.print_plan(run, args, *planned, batch_size)
     if not run.begin(args, lora.WEIGHTS):
         return None
-    fixed = frozen.prepare(
-        run, sources, config, args.model, args.data, args.cache, args.validation.texts
-    )
+    fixed = frozen.prepare(run, sources, config, args, args.validation.texts)
 
     # -------------------------------------------------------------------------------- model
     transformer = sd3.load_transformer(config, args.model, run.dtype, run.device)
     rng.seed_global(run.seed, "adapter")
     params = lora.add(transformer, args.lora)
+    lora.start_from(args.lora, transformer)
     optimizer, schedule = optim.make(params, args.optim, run)
+    averaged = averaging.Averaged(params, args.ema, optimizer)
     run.watch_flops(lambda: cost(checkpointing=False)[1], batch_size)
-    run.resume(lambda folder: lora.restore(folder, transformer), optimizer, schedule)
-    model, optimizer = run.accelerator.prepare(transformer, optimizer)
-    model.train()
 
     def save(folder: Path) -> None:
         lora.save(folder, transformer)
+        averaged.save(folder, lambda: lora.save(folder / averaging.FOLDER, transformer))
         config.make_scheduler(shift).save_pretrained(folder / "scheduler")
 
-    def validate() -> None:
-        validation.validate(
-            run, model, fixed, config, args.noise, args.validation, shift, args.data.size
-        )
+    def restore(folder: Path) -> None:
+        average = folder / averaging.FOLDER
+        averaged.restore(folder, lambda: lora.restore(average, transformer))
+        lora.restore(folder, transformer)
+
+    run.resume(restore, optimizer, schedule)
+    model, optimizer = run.accelerator.prepare(transformer, optimizer)
+    model.train()
+    validate = validation.Validator(
+        run, fixed, config, args.noise, args.validation, shift, args.data.size
+    )
 
     # --------------------------------------------------------------------------------- loop
     if run.step == 0:
-        validate()
-    loader = fixed.loader(run, batch_size, args.data.dataloader_num_workers)
-    for batch in run.batches(loader):
-        places = batch["place"]
+        validate(model)
+    for batch in run.batches(fixed.loader(batch_size)):
+        places, size = batch["place"], batch["size"][0]
         rng.seed_global(run.seed, "dropout", places[0])
         with run.accelerator.accumulate(model):
             mean, std = fixed.latents(batch)
-            posterior_noise = rng.normal(latent_shape, run.keys("posterior", places), run.device)
+            posterior_noise = rng.normal(mean.shape[1:], run.keys("posterior", places), run.device)
             clean = config.scaled(mean, std, posterior_noise)  # [B, C, h, w]
-            noise = rng.normal(latent_shape, run.keys("noise", places), run.device)
+            noise = rng.normal(clean.shape[1:], run.keys("noise", places), run.device)
             uniform = rng.uniform(run.keys("sigma", places))
-            sigma = args.noise.draw(uniform, shift).to(run.device)  # [B]
+            sigma = args.noise.draw(uniform, config.shift(args.noise.flow_shift, *size))
+            sigma = sigma.to(run.device)  # [B]
             noisy = flow.interpolate(clean, noise, sigma)
 
             predicted = sd3.velocity(
-                model, noisy, sigma, **fixed.text(batch["caption"]), dtype=run.dtype
+                model, noisy, sigma, **fixed.conditions(batch), dtype=run.dtype
             )
             target = flow.velocity(clean, noise)
             if args.noise.precondition_outputs:
                 predicted, target = flow.clean_estimate(noisy, predicted, sigma), clean
+            errors = flow.squared_error(predicted, target, fixed.area(batch))
             weight = flow.loss_weight(sigma, args.noise.weighting_scheme)
-            loss = (weight * flow.squared_error(predicted, target)).mean()
+            loss = (weight * batch["weight"].to(run.device) * errors).mean()
 
             grad_norm = run.update(loss, params, optimizer, schedule, args.optim.max_grad_norm)
         if grad_norm is None:
             continue
-        run.log_step(float(schedule.get_last_lr()[0]), grad_norm)
+        averaged.update(run.step)
+        run.log_step(optim.learning_rate(optimizer), grad_norm)
         if args.validation.due(run.step, run.num_steps):
-            validate()
+            with averaged.applied():
+                validate(model)
         run.save_checkpoint(save, optimizer, schedule)
 
     # ------------------------------------------------------------------------------- result
     if run.main:
-        save(args.run.output_dir)
+        with averaged.applied():
+            lora.save(args.run.output_dir, transformer)
+        config.make_scheduler(shift).save_pretrained(args.run.output_dir / "scheduler")
+        lora.export(args.run.output_dir, args.lora.lora_format)
+        validate.finish()
         publish.write_card(
             args.run.output_dir,
             title="LoRA for Stable Diffusion 3",
@@ -128,10 +158,15 @@ def main(args: Args) -> None:
             dataset=args.data.location,
             options=training.options(args),
             steps=run.num_steps,
+            repo_id=args.publish.hub_model_id,
             tags=("lora", "stable-diffusion-3", "text-to-image"),
+            instance_prompt=args.data.instance_prompt,
         )
+        report.write(args.run.output_dir)
     run.finish()
     run.say(f"done: {args.run.output_dir / lora.WEIGHTS}")
+    if run.main:
+        publish.upload(args.run.output_dir, args.publish)
     return None
 
 

@@ -54,6 +54,11 @@ if [[ " $* " == *" --validation_prompt"* ]]; then
     validation=()
 fi
 
+resolution=(--resolution "$RESOLUTION")
+if [[ " $* " == *" --resolution"* ]]; then
+    resolution=()
+fi
+
 # `${array[@]+...}` is how bash before 4.4 takes an empty array under `set -u`.
 exec accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" \
     ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} \
@@ -63,7 +68,7 @@ exec accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" \
     --image_column image \
     --caption_column text \
     --output_dir "$OUTPUT_DIR" \
-    --resolution "$RESOLUTION" \
+    ${resolution[@]+"${resolution[@]}"} \
     --center_crop \
     --dataloader_num_workers 4 \
     --eval_fraction 0.02 \

@@ -3,7 +3,9 @@
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,27 +86,89 @@ def lora_args(tiny_sd3: Path, scene_data: Path) -> MakeArgs:
     def make(folder: Path, *flags: str) -> "train_lora_sd3.Args":
         import train_lora_sd3
 
-        return train_lora_sd3.cli.parse(
-            train_lora_sd3.Args, None, [*lora_flags(folder, tiny_sd3, scene_data), *flags]
-        )
+        own = lora_flags(folder, tiny_sd3, scene_data)
+        if "--resolution" in flags:  # a list: both would count
+            place = own.index("--resolution")
+            del own[place : place + 2]
+        return train_lora_sd3.cli.parse(train_lora_sd3.Args, None, [*own, *flags])
 
     return make
 
 
 def lora_flags(folder: Path, model: Path, data: Path) -> list[str]:
     """The command line of a small LoRA run; what follows it wins."""
+    return [*run_flags(folder, model, data), "--rank", "2"]
+
+
+def run_flags(folder: Path, model: Path, data: Path | None) -> list[str]:
+    """The command line of a small supervised run; what follows it wins."""
     flags = {
         "pretrained_model_name_or_path": model,
-        "dataset_name": data,
+        **({"dataset_name": data} if data else {}),
         "output_dir": folder / "run",
         "latent_cache_dir": folder / "cache",
         "resolution": 64,
         "max_sequence_length": 24,
         "max_train_steps": 3,
         "train_batch_size": 2,
-        "rank": 2,
         "logging_steps": 1,
         "report_to": "none",
         "mixed_precision": "no",
     }
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+# Runs a training script as a user would, and kills its own process at a chosen place.
+_DEADLY = """
+import os, runpy, signal, sys
+from dojo import checkpoint, training
+from dojo.data import shards
+
+shards.SHARD_SIZE = 2  # several shards of the ten scenes
+place, count = os.environ.get("DIE_AT", "nowhere"), int(os.environ.get("DIE_COUNT", "0"))
+
+def deadly(function):
+    calls = iter(range(1, 10**6))
+    def wrapper(*args, **kwargs):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapper
+
+if place == "cache":
+    shards.save_file = deadly(shards.save_file)
+elif place == "step":
+    training.Run.update = deadly(training.Run.update)
+elif place == "checkpoint":
+    checkpoint._flush = deadly(checkpoint._flush)
+elif place == "class picture":
+    from PIL import Image
+    Image.Image.save = deadly(Image.Image.save)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def launch(
+    script: str, flags: Sequence[str], folder: Path, processes: int = 1, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Starts a training script in processes of its own.
+
+    DIE_AT (cache, step, checkpoint, class picture) and DIE_COUNT kill it with SIGKILL at that
+    call.
+    """
+    wrapper = folder / "deadly.py"
+    folder.mkdir(exist_ok=True, parents=True)
+    wrapper.write_text(_DEADLY)
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        python += ["--master_port", str(random.randint(20_000, 50_000))]
+    return subprocess.run(
+        [*python, str(wrapper), str(ROOT / script), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
@@ -92,6 +93,13 @@ def test_the_variables_at_the_top_can_be_set_from_outside(launcher: Path, tmp_pa
     words = record(launcher, tmp_path, MODEL_NAME="other/model", OUTPUT_DIR="outputs/other")
     assert words[words.index("--pretrained_model_name_or_path") + 1] == "other/model"
     assert words[words.index("--output_dir") + 1] == "outputs/other"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS[:-1], ids=lambda path: path.name)
+def test_the_users_resolutions_replace_the_launchers(launcher: Path, tmp_path: Path) -> None:
+    _, script, flags = split(record(launcher, tmp_path, "--resolution", "512", "768"))
+    args: Any = parse(script, flags)
+    assert args.data.resolution == (512, 768)
 
 
 @each_launcher

@@ -1,11 +1,8 @@
 """train_lora_sd3.py from end to end: what it writes, how it resumes, what it refuses."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,9 @@ import train_lora_sd3
 from dojo import flow, lora, sd3
 from dojo.cli import TrainingStopped, UserError
 
-from .conftest import ROOT, MakeArgs, lora_flags
+from .conftest import ROOT, MakeArgs, launch, lora_flags
 
+SCRIPT = "train_lora_sd3.py"
 PROMPTS = (
     "--validation_prompt",
     "a star",
@@ -236,8 +234,8 @@ def test_a_loss_that_is_not_finite_stops_and_harms_nothing(
     args = lora_args(tmp_path, "--checkpointing_steps", "1")
     original, calls = flow.squared_error, iter(range(100))
 
-    def poisoned(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        errors = original(predicted, target)
+    def poisoned(predicted: torch.Tensor, target: torch.Tensor, *area: Any) -> torch.Tensor:
+        errors = original(predicted, target, *area)
         return errors * float("nan") if next(calls) == 2 else errors
 
     monkeypatch.setattr(flow, "squared_error", poisoned)
@@ -320,72 +318,24 @@ def test_latest_in_an_empty_folder_starts_from_zero_and_says_so(
         run(lora_args(tmp_path, "--resume_from_checkpoint", "checkpoint-7"))
 
 
-# Runs train_lora_sd3.py as a user would, and kills its own process at a chosen place.
-DEADLY = """
-import os, runpy, signal, sys
-from dojo import checkpoint, training
-from dojo.data import cache
-
-cache.SHARD_SIZE = 2  # several shards of the ten scenes
-place, count = os.environ.get("DIE_AT", "nowhere"), int(os.environ.get("DIE_COUNT", "0"))
-
-def deadly(function):
-    calls = iter(range(1, 10**6))
-    def wrapper(*args, **kwargs):
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapper
-
-if place == "cache":
-    cache.save_file = deadly(cache.save_file)
-elif place == "step":
-    training.Run.update = deadly(training.Run.update)
-elif place == "checkpoint":
-    checkpoint._flush = deadly(checkpoint._flush)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
 LONG = ("--max_train_steps", "8", "--checkpointing_steps", "3", "--seed", "5", "--random_flip")
 LONG += ("--caption_dropout", "0.2", "--lora_dropout", "0.1", "--lr_scheduler", "cosine")
 LONG += ("--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "latest")
-
-
-def launch(
-    flags: Sequence[str], folder: Path, processes: int = 1, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Starts the script in processes of its own."""
-    wrapper = folder / "deadly.py"
-    folder.mkdir(exist_ok=True)
-    wrapper.write_text(DEADLY)
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        python += ["--master_port", str(random.randint(20_000, 50_000))]
-    return subprocess.run(
-        [*python, str(wrapper), str(ROOT / "train_lora_sd3.py"), *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
 
 
 def test_a_run_killed_in_caching_in_a_step_and_in_a_checkpoint_ends_with_the_same_bytes(
     tmp_path: Path, tiny_sd3: Path, scene_data: Path
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    reference = launch([*lora_flags(whole, tiny_sd3, scene_data), *LONG], whole)
+    reference = launch(SCRIPT, [*lora_flags(whole, tiny_sd3, scene_data), *LONG], whole)
     assert reference.returncode == 0, reference.stderr
     flags = [*lora_flags(broken, tiny_sd3, scene_data), *LONG]
     step = random.randint(3, 15)  # micro-steps of 16
     for place, count in (("cache", 3), ("step", step), ("checkpoint", 2)):
-        killed = launch(flags, broken, DIE_AT=place, DIE_COUNT=str(count))
+        killed = launch(SCRIPT, flags, broken, DIE_AT=place, DIE_COUNT=str(count))
         assert killed.returncode == -signal.SIGKILL, (place, count, killed.stderr)
         assert not (broken / "run" / lora.WEIGHTS).exists()
-    resumed = launch(flags, broken)
+    resumed = launch(SCRIPT, flags, broken)
     assert resumed.returncode == 0, resumed.stderr
     assert (broken / "run" / lora.WEIGHTS).read_bytes() == (
         whole / "run" / lora.WEIGHTS
@@ -405,17 +355,17 @@ def test_two_processes_share_the_batch_and_resume_after_a_kill(
     # One held-out picture: the second process has none to evaluate.
     short += ("--eval_fraction", "0.1", "--resume_from_checkpoint", "latest")
     half = ("--train_batch_size", "1")
-    reference = launch([*lora_flags(whole, tiny_sd3, scene_data), *short, *half], whole, 2)
+    reference = launch(SCRIPT, [*lora_flags(whole, tiny_sd3, scene_data), *short, *half], whole, 2)
     assert reference.returncode == 0, reference.stderr
     record = json.loads((whole / "run" / "args.json").read_text())
     assert record["num_processes"] == 2
     assert reference.stdout.count("pictures: 9 to train on") == 1  # one process speaks
 
     flags = [*lora_flags(broken, tiny_sd3, scene_data), *short, *half]
-    killed = launch(flags, broken, 2, DIE_AT="step", DIE_COUNT="4")
+    killed = launch(SCRIPT, flags, broken, 2, DIE_AT="step", DIE_COUNT="4")
     assert killed.returncode != 0
     assert (broken / "run" / "checkpoint-2").is_dir()
-    resumed = launch(flags, broken, 2)
+    resumed = launch(SCRIPT, flags, broken, 2)
     assert resumed.returncode == 0, resumed.stderr
     assert (broken / "run" / lora.WEIGHTS).read_bytes() == (
         whole / "run" / lora.WEIGHTS

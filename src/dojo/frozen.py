@@ -1,7 +1,7 @@
 """What does not train: pictures to latents and captions to embeddings, once or at every use.
 
 `prepare` does the frozen work before training where the options allow it, and frees the encoders;
-the loop then asks `latents(batch)` and `text(captions)` without knowing which way was taken.
+the loop then asks `latents(batch)` and `conditions(batch)` without knowing which way was taken.
 """
 
 from __future__ import annotations
@@ -10,16 +10,32 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from dojo import checkpoint, data, sd3
+from dojo import checkpoint, data, rng, sd3
 from dojo.cli import UserError
-from dojo.training import Run
+from dojo.training import Run, used_memory_gib
+
+
+class Options(Protocol):
+    """The groups of a script's options that say what the data are and how they are read."""
+
+    @property
+    def model(self) -> sd3.ModelArgs: ...
+    @property
+    def text(self) -> sd3.TextArgs: ...
+    @property
+    def data(self) -> data.DataArgs: ...
+    @property
+    def captions(self) -> data.CaptionArgs: ...
+    @property
+    def cache(self) -> data.CacheArgs: ...
 
 
 @dataclass
@@ -28,17 +44,46 @@ class Sources:
 
     train: data.Captioned
     held_out: data.Captioned | None
-    left_out: tuple[data.BadReport, ...] = ()
+    left_out: list[data.BadReport] = field(default_factory=list)
+    plan: data.Plan | None = None
 
-    def fingerprint(self, size: tuple[int, int]) -> str:
-        """Identifies what is trained on: samples, captions, order, size."""
-        words = [str(size), *self.train.ids, *self.train.captions]
-        return hashlib.blake2b("\n".join(words).encode(), digest_size=8).hexdigest()
+    @property
+    def samples_per_epoch(self) -> int:
+        """Uses of pictures per epoch: repeats count; partners of DreamBooth's batches do not."""
+        if self.plan is not None:
+            return self.plan.samples_per_epoch
+        return sum(self.train.recipe(index).repeats for index in range(len(self.train)))
 
-    def report(self) -> str:
+    def fingerprint(self) -> str:
+        """Identifies what is trained on: samples, captions, sizes, order."""
+        digest = hashlib.blake2b(digest_size=8)
+        plan = self.plan
+        rounds = [sorted(some.items()) for some in plan.rounds] if plan else []
+        partners = plan.partners if plan else ()
+        for words in (self.train.ids, self.train.captions, rounds, partners):
+            digest.update(json.dumps(words).encode())
+        return digest.hexdigest()
+
+    def report(self, batch_size: int) -> str:
         """The content of data_report.json."""
         counts = {"train": len(self.train), "held_out": len(self.held_out or ())}
-        return json.dumps({**counts, "left_out": [asdict(row) for row in self.left_out]}, indent=1)
+        buckets = self.plan.rows(batch_size) if self.plan else []
+        left_out = [asdict(row) for row in self.left_out]
+        return json.dumps(
+            {**counts, "description": self.train.description, "buckets": buckets}
+            | {"left_out": left_out},
+            indent=1,
+            ensure_ascii=False,
+        )
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Pictures that the eval loss looks at, as they are: no mirror, no dropped caption."""
+
+    name: str
+    dataset: data.Pictures | data.Latents
+    draws: list[data.Draw]
 
 
 @dataclass
@@ -46,10 +91,15 @@ class Frozen:
     """The data sets and the frozen models' outputs for them."""
 
     train: data.Pictures | data.Latents
-    held_out: data.Pictures | data.Latents | None
+    evaluation: list[EvalSet]
+    plan: data.Plan
     vae: AutoencoderKL
     lookup: Callable[[Sequence[str]], Mapping[str, Tensor]]
-    device: torch.device
+    encoders: sd3.TextEncoders | None
+    """the text encoders, where CLIP is in training"""
+    layout: sd3.Layout
+    options: Options
+    run: Run
 
     def latents(self, batch: data.Batch) -> data.Posterior:
         """Mean and std of a batch's posterior: float32 [B, C, h, w], unscaled, on the device."""
@@ -58,142 +108,267 @@ class Frozen:
             if "mean" in batch
             else sd3.posterior(self.vae, batch["pixels"])
         )
-        return mean.to(self.device).float(), std.to(self.device).float()
+        return mean.to(self.run.device).float(), std.to(self.run.device).float()
 
-    def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """`prompt_embeds` and `pooled_prompt_embeds` of captions, on the device."""
-        return {name: value.to(self.device) for name, value in self.lookup(captions).items()}
+    def text(
+        self, captions: Sequence[str], cached: Mapping[str, Tensor] | None = None
+    ) -> sd3.Embeds:
+        """`prompt_embeds` and `pooled_prompt_embeds` of captions, on the device.
 
-    def loader(self, run: Run, batch_size: int, num_workers: int) -> DataLoader[data.Batch]:
+        The empty caption follows `--uncond`.
+        """
+        cached = cached or self.lookup(captions)
+        embeds = {name: value.to(self.run.device) for name, value in cached.items()}
+        if self.encoders is not None:
+            embeds = sd3.with_live_clip(embeds, *self.encoders.clip(captions))
+        if self.options.text.uncond == "zeros" and "" in captions:
+            there = torch.tensor([caption != "" for caption in captions], device=self.run.device)
+            embeds = {
+                name: value * there.view(-1, *[1] * (value.dim() - 1))
+                for name, value in embeds.items()
+            }
+        return embeds
+
+    def conditions(self, batch: data.Batch) -> sd3.Embeds:
+        """The embeddings of a training batch, some encoders dropped as the options say."""
+        cached = {name: batch[name] for name in sd3.EMBEDS if name in batch}
+        embeds = self.text(batch["caption"], cached)
+        shares = self.options.text.dropout
+        if not any(shares.values()):
+            return embeds
+        dropped = {
+            name: (rng.uniform(self.run.keys(f"{name} dropout", batch["place"])) <= share).to(
+                self.run.device
+            )
+            for name, share in shares.items()
+        }
+        return self.layout.drop(embeds, dropped)
+
+    def area(self, batch: data.Batch) -> Tensor | None:
+        """How much each place of the latents counts: [B, 1, h, w], or None where all count."""
+        if "mask" not in batch:
+            return None
+        mask = batch["mask"].to(self.run.device)
+        return mask + (1 - mask) * self.options.data.masked_loss_weight
+
+    def loader(self, batch_size: int) -> DataLoader[data.Batch]:
         """Batches of this process from where the run stands, without end."""
+        run = self.run
         batches = data.Batches(
-            len(self.train),
+            self.plan,
             batch_size,
             seed=run.seed,
             first_batch=run.samples // (batch_size * run.accelerator.num_processes),
             **run.share,
         )
+        # Workers read the cached embeddings too; encoders on the device stay with the main process.
+        cached = isinstance(self.lookup, data.CachedText)
         return DataLoader(
-            self.train,
+            _WithText(self.train, self.lookup) if cached else self.train,
             batch_sampler=batches,
             collate_fn=data.collate,
-            num_workers=num_workers,
+            num_workers=self.options.data.dataloader_num_workers,
             pin_memory=run.device.type == "cuda",
         )
 
 
-def open_sources(run: Run, args: data.DataArgs, cache: data.CacheArgs) -> Sources:
+class _WithText(Dataset[data.Batch]):
+    """Rows with the cached embeddings of their captions."""
+
+    def __init__(
+        self,
+        rows: data.Pictures | data.Latents,
+        lookup: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    ) -> None:
+        self.rows = rows
+        self.lookup = lookup
+
+    def __getitem__(self, draw: data.Draw) -> data.Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
+        row = self.rows[draw]
+        embeds = self.lookup([row["caption"]])
+        return {**row, **{name: value[0] for name, value in embeds.items()}}
+
+
+def open_sources(run: Run, args: Options) -> Sources:
     """Finds the samples and their captions; reads no picture. Rank 0 goes first (downloads)."""
-    cache.check(args)
+    args.cache.check(args.data)
     with run.accelerator.main_process_first():
-        source = data.open_source(args.location, args)
+        source = data.open_training(args.data)
         train, held_out = data.split(
             source,
-            eval_fraction=args.eval_fraction,
+            eval_fraction=args.data.eval_fraction,
             seed=0,  # not the run's: runs with other seeds keep the same held-out pictures
-            max_train_samples=args.max_train_samples,
+            max_train_samples=args.data.max_train_samples,
         )
-        if args.eval_data_dir:
-            held_out = data.open_source(args.eval_data_dir, args)
+        if args.data.eval_data_dir:
+            held_out = data.open_evaluation(args.data)
     run.say(source.description)
     return Sources(train, held_out)
 
 
 def check_samples(
-    run: Run, sources: Sources, args: data.DataArgs, cache: data.CacheArgs
+    run: Run,
+    sources: Sources,
+    config: sd3.Config,
+    args: Options,
+    *,
+    pair_regularisation: bool = False,
 ) -> Sources:
-    """Decodes every picture once; bad ones stop the run or are left out, counted and reported."""
-    root = cache.latent_cache_dir
+    """Decodes every picture once and deals them into buckets by their sizes.
+
+    Bad samples, and those too small for `--max_upscale`, stop the run or are left out, counted and
+    reported.
+
+    Args:
+        pair_regularisation: regularisation pictures are not used by themselves but beside the
+            others, in every batch (DreamBooth).
+    Raises:
+        UserError: a bad sample under `--on_bad_sample error`, or nothing is left.
+    """
 
     def check(source: data.Captioned) -> tuple[data.Captioned, list[data.BadReport]]:
         with run.accelerator.main_process_first():
-            good, bad = data.checked(
+            return data.checked(
                 source,
-                root,
-                on_bad_sample=args.on_bad_sample,
-                num_threads=max(2, args.dataloader_num_workers),
+                args.cache.latent_cache_dir,
+                on_bad_sample=args.data.on_bad_sample,
+                num_threads=max(2, args.data.dataloader_num_workers),
                 progress=run.main,
             )
-        return source.select(good), bad
 
     train, bad = check(sources.train)
     held_out = None
     if sources.held_out is not None:
         held_out, more = check(sources.held_out)
         bad = bad + more
-    counts = f"{len(train)} to train on, {len(held_out or ())} held out"
+    plan = data.assign(train, args.data, config.pixel_step, pair_regularisation=pair_regularisation)
+    too_small = [data.BadReport(train.names[index], why) for index, why in plan.left_out]
+    if too_small and args.data.on_bad_sample == "error":
+        shown = "\n".join(f"  {row.name}: {row.reason}" for row in too_small[:10])
+        raise UserError(
+            f"{len(too_small)} pictures are too small (--on_bad_sample skip leaves them out, a "
+            f"larger --max_upscale takes them):\n{shown}"
+        )
+    bad = bad + too_small
+    if not plan.samples_per_epoch:
+        raise UserError("there is nothing to train on")
+    for height, width in plan.sizes:
+        config.latent_shape(height, width)  # refuses what the model cannot take
+    counts = f"{len(train) - len(too_small)} to train on, {len(held_out or ())} held out"
     run.say(f"pictures: {counts}, {len(bad)} left out")
     for row in bad[:10]:
         run.say(f"  left out: {row.name}: {row.reason}")
-    return Sources(train, held_out, tuple(bad))
+    return Sources(train, held_out, bad, plan)
 
 
 def prepare(
     run: Run,
     sources: Sources,
     config: sd3.Config,
-    model: sd3.ModelArgs,
-    args: data.DataArgs,
-    cache: data.CacheArgs,
+    args: Options,
     texts: Sequence[str],
+    *,
+    train_clip: bool = False,
 ) -> Frozen:
     """Fills the caches, loading the text encoders only if something is missing, and frees them.
 
     Args:
         texts: captions that are needed besides the samples': validation and negative prompts.
+        train_clip: keep the two CLIPs, which will be trained; T5 is freed as ever.
     """
+    plan = sources.plan
+    assert plan is not None, "check_samples comes first"
+    whole_batch = run.samples_per_step // run.accelerator.gradient_accumulation_steps
     if run.main:
-        checkpoint.write_file(run.output_dir / "data_report.json", sources.report())
-    vae = sd3.load_vae(config, model, run.device)
-    train = data.Pictures(sources.train, args, seed=run.seed, caption_dropout=cache.caption_dropout)
-    # The held-out pictures are seen as they are.
-    still = replace(args, random_flip=False, random_crop=False)
-    held_out = (
-        data.Pictures(sources.held_out, still, seed=run.seed, caption_dropout=0.0)
-        if sources.held_out is not None
-        else None
-    )
+        report = sources.report(whole_batch)
+        checkpoint.write_file(run.output_dir / "data_report.json", report)
+    if len(plan.sizes) > 1 or plan.partners:
+        run.say(plan.table(whole_batch))
 
-    def cached(pictures: data.Pictures) -> data.Pictures | data.Latents:
-        if cache.no_cache_latents:
+    def pictures_of(source: data.Captioned, *, still: bool = False) -> data.Pictures:
+        return data.Pictures(
+            *(source, args.data, args.captions),
+            seed=run.seed,
+            still=still,
+            latent_step=config.pixels_per_latent,
+        )
+
+    train = pictures_of(sources.train)
+    vae = sd3.load_vae(config, args.model, run.device)
+
+    def cached(pictures: data.Pictures, some: data.Plan) -> data.Pictures | data.Latents:
+        if args.cache.no_cache_latents:
             return pictures
         return data.cache_latents(
             pictures,
+            some.needed(),
             lambda pixels: sd3.posterior(vae, pixels),
-            cache.latent_cache_dir,
-            {"vae": sd3.fingerprint(config.folder, ["vae"]), "dtype": model.vae_dtype},
-            latent_shape=config.latent_shape(*args.size),
+            args.cache.latent_cache_dir,
+            {"vae": config.fingerprint(["vae"]), "dtype": args.model.vae_dtype},
+            latent_channels=config.vae["latent_channels"],
             **run.share,
         )
 
+    encoders: sd3.TextEncoders | None = None
+
     def load_encoders() -> sd3.TextEncoders:
-        return sd3.TextEncoders(config, model, run.dtype, run.device)
+        nonlocal encoders
+        if encoders is None:
+            encoders = sd3.TextEncoders.load(config, args.model, args.text, run.dtype, run.device)
+        return encoders
 
     with run.phase("cache"):
-        train, held_out = cached(train), cached(held_out) if held_out else None
-        captions = [*sources.train.captions, ""]
-        others = [*texts, *(sources.held_out.captions if sources.held_out else [])]
-        if cache.no_cache_text_embeddings:
+        evaluation: list[EvalSet] = []
+        train_rows = cached(train, plan)
+        others = [*texts, ""]
+        if sources.held_out is not None:
+            held_out = pictures_of(sources.held_out, still=True)
+            eval_plan = data.assign(sources.held_out, args.data, config.pixel_step)
+            draws = _each_once(eval_plan)
+            evaluation.append(EvalSet("eval", cached(held_out, eval_plan), draws))
+            same = _each_once(plan)
+            count = min(len(draws), len(same))
+            few = [same[i * len(same) // count] for i in range(count)]  # from all over the set
+            evaluation.append(EvalSet("train", train_rows.still(), few))
+            others += held_out.texts()
+        if args.cache.no_cache_text_embeddings:
             lookup = load_encoders()
         else:
             settings = {
-                "encoders": sd3.fingerprint(config.folder, sd3.TEXT_FOLDERS),
+                "encoders": config.fingerprint(sd3.TEXT_FOLDERS),
                 "dtype": str(run.dtype),
-                "max_sequence_length": model.max_sequence_length,
+                "max_sequence_length": args.model.max_sequence_length,
+                "t5_padding": args.text.t5_padding,
             }
             lookup = data.cache_text(
-                [captions, others],
+                [train.texts(), others],
                 load_encoders,
-                cache.latent_cache_dir,
+                args.cache.latent_cache_dir,
                 settings,
-                sample_bytes=config.text_numbers(model.max_sequence_length) * run.dtype.itemsize,
+                sample_bytes=config.text_numbers(args.model.max_sequence_length)
+                * run.dtype.itemsize,
                 **run.share,
             )
         run.accelerator.wait_for_everyone()
-    gc.collect()  # the encoders, if they were needed
+    live = load_encoders() if train_clip else None
+    if live is not None and lookup is not live:
+        live.free_t5()
+    before = used_memory_gib(run.device)
+    was_loaded = encoders is not None
+    encoders = None
+    gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(run.device)  # the training's peak, not the encoders'
-    if not len(train):
-        raise UserError("there is nothing to train on")
-    return Frozen(train, held_out, vae, lookup, run.device)
+    if was_loaded and lookup is not live:
+        after = used_memory_gib(run.device)
+        kept = "T5" if live is not None else "text encoders"
+        run.say(f"{kept} freed: {before:.2f} GiB of memory in use before, {after:.2f} GiB after")
+    layout = sd3.Layout.of(config)
+    return Frozen(train_rows, evaluation, plan, vae, lookup, live, layout, args, run)
+
+
+def _each_once(plan: data.Plan) -> list[data.Draw]:
+    """One draw of every sample, at its size of the first round."""
+    sizes = {index: size for size, some in plan.rounds[0].items() for index in some}
+    return [data.Draw(index, index, sizes[index]) for index in sorted(sizes)]

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -240,7 +240,21 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_file(folder / "args.json", json.dumps(record(args, self), indent=1))
         self.accelerator.wait_for_everyone()
-        self.accelerator.init_trackers(self.args.tracker_project_name, config=_flat(args))
+        logs = folder / "logs"
+        if self.main and self.args.report_to in ("wandb", "all"):
+            (logs / "wandb").mkdir(parents=True, exist_ok=True)  # it would go elsewhere without
+        try:
+            self.accelerator.init_trackers(
+                self.args.tracker_project_name,
+                config=_flat(args),
+                init_kwargs={"wandb": {"dir": logs}, "swanlab": {"logdir": str(logs / "swanlab")}},
+            )
+        except Exception as error:  # each has its own kind: no key, no network
+            raise UserError(
+                f"--report_to {self.args.report_to}: the tracker did not start "
+                f"({str(error).strip().splitlines()[0]}); without an account or a network set "
+                "WANDB_MODE=offline, SWANLAB_MODE=offline"
+            ) from error
         return True
 
     def resume(
@@ -585,6 +599,8 @@ def _changed_options(folder: Path, args: Any) -> list[str]:
 def record(args: Any, run: Run) -> dict[str, Any]:
     """What args.json says: options, seed, processes, git revision, versions."""
     return {
+        "script": Path(sys.argv[0]).name,
+        "started": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "args": options(args),
         "seed": run.seed,
         "num_processes": run.accelerator.num_processes,

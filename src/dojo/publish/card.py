@@ -79,8 +79,9 @@ def write_card(
     }
     trigger = instance_prompt or values.get("instance_prompt") or ""
     prompts = [str(prompt) for prompt in values.get("validation_prompt") or ()]
+    drawn = _drawn(folder)
     gallery = [
-        (_prompt_of(path, prompts), path.relative_to(folder).as_posix())
+        (drawn.get(path.name) or _prompt_of(path, prompts), path.relative_to(folder).as_posix())
         for path in last_pictures(folder)
     ]
     base = _base(base_model)
@@ -115,7 +116,7 @@ def write_card(
         body += [f"![{_one_line(prompt)}]({url})" for prompt, url in gallery] + [""]
     if trigger:
         body += ["## Trigger words", "", f"Use `{_one_line(trigger)}` in the prompt.", ""]
-    prompt = (prompts or [trigger or "a photo"])[0]
+    prompt = (prompts or [*drawn.values(), trigger or "a photo"])[0]
     body += ["## Use", "", _usage(folder, base, weights, prompt, values, repo_id), ""]
     if rows:
         body += ["## Training", "", "| option | value |", "| --- | --- |", *rows, ""]
@@ -132,6 +133,12 @@ def last_pictures(folder: Path) -> list[Path]:
         if pictures := sorted(path.glob("[!.]*.png")):
             return pictures
     return []
+
+
+def _drawn(folder: Path) -> dict[str, str]:
+    """The prompt of each validation picture by its file name, as the run recorded them."""
+    pictures = _read_json(folder / "validation" / "prompts.json").get("pictures", [])
+    return {picture["file"]: picture["prompt"] for picture in pictures}
 
 
 def _prompt_of(picture: Path, prompts: Sequence[str]) -> str:

@@ -1,0 +1,168 @@
+"""Prior preservation for DreamBooth (Ruiz et al. 2022, arXiv:2208.12242, Section 3.3).
+
+Pictures of the class, drawn by the base model itself before training, are trained on beside the
+instance's, so that "a dog" stays a dog while "sks dog" becomes this one.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from dojo import data, rng, sd3
+from dojo.cli import UserError
+from dojo.training import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorArgs:
+    """Prior preservation."""
+
+    with_prior_preservation: bool = False
+    """train on pictures of the class beside those of the instance, as many in every batch"""
+    class_data_dir: Path | None = None
+    """folder of the class pictures; what is missing of num_class_images is drawn into it"""
+    class_prompt: str | None = None
+    """prompt of the class pictures, such as "a photo of a dog"; captions in the folder win"""
+    prior_loss_weight: float = 1.0
+    """weight of the class pictures' loss beside the instance's"""
+    num_class_images: int = 100
+    """class pictures that there should be"""
+    sample_batch_size: int = 4
+    """class pictures drawn at a time"""
+    prior_generation_precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """precision of that drawing; unset is that of the run"""
+    prior_guidance_scale: float = 7.0
+    """classifier-free guidance of that drawing"""
+    prior_inference_steps: int = 28
+    """sampling steps of that drawing"""
+
+    def __post_init__(self) -> None:
+        if self.with_prior_preservation and self.class_data_dir is None:
+            raise ValueError("--with_prior_preservation needs --class_data_dir")
+        if self.with_prior_preservation and not self.class_prompt:
+            raise ValueError("--with_prior_preservation needs --class_prompt")
+        if not self.with_prior_preservation and (self.class_data_dir or self.class_prompt):
+            raise ValueError(
+                "--class_data_dir and --class_prompt need --with_prior_preservation to be of use"
+            )
+        for name in ("num_class_images", "sample_batch_size", "prior_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1")
+        if self.prior_loss_weight < 0:
+            raise ValueError("--prior_loss_weight must not be negative")
+
+    @property
+    def folder(self) -> Path:
+        """The class pictures' folder.
+
+        Raises:
+            UserError: there is none because prior preservation is off.
+        """
+        if self.class_data_dir is None:
+            raise UserError("--class_data_dir is missing")
+        return self.class_data_dir
+
+
+def draw_class_images(
+    run: Run,
+    args: PriorArgs,
+    config: sd3.Config,
+    model: sd3.ModelArgs,
+    data_args: data.DataArgs,
+) -> None:
+    """Fills the class folder up to `num_class_images`, the processes sharing the work.
+
+    Picture k depends on the prompt and k alone, and appears under its name when it is whole: a
+    process that is killed leaves its place to be filled the next time.
+    """
+    folder = args.folder
+    if run.main:
+        folder.mkdir(parents=True, exist_ok=True)
+    run.accelerator.wait_for_everyone()
+    found = data.scan(folder, _class_args(args, data_args))
+    taken = set(found.pictures)
+    missing = args.num_class_images - len(taken)
+    names = (f"class-{k:05d}.png" for k in range(args.num_class_images + len(taken)))
+    free = [name for name in names if name not in taken][: max(0, missing)]
+    if free and found.metadata:
+        raise UserError(
+            f"--class_data_dir {folder} names its {len(taken)} pictures in {found.metadata}, so "
+            f"none can be added: lower --num_class_images {args.num_class_images} to that"
+        )
+    run.accelerator.wait_for_everyone()  # everybody has counted before anybody draws
+    mine = free[run.share["process"] :: run.share["num_processes"]]
+    if mine:
+        _draw(run, args, config, model, data_args.size, mine)
+    if found.sidecars:  # a folder with captions: the drawn pictures have theirs too
+        for name in mine:
+            (folder / name).with_suffix(".txt").write_text(str(args.class_prompt), "utf-8")
+    run.accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def _draw(
+    run: Run,
+    args: PriorArgs,
+    config: sd3.Config,
+    model: sd3.ModelArgs,
+    size: tuple[int, int],
+    names: Sequence[str],
+) -> None:
+    precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = precisions.get(args.prior_generation_precision or "", run.dtype)
+    pipeline: Any = sd3.load_pipeline(config, model, dtype, run.device)
+    pipeline.set_progress_bar_config(disable=True)
+    bar = tqdm(total=len(names), desc="drawing class pictures", disable=not run.main)
+    for start in range(0, len(names), args.sample_batch_size):
+        some = names[start : start + args.sample_batch_size]
+        pictures = pipeline(
+            [args.class_prompt] * len(some),
+            height=size[0],
+            width=size[1],
+            guidance_scale=args.prior_guidance_scale,
+            num_inference_steps=args.prior_inference_steps,
+            max_sequence_length=model.max_sequence_length,
+            generator=[rng.generator("class picture", str(args.class_prompt), k) for k in some],
+        ).images
+        for name, picture in zip(some, pictures, strict=True):
+            partial = args.folder / f".{name}.partial"
+            picture.save(partial, format="PNG")
+            partial.replace(args.folder / name)
+        bar.update(len(some))
+    bar.close()
+    del pipeline
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def open_class(args: PriorArgs, data_args: data.DataArgs) -> data.Captioned:
+    """The class pictures, with the folder's own captions or else the class prompt."""
+    class_args = _class_args(args, data_args)
+    found = data.scan(args.folder, class_args)
+    if not (found.metadata or found.sidecars):
+        class_args = replace(class_args, instance_prompt=args.class_prompt)
+    source = data.open_source(str(args.folder), class_args)
+    return source.with_recipes(weight=args.prior_loss_weight, is_regularisation=True)
+
+
+def _class_args(args: PriorArgs, data_args: data.DataArgs) -> data.DataArgs:
+    """The instance's options without what belongs to the instance alone."""
+    own: dict[str, Any] = {
+        "dataset_split": "train",
+        "caption_strategy": "auto",
+        "caption_column": None,
+        "image_column": None,
+        "instance_prompt": None,
+        "mask_dir": None,
+        "mask_from_alpha": False,
+        "repeats": 1,
+    }
+    return data.args_for(data_args, str(args.folder), own)

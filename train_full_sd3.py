@@ -1,0 +1,169 @@
+"""Full fine-tuning of Stable Diffusion 3 and 3.5 by flow matching.
+
+Every weight of the MMDiT learns the velocity of the straight path from a latent to noise (Esser et
+al. 2024, arXiv:2403.03206, Equations 13 to 23):
+
+    z = (1 - sigma) x0 + sigma eps,    loss = w(sigma) |v(z, sigma, caption) - (eps - x0)|^2
+
+The weights are float32 while they train and the arithmetic follows `--mixed_precision`;
+`--train_dtype bf16` trains bfloat16 weights with Kahan compensation instead. With `--use_ema` an
+average of the weights is validated and saved. The result is a whole pipeline folder.
+
+    accelerate launch train_full_sd3.py --pretrained_model_name_or_path models/pocket-sd3 \
+        --dataset_name datas/pocket-hearts --resolution 64 --output_dir outputs/hearts-full
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dojo import (
+    averaging,
+    cli,
+    data,
+    flow,
+    frozen,
+    full,
+    optim,
+    publish,
+    report,
+    rng,
+    sd3,
+    training,
+    validation,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Options by group; every group is documented where its code is."""
+
+    model: sd3.ModelArgs
+    text: sd3.TextArgs
+    run: training.RunArgs
+    data: data.DataArgs
+    captions: data.CaptionArgs
+    cache: data.CacheArgs
+    full: full.FullArgs
+    noise: sd3.NoiseArgs
+    optim: optim.OptimArgs
+    ema: averaging.EmaArgs
+    validation: validation.ValidationArgs
+    publish: publish.PublishArgs
+
+
+def main(args: Args) -> None:
+    """Trains from the options to the saved pipeline."""
+    # ---------------------------------------------------------------------------------- run
+    run = training.start(args.run, args.optim)
+    config = sd3.open_model(args.model)
+    shift = config.shift(args.noise.flow_shift, *args.data.size)
+    args.validation.check(config)
+    args.publish.check(args.run.output_dir, args.run.report_to)
+    args.full.check(run.dtype)
+
+    # --------------------------------------------------------------------------------- data
+    sources = frozen.open_sources(run, args)
+    if not args.run.dry_run:
+        sources = frozen.check_samples(run, sources, config, args)
+    run.plan(args.optim, sources.samples_per_epoch, sources.fingerprint())
+    batch_size = args.optim.train_batch_size
+    cost = partial(
+        sd3.training_cost,
+        *(config, args.model, run.dtype, partial(full.thaw, args=args.full)),
+        *(batch_size, config.latent_shape(*args.data.size)),
+    )
+    if args.run.dry_run:
+        planned = cost(checkpointing=args.model.gradient_checkpointing)
+        state = args.optim.state_bytes(args.full.dtype) + args.ema.bytes_per_weight
+        return training.print_plan(run, args, *planned, batch_size, bytes_per_weight=state)
+    if not run.begin(args, full.RESULT):
+        return None
+    fixed = frozen.prepare(run, sources, config, args, args.validation.texts)
+
+    # -------------------------------------------------------------------------------- model
+    transformer = sd3.load_transformer(config, args.model, args.full.dtype, run.device)
+    params = full.thaw(transformer, args.full)
+    optimizer, schedule = optim.make(params, args.optim, run)
+    averaged = averaging.Averaged(params, args.ema, optimizer)
+    run.watch_flops(lambda: cost(checkpointing=False)[1], batch_size)
+
+    def save(folder: Path) -> None:
+        full.save(folder / full.TRANSFORMER, transformer)
+        averaged.save(folder, lambda: full.save(folder / full.AVERAGE, transformer))
+        config.make_scheduler(shift).save_pretrained(folder / "scheduler")
+
+    def restore(folder: Path) -> None:
+        averaged.restore(folder, lambda: full.restore(folder / full.AVERAGE, transformer))
+        full.restore(folder / full.TRANSFORMER, transformer)
+
+    run.resume(restore, optimizer, schedule)
+    model, optimizer = run.accelerator.prepare(transformer, optimizer)
+    model.train()
+    validate = validation.Validator(
+        run, fixed, config, args.noise, args.validation, shift, args.data.size
+    )
+
+    # --------------------------------------------------------------------------------- loop
+    if run.step == 0:
+        validate(model)
+    for batch in run.batches(fixed.loader(batch_size)):
+        places, size = batch["place"], batch["size"][0]
+        with run.accelerator.accumulate(model):
+            mean, std = fixed.latents(batch)
+            posterior_noise = rng.normal(mean.shape[1:], run.keys("posterior", places), run.device)
+            clean = config.scaled(mean, std, posterior_noise)  # [B, C, h, w]
+            noise = rng.normal(clean.shape[1:], run.keys("noise", places), run.device)
+            uniform = rng.uniform(run.keys("sigma", places))
+            sigma = args.noise.draw(uniform, config.shift(args.noise.flow_shift, *size))
+            sigma = sigma.to(run.device)  # [B]
+            noisy = flow.interpolate(clean, noise, sigma)
+
+            predicted = sd3.velocity(
+                model, noisy, sigma, **fixed.conditions(batch), dtype=run.dtype
+            )
+            target = flow.velocity(clean, noise)
+            if args.noise.precondition_outputs:
+                predicted, target = flow.clean_estimate(noisy, predicted, sigma), clean
+            errors = flow.squared_error(predicted, target, fixed.area(batch))  # [B]
+            weight = flow.loss_weight(sigma, args.noise.weighting_scheme)
+            loss = (weight * batch["weight"].to(run.device) * errors).mean()
+
+            grad_norm = run.update(loss, params, optimizer, schedule, args.optim.max_grad_norm)
+        if grad_norm is None:
+            continue
+        averaged.update(run.step)
+        run.log_step(optim.learning_rate(optimizer), grad_norm)
+        if args.validation.due(run.step, run.num_steps):
+            with averaged.applied():
+                validate(model)
+        run.save_checkpoint(save, optimizer, schedule)
+
+    # ------------------------------------------------------------------------------- result
+    if run.main:
+        with averaged.applied():
+            full.save_result(args.run.output_dir, transformer, config, args.model, args.full, shift)
+        validate.finish()
+        publish.write_card(
+            args.run.output_dir,
+            title="Stable Diffusion 3, fine-tuned",
+            base_model=args.model.pretrained_model_name_or_path,
+            dataset=args.data.location,
+            options=training.options(args),
+            steps=run.num_steps,
+            repo_id=args.publish.hub_model_id,
+            tags=("stable-diffusion-3", "text-to-image"),
+            weights="",
+        )
+        report.write(args.run.output_dir)
+    run.finish()
+    run.say(f"done: {args.run.output_dir}")
+    if run.main:
+        publish.upload(args.run.output_dir, args.publish)
+    return None
+
+
+if __name__ == "__main__":
+    cli.run(main, Args, __doc__)
