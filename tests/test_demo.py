@@ -85,7 +85,7 @@ def test_compare_lays_base_and_lora_side_by_side(
     base = Image.open(tmp_path / "base" / "0000-a_star-seed1.png")
     after = Image.open(tmp_path / "both" / "0000-a_star-seed1.png")
     # The cells of the grid, scaled by whole numbers, hold exactly these pictures.
-    for left, picture in ((150, base), (150 + 198, after)):
+    for left, picture in ((170, base), (170 + 198, after)):
         cell = grid.crop((left, 26, left + 192, 26 + 192))
         assert cell.tobytes() == picture.resize((192, 192), Image.Resampling.NEAREST).tobytes()
     assert base.tobytes() != after.tobytes()

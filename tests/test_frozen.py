@@ -160,6 +160,24 @@ def test_evaluation_sees_pictures_as_they_are(lora_args: MakeArgs, tmp_path: Pat
             assert torch.equal(row["mean"], same["mean"])
 
 
+def test_evaluation_finds_unshuffled_captions(lora_args: MakeArgs, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(6):
+        Image.new("RGB", (64, 64), (40 * i, 0, 0)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(f"tag {i}, red, square, plain, small")
+    flags = ("--dataset_name", str(pictures), "--shuffle_caption", "--keep_tokens", "1")
+    opened = Opened(lora_args(tmp_path, *flags, "--eval_fraction", "0.3"))
+    for some in opened.fixed.evaluation:
+        for draw in some.draws:
+            caption = some.dataset[draw]["caption"]
+            assert caption.endswith(", red, square, plain, small")
+            opened.fixed.text([caption])
+    seen = {text for batch in opened.batches(20) for text in batch["caption"]}
+    assert len(seen) > 4
+    assert all(text.startswith("tag ") for text in seen)
+
+
 def test_the_report_lists_buckets_and_counts(
     lora_args: MakeArgs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

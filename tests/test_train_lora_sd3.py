@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,6 +177,34 @@ def test_cached_and_uncached_training_agree(lora_args: MakeArgs, tmp_path: Path)
     )
     for name, value in cached.items():
         torch.testing.assert_close(value, fresh[name], atol=1e-5, rtol=1e-3)
+
+
+def test_training_starts_from_one_file_without_t5(
+    lora_args: MakeArgs, tmp_path: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(tiny_sd3)
+    file, folder = tmp_path / "model.safetensors", tmp_path / "config"
+    sd3.save_single_file(file, pipeline, with_t5=False)
+    # A machine that has the configurations and tokenizers, and no weights of its own.
+    shutil.copytree(tiny_sd3, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    flags = ("--pretrained_model_name_or_path", str(file), "--single_file_config", str(folder))
+    trained = run(lora_args(tmp_path, *flags, *PROMPTS, "--max_train_steps", "1"))
+    assert any(value.any() for name, value in weights(trained).items() if "lora_B" in name)
+    assert "T5" in capsys.readouterr().out
+
+
+def test_a_start_from_an_adapter_goes_on_with_it(lora_args: MakeArgs, tmp_path: Path) -> None:
+    first = run(lora_args(tmp_path / "a", "--lora_format", "kohya", "--learning_rate", "1e-2"))
+    kohya = first / "pytorch_lora_weights_kohya.safetensors"
+    nothing = ("--learning_rate", "1e-30", "--adam_weight_decay", "0", "--max_train_steps", "1")
+    flags = ("--init_lora_weights_path", str(kohya), *nothing)
+    second = run(lora_args(tmp_path / "b", *flags))
+    one, two = weights(first), weights(second)
+    for name in one:
+        if "lora_A" in name:
+            down, up = one[name], one[name.replace("lora_A", "lora_B")]
+            again = two[name.replace("lora_A", "lora_B")] @ two[name]
+            torch.testing.assert_close(up @ down, again, atol=1e-6, rtol=1e-4)
 
 
 def test_a_second_run_loads_no_text_encoder(

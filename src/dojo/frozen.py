@@ -331,6 +331,8 @@ def prepare(
             few = [same[i * len(same) // count] for i in range(count)]  # from all over the set
             evaluation.append(EvalSet("train", train_rows.still(), few))
             others += held_out.texts()
+            # Unshuffled, which training never asks for.
+            others += [sources.train.captions[draw.index][0] for draw in few]
         if args.cache.no_cache_text_embeddings:
             lookup = load_encoders()
         else:

@@ -65,7 +65,7 @@ class DataArgs:
     no_hflip: bool = False
     """Never mirror pictures. This is the default; the flag is there for familiar command lines."""
     crop_variants: int = 1
-    """Random crops of each picture that the latent cache holds. 1: the centre crop alone."""
+    """Crops of each picture that the latent cache holds: the centre one and N - 1 random ones."""
     aspect_buckets: bool = False
     """Crop each picture to the nearest of several shapes of about resolution^2 pixels, instead of
     one shape for all."""
@@ -175,6 +175,8 @@ class DataArgs:
             yield f"--max_upscale must be at least 1, got {self.max_upscale}"
         if self.center_crop and self.random_crop:
             yield "--center_crop contradicts --random_crop"
+        if self.random_crop and self.crop_variants > 1:
+            yield f"--random_crop contradicts --crop_variants {self.crop_variants}"
         if self.center_crop and self.crop_variants > 1:
             yield f"--center_crop contradicts --crop_variants {self.crop_variants}"
         if self.random_flip and self.no_hflip:

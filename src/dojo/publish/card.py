@@ -137,8 +137,8 @@ def last_pictures(folder: Path) -> list[Path]:
 
 def _drawn(folder: Path) -> dict[str, str]:
     """The prompt of each validation picture by its file name, as the run recorded them."""
-    pictures = _read_json(folder / "validation" / "prompts.json").get("pictures", [])
-    return {picture["file"]: picture["prompt"] for picture in pictures}
+    record = read_json(folder / "validation" / "prompts.json")
+    return {picture["file"]: picture["prompt"] for picture in record.get("pictures", ())}
 
 
 def _prompt_of(picture: Path, prompts: Sequence[str]) -> str:
