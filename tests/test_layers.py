@@ -21,11 +21,12 @@ ALLOWED: dict[str, set[str]] = {
     "cli": set(),
     # maths
     "flow": {"gaussian", "rng"},
+    "samplers": {"gaussian", "rng"},
     "ddpm": {"gaussian", "rng"},
     "policy": {"gaussian", "rng"},
     "preference": {"gaussian", "rng"},
     # procedures
-    "rollout": {"flow", "ddpm", "policy", "preference", "gaussian", "rng"},
+    "rollout": {"flow", "samplers", "ddpm", "policy", "preference", "gaussian", "rng"},
     # parts
     "cost": set(),
     "pictures": set(),
@@ -52,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "rewards": {"cli", "pocket.verifier"},
 }
 GROUND = {"gaussian", "rng"}
-MATHS = {"flow", "ddpm", "policy", "preference"}
+MATHS = {"flow", "samplers", "ddpm", "policy", "preference"}
 # The third-party packages of the modules whose lightness is the point.
 THIRD_PARTY: dict[str, set[str]] = {
     **{name: {"torch"} for name in GROUND | MATHS},
