@@ -54,20 +54,21 @@ def labelled_grid(
             small ones without smoothing; None leaves the cell empty.
     """
     width = max(max(1, round(cell * p.width / p.height)) for row in rows for p in row if p)
-    header = 26
+    heads = [_wrapped(label, width) for label in column_labels]
+    header = 9 + _LINE * max(1, *(len(lines) for _, lines in heads))
     step_x, step_y = width + _MARGIN, cell + _MARGIN
     size = (_LABEL_WIDTH + step_x * len(rows[0]), header + step_y * len(rows))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    for x, label in enumerate(column_labels):
+    for x, (font, lines) in enumerate(heads):
         center = _LABEL_WIDTH + x * step_x + width // 2
-        font, text = drawable(label)
-        pen.text((center, header // 2), text, fill="black", font=font, anchor="mm")
+        for i, line in enumerate(lines):
+            place = (center, header - (len(lines) - i) * _LINE + 4)
+            pen.text(place, line, fill="black", font=font, anchor="mm")
     for y, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
         top = header + y * step_y
-        font, text = drawable(label)
-        lines = _wrap(text, font, _LABEL_WIDTH - 2 * _MARGIN)[: cell // _LINE]
-        for i, line in enumerate(lines):
+        font, lines = _wrapped(label, _LABEL_WIDTH - 2 * _MARGIN)
+        for i, line in enumerate(lines[: cell // _LINE]):
             pen.text((_MARGIN, top + _MARGIN + i * _LINE), line, fill="black", font=font)
         for x, picture in enumerate(row):
             if picture is None:
@@ -182,6 +183,12 @@ def _characters(path: str, wanted: set[str]) -> set[str]:
     except (OSError, RuntimeError):  # a bitmap font, or a broken file
         return set()
     return {char for char in wanted if ord(char) in known}
+
+
+def _wrapped(label: str, width: int) -> tuple[ImageFont.FreeTypeFont, list[str]]:
+    """A label in lines of at most `width` pixels, and the font that has its letters."""
+    font, text = drawable(label)
+    return font, _wrap(text, font, width)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

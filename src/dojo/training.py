@@ -112,6 +112,7 @@ class Run:
         self._loss = torch.zeros((), device=accelerator.device)
         self._micro_loss = torch.zeros((), device=accelerator.device)
         self._mark = 0.0
+        self._row_began = time.perf_counter()  # of the steps that the next row averages
         self._bar: Any = tqdm(disable=True)  # until the loop begins
         self._loss_count = 0
         self._samples = 0
@@ -178,6 +179,7 @@ class Run:
             disable=not self.main,
             smoothing=0.1,
         )
+        self._row_began = time.perf_counter() - self._pauses()
         with self._bar:
             while self.step < self.num_steps:
                 self._bar.update(self.step - self._bar.n)
@@ -395,7 +397,7 @@ class Run:
         if self.step != 1 and self.step % self.args.logging_steps and self.step != self.num_steps:
             return
         loss = float(self._reduced_loss()) / max(1, self._loss_count)
-        spent = sum(self._seconds.get(name, 0.0) for name in ("data", "train"))
+        spent = time.perf_counter() - self._row_began - self._pauses()
         row = {
             "epoch": round(self.step / self.epoch_length, 4),
             "loss": loss,
@@ -413,7 +415,12 @@ class Run:
         self._loss.zero_()
         self._loss_count = self._samples = 0
         self._seconds.clear()
+        self._row_began = time.perf_counter()
         self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}")
+
+    def _pauses(self) -> float:
+        """Seconds since the last row that were not training: validation, checkpoints, caches."""
+        return sum(s for name, s in self._seconds.items() if name not in ("data", "train"))
 
     def _reduced_loss(self) -> Tensor:
         """Mean over the processes of the loss since the last row."""

@@ -1,0 +1,43 @@
+"""Measures the speed of training.
+
+python -m dojo.bench supervised --help     times a training script
+python -m dojo.bench limits --help         what arithmetic alone allows
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from dojo import cli
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs one of the two commands; what follows `--` goes to the training script."""
+    words = list(argv)
+    name = words.pop(0) if words else "--help"
+    extra: list[str] = []
+    if "--" in words:
+        place = words.index("--")
+        words, extra = words[:place], words[place + 1 :]
+    sys.argv = [f"python -m dojo.bench {name}", *words]
+    if name == "supervised":
+        from dojo.bench import supervised
+
+        cli.run(
+            partial(supervised.main, extra=extra), supervised.SupervisedArgs, supervised.__doc__
+        )
+    elif name == "limits":
+        from dojo.bench import limits
+
+        cli.run(limits.main, limits.LimitArgs, limits.__doc__)
+    elif name in ("-h", "--help"):
+        print(__doc__)
+    else:
+        print(f"error: {name}: there are supervised and limits", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,120 @@
+"""What a training step must compute, and how many pictures per second that allows at most."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dojo import full, lora, sd3
+from dojo.bench import models
+from dojo.bench.table import markdown
+
+Method = Literal["lora", "full"]
+
+# TFLOP per picture of SD3.5-Medium by a rule of thumb, worked out apart from this code: with a
+# forward pass of L in linear layers and A in attention, LoRA takes 2L + 3A (its own few not
+# counted), with checkpointing 3L + 4A, full 3L + 3A, with checkpointing 4L + 4A, in this order, by
+# (pixels, T5 tokens).
+BY_RULE = {
+    (512, 77): (4.56, 6.70, 6.41, 8.55),
+    (512, 256): (5.24, 7.68, 7.33, 9.77),
+    (1024, 77): (25.6, 36.4, 32.3, 43.1),
+    (1024, 256): (26.7, 38.0, 33.8, 45.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitArgs:
+    """Pictures per second that a machine's arithmetic allows, from counted operations alone."""
+
+    model: models.Size = "sd35-medium"
+    """whose sizes"""
+    resolution: tuple[int, ...] = (512, 1024)
+    """height and width of the pictures in pixels"""
+    max_sequence_length: tuple[int, ...] = (77, 256)
+    """tokens of T5; CLIP has 77 more"""
+    rank: int = 16
+    """rank of the LoRA"""
+    tflops: float = 790.0
+    """TFLOP/s that large matrix products reach; the default is 80 % of the 989 dense bf16 TFLOP/s
+    in the data sheets of H100 and H200"""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.tflops <= 0:
+            raise ValueError("--rank and --tflops must be positive")
+
+
+def flops_per_image(
+    config: sd3.Config,
+    model: sd3.ModelArgs,
+    adapter: lora.LoraArgs | full.FullArgs,
+    height: int,
+    width: int,
+) -> int:
+    """Operations of forward and backward pass for one picture, recomputation included."""
+    add = (
+        partial(lora.add, args=adapter)
+        if isinstance(adapter, lora.LoraArgs)
+        else partial(full.thaw, args=adapter)
+    )
+    shape = config.latent_shape(height, width)
+    checkpointing = model.gradient_checkpointing
+    _, cost = sd3.training_cost(
+        config, model, torch.bfloat16, add, 1, shape, checkpointing=checkpointing
+    )
+    return cost.flops
+
+
+def by_rule(
+    model: str, method: Method, checkpointing: bool, size: int, tokens: int
+) -> float | None:
+    """TFLOP per picture by the rule, where it was worked out."""
+    if model != "sd35-medium" or (size, tokens) not in BY_RULE:
+        return None
+    return BY_RULE[size, tokens][2 * (method == "full") + checkpointing]
+
+
+def main(args: LimitArgs) -> None:
+    """Prints the table."""
+    print(markdown(list(_rows(args))))
+
+
+def _rows(args: LimitArgs) -> Iterator[dict[str, str]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / args.model
+        models.write_settings(folder, args.model)
+        for size in args.resolution:
+            for tokens in args.max_sequence_length:
+                yield from _cases(args, folder, size, tokens)
+
+
+def _cases(args: LimitArgs, folder: Path, size: int, tokens: int) -> Iterator[dict[str, str]]:
+    methods: dict[Method, lora.LoraArgs | full.FullArgs] = {
+        "lora": lora.LoraArgs(rank=args.rank),
+        "full": full.FullArgs(),
+    }
+    for method, adapter in methods.items():
+        for checkpointing in (False, True):
+            model = sd3.ModelArgs(
+                pretrained_model_name_or_path=str(folder),
+                max_sequence_length=tokens,
+                gradient_checkpointing=checkpointing,
+            )
+            flops = flops_per_image(sd3.open_model(model), model, adapter, size, size)
+            other = by_rule(args.model, method, checkpointing, size, tokens)
+            yield {
+                "model": args.model,
+                "method": f"LoRA r{args.rank}" if method == "lora" else "full",
+                "px": str(size),
+                "T5 tokens": str(tokens),
+                "checkpointing": "yes" if checkpointing else "no",
+                "TFLOP/image": f"{flops / 1e12:.4g}",
+                "by rule": f"{other:.4g}" if other else "",
+                f"images/s at {args.tflops:g} TFLOP/s": f"{args.tflops * 1e12 / flops:.1f}",
+            }

@@ -1,0 +1,349 @@
+"""dojo.bench: models of the published sizes, the arithmetic of a run's numbers, a real run."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from dojo import cli, full, sd3
+from dojo.bench import __main__ as command_line
+from dojo.bench import limits, models, supervised
+from dojo.bench.supervised import SupervisedArgs, Trace
+from dojo.bench.table import markdown
+from dojo.cli import TrainingStopped, UserError
+
+
+def count(part: str, config: dict[str, Any]) -> float:
+    """Parameters in millions."""
+    return sum(param.numel() for param in models.on_meta(part, config).parameters()) / 1e6
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SD3.5-Medium with every width and depth cut down, so that it is made in no time."""
+    medium = {
+        **models.TRANSFORMERS["sd35-medium"],
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "caption_projection_dim": 128,
+        "joint_attention_dim": 96,
+        "pooled_projection_dim": 96,
+        "pos_embed_max_size": 8,
+        "dual_attention_layers": [0],
+    }
+    monkeypatch.setitem(models.TRANSFORMERS, "sd35-medium", medium)
+    vae = {"block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8}
+    monkeypatch.setattr(models, "_VAE", {**models._VAE, **vae})
+    original = models._clip
+    widths = {768: 32, 1280: 64}
+    monkeypatch.setattr(models, "_clip", lambda width, heads: original(widths[width], 2))
+    t5 = {"d_model": 96, "d_kv": 16, "num_heads": 2, "d_ff": 128, "num_layers": 1}
+    monkeypatch.setattr(models, "_T5", t5)
+    monkeypatch.setattr(models, "_NUM_DRAWS", 65_521)
+
+
+# -- the models -------------------------------------------------------------------------------
+
+
+def test_the_models_have_the_published_numbers_of_parameters() -> None:
+    medium, large = models.settings("sd35-medium"), models.settings("sd35-large")
+    assert count("transformer", medium["transformer"]) == pytest.approx(2243.2, abs=0.1)
+    assert count("transformer", large["transformer"]) == pytest.approx(8056.6, abs=0.1)
+    assert count("vae", medium["vae"]) == pytest.approx(83.82, abs=0.01)
+    buffer: Any = models.on_meta("transformer", medium["transformer"])
+    assert buffer.pos_embed.pos_embed.numel() == 384**2 * 1536  # the rest of the card's 2.5 B
+
+
+def test_the_text_encoders_are_shallow_but_as_wide_as_the_real_ones(tmp_path: Path) -> None:
+    models.write_settings(tmp_path / "model", "sd35-medium")
+    args = sd3.ModelArgs(pretrained_model_name_or_path=str(tmp_path / "model"))
+    config = sd3.open_model(args)
+    assert config.clip_tokens + args.max_sequence_length == 77 + 256
+    assert config.text_numbers(args.max_sequence_length) == 333 * 4096 + 2048
+    layout = sd3.Layout.of(config)
+    assert (layout.clip_l_width, layout.clip_g_width) == (768, 1280)
+    assert (config.shift(None, 1024, 1024), config.pixel_step) == (3.0, 16)
+    for part in sd3.TEXT_ENCODERS:
+        assert count(part, models.settings("sd35-medium")[part]) < 200
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_made_model_is_a_whole_pipeline_that_computes_finite_numbers(tmp_path: Path) -> None:
+    folder = models.make_model("sd35-medium", "bf16", tmp_path / "model")
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(
+        "a caption", height=64, width=64, num_inference_steps=2, output_type="pt"
+    ).images
+    assert picture.isfinite().all()
+    assert picture.std() > 0.01
+    weights = pipeline.transformer.state_dict()
+    assert all((value == 0).all() for name, value in weights.items() if name.endswith("bias"))
+    assert (weights["transformer_blocks.0.attn.norm_q.weight"] == 1).all()
+    assert weights["proj_out.weight"].std() == pytest.approx(0.02, rel=0.1)
+    norm = pipeline.vae.encoder.conv_norm_out.weight
+    assert (norm == 1).all()
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_model_is_made_once(tmp_path: Path) -> None:
+    folder = models.make_model("sd35-medium", "bf16", tmp_path / "model")
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    models.make_model("sd35-medium", "bf16", folder)
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_half_made_model_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, saved = tmp_path / "model", models.tensors.save
+
+    def dies(path: Path, *args: Any) -> None:
+        if path.parent.name == "vae":
+            raise KeyboardInterrupt
+        saved(path, *args)
+
+    monkeypatch.setattr(models.tensors, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        models.make_model("sd35-medium", "bf16", folder)
+    assert not folder.exists()
+    monkeypatch.setattr(models.tensors, "save", saved)
+    models.make_model("sd35-medium", "bf16", folder)
+    first = (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+    (folder / models.RECIPE).unlink()  # as if somebody had copied half of it
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    models.make_model("sd35-medium", "bf16", folder)
+    # Equal bytes: latents that were cached for the first one still fit.
+    assert (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == first
+
+
+@pytest.mark.usefixtures("narrow")
+def test_other_settings_make_another_model(tmp_path: Path) -> None:
+    folder = models.make_model("sd35-medium", "bf16", tmp_path / "model")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = weights.stat().st_size
+    models.make_model("sd35-medium", "fp32", folder)
+    assert weights.stat().st_size > 1.9 * before
+    models.TRANSFORMERS["sd35-medium"]["num_layers"] = 2
+    models.make_model("sd35-medium", "fp32", folder)
+    assert json.loads((folder / "transformer" / "config.json").read_text())["num_layers"] == 2
+
+
+# -- limits -----------------------------------------------------------------------------------
+
+
+def test_the_counted_operations_follow_the_rule(tmp_path: Path) -> None:
+    models.write_settings(tmp_path / "model", "sd35-medium")
+    model = sd3.ModelArgs(
+        pretrained_model_name_or_path=str(tmp_path / "model"),
+        max_sequence_length=77,
+        gradient_checkpointing=True,
+    )
+    args = full.FullArgs()
+    counted = limits.flops_per_image(sd3.open_model(model), model, args, 512, 512) / 1e12
+    assert counted == pytest.approx(8.55, rel=0.005)
+    assert limits.by_rule("sd35-medium", "full", True, 512, 77) == 8.55
+    assert limits.by_rule("sd35-medium", "lora", False, 1024, 256) == 26.7
+    assert limits.by_rule("sd35-large", "lora", False, 1024, 256) is None
+
+
+@pytest.mark.usefixtures("narrow")
+def test_the_table_of_limits_divides_the_machine_by_the_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = limits.LimitArgs(resolution=(64,), max_sequence_length=(77,), tflops=855.0)
+    limits.main(args)
+    head, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert "images/s at 855 TFLOP/s" in head
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [(row[1], row[2], row[4]) for row in cells] == [
+        (method, "64", checkpointing)
+        for method in ("LoRA r16", "full")
+        for checkpointing in ("no", "yes")
+    ]
+    assert all(float(row[5]) > 0 for row in cells)
+
+
+# -- the arithmetic of a run --------------------------------------------------------------------
+
+
+def record() -> dict[str, Any]:
+    """What args.json of a pocket run says."""
+    return {
+        "args": {
+            "model": {"pretrained_model_name_or_path": str(models.POCKET)}
+            | {"max_sequence_length": 24},
+            "lora": {"rank": 4, "lora_layers": ["attn"]},
+            "data": {"height": None, "width": None, "resolution": [64]},
+        },
+        "device": "NVIDIA H200",
+        "git_revision": "abc",
+        "versions": {},
+    }
+
+
+def traced(speeds: list[float], seconds: float, **more: float) -> Trace:
+    rows = [
+        {"images_per_s": speed, "seconds_data": 0.1, "memory_gib": 1.0 + i, **more}
+        for i, speed in enumerate(speeds)
+    ]
+    return Trace(rows, [10.0 + i * seconds for i in range(len(rows))])
+
+
+def test_warm_up_is_left_out_and_the_rest_enters_by_its_median() -> None:
+    args = SupervisedArgs(
+        model="pocket", batch_size=4, gradient_accumulation_steps=2, num_steps=3, warmup_steps=2
+    )
+    trace = traced([0.1, 1.0, 8.0, 1000.0, 16.0], seconds=2.0, mfu=0.25)
+    result = supervised.summarise(args, trace, record())
+    assert result["images_per_s"] == 16.0
+    assert result["images_per_s_range"] == [8.0, 1000.0]
+    assert result["seconds_per_step"] == 8 / 16.0
+    assert result["images_per_s_by_the_clock"] == 8 / 2.0  # whatever the rows say
+    assert result["seconds_to_first_step"] == 10.0
+    assert result["memory_gib"] == 5.0
+    assert result["mfu"] == 0.25
+    assert result["tflops"] == pytest.approx(16.0 * result["tflop_per_image"])
+    row = supervised.table_row(result)
+    assert (row["images/s"], row["MFU"], row["batch"]) == ("16.00", "25.0%", "4 x 2")
+    assert row["device"] == "1 x NVIDIA H200"
+    assert markdown([row]).count("\n") == 2
+
+
+def test_operations_are_counted_for_what_the_run_did_not_for_what_was_asked() -> None:
+    args = SupervisedArgs(model="pocket", num_steps=1, warmup_steps=1)
+    trace = traced([1.0, 1.0], seconds=1.0)
+    said = record()
+    plain = supervised.summarise(args, trace, said)["tflop_per_image"]
+    said["args"]["model"]["gradient_checkpointing"] = True  # by an extra flag
+    assert supervised.summarise(args, trace, said)["tflop_per_image"] > 1.2 * plain
+    said["args"]["data"]["resolution"] = [128]
+    assert supervised.summarise(args, trace, said)["tflop_per_image"] > 2 * plain
+
+
+def test_extra_flags_come_last_and_processes_are_started_by_torchrun(tmp_path: Path) -> None:
+    args = SupervisedArgs(model="pocket", method="full", num_processes=2, torch_compile=True)
+    words = supervised.command(args, tmp_path, tmp_path, tmp_path / "runs" / "x", ["--rank", "3"])
+    assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    assert words[words.index("--nproc_per_node") + 1] == "2"
+    assert words[-2:] == ["--rank", "3"]
+    assert words.count("--rank") == 1  # full fine-tuning has none of its own
+    assert "--torch_compile" in words
+    assert "--gradient_checkpointing" not in words
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+def test_the_pocket_model_is_timed_by_the_real_script(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "numbers" / "pocket.json"
+    words = "supervised --model pocket --batch_size 2 --num_steps 2 --warmup_steps 1"
+    words += f" --mixed_precision no --rank 2 --work_dir {tmp_path} --output {out}"
+    command_line.main([*words.split(), "--", "--lora_layers", "attn.to_q"])
+    result = json.loads(out.read_text())
+    assert [row["step"] for row in result["rows"]] == [1, 2, 3]
+    assert result["images_per_s"] > 0
+    assert result["extra"] == ["--lora_layers", "attn.to_q"]
+    assert result["versions"]["torch"]
+    run = tmp_path / "runs" / "pocket-lora"
+    assert json.loads((run / "args.json").read_text())["args"]["lora"]["lora_layers"] == [
+        "attn.to_q"
+    ]
+    assert not list(run.glob("checkpoint-*"))
+    head, _, row = capfd.readouterr().out.strip().splitlines()
+    assert "images/s" in head
+    assert "attn.to_q" in row
+
+
+def test_a_training_that_fails_is_said_to_have_failed(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit(3)\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' * 9)  # of an earlier run
+    with pytest.raises(TrainingStopped, match=r"exit code 3 after 0 of 2 steps"):
+        supervised.follow([sys.executable, str(broken)], tmp_path / "metrics.jsonl", 2)
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A program that writes two and a half rows of metrics and never ends.
+
+    Its child has a session of its own, as torchrun's workers have.
+    """
+    program = tmp_path / "endless.py"
+    program.write_text(
+        "import pathlib, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "(here / 'child').write_text(str(child.pid))\n"
+        "with (here / 'metrics.jsonl').open('w') as file:\n"
+        '    file.write(\'{"step": 1}\\n{"step": 2}\\n{"step"\')\n'
+        "    file.flush()\n"
+        "    time.sleep(600)\n"
+    )
+    return program
+
+
+def assert_ended(child: int) -> None:
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the child lives on"
+        time.sleep(0.05)
+
+
+def test_a_training_is_ended_with_all_its_children_once_the_rows_are_there(endless: Path) -> None:
+    metrics = endless.with_name("metrics.jsonl")
+    trace = supervised.follow([sys.executable, str(endless)], metrics, 2)
+    assert [row["step"] for row in trace.rows] == [1, 2]  # a row in the making is left alone
+    assert_ended(int(endless.with_name("child").read_text()))
+
+
+def test_a_benchmark_that_is_told_to_end_leaves_no_training_behind(endless: Path) -> None:
+    metrics = endless.with_name("metrics.jsonl")
+
+    def terminate() -> None:
+        while not metrics.is_file():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(SystemExit):
+        supervised.follow([sys.executable, str(endless)], metrics, 3)
+    thread.join()
+    assert_ended(int(endless.with_name("child").read_text()))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_sd35_is_refused_without_cuda(tmp_path: Path) -> None:
+    args = SupervisedArgs(model="sd35-medium", work_dir=tmp_path)
+    with pytest.raises(UserError, match=r"needs CUDA.*--allow_cpu"):
+        supervised.main(args)
+    assert not list(tmp_path.iterdir())  # nothing of 5 GB was made first
+
+
+@pytest.mark.parametrize("flag", ["batch_size", "num_steps", "warmup_steps", "num_processes"])
+def test_a_number_that_is_too_small_is_refused(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(SupervisedArgs, None, ["--model", "pocket", f"--{flag}", "0"])
+    assert f"--{flag} must be at least 1" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command_line.main(["supervise"])
+    assert "there are supervised and limits" in capsys.readouterr().err
