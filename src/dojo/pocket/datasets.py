@@ -1,47 +1,69 @@
-"""Makes the pocket training sets that the repository ships: `python -m dojo.pocket.datasets`.
+"""Makes the pocket training sets: `python -m dojo.pocket.datasets --set hearts|framed`.
 
 `hearts`: pictures of a shape that the pocket base was never trained on, with captions of the
-grammar. What the base does know (colours, sizes, counts, places) should carry over.
+grammar; the repository ships it. `framed`: scenes of all six tasks in a style that the base never
+saw. What the base does know (shapes, colours, sizes, counts, places) should carry over to both.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from dojo import cli
-from dojo.pocket import scenes
+from dojo.pocket import scenes, style
 from dojo.pocket.score import shape_captions
 
-SEED = 7  # not that of the captions that `dojo.pocket.score` draws
+SEED = 7  # not that of the captions that `dojo.pocket.score` and `dojo.pocket.proof` draw
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Where the set goes and how large it is."""
+    """Which set, where it goes and how large it is."""
 
-    output_dir: Path = Path("datas/pocket-hearts")
-    """folder of the pictures and metadata.jsonl"""
+    set: Literal["hearts", "framed"] = "hearts"
+    """hearts: a new shape; framed: scenes in a new style"""
+    output_dir: Path | None = None
+    """folder of the pictures and metadata.jsonl; unset is datas/pocket-hearts or
+    outputs/pocket-framed"""
     count: int = 64
     """pictures"""
 
 
+def hearts(count: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Captions about hearts and their pictures."""
+    draw = random.Random(SEED)
+    for caption in shape_captions("heart", count, SEED):
+        yield caption, scenes.draw(scenes.realise(scenes.parse(caption), draw))
+
+
+def framed(count: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Captions of the six tasks in turn and their pictures in the style."""
+    draw = random.Random(SEED)
+    for i in range(count):
+        yield style.sample(draw, scenes.TASKS[i % len(scenes.TASKS)])
+
+
 def main(args: Args) -> None:
     """Draws the pictures and writes them beside their captions."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(SEED)
+    shipped = "datas" if args.set == "hearts" else "outputs"
+    folder = args.output_dir or Path(shipped) / f"pocket-{args.set}"
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for i, caption in enumerate(shape_captions("heart", args.count, SEED)):
-        picture = scenes.draw(scenes.realise(scenes.parse(caption), draw))
+    pairs = {"hearts": hearts, "framed": framed}[args.set](args.count)
+    for i, (caption, picture) in enumerate(pairs):
         file = f"{i:03d}.png"
-        Image.fromarray(picture).save(args.output_dir / file, optimize=True)
+        Image.fromarray(picture).save(folder / file, optimize=True)
         rows.append(json.dumps({"file_name": file, "text": caption}))
-    (args.output_dir / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    print(f"{len(rows)} pictures in {args.output_dir}")
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    print(f"{len(rows)} pictures in {folder}")
 
 
 if __name__ == "__main__":
