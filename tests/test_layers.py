@@ -30,10 +30,10 @@ ALLOWED: dict[str, set[str]] = {
     # parts
     "cost": set(),
     "pictures": set(),
-    "data": {"cli", "rng"},
+    "data": {"cli", "rng", "tensors"},
     "tensors": set(),
     "lora": {"cli", "tensors", "sd3.keys"},
-    "checkpoint": {"cli"},
+    "checkpoint": {"cli", "tensors"},
     "download": {"cli"},
     "averaging": {"cli"},
     "publish": {"cli", "checkpoint"},
@@ -44,13 +44,13 @@ ALLOWED: dict[str, set[str]] = {
     "sd3": {"cli", "flow", "rng", "cost", "tensors"},
     "sd15": {"cli", "ddpm", "rng", "cost"},
     "frozen": {"cli", "checkpoint", "data", "rng", "sd3", "training"},
-    "full": {"cli", "sd3"},
+    "full": {"cli", "sd3", "tensors"},
     "prior": {"cli", "rng", "data", "sd3", "training"},
     "validation": {
         *("cli", "flow", "rng", "checkpoint", "data", "frozen", "pictures", "sd3", "training"),
     },
     "pocket": {"cli", "flow", "ddpm", "rng", "lora", "pictures"},
-    "rewards": {"cli", "pocket.verifier"},
+    "rewards": {"cli", "pictures", "pocket.verifier"},
 }
 GROUND = {"gaussian", "rng"}
 MATHS = {"flow", "samplers", "ddpm", "policy", "preference"}

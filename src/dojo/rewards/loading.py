@@ -1,0 +1,206 @@
+"""From a reward's text (`dojo.rewards.spec`) to a reward; and the list of what there is."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dojo.cli import UserError
+from dojo.rewards import spec
+from dojo.rewards.reward import Component, Reward, RewardOutput
+from dojo.rewards.scorer import DTYPES, Metadata, Place, Scorer
+
+# Imported when it is asked for: a scorer's libraries are loaded with it.
+SCORERS = {
+    "pocket": "dojo.rewards.pocket:Pocket",
+    "pocket_strict": "dojo.rewards.pocket:PocketStrict",
+    "jpeg_compressibility": "dojo.rewards.jpeg:Compressibility",
+    "jpeg_incompressibility": "dojo.rewards.jpeg:Incompressibility",
+    "clip": "dojo.rewards.clip:Clip",
+    "clip_iqa": "dojo.rewards.clip:ClipIqa",
+    "pickscore": "dojo.rewards.clip:PickScore",
+    "hpsv2": "dojo.rewards.hps:HpsV2",
+    "hpsv2.1": "dojo.rewards.hps:HpsV21",
+    "aesthetic": "dojo.rewards.aesthetic:Aesthetic",
+    "aesthetic_v1": "dojo.rewards.aesthetic:AestheticV1",
+    "imagereward": "dojo.rewards.imagereward:ImageReward",
+    "ocr": "dojo.rewards.ocr:Ocr",
+    "vlm": "dojo.rewards.vlm:Vlm",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardArgs:
+    """What pictures are scored by."""
+
+    reward: str = "aesthetic"
+    """what to maximise: scorers with weights, as "aesthetic=0.5,pickscore=1"; options stand in
+    brackets, "clip[model=models/pocket-clip]"; own functions are "package.module:function" or
+    "file.py:function", served ones "http://localhost:8000#pickscore" """
+    reward_device: str | None = None
+    """device of the scorers' networks, as cuda:1; by default the device of the training"""
+    reward_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """precision of their weights"""
+    reward_batch_size: int = 16
+    """pictures that are scored at a time"""
+    list_rewards: bool = False
+    """print the scorers with checkpoint, size, licence and range, and exit"""
+
+    def __post_init__(self) -> None:
+        spec.parse(self.reward)
+        if self.reward_batch_size < 1:
+            raise ValueError("--reward_batch_size must be at least 1")
+        if self.reward_device is not None:
+            try:
+                torch.device(self.reward_device)
+            except RuntimeError:
+                raise ValueError(
+                    f"--reward_device: {self.reward_device} is no device (cpu, cuda, cuda:1)"
+                ) from None
+
+    def load(self, device: torch.device, text: str | None = None) -> Reward:
+        """Loads the reward, or the one that `text` names, with these options.
+
+        Args:
+            device: where it works unless --reward_device says otherwise.
+        """
+        return load(
+            text or self.reward,
+            device=torch.device(self.reward_device or device),
+            dtype=DTYPES[self.reward_dtype],
+            batch_size=self.reward_batch_size,
+        )
+
+
+def load(
+    text: str,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+) -> Reward:
+    """Loads what a reward's text (`dojo.rewards.spec`) names; scorers share what they can.
+
+    Raises:
+        UserError: something is not there, naming what, or an option is wrong.
+    """
+    place = Place(device=torch.device(device or "cpu"), dtype=dtype)
+    try:
+        terms = spec.parse(text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    components = [
+        Component(name=term.name, scorer=_scorer(term, place), weight=term.weight) for term in terms
+    ]
+    return Reward(components, batch_size=batch_size)
+
+
+def _scorer(term: spec.Term, place: Place) -> Scorer:
+    options = dict(term.options)
+    try:
+        device = torch.device(options.pop("device", place.device))
+        dtype = DTYPES[options.pop("dtype")] if "dtype" in options else place.dtype
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"--reward: {term.name} has a wrong device or dtype ({error})") from None
+    make, place = scorer_class(term.source), Place(device=device, dtype=dtype, loaded=place.loaded)
+    allowed = [
+        name
+        for name, parameter in inspect.signature(make).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for name in options:
+        if name not in allowed:
+            known = ", ".join([*allowed, "name", "scale", "device", "dtype"])
+            raise UserError(f"--reward: {term.source} has no option {name} (it has {known})")
+    return make(place, **options)
+
+
+def scorer_class(source: str) -> Callable[..., Scorer]:
+    """What makes the scorer of a name, an address or a function's place."""
+    if spec.is_address(source):
+        from dojo.rewards.remote import Remote
+
+        return lambda place, *, timeout="60", retries="5": Remote(
+            place, address=source, timeout=timeout, retries=retries
+        )
+    if source in SCORERS:
+        module, _, name = SCORERS[source].partition(":")
+        return getattr(importlib.import_module(module), name)
+    if ":" not in source:
+        raise UserError(f"--reward: there is no scorer {source} (there are {', '.join(SCORERS)})")
+    function = _function(source)
+    return lambda place: _Function(place, function)
+
+
+def _function(source: str) -> Callable[..., Any]:
+    """A user's function, `package.module:function` or `file.py:function`."""
+    home, _, name = source.rpartition(":")
+    path = Path(home)
+    if home.endswith(".py"):
+        if not path.is_file():
+            raise UserError(f"--reward: there is no file {home}")
+        file = importlib.util.spec_from_file_location(f"dojo_reward_{path.stem}", path)
+        if file is None or file.loader is None:
+            raise UserError(f"--reward: {home} cannot be imported")
+        module = importlib.util.module_from_spec(file)
+        sys.modules[file.name] = module  # dataclasses and pickles look their module up there
+        file.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(home)
+        except ModuleNotFoundError as error:
+            raise UserError(f"--reward: {source}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"--reward: {home} has no function {name}")
+    return function
+
+
+class _Function(Scorer):
+    """A user's function; it says `function.differentiable = True` if gradients pass it."""
+
+    def __init__(self, place: Place, function: Callable[..., Any]) -> None:
+        super().__init__(place)
+        self.function = function
+        # An instance's own value in place of the class's.
+        vars(self)["differentiable"] = bool(getattr(function, "differentiable", False))
+
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
+    ) -> Tensor | Sequence[float]:
+        output = self.function(images, prompts, metadata)
+        if isinstance(output, RewardOutput):
+            return torch.where(output.valid, output.scores, torch.nan)
+        return output
+
+
+def table() -> str:
+    """The scorers as a table in plain text, for --list_rewards."""
+    head: tuple[str, ...] = (
+        "name",
+        "gradient",
+        "usual range",
+        "size",
+        "licence of the weights",
+        "checkpoint",
+    )
+    rows: list[tuple[str, ...]] = [head]
+    for name in SCORERS:
+        one: Any = scorer_class(name)
+        gradient = "yes" if one.differentiable else "no"
+        rows.append((name, gradient, one.range, one.size, one.licence, one.checkpoint))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)

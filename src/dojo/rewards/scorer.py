@@ -1,0 +1,70 @@
+"""What one scorer is, and where it works.
+
+A scorer turns pictures and prompts into one number per picture. `dojo.rewards.reward` mixes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+Metadata = Sequence[Mapping[str, Any]]
+SharedT = TypeVar("SharedT")
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a scorer's network lives, and what it shares with others."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    """of a network's weights; similarities and heads are float32 in any case"""
+    loaded: dict[Hashable, Any] = field(default_factory=dict)
+    """networks that several scorers use, by what tells them apart"""
+
+    def share(self, key: Hashable, load: Callable[[], SharedT]) -> SharedT:
+        """What was loaded under `key`, loaded now if it is the first time."""
+        place = (key, self.device, self.dtype)
+        if place not in self.loaded:
+            self.loaded[place] = load()
+        return self.loaded[place]
+
+
+class Scorer:
+    """One component of a reward; higher is better.
+
+    A subclass takes its options as keyword-only strings after `place`; they are what may stand in
+    brackets in a reward's text.
+    """
+
+    differentiable: ClassVar[bool] = False
+    """whether gradients reach the pixels"""
+    range: ClassVar[str] = ""
+    """the scores that are usual"""
+    checkpoint: ClassVar[str] = "none"
+    """what is loaded unless an option names something else"""
+    size: ClassVar[str] = "-"
+    """of the checkpoint"""
+    licence: ClassVar[str] = "-"
+    """of the weights"""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
+    ) -> Tensor | Sequence[float]:
+        """Scores [B] in float32; NaN where there is none (an answer that cannot be read).
+
+        Args:
+            images: float32 [B, 3, H, W] in [0, 1], on the scorer's device. Gradients flow if the
+                scorer is differentiable and gradients are on.
+            metadata: one mapping per picture, from the prompts' file, or None.
+        """
+        raise NotImplementedError

@@ -1,0 +1,112 @@
+"""Where weights lie and how they are read: safetensors, or pickles of tensors and nothing else.
+
+A model is named by a local path or by its id on the hub, "owner/name"; a single file by a path or
+by "owner/name/file". What `python -m dojo.download` has put into models/ is taken before the hub.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dojo.cli import UserError
+
+MODELS = Path("models")
+
+
+def locate(model: str) -> str:
+    """A local folder if there is one, else the id itself, for `from_pretrained`."""
+    for path in (Path(model), MODELS / Path(model).name):
+        if path.is_dir():
+            return str(path)
+    return model
+
+
+def folder(model: str, *patterns: str) -> Path:
+    """The folder of a model; of one on the hub, what `patterns` match is fetched.
+
+    Raises:
+        UserError: it is neither here nor there.
+    """
+    local = Path(locate(model))
+    if local.is_dir():
+        return local
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
+        raise missing(model, error) from error
+
+
+def file(name: str) -> Path:
+    """A single file: "path", "owner/name/file" or, under models/, "name/file" or "file".
+
+    Raises:
+        UserError: it is neither here nor on the hub.
+    """
+    parts = Path(name).parts
+    for path in (Path(name), MODELS.joinpath(*parts[-2:]), MODELS / parts[-1]):
+        if path.is_file():
+            return path
+    if len(parts) < 3 or Path(name).is_absolute():
+        raise UserError(f"--reward: there is no file {name}, nor one of this name in {MODELS}/")
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+    except (OSError, ValueError) as error:
+        raise missing(name, error) from error
+
+
+def missing(name: str, error: Exception) -> UserError:
+    """What is said of a model that cannot be read."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(f"--reward: {name} cannot be read ({lines[0]})")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pt, .pth or .bin file, on the CPU.
+
+    A file that holds them under "state_dict" is unpacked. Nothing in a file is run.
+
+    Raises:
+        UserError: it is damaged, or it holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the two libraries have many kinds of them
+        raise missing(str(path), error) from error
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"--reward: {path} holds no named tensors")
+    return tensors
+
+
+def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors of a folder in the layout of transformers."""
+    try:
+        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise missing(str(path), error) from error
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return config, read(path / name)
+    raise UserError(f"--reward: {path} has neither model.safetensors nor pytorch_model.bin")
+
+
+def fill(module: torch.nn.Module, tensors: dict[str, Tensor], name: str) -> None:
+    """Puts tensors into a network; every weight must be there, and nothing over.
+
+    Raises:
+        UserError: naming what does not fit.
+    """
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        lines = " ".join(line.strip() for line in str(error).splitlines()[:3])
+        raise UserError(f"--reward: {name} holds other weights than expected: {lines}") from error
