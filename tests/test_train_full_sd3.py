@@ -76,6 +76,17 @@ def test_the_result_is_a_pipeline_that_one_plain_call_loads(
     assert not equal(weights(folder / "checkpoint-2" / "transformer"), tuned)
 
 
+def test_other_users_may_read_what_a_run_writes(train: Any, tmp_path: Path) -> None:
+    folder = train(tmp_path)
+    mine = tmp_path / "mine"
+    mine.touch()
+    files = [
+        path for place in (folder, tmp_path / "cache") for path in place.rglob("*.safetensors")
+    ]
+    assert len(files) > 4
+    assert {path.stat().st_mode for path in files} == {mine.stat().st_mode}
+
+
 def test_the_average_is_validated_saved_and_is_the_result(train: Any, tmp_path: Path) -> None:
     flags = ("--use_ema", "--ema_decay", "0.5", "--learning_rate", "1e-2", "--seed", "1")
     flags += ("--eval_fraction", "0.2", "--validation_steps", "3")

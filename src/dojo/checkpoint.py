@@ -20,6 +20,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from dojo.cli import UserError
+from dojo.tensors import obey_umask
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -50,6 +51,8 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     temporary.mkdir()
     write(temporary)
     for path in [*temporary.rglob("*"), temporary]:
+        if path.suffix == ".safetensors":
+            obey_umask(path)
         _flush(path)
     if folder.exists():
         _remove(folder)

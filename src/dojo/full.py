@@ -17,6 +17,7 @@ from torch import nn
 
 from dojo import sd3
 from dojo.cli import UserError
+from dojo.tensors import obey_umask
 
 TRANSFORMER, AVERAGE = "transformer", "transformer_ema"
 RESULT = "model_index.json"
@@ -140,6 +141,8 @@ def save_result(
     cast = {name: value.to("cpu", dtype) for name, value in transformer.state_dict().items()}
     twin.load_state_dict(cast, assign=True)
     twin.save_pretrained(folder / TRANSFORMER, max_shard_size=args.max_shard_size)
+    for path in (folder / TRANSFORMER).glob("*.safetensors"):
+        obey_umask(path)
     config.make_scheduler(shift).save_pretrained(folder / "scheduler")
     sd3.copy_parts(config, model, folder, ("vae", *sd3.TEXT_FOLDERS))
     if args.single_file:

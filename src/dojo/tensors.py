@@ -103,3 +103,13 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     for entry in header.values():
         entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
     return header, metadata
+
+
+def obey_umask(path: Path) -> None:
+    """Gives a file the permissions of any new file.
+
+    safetensors 0.8 writes for the owner's eyes only, which shuts a machine's other users out.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

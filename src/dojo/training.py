@@ -478,9 +478,9 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         raise UserError("--mixed_precision fp16 needs a GPU")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(
-            f"{accelerator.distributed_type.value} is not supported yet: a run could not be resumed "
-            "exactly; use scripts/accelerate/multi_gpu.yaml (for less memory see --train_dtype, "
-            "--optimizer adamw8bit, --freeze, --gradient_checkpointing)"
+            f"{accelerator.distributed_type.value} is not supported yet: a run could not be "
+            "resumed exactly; use scripts/accelerate/multi_gpu.yaml (for less memory see "
+            "--train_dtype, --optimizer adamw8bit, --freeze, --gradient_checkpointing)"
         )
     if not accelerator.is_main_process:
         for library in (transformers, diffusers):

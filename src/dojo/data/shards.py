@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dojo.cli import UserError
+from dojo.tensors import obey_umask
 
 FORMAT = 2  # to be raised when the same settings would give other numbers
 SHARD_SIZE = 32  # samples at most; the most work that a kill can lose
@@ -112,6 +113,7 @@ def _write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    obey_umask(temporary)
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
