@@ -170,18 +170,28 @@ def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image
     accepted = inspect.signature(pipeline.__call__).parameters
     texts: dict[str, Any] = {"prompt": prompt}
     if args.uncond == "zeros" or args.t5_padding == "zero":
-        texts = embeddings(pipeline, args, prompt)
+        found = embeddings(pipeline, args, prompt)  # the pipeline repeats prompts, not embeddings
+        texts = {name: value.repeat_interleave(len(seeds), 0) for name, value in found.items()}
         optional["negative_prompt"] = None
     for name, value in optional.items():
         if value is not None and name not in accepted:
             raise UserError(f"--{name}: {type(pipeline).__name__} has no such option")
         if value is not None:
             options[name] = value
+    try:
+        return _call(pipeline, args, texts, seeds, options)
+    except ValueError as error:  # a size or length that the model does not take
+        raise UserError(str(error).strip().splitlines()[0]) from error
+
+
+def _call(
+    pipeline: Any, args: Args, texts: dict[str, Any], seeds: list[int], options: dict[str, Any]
+) -> list[Image.Image]:
     return pipeline(
         **texts,
         guidance_scale=args.guidance_scale,
         num_inference_steps=args.num_inference_steps,
-        num_images_per_prompt=len(seeds),
+        num_images_per_prompt=len(seeds) if "prompt" in texts else 1,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         **options,
     ).images

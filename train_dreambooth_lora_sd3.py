@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dojo import (
     averaging,
     cli,
@@ -72,35 +74,45 @@ class Args:
     validation: validation.ValidationArgs
     publish: publish.PublishArgs
 
+    def __post_init__(self) -> None:
+        te = self.text_encoder
+        one_rate = te.text_encoder_lr == self.optim.learning_rate
+        if te.train_text_encoder and self.optim.kind == "prodigy" and not one_rate:
+            raise ValueError("--optimizer prodigy has one rate: --text_encoder_lr must equal it")
+
 
 def main(args: Args) -> None:
     """Trains from the options to the saved adapters."""
     # ---------------------------------------------------------------------------------- run
     run = training.start(args.run, args.optim)
     config = sd3.open_model(args.model)
-    shift = config.shift(args.noise.flow_shift, *args.data.size)
     args.validation.check(config)
     args.publish.check(args.run.output_dir, args.run.report_to)
+    optim.check(args.optim, torch.float32)
     paired = args.prior.with_prior_preservation
 
     # --------------------------------------------------------------------------------- data
-    if paired and not args.run.dry_run:
-        prior.draw_class_images(run, args.prior, config, args.model, args.data)
     sources = frozen.open_sources(run, args)
+    size = sources.size
+    shift = config.shift(args.noise.flow_shift, *size)
     if not args.run.dry_run:
         if paired:
+            prior.draw_class_images(run, args.prior, config, args.model, args.data, size)
             sources.train = data.join([sources.train, prior.open_class(args.prior, args.data)])
         sources = frozen.check_samples(run, sources, config, args, pair_regularisation=paired)
-    run.plan(args.optim, sources.samples_per_epoch, sources.fingerprint())
     batch_size = args.optim.train_batch_size
+    whole_batch = batch_size * run.accelerator.num_processes
+    run.plan(args.optim, sources.samples_per_epoch, sources.fingerprint(whole_batch))
+    args.ema.check(args.optim.kind, run.num_steps)
     cost = partial(
         sd3.training_cost,
         *(config, args.model, run.dtype, partial(lora.add, args=args.lora)),
-        *(batch_size * (1 + paired), config.latent_shape(*args.data.size)),
+        *(batch_size * (1 + paired), config.latent_shape(*size)),
     )
     if args.run.dry_run:
         planned = cost(checkpointing=args.model.gradient_checkpointing)
-        return training.print_plan(run, args, *planned, batch_size)
+        state = args.optim.state_bytes(torch.float32) + args.ema.bytes_per_weight
+        return training.print_plan(run, args, *planned, batch_size, bytes_per_weight=state)
     if not run.begin(args, lora.WEIGHTS):
         return None
     train_clip = args.text_encoder.train_text_encoder
@@ -136,15 +148,13 @@ def main(args: Args) -> None:
     if fixed.encoders:
         fixed.encoders.clips = trained_clips
     model.train()
-    validate = validation.Validator(
-        run, fixed, config, args.noise, args.validation, shift, args.data.size
-    )
+    validate = validation.Validator(run, fixed, config, args.noise, args.validation, shift, size)
 
     # --------------------------------------------------------------------------------- loop
     if run.step == 0:
         validate(model)
     for batch in run.batches(fixed.loader(batch_size)):
-        places, size = batch["place"], batch["size"][0]
+        places = batch["place"]
         rng.seed_global(run.seed, "dropout", places[0])
         with run.accelerator.accumulate(model, *trained_clips):
             mean, std = fixed.latents(batch)
@@ -152,8 +162,8 @@ def main(args: Args) -> None:
             clean = config.scaled(mean, std, posterior_noise)  # [B or 2 B, C, h, w]
             noise = rng.normal(clean.shape[1:], run.keys("noise", places), run.device)
             uniform = rng.uniform(run.keys("sigma", places))
-            sigma = args.noise.draw(uniform, config.shift(args.noise.flow_shift, *size))
-            sigma = sigma.to(run.device)  # [B or 2 B]
+            batch_shift = config.shift(args.noise.flow_shift, *batch["size"][0])
+            sigma = args.noise.draw(uniform, batch_shift).to(run.device)  # [B or 2 B]
             noisy = flow.interpolate(clean, noise, sigma)
 
             predicted = sd3.velocity(
@@ -190,7 +200,7 @@ def main(args: Args) -> None:
             base_model=args.model.pretrained_model_name_or_path,
             dataset=args.data.location,
             options=training.options(args),
-            steps=run.num_steps,
+            steps=run.step,
             repo_id=args.publish.hub_model_id,
             tags=("lora", "dreambooth", "stable-diffusion-3", "text-to-image"),
             instance_prompt=args.data.instance_prompt,

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dojo import (
     averaging,
@@ -59,25 +60,31 @@ def main(args: Args) -> None:
     # ---------------------------------------------------------------------------------- run
     run = training.start(args.run, args.optim)
     config = sd3.open_model(args.model)
-    shift = config.shift(args.noise.flow_shift, *args.data.size)
     args.validation.check(config)
     args.publish.check(args.run.output_dir, args.run.report_to)
     args.full.check(run.dtype)
+    optim.check(args.optim, args.full.dtype)
 
     # --------------------------------------------------------------------------------- data
     sources = frozen.open_sources(run, args)
+    size = sources.size
+    shift = config.shift(args.noise.flow_shift, *size)
     if not args.run.dry_run:
         sources = frozen.check_samples(run, sources, config, args)
-    run.plan(args.optim, sources.samples_per_epoch, sources.fingerprint())
     batch_size = args.optim.train_batch_size
+    whole_batch = batch_size * run.accelerator.num_processes
+    run.plan(args.optim, sources.samples_per_epoch, sources.fingerprint(whole_batch))
+    args.ema.check(args.optim.kind, run.num_steps)
     cost = partial(
         sd3.training_cost,
         *(config, args.model, run.dtype, partial(full.thaw, args=args.full)),
-        *(batch_size, config.latent_shape(*args.data.size)),
+        *(batch_size, config.latent_shape(*size)),
     )
     if args.run.dry_run:
-        planned = cost(checkpointing=args.model.gradient_checkpointing)
-        state = args.optim.state_bytes(args.full.dtype) + args.ema.bytes_per_weight
+        planned: tuple[Any, Any] = cost(checkpointing=args.model.gradient_checkpointing)
+        planned[0].to(args.full.dtype)  # the frozen weights too
+        autocast = run.dtype.itemsize if run.dtype != args.full.dtype else 0  # its copy
+        state = args.optim.state_bytes(args.full.dtype) + args.ema.bytes_per_weight + autocast
         return training.print_plan(run, args, *planned, batch_size, bytes_per_weight=state)
     if not run.begin(args, full.RESULT):
         return None
@@ -102,23 +109,21 @@ def main(args: Args) -> None:
     run.resume(restore, optimizer, schedule)
     model, optimizer = run.accelerator.prepare(transformer, optimizer)
     model.train()
-    validate = validation.Validator(
-        run, fixed, config, args.noise, args.validation, shift, args.data.size
-    )
+    validate = validation.Validator(run, fixed, config, args.noise, args.validation, shift, size)
 
     # --------------------------------------------------------------------------------- loop
     if run.step == 0:
         validate(model)
     for batch in run.batches(fixed.loader(batch_size)):
-        places, size = batch["place"], batch["size"][0]
+        places = batch["place"]
         with run.accelerator.accumulate(model):
             mean, std = fixed.latents(batch)
             posterior_noise = rng.normal(mean.shape[1:], run.keys("posterior", places), run.device)
             clean = config.scaled(mean, std, posterior_noise)  # [B, C, h, w]
             noise = rng.normal(clean.shape[1:], run.keys("noise", places), run.device)
             uniform = rng.uniform(run.keys("sigma", places))
-            sigma = args.noise.draw(uniform, config.shift(args.noise.flow_shift, *size))
-            sigma = sigma.to(run.device)  # [B]
+            batch_shift = config.shift(args.noise.flow_shift, *batch["size"][0])
+            sigma = args.noise.draw(uniform, batch_shift).to(run.device)  # [B]
             noisy = flow.interpolate(clean, noise, sigma)
 
             predicted = sd3.velocity(
@@ -152,7 +157,7 @@ def main(args: Args) -> None:
             base_model=args.model.pretrained_model_name_or_path,
             dataset=args.data.location,
             options=training.options(args),
-            steps=run.num_steps,
+            steps=run.step,
             repo_id=args.publish.hub_model_id,
             tags=("stable-diffusion-3", "text-to-image"),
             weights="",

@@ -30,8 +30,10 @@ OUTPUT_DIR="${OUTPUT_DIR:-outputs/dreambooth-lora-sd3}"
 RESOLUTION="${RESOLUTION:-1024}"
 MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-500}"
 SEED="${SEED:-42}"
-ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-scripts/accelerate/one_gpu.yaml}"
 NUM_PROCESSES="${NUM_PROCESSES:-}" # empty: what ACCELERATE_CONFIG says
+# With one_gpu.yaml accelerate would start one process whatever their number.
+several=$([[ "${NUM_PROCESSES:-1}" -gt 1 ]] && echo multi || echo one)
+ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-scripts/accelerate/${several}_gpu.yaml}"
 
 # The environment of scripts/setup.sh, unless another one is active.
 if [[ -z "${VIRTUAL_ENV:-}" && -d .venv/bin ]]; then

@@ -31,8 +31,10 @@ OUTPUT_DIR="${OUTPUT_DIR:-outputs/lora-sd3}"
 RESOLUTION="${RESOLUTION:-1024}"
 MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-3000}"
 SEED="${SEED:-42}"
-ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-scripts/accelerate/one_gpu.yaml}"
 NUM_PROCESSES="${NUM_PROCESSES:-}" # empty: what ACCELERATE_CONFIG says
+# With one_gpu.yaml accelerate would start one process whatever their number.
+several=$([[ "${NUM_PROCESSES:-1}" -gt 1 ]] && echo multi || echo one)
+ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-scripts/accelerate/${several}_gpu.yaml}"
 
 # The environment of scripts/setup.sh, unless another one is active.
 if [[ -z "${VIRTUAL_ENV:-}" && -d .venv/bin ]]; then
@@ -65,11 +67,8 @@ exec accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" \
     train_lora_sd3.py \
     --pretrained_model_name_or_path "$MODEL_NAME" \
     --dataset_name "$DATASET_NAME" \
-    --image_column image \
-    --caption_column text \
     --output_dir "$OUTPUT_DIR" \
     ${resolution[@]+"${resolution[@]}"} \
-    --center_crop \
     --dataloader_num_workers 4 \
     --eval_fraction 0.02 \
     --rank 16 \

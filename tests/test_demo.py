@@ -74,6 +74,16 @@ def test_a_picture_depends_on_its_own_seed_alone(tiny_sd3: Path, tmp_path: Path)
     assert difference.abs().max() <= 1  # a batch of two rounds differently
 
 
+def test_several_pictures_without_a_prompt_at_all(tiny_sd3: Path, tmp_path: Path) -> None:
+    options = ("--prompt", "a star", "--uncond", "zeros", "--seed", "4")
+    for out, more in (("two", ("--num_images_per_prompt", "2")), ("one", ())):
+        demo.main(parse(*flags_for(tiny_sd3, tmp_path / out, *options, *more)))
+    two, one = (Image.open(tmp_path / out / "0000-a_star-seed4.png") for out in ("two", "one"))
+    difference = torch.tensor(list(two.tobytes())) - torch.tensor(list(one.tobytes()))
+    assert difference.abs().max() <= 2
+    assert len(list((tmp_path / "two").glob("*.png"))) == 2
+
+
 def test_compare_lays_base_and_lora_side_by_side(
     tiny_sd3: Path, adapter: Path, tmp_path: Path
 ) -> None:

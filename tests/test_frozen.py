@@ -24,7 +24,7 @@ class Opened:
         self.config = sd3.open_model(args.model)
         sources = frozen.open_sources(self.run, args)
         sources = frozen.check_samples(self.run, sources, self.config, args)
-        self.run.plan(args.optim, sources.samples_per_epoch, sources.fingerprint())
+        self.run.plan(args.optim, sources.samples_per_epoch, sources.fingerprint(2))
         assert self.run.begin(args, lora.WEIGHTS)
         self.fixed = frozen.prepare(self.run, sources, self.config, args, texts)
 

@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "sd15": {"cli", "ddpm", "rng", "cost"},
     "frozen": {"cli", "checkpoint", "data", "rng", "sd3", "training"},
     "full": {"cli", "sd3", "tensors"},
-    "prior": {"cli", "rng", "data", "sd3", "training"},
+    "prior": {"cli", "rng", "data", "frozen", "sd3", "training"},
     "validation": {
         *("cli", "flow", "rng", "checkpoint", "data", "frozen", "pictures", "sd3", "training"),
     },

@@ -300,10 +300,12 @@ def test_a_schedule_free_optimizer_validates_with_its_own_average_and_loses_no_b
     assert torch.equal(weight, plain)
 
 
-def test_two_averages_at_once_are_refused() -> None:
-    weight, optimizer = problem("schedulefree")
+def test_an_average_that_would_not_be_one_is_refused() -> None:
     with pytest.raises(UserError, match="--use_ema"):
-        Averaged([weight], EmaArgs(use_ema=True), optimizer)
+        EmaArgs(use_ema=True).check("schedulefree", 10)
+    with pytest.raises(UserError, match="--ema_update_every 11"):
+        EmaArgs(use_ema=True, ema_update_every=11).check("adamw", 10)
+    EmaArgs(use_ema=True, ema_update_every=10).check("adamw", 10)
 
 
 def test_an_average_is_saved_and_restored_exactly(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,26 @@ def test_masters_are_float32_under_autocast(train: Any, tmp_path: Path) -> None:
     values = torch.cat([value.flatten() for value in saved.values()])
     assert values.dtype == torch.float32
     assert not torch.equal(values, values.bfloat16().float())
+
+
+def test_a_run_does_not_write_into_the_folder_of_its_model(
+    train: Any, tmp_path: Path, tiny_sd3: Path
+) -> None:
+    model = tmp_path / "run"
+    shutil.copytree(tiny_sd3, model)
+    before = sorted(path.name for path in model.rglob("*"))
+    for more in ((), ("--overwrite_output_dir",)):
+        with pytest.raises(UserError, match="--pretrained_model_name_or_path"):
+            train(tmp_path, "--pretrained_model_name_or_path", str(model), *more)
+    assert sorted(path.name for path in model.rglob("*")) == before
+
+
+def test_a_longer_run_leaves_no_shards_of_the_shorter_one(train: Any, tmp_path: Path) -> None:
+    common = ("--seed", "1", "--checkpointing_steps", "1")
+    train(tmp_path, *common, "--max_shard_size", "5MB", "--max_train_steps", "1")
+    more = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--max_shard_size")
+    folder = train(tmp_path, *common, *more, "5GB")
+    assert equal(weights(folder / "transformer"), weights(folder / "checkpoint-2" / "transformer"))
 
 
 def test_a_large_transformer_is_saved_in_shards(train: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import train_lora_sd3
 from dojo import flow, lora, sd3
 from dojo.cli import TrainingStopped, UserError
 
-from .conftest import ROOT, MakeArgs, launch, lora_flags
+from .conftest import ROOT, MakeArgs, launch, lora_flags, run_flags
 
 SCRIPT = "train_lora_sd3.py"
 PROMPTS = (
@@ -304,6 +304,44 @@ def test_a_run_is_not_continued_with_other_options(lora_args: MakeArgs, tmp_path
         with pytest.raises(UserError, match=f"{other[-2]} was "):
             run(lora_args(tmp_path, *resume, *other))
     assert (folder / "args.json").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_folder_brings_its_options(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    folder = run(lora_args(tmp_path / "a", "--learning_rate", "1e-3"))
+    resume = ("--resume_from_checkpoint", str(folder / "checkpoint-3"), "--max_train_steps", "4")
+    with pytest.raises(UserError, match=r"--learning_rate was 0\.001"):
+        run(lora_args(tmp_path / "b", *resume, "--learning_rate", "1e-2"))
+    again = run(lora_args(tmp_path / "b", *resume, "--learning_rate", "1e-3"))
+    assert (again / lora.WEIGHTS).is_file()
+
+
+def test_the_use_of_the_data_may_not_change_on_the_way(
+    tiny_sd3: Path, scene_data: Path, tmp_path: Path
+) -> None:
+    listed = tmp_path / "data.json"
+    words = [*run_flags(tmp_path, tiny_sd3, None), "--data_config", str(listed), "--rank", "2"]
+
+    def train(weight: float, *more: str) -> None:
+        listed.write_text(json.dumps([{"path": str(scene_data), "weight": weight}]))
+        run(train_lora_sd3.cli.parse(train_lora_sd3.Args, None, [*words, *more]))
+
+    train(1.0)
+    resume = ("--resume_from_checkpoint", "latest", "--max_train_steps", "4")
+    with pytest.raises(UserError, match="training data"):
+        train(0.1, *resume)
+    train(1.0, *resume)
+
+
+def test_results_inside_the_data_are_refused(
+    lora_args: MakeArgs, tmp_path: Path, scene_data: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(scene_data, data)
+    flags = ("--dataset_name", str(data), "--output_dir", str(data / "run"))
+    with pytest.raises(UserError, match="--output_dir"):
+        run(lora_args(tmp_path, *flags))
 
 
 def test_overwriting_wins_over_resuming(lora_args: MakeArgs, tmp_path: Path) -> None:

@@ -43,6 +43,19 @@ class EmaArgs:
         if self.ema_update_every < 1:
             raise ValueError("--ema_update_every must be at least 1")
 
+    def check(self, optimizer: str, num_steps: int) -> None:
+        """Refuses an average that would not be one.
+
+        Raises:
+            UserError: the optimizer averages already, or the run is over before the first update.
+        """
+        if self.use_ema and optimizer == "schedulefree":
+            raise UserError("--use_ema: schedulefree averages its weights already")
+        if self.use_ema and self.ema_update_every > num_steps:
+            raise UserError(
+                f"--ema_update_every {self.ema_update_every}: the run has {num_steps} steps only"
+            )
+
     @property
     def bytes_per_weight(self) -> int:
         """On the device, for the estimate of memory."""
@@ -55,8 +68,6 @@ class Averaged:
     Args:
         params: the trained weights.
         optimizer: asked for its own average when it is a schedule-free one.
-    Raises:
-        UserError: two averages at once.
     """
 
     def __init__(
@@ -67,8 +78,6 @@ class Averaged:
         self.optimizer: Any = optimizer if hasattr(optimizer, "eval") else None
         self.ema: EMAModel | None = None
         if args.use_ema:
-            if self.optimizer is not None:
-                raise UserError("--use_ema: schedulefree averages its weights already")
             self.ema = EMAModel(self.params, decay=args.ema_decay)
             # In bfloat16 an update of one part in ten thousand would be rounded away.
             self.ema.to(device=self._home, dtype=torch.float32)

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -48,19 +49,44 @@ class Sources:
     plan: data.Plan | None = None
 
     @property
+    def size(self) -> data.Size:
+        """(height, width) of the largest training pictures: what memory, shift and validation go
+        by. With aspect buckets it stands for all shapes of that many pixels."""
+        recipes = self.train.recipes
+        return (
+            max(recipe.height or max(recipe.resolution) for recipe in recipes),
+            max(recipe.width or max(recipe.resolution) for recipe in recipes),
+        )
+
+    @property
     def samples_per_epoch(self) -> int:
         """Uses of pictures per epoch: repeats count; partners of DreamBooth's batches do not."""
         if self.plan is not None:
             return self.plan.samples_per_epoch
         return sum(self.train.recipe(index).repeats for index in range(len(self.train)))
 
-    def fingerprint(self) -> str:
-        """Identifies what is trained on: samples, captions, sizes, order."""
+    def fingerprint(self, whole_batch: int) -> str:
+        """Identifies what is trained on: samples, captions, sizes, order, and how they are used.
+
+        Args:
+            whole_batch: samples of a micro-batch over all processes; batches of several buckets
+                are filled in other ways when it changes.
+        """
         digest = hashlib.blake2b(digest_size=8)
-        plan = self.plan
+        plan, train = self.plan, self.train
         rounds = [sorted(some.items()) for some in plan.rounds] if plan else []
         partners = plan.partners if plan else ()
-        for words in (self.train.ids, self.train.captions, rounds, partners):
+        filled = whole_batch if plan and len(plan.sizes) > 1 else 0
+        recipes = [asdict(recipe) for recipe in train.recipes]
+        for words in (
+            train.ids,
+            train.captions,
+            train.recipe_of,
+            recipes,
+            rounds,
+            partners,
+            filled,
+        ):
             digest.update(json.dumps(words).encode())
         return digest.hexdigest()
 
@@ -203,7 +229,18 @@ def open_sources(run: Run, args: Options) -> Sources:
         if args.data.eval_data_dir:
             held_out = data.open_evaluation(args.data)
     run.say(source.description)
+    refuse_inside(run.output_dir, args.data.location, "output_dir")
     return Sources(train, held_out)
+
+
+def refuse_inside(folder: Path, location: str, flag: str) -> None:
+    """Pictures that a run makes must not turn up among those that it learns."""
+    source = Path(location).expanduser()
+    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"--{flag} {folder} lies in the folder of the training pictures, {location}: its "
+            "pictures would be trained on"
+        )
 
 
 def check_samples(
@@ -241,6 +278,8 @@ def check_samples(
     if sources.held_out is not None:
         held_out, more = check(sources.held_out)
         bad = bad + more
+        eval_plan = data.assign(held_out, args.data, config.pixel_step)
+        bad += [data.BadReport(held_out.names[index], why) for index, why in eval_plan.left_out]
     plan = data.assign(train, args.data, config.pixel_step, pair_regularisation=pair_regularisation)
     too_small = [data.BadReport(train.names[index], why) for index, why in plan.left_out]
     if too_small and args.data.on_bad_sample == "error":
@@ -311,10 +350,12 @@ def prepare(
 
     encoders: sd3.TextEncoders | None = None
 
-    def load_encoders() -> sd3.TextEncoders:
+    def load_encoders(*, with_t5: bool = True) -> sd3.TextEncoders:
         nonlocal encoders
         if encoders is None:
-            encoders = sd3.TextEncoders.load(config, args.model, args.text, run.dtype, run.device)
+            encoders = sd3.TextEncoders.load(
+                *(config, args.model, args.text, run.dtype, run.device), with_t5=with_t5
+            )
         return encoders
 
     with run.phase("cache"):
@@ -325,11 +366,16 @@ def prepare(
             held_out = pictures_of(sources.held_out, still=True)
             eval_plan = data.assign(sources.held_out, args.data, config.pixel_step)
             draws = _each_once(eval_plan)
-            evaluation.append(EvalSet("eval", cached(held_out, eval_plan), draws))
-            same = _each_once(plan)
+            same = [
+                draw
+                for draw in _each_once(plan)
+                if not sources.train.recipe(draw.index).is_regularisation
+            ]
             count = min(len(draws), len(same))
             few = [same[i * len(same) // count] for i in range(count)]  # from all over the set
-            evaluation.append(EvalSet("train", train_rows.still(), few))
+            if count:
+                evaluation.append(EvalSet("eval", cached(held_out, eval_plan), draws))
+                evaluation.append(EvalSet("train", train_rows.still(), few))
             others += held_out.texts()
             # Unshuffled, which training never asks for.
             others += [sources.train.captions[draw.index][0] for draw in few]
@@ -352,7 +398,7 @@ def prepare(
                 **run.share,
             )
         run.accelerator.wait_for_everyone()
-    live = load_encoders() if train_clip else None
+    live = load_encoders(with_t5=False) if train_clip else None
     if live is not None and lookup is not live:
         live.free_t5()
     before = used_memory_gib(run.device)

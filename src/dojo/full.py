@@ -7,6 +7,7 @@ whole pipeline folder, and on request one file with the original names.
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +40,8 @@ class FullArgs:
     weights), parts of names (pos_embed, context_embedder, transformer_blocks.0), or re: and a
     regular expression over full names"""
     save_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """precision of the result's transformer; checkpoints keep the training's own"""
+    """precision of the result's transformer and of the single file; checkpoints keep the
+    training's own"""
     max_shard_size: str = "5GB"
     """largest file of the result's transformer"""
     single_file: bool = False
@@ -140,6 +142,9 @@ def save_result(
         twin: Any = SD3Transformer2DModel.from_config(transformer.config)
     cast = {name: value.to("cpu", dtype) for name, value in transformer.state_dict().items()}
     twin.load_state_dict(cast, assign=True)
+    # Of a longer run's shorter past: its shards and its index would stand beside the new files.
+    shutil.rmtree(folder / TRANSFORMER, ignore_errors=True)
+    (folder / SINGLE_FILE).unlink(missing_ok=True)
     twin.save_pretrained(folder / TRANSFORMER, max_shard_size=args.max_shard_size)
     for path in (folder / TRANSFORMER).glob("*.safetensors"):
         obey_umask(path)

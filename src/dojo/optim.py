@@ -48,8 +48,9 @@ class OptimArgs:
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedulefree"] = (
         "adamw"
     )
-    """adamw (fused), adamw8bit (bitsandbytes), adafactor (torch), lion (optimi, wants a learning
-    rate 3 to 10 times smaller), prodigy (finds its step size: set --learning_rate 1), schedulefree
+    """adamw (fused), adamw8bit (bitsandbytes), adafactor (torch; its
+    rate is relative to the weights' size, 1e-2 is usual), lion (optimi, wants a learning rate 3 to
+    10 times smaller), prodigy (finds its step size: set --learning_rate 1), schedulefree
     (AdamW that averages its weights and needs no schedule)"""
     use_8bit_adam: bool = False
     """the same as --optimizer adamw8bit"""
@@ -174,15 +175,26 @@ def make(
     return optimizer, schedule
 
 
-def _optimizer(
-    groups: list[dict[str, Any]], args: OptimArgs, device: torch.device
-) -> torch.optim.Optimizer:
-    low = any(param.dtype != torch.float32 for group in groups for param in group["params"])
-    if low and args.kind not in KAHAN_BYTES:
+def check(args: OptimArgs, dtype: torch.dtype) -> None:
+    """Refuses before the data work what `make` would refuse after it.
+
+    Raises:
+        UserError: the optimizer's package is missing, or it cannot train weights of this dtype.
+    """
+    if dtype != torch.float32 and args.kind not in KAHAN_BYTES:
         raise UserError(
             f"--optimizer {args.kind} loses small updates of bfloat16 weights; with --train_dtype "
             "bf16 use adamw or lion, which compensate (Kahan), or leave --train_dtype at fp32"
         )
+    if args.kind == "adamw8bit":
+        _require("bitsandbytes", args)
+
+
+def _optimizer(
+    groups: list[dict[str, Any]], args: OptimArgs, device: torch.device
+) -> torch.optim.Optimizer:
+    low = any(param.dtype != torch.float32 for group in groups for param in group["params"])
+    check(args, torch.bfloat16 if low else torch.float32)
     common: dict[str, Any] = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -194,8 +206,7 @@ def _optimizer(
             groups, lr=args.learning_rate, weight_decay=args.adam_weight_decay
         )
     if args.kind == "adamw8bit":
-        _require("bitsandbytes", args)
-        import bitsandbytes
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
 
         return bitsandbytes.optim.AdamW8bit(groups, **common)
     if args.kind == "prodigy":

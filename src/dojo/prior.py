@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from dojo import data, rng, sd3
+from dojo import data, frozen, rng, sd3
 from dojo.cli import UserError
 from dojo.training import Run
 
@@ -76,6 +76,7 @@ def draw_class_images(
     config: sd3.Config,
     model: sd3.ModelArgs,
     data_args: data.DataArgs,
+    size: data.Size,
 ) -> None:
     """Fills the class folder up to `num_class_images`, the processes sharing the work.
 
@@ -86,10 +87,11 @@ def draw_class_images(
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
     run.accelerator.wait_for_everyone()
+    frozen.refuse_inside(folder, data_args.location, "class_data_dir")
     found = data.scan(folder, _class_args(args, data_args))
     taken = set(found.pictures)
     missing = args.num_class_images - len(taken)
-    names = (f"class-{k:05d}.png" for k in range(args.num_class_images + len(taken)))
+    names = (f"{found.prefix}class-{k:05d}.png" for k in range(args.num_class_images + len(taken)))
     free = [name for name in names if name not in taken][: max(0, missing)]
     if free and found.metadata:
         raise UserError(
@@ -99,10 +101,7 @@ def draw_class_images(
     run.accelerator.wait_for_everyone()  # everybody has counted before anybody draws
     mine = free[run.share["process"] :: run.share["num_processes"]]
     if mine:
-        _draw(run, args, config, model, data_args.size, mine)
-    if found.sidecars:  # a folder with captions: the drawn pictures have theirs too
-        for name in mine:
-            (folder / name).with_suffix(".txt").write_text(str(args.class_prompt), "utf-8")
+        _draw(run, args, config, model, size, mine, captions=bool(found.sidecars))
     run.accelerator.wait_for_everyone()
 
 
@@ -114,6 +113,8 @@ def _draw(
     model: sd3.ModelArgs,
     size: tuple[int, int],
     names: Sequence[str],
+    *,
+    captions: bool,
 ) -> None:
     precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = precisions.get(args.prior_generation_precision or "", run.dtype)
@@ -132,9 +133,12 @@ def _draw(
             generator=[rng.generator("class picture", str(args.class_prompt), k) for k in some],
         ).images
         for name, picture in zip(some, pictures, strict=True):
-            partial = args.folder / f".{name}.partial"
+            path = args.folder / name
+            if captions:  # the folder's own pictures have theirs
+                path.with_suffix(".txt").write_text(str(args.class_prompt), "utf-8")
+            partial = path.with_name(f".{path.name}.partial")
             picture.save(partial, format="PNG")
-            partial.replace(args.folder / name)
+            partial.replace(path)
         bar.update(len(some))
     bar.close()
     del pipeline

@@ -72,7 +72,7 @@ class RunArgs:
     """keep only this many checkpoints, the newest"""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """precision of the frozen parts and the arithmetic; unset is what accelerate's configuration
-    says; trainable weights are float32 in any case"""
+    says; trainable weights are float32 in any case but --train_dtype bf16"""
     allow_tf32: bool = False
     """let float32 products on Ampere and newer GPUs use TensorFloat-32"""
     report_to: Literal["tensorboard", "wandb", "swanlab", "all", "none"] = "tensorboard"
@@ -211,14 +211,19 @@ class Run:
             UserError: the folder holds another run.
         """
         folder = self.output_dir
+        _refuse_own_sources(folder, args)
         marker = folder / "finished.json"
         done = marker.is_file() and json.loads(marker.read_text())["step"] >= self.num_steps
         overwrite, resume = self.args.overwrite_output_dir, self.args.resume_from_checkpoint
         occupied = marker.is_file() or bool(checkpoint.existing(folder))
-        changed = _changed_options(folder, args) if occupied and not overwrite else []
+        # A checkpoint may come from another folder: then that run's options count.
+        origin = self._resumed.parent if self._resumed else folder
+        changed = []
+        if (occupied or self._resumed) and not overwrite:
+            changed = _changed_options(origin, args, self.accelerator.mixed_precision)
         if changed and resume is not None:
             raise UserError(
-                f"--output_dir {folder} holds a run with other options: {'; '.join(changed)}; "
+                f"--output_dir {origin} holds a run with other options: {'; '.join(changed)}; "
                 "continue it with its own, or choose another folder"
             )
         if done and not changed and (folder / result).exists() and not overwrite:
@@ -471,7 +476,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(hours=24)),
             # The only buffer is a constant table of positions, 0.45 GB in SD3.5-Medium.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -576,11 +581,28 @@ _INCIDENTAL = """
     gradient_checkpointing torch_compile dataset_name train_data_dir instance_data_dir data_config
     class_data_dir sample_batch_size cache_dir dataloader_num_workers on_bad_sample eval_fraction
     eval_data_dir max_train_samples latent_cache_dir no_cache_latents no_cache_text_embeddings
-    offload_ema save_dtype single_file single_file_without_t5 lora_format
+    offload_ema save_dtype max_shard_size single_file single_file_without_t5 lora_format
 """
 
 
-def _changed_options(folder: Path, args: Any) -> list[str]:
+def _refuse_own_sources(folder: Path, args: Any) -> None:
+    """A run must not write into the folder that it reads its model from.
+
+    Raises:
+        UserError: it would.
+    """
+    names = ("pretrained_model_name_or_path", "single_file_config", "init_lora_weights_path")
+    groups = [vars(group) for group in vars(args).values()]
+    for name, value in [(name, group.get(name)) for group in groups for name in names]:
+        path = Path(value).expanduser().resolve() if value else None
+        if path and path.exists() and folder.resolve() in (path, path.parent):
+            raise UserError(
+                f"--output_dir {folder}: the run would overwrite its own --{name}; choose another "
+                "folder"
+            )
+
+
+def _changed_options(folder: Path, args: Any, mixed_precision: str) -> list[str]:
     """What differs from the options of the run in `folder`, in words."""
     path = folder / "args.json"
     if not path.is_file():
@@ -595,7 +617,10 @@ def _changed_options(folder: Path, args: Any) -> list[str]:
             if name not in _INCIDENTAL.split()
         }
 
-    then, now = essential(json.loads(path.read_text())["args"]), essential(options(args))
+    record = json.loads(path.read_text())
+    # As accelerate resolved it: its configuration may have changed while the flag did not.
+    then = {**essential(record["args"]), "mixed_precision": record["mixed_precision"]}
+    now = {**essential(options(args)), "mixed_precision": mixed_precision}
     names = sorted(then.keys() | now.keys())
     return [
         f"--{name} was {then.get(name)}, now {now.get(name)}"

@@ -209,10 +209,11 @@ def _with_alpha(part: str, layers: Layers, metadata: Mapping[str, str]) -> Layer
         return layers
 
     def alpha(name: str, rank: int) -> float:
+        factor = rank**0.5 if config.get("use_rslora") else 1
         for pattern, value in (config.get("alpha_pattern") or {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern.removeprefix('^')})", name):
-                return value
-        return config["lora_alpha"] * (rank**0.5 if config.get("use_rslora") else 1)
+                return value * factor
+        return config["lora_alpha"] * factor
 
     return {
         name: replace(factors, alpha=alpha(name, factors.rank)) for name, factors in layers.items()

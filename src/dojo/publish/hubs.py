@@ -135,7 +135,7 @@ class PublishArgs:
                     "--modelscope_model_id: the package modelscope is not installed; "
                     "pip install 'modelscope>=1.40'"
                 )
-            from modelscope_hub import HubConfig
+            from modelscope_hub import HubConfig  # pyright: ignore[reportMissingImports]
 
             # The library's own order: the argument, MODELSCOPE_API_TOKEN, `modelscope login`.
             tokens["modelscope_model_id"] = HubConfig(token=self.modelscope_token).token or ""
@@ -321,8 +321,8 @@ def _to_hub(staged: Path, name: str, token: str, private: bool, message: str) ->
 
 
 def _to_modelscope(staged: Path, name: str, token: str, private: bool, message: str) -> str:
-    from modelscope_hub import License, Visibility
-    from modelscope_hub.errors import AlreadyExistsError
+    from modelscope_hub import License, Visibility  # pyright: ignore[reportMissingImports]
+    from modelscope_hub.errors import AlreadyExistsError  # pyright: ignore[reportMissingImports]
 
     api = _modelscope(token)
     visibility = Visibility.PRIVATE if private else Visibility.PUBLIC
@@ -339,7 +339,7 @@ def _to_modelscope(staged: Path, name: str, token: str, private: bool, message: 
 
 def _modelscope(token: str) -> Any:
     """ModelScope's client; the package is an extra."""
-    from modelscope_hub import HubApi, HubConfig
+    from modelscope_hub import HubApi, HubConfig  # pyright: ignore[reportMissingImports]
 
     return HubApi(HubConfig(token=token))
 

@@ -58,20 +58,24 @@ def load_part(kind: Any, part: str, config: Config, args: ModelArgs, dtype: torc
 
 
 def load_text_pipeline(
-    config: Config, args: ModelArgs, dtype: torch.dtype
+    config: Config, args: ModelArgs, dtype: torch.dtype, *, with_t5: bool = True
 ) -> StableDiffusion3Pipeline:
     """Tokenizers and text encoders in `dtype`, without transformer and autoencoder.
 
     Without T5's weights, in the single file and in the folder, `text_encoder_3` is None and
     says so once.
 
+    Args:
+        with_t5: False leaves the largest of the three unread.
     Raises:
         UserError: a CLIP's weights are neither in the single file nor in the folder.
     """
     index = json.loads((config.folder / "model_index.json").read_text())
     parts: dict[str, Any] = {"transformer": None, "vae": None}
     for part in TEXT_ENCODERS:
-        if config.checkpoint is not None and part in config.checkpoint:
+        if part == "text_encoder_3" and not with_t5:
+            parts[part] = None
+        elif config.checkpoint is not None and part in config.checkpoint:
             parts[part] = load_encoder(config.checkpoint, part, config.folder, dtype)
         elif any((config.folder / part).glob("*.safetensors")):
             continue  # from the folder

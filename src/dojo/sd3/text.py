@@ -131,9 +131,11 @@ class TextEncoders:
         text: TextArgs,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        with_t5: bool = True,
     ) -> TextEncoders:
         """The frozen encoders of a model."""
-        pipeline: Any = load_text_pipeline(config, args, dtype)
+        pipeline: Any = load_text_pipeline(config, args, dtype, with_t5=with_t5)
         for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
             if part is not None:
                 part.requires_grad_(False).eval().to(device)
