@@ -18,15 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    StableDiffusion3Pipeline,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from tqdm import tqdm
 
-from dojo import cli, lora, sd3
+from dojo import cli, inference, lora
 from dojo.cli import UserError
 from dojo.pictures import labelled_grid, slug
 
@@ -103,9 +99,14 @@ class Args:
 
 def main(args: Args) -> None:
     """Draws every prompt and writes pictures, prompts.json and, to compare, a grid."""
-    prompts = list(args.prompt) + (read_prompts(args.prompt_file) if args.prompt_file else [])
+    prompts = list(args.prompt) + (
+        inference.read_prompts(args.prompt_file) if args.prompt_file else []
+    )
     device = choose_device(args)
-    pipeline = load_pipeline(args, device)
+    auto = {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
+    pipeline = inference.load_pipeline(
+        args.pretrained_model_name_or_path, DTYPES.get(args.dtype, auto), args.single_file_config
+    )
     names = [f"lora{i}" for i in range(len(args.lora_weights_path))]
     base_scheduler, tuned_scheduler = pipeline.scheduler, pipeline.scheduler
     for name, path in zip(names, args.lora_weights_path, strict=True):
@@ -163,6 +164,9 @@ def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image
         "negative_prompt": args.negative_prompt,
     }
     if args.skip_guidance_layers:
+        blocks = getattr(getattr(pipeline, "transformer", None), "transformer_blocks", ())
+        if blocks and max(args.skip_guidance_layers) >= len(blocks):
+            raise UserError(f"--skip_guidance_layers: the model has layers 0 to {len(blocks) - 1}")
         optional["skip_guidance_layers"] = list(args.skip_guidance_layers)
         for name in ("scale", "start", "stop"):
             option = f"skip_layer_guidance_{name}"
@@ -170,7 +174,13 @@ def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image
     accepted = inspect.signature(pipeline.__call__).parameters
     texts: dict[str, Any] = {"prompt": prompt}
     if args.uncond == "zeros" or args.t5_padding == "zero":
-        found = embeddings(pipeline, args, prompt)  # the pipeline repeats prompts, not embeddings
+        found = inference.embeddings(
+            *(pipeline, prompt, args.negative_prompt or ""),
+            max_sequence_length=args.max_sequence_length or 256,
+            uncond=args.uncond,
+            t5_padding=args.t5_padding,
+        )
+        # The pipeline repeats prompts, not embeddings.
         texts = {name: value.repeat_interleave(len(seeds), 0) for name, value in found.items()}
         optional["negative_prompt"] = None
     for name, value in optional.items():
@@ -179,86 +189,16 @@ def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image
         if value is not None:
             options[name] = value
     try:
-        return _call(pipeline, args, texts, seeds, options)
+        return pipeline(
+            **texts,
+            guidance_scale=args.guidance_scale,
+            num_inference_steps=args.num_inference_steps,
+            num_images_per_prompt=len(seeds) if "prompt" in texts else 1,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **options,
+        ).images
     except ValueError as error:  # a size or length that the model does not take
         raise UserError(str(error).strip().splitlines()[0]) from error
-
-
-def _call(
-    pipeline: Any, args: Args, texts: dict[str, Any], seeds: list[int], options: dict[str, Any]
-) -> list[Image.Image]:
-    return pipeline(
-        **texts,
-        guidance_scale=args.guidance_scale,
-        num_inference_steps=args.num_inference_steps,
-        num_images_per_prompt=len(seeds) if "prompt" in texts else 1,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        **options,
-    ).images
-
-
-@torch.no_grad()
-def embeddings(pipeline: Any, args: Args, prompt: str) -> dict[str, torch.Tensor]:
-    """What the pipeline would make of the prompts, but for padding and the empty one."""
-    if not isinstance(pipeline, StableDiffusion3Pipeline):
-        raise UserError("--uncond zeros and --t5_padding zero are for Stable Diffusion 3")
-    encoders = sd3.TextEncoders(
-        pipeline,
-        max_sequence_length=args.max_sequence_length or 256,
-        t5_padding=args.t5_padding,
-        width=pipeline.transformer.config["joint_attention_dim"],
-        device=pipeline._execution_device,
-    )
-    found = dict(encoders([prompt]))
-    for name, value in encoders([args.negative_prompt or ""]).items():
-        dropped = args.uncond == "zeros" and not args.negative_prompt
-        found[f"negative_{name}"] = torch.zeros_like(value) if dropped else value
-    return {name: value.to(encoders.device) for name, value in found.items()}
-
-
-def load_pipeline(args: Args, device: torch.device) -> Any:
-    """The pipeline of a folder or hub id, quiet and in the chosen precision."""
-    auto = {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
-    dtype = DTYPES.get(args.dtype, auto)
-    name = args.pretrained_model_name_or_path
-    if Path(name).is_file():
-        model = sd3.ModelArgs(
-            pretrained_model_name_or_path=name, single_file_config=args.single_file_config
-        )
-        pipeline: Any = sd3.load_pipeline(sd3.open_model(model), model, dtype, torch.device("cpu"))
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
-        hint = " (a LoRA folder goes to --lora_weights_path)" if is_lora(Path(name)) else ""
-        raise UserError(f"--pretrained_model_name_or_path: {name} has no model_index.json{hint}")
-    if not Path(name).is_dir() and (
-        name.count("/") != 1 or name.startswith(("models/", "outputs/"))
-    ):
-        raise UserError(f"--pretrained_model_name_or_path: there is no folder {name}")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, **absent_parts(Path(name)))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--pretrained_model_name_or_path: {name} could not be loaded ({reason})"
-        ) from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def absent_parts(folder: Path) -> dict[str, None]:
-    """Parts that a folder says it does not have (T5), as diffusers wants to be told again."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return {}
-    listed = json.loads(index.read_text())
-    names = ("text_encoder_3", "tokenizer_3")
-    return {name: None for name in names if listed.get(name, [""])[0] is None}
-
-
-def is_lora(folder: Path) -> bool:
-    """Whether a folder looks like the result of a LoRA training."""
-    return (folder / lora.WEIGHTS).is_file()
 
 
 def choose_device(args: Args) -> torch.device:
@@ -272,24 +212,6 @@ def choose_device(args: Args) -> torch.device:
     if args.offload != "none" and name != "cuda":
         raise UserError(f"--offload {args.offload} needs a CUDA device")
     return torch.device(name)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one per line, or of a .jsonl file."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_file: {path} cannot be read ({error})") from error
-    lines = [line for line in lines if line]
-    if path.suffix == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in lines]
-            lines = [row["prompt"] if "prompt" in row else row["text"] for row in rows]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"--prompt_file: {path} has a line without prompt ({error})") from error
-    if not lines:
-        raise UserError(f"--prompt_file: {path} holds no prompt")
-    return lines
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def deadly(function):
     return wrapper
 
 if place == "cache":
-    shards.save_file = deadly(shards.save_file)
+    shards.tensors.save = deadly(shards.tensors.save)
 elif place == "step":
     training.Run.update = deadly(training.Run.update)
 elif place == "checkpoint":

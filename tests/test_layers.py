@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "lora": {"cli", "tensors", "sd3.keys"},
     "checkpoint": {"cli", "tensors"},
     "download": {"cli"},
-    "averaging": {"cli"},
+    "averaging": {"cli", "tensors"},
     "publish": {"cli", "checkpoint"},
     "report": {"cli", "pictures"},
     "bench": {"cli", "cost", "lora", "sd3", "tensors", "checkpoint", "full"},
@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "sd15": {"cli", "ddpm", "rng", "cost"},
     "frozen": {"cli", "checkpoint", "data", "rng", "sd3", "training"},
     "full": {"cli", "sd3", "tensors"},
+    "inference": {"cli", "lora", "sd3"},
     "prior": {"cli", "rng", "data", "frozen", "sd3", "training"},
     "validation": {
         *("cli", "flow", "rng", "checkpoint", "data", "frozen", "pictures", "sd3", "training"),

@@ -125,13 +125,12 @@ def test_a_shard_is_whole_or_absent(tmp_path: Path) -> None:
 def test_a_half_written_file_is_not_taken_for_a_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_half(tensors: dict[str, Tensor], path: Path) -> None:
-        path.write_bytes(b"half")
+    def refuse(_: int) -> None:
         raise OSError("disk full")
 
     shards = Shards(tmp_path, IDS)
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "save_file", write_half)
+        patch.setattr("dojo.tensors.os.fsync", refuse)
         with pytest.raises(OSError, match="disk full"):
             shards.fill(make, title="test")
     assert len(list(tmp_path.iterdir())) == 1
@@ -148,14 +147,12 @@ from dojo.data import shards
 
 shards.SHARD_SIZE = 4
 calls = iter(range(1, 100))
-save = shards.save_file
 
-def deadly(tensors, path):
-    save(tensors, path)
-    if next(calls) == 3:
+def deadly(descriptor):  # called for each file, then for its folder
+    if next(calls) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-shards.save_file = deadly
+os.fsync = deadly
 ids = [f"{i}.png|v1" for i in range(10)]
 shards.Shards(Path(sys.argv[1]), ids).fill(
     lambda members: {"value": torch.tensor([[float(i), -float(i)] for i in members])}, title="test"

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from dojo import tensors
 from dojo.cli import UserError
 
 STATE = "ema.json"
@@ -100,7 +101,7 @@ class Averaged:
         if self.ema is None and self.optimizer is None:
             yield
             return
-        kept = [param.detach().cpu().clone() for param in self.params]
+        kept = [param.detach().to("cpu", copy=True) for param in self.params]
         if self.ema is not None:
             self.ema.copy_to(self.params)
         else:
@@ -123,8 +124,8 @@ class Averaged:
         with self.applied():
             write()
         if self._rounded:
-            shadows = {str(i): value.cpu() for i, value in enumerate(self.ema.shadow_params)}
-            save_file(shadows, folder / SHADOWS)
+            shadows = {str(i): value for i, value in enumerate(self.ema.shadow_params)}
+            tensors.save(folder / SHADOWS, shadows)
         state = {"optimization_step": self.ema.optimization_step}
         (folder / STATE).write_text(json.dumps(state))
 

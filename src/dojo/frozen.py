@@ -47,6 +47,7 @@ class Sources:
     held_out: data.Captioned | None
     left_out: list[data.BadReport] = field(default_factory=list)
     plan: data.Plan | None = None
+    eval_plan: data.Plan | None = None
 
     @property
     def size(self) -> data.Size:
@@ -274,7 +275,7 @@ def check_samples(
             )
 
     train, bad = check(sources.train)
-    held_out = None
+    held_out = eval_plan = None
     if sources.held_out is not None:
         held_out, more = check(sources.held_out)
         bad = bad + more
@@ -297,7 +298,7 @@ def check_samples(
     run.say(f"pictures: {counts}, {len(bad)} left out")
     for row in bad[:10]:
         run.say(f"  left out: {row.name}: {row.reason}")
-    return Sources(train, held_out, bad, plan)
+    return Sources(train, held_out, bad, plan, eval_plan)
 
 
 def prepare(
@@ -362,9 +363,8 @@ def prepare(
         evaluation: list[EvalSet] = []
         train_rows = cached(train, plan)
         others = [*texts, ""]
-        if sources.held_out is not None:
+        if sources.held_out is not None and (eval_plan := sources.eval_plan) is not None:
             held_out = pictures_of(sources.held_out, still=True)
-            eval_plan = data.assign(sources.held_out, args.data, config.pixel_step)
             draws = _each_once(eval_plan)
             same = [
                 draw

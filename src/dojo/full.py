@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,7 +152,8 @@ def save_result(
     sd3.copy_parts(config, model, folder, ("vae", *sd3.TEXT_FOLDERS))
     if args.single_file:
         modules: dict[str, Any] = sd3.load_text_pipeline(config, model, dtype).components
-        modules["vae"] = sd3.load_vae(config, model, torch.device("cpu"))
+        exact = replace(model, vae_dtype="no")  # whatever it was encoded with
+        modules["vae"] = sd3.load_vae(config, exact, torch.device("cpu"))
         parts = {name: modules[name].state_dict() for name in _STORED if modules[name] is not None}
         sd3.save_single_file(
             folder / SINGLE_FILE,

@@ -84,10 +84,10 @@ def draw_class_images(
     process that is killed leaves its place to be filled the next time.
     """
     folder = args.folder
+    frozen.refuse_inside(folder, data_args.location, "class_data_dir")
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
     run.accelerator.wait_for_everyone()
-    frozen.refuse_inside(folder, data_args.location, "class_data_dir")
     found = data.scan(folder, _class_args(args, data_args))
     taken = set(found.pictures)
     missing = args.num_class_images - len(taken)

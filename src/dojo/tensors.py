@@ -67,7 +67,7 @@ def save(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # runs may share a cache
     with temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import zlib
 from bisect import bisect_right
@@ -19,12 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from dojo import tensors
 from dojo.cli import UserError
-from dojo.tensors import obey_umask
 
 FORMAT = 2  # to be raised when the same settings would give other numbers
 SHARD_SIZE = 32  # samples at most; the most work that a kill can lose
@@ -80,7 +78,7 @@ class Shards:
         total = sum(len(self.members[k]) for k in mine)
         bar = tqdm(total=total, desc=title, disable=process != 0 or not mine, unit="sample")
         for k in mine:
-            _write_whole(self.path(k), make(self.members[k]))
+            tensors.save(self.path(k), make(self.members[k]))
             bar.update(len(self.members[k]))
         bar.close()
 
@@ -106,17 +104,6 @@ def _starts(ids: Sequence[str], size: int) -> list[int]:
 def digest(words: Sequence[str]) -> str:
     """A hash of words, which cannot run into each other: 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
-
-
-def _write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes under another name, flushes, renames: a reader sees all of the file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-    obey_umask(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def cache_folder(root: Path, kind: str, settings: Mapping[str, object]) -> Path:
