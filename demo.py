@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dojo import cli, inference, lora
 from dojo.cli import UserError
 from dojo.pictures import labelled_grid, slug
+from dojo.prompts import read_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -40,7 +41,7 @@ class Args:
     prompt: tuple[str, ...] = ()
     """one or more prompts"""
     prompt_file: Path | None = None
-    """more prompts: a text file with one per line, or .jsonl with a field prompt (or text)"""
+    """more prompts: .txt with one per line, or .jsonl or .csv with a column prompt (or text)"""
     negative_prompt: str | None = None
     """what the pictures should not show"""
     lora_weights_path: tuple[str, ...] = ()
@@ -99,9 +100,8 @@ class Args:
 
 def main(args: Args) -> None:
     """Draws every prompt and writes pictures, prompts.json and, to compare, a grid."""
-    prompts = list(args.prompt) + (
-        inference.read_prompts(args.prompt_file) if args.prompt_file else []
-    )
+    in_file = read_file(args.prompt_file, "--prompt_file") if args.prompt_file else []
+    prompts = [*args.prompt, *(prompt.text for prompt in in_file)]
     device = choose_device(args)
     auto = {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
     pipeline = inference.load_pipeline(

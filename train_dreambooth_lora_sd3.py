@@ -60,7 +60,7 @@ class Args:
     """Options by group; every group is documented where its code is."""
 
     model: sd3.ModelArgs
-    text: sd3.TextArgs
+    text: sd3.TextDropoutArgs
     run: training.RunArgs
     data: data.DataArgs
     captions: data.CaptionArgs
@@ -120,7 +120,7 @@ def main(args: Args) -> None:
 
     # -------------------------------------------------------------------------------- model
     transformer = sd3.load_transformer(config, args.model, run.dtype, run.device)
-    clips = fixed.encoders.clips if fixed.encoders else []
+    clips = fixed.text.encoders.clips if fixed.text.encoders else []
     rng.seed_global(run.seed, "adapter")
     groups: list[dict[str, Any]] = [{"params": lora.add(transformer, args.lora)}]
     for clip in clips:
@@ -145,8 +145,8 @@ def main(args: Args) -> None:
 
     run.resume(restore, optimizer, schedule)
     model, optimizer, *trained_clips = run.accelerator.prepare(transformer, optimizer, *clips)
-    if fixed.encoders:
-        fixed.encoders.clips = trained_clips
+    if fixed.text.encoders:
+        fixed.text.encoders.clips = trained_clips
     model.train()
     validate = validation.Validator(run, fixed, config, args.noise, args.validation, shift, size)
 

@@ -42,7 +42,7 @@ class Args:
     """Options by group; every group is documented where its code is."""
 
     model: sd3.ModelArgs
-    text: sd3.TextArgs
+    text: sd3.TextDropoutArgs
     run: training.RunArgs
     data: data.DataArgs
     captions: data.CaptionArgs

@@ -38,20 +38,27 @@ ALLOWED: dict[str, set[str]] = {
     "averaging": {"cli", "tensors"},
     "publish": {"cli", "checkpoint"},
     "report": {"cli", "pictures"},
-    "bench": {"cli", "cost", "lora", "sd3", "tensors", "checkpoint", "full"},
+    "bench": {"cli", "cost", "lora", "sd3", "tensors", "checkpoint", "full", "rollout"},
     "optim": {"cli"},
     "training": {"cli", "rng", "checkpoint", "cost", "optim"},
     "sd3": {"cli", "flow", "rng", "cost", "tensors"},
     "sd15": {"cli", "ddpm", "rng", "cost"},
-    "frozen": {"cli", "checkpoint", "data", "rng", "sd3", "training"},
+    "texts": {"cli", "data", "sd3", "training"},
+    "frozen": {"cli", "checkpoint", "data", "rng", "sd3", "texts", "training"},
     "full": {"cli", "sd3", "tensors"},
     "inference": {"cli", "lora", "sd3"},
+    "prompts": {"cli", "rng", "data", "pocket.scenes"},
     "prior": {"cli", "rng", "data", "frozen", "sd3", "training"},
     "validation": {
         *("cli", "flow", "rng", "checkpoint", "data", "frozen", "pictures", "sd3", "training"),
     },
     "pocket": {"cli", "flow", "ddpm", "rng", "lora", "pictures"},
     "rewards": {"cli", "pictures", "pocket.verifier"},
+    "rl": {
+        *("cli", "gaussian", "rng", "samplers", "policy", "rollout", "sd3", "cost", "lora", "full"),
+        *("averaging", "optim", "pictures", "prompts", "rewards", "texts", "training"),
+        "validation",
+    },
 }
 GROUND = {"gaussian", "rng"}
 MATHS = {"flow", "samplers", "ddpm", "policy", "preference"}

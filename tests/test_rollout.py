@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -431,3 +432,24 @@ def test_the_divergence_from_a_reference_holds_the_policy() -> None:
         assert loss > 0
         assert grad is not None
         assert (grad > 0).all()  # descent takes the bias back to the reference's
+
+
+@pytest.mark.parametrize("sampler", NOISY)
+def test_weighted_steps_pull_alike(sampler: Sampler) -> None:
+    """The gradient with respect to a step's velocity is then the drawn noise, whatever the step."""
+    plan = Plan(
+        sigmas=sigma_schedule(8, 3.0),
+        trained=range(6),
+        sampler=sampler,
+        noise_level=0.7,
+        step_weighting="velocity",
+    )
+    plain = replace(plan, step_weighting="none")
+    noise = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    for step in plan.trained:
+        v = torch.zeros(1, *SHAPE, requires_grad=True)
+        now, _ = rollout.predict(lambda x, s, v=v: v, torch.zeros(1, *SHAPE), step, plan)
+        log_prob = now.log_prob(now.sample(noise).detach()).sum()
+        (slope,) = torch.autograd.grad(plan.weight(step) * log_prob, v)
+        torch.testing.assert_close(slope.abs(), noise.abs() / noise.numel(), rtol=1e-3, atol=1e-6)
+        assert plain.weight(step) == 1

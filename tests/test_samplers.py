@@ -199,3 +199,21 @@ def test_guidance_is_combined_in_float32() -> None:
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
     assert torch.equal(samplers.guided(conditional, unconditional, 0), unconditional.float())
+
+
+@pytest.mark.parametrize("sampler", NOISY)
+@pytest.mark.parametrize("step", range(8))
+def test_sensitivity_is_the_derivative_of_the_mean_in_stds(sampler: Sampler, step: int) -> None:
+    (x, v), (sigma, after) = state(), STEPS[step]
+    v.requires_grad_()
+    ours = samplers.transition(sampler, x, v, sigma, after, 0.6)
+    (slope,) = torch.autograd.grad(ours.mean.sum(), v)
+    expected = torch.full_like(v, slope.flatten()[0].item())
+    torch.testing.assert_close(slope, expected)  # the same in every dimension
+    found = samplers.sensitivity(sampler, sigma, after, 0.6)
+    assert found == pytest.approx(abs(slope.flatten()[0].item()) / ours.std, rel=1e-9)
+
+
+def test_a_step_without_noise_has_no_sensitivity() -> None:
+    with pytest.raises(ValueError, match="without noise"):
+        samplers.sensitivity("ode", 0.8, 0.7, 0.5)

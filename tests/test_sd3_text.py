@@ -94,4 +94,4 @@ def test_live_clip_replaces_clips_part_and_carries_gradients(tiny_sd3: Path) -> 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_shares_outside_zero_and_one_are_refused(share: float) -> None:
     with pytest.raises(ValueError, match="--t5_dropout"):
-        sd3.TextArgs(t5_dropout=share)
+        sd3.TextDropoutArgs(t5_dropout=share)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from dojo.cli import UserError
@@ -156,6 +158,17 @@ def read_state(folder: Path) -> State:
         if not (folder / part).is_file():
             raise UserError(f"{folder} is no complete checkpoint: {part} is missing")
     return State(**json.loads((folder / "state.json").read_text()))
+
+
+def load_part(folder: Path, name: str) -> dict[str, Tensor]:
+    """Reads a safetensors file of a checkpoint.
+
+    Raises:
+        UserError: it is missing.
+    """
+    if not (folder / name).is_file():
+        raise UserError(f"{folder} is no complete checkpoint: {name} is missing")
+    return load_file(folder / name)
 
 
 def load_training(

@@ -6,7 +6,7 @@ The only file that knows tyro; it also says how a mistake of the user's ends a s
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import TypeVar, get_args, get_origin, get_type_hints
 
@@ -37,8 +37,21 @@ def parse(args_type: type[ArgsT], doc: str | None, argv: Sequence[str] | None = 
     return tyro.cli(args_type, description=doc, args=words, use_underscores=True, config=_CONFIG)
 
 
-def run(main: Callable[[ArgsT], None], args_type: type[ArgsT], doc: str | None) -> None:
-    """Parses the command line and calls `main`; ends the process cleanly on a user's mistake."""
+def run(
+    main: Callable[[ArgsT], None],
+    args_type: type[ArgsT],
+    doc: str | None,
+    instead: Mapping[str, Callable[[], str]] | None = None,
+) -> None:
+    """Parses the command line and calls `main`; ends the process cleanly on a user's mistake.
+
+    Args:
+        instead: flags that print a text and do nothing else, whatever else is missing.
+    """
+    for flag, text in (instead or {}).items():
+        if flag in sys.argv[1:]:
+            print(text())
+            return
     args = parse(args_type, doc)
     try:
         main(args)

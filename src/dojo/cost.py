@@ -21,6 +21,8 @@ class Cost:
     """floating-point operations of the products, recomputation by checkpointing included"""
     saved_bytes: int
     """activations kept for the backward pass"""
+    forward_flops: int = 0
+    """those of the forward pass alone"""
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -79,5 +81,6 @@ def count_cost(loss: Callable[[], Tensor], model: torch.nn.Module) -> Cost:
     with _fused_attention(), FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             value = loss()
+        forward = counter.get_total_flops()
         value.backward()
-    return Cost(counter.get_total_flops(), sum(seen.values()))
+    return Cost(counter.get_total_flops(), sum(seen.values()), forward)

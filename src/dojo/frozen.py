@@ -6,7 +6,6 @@ the loop then asks `latents(batch)` and `conditions(batch)` without knowing whic
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dojo import checkpoint, data, rng, sd3
+from dojo import checkpoint, data, rng, sd3, texts
 from dojo.cli import UserError
-from dojo.training import Run, used_memory_gib
+from dojo.training import Run
 
 
 class Options(Protocol):
@@ -30,7 +28,7 @@ class Options(Protocol):
     @property
     def model(self) -> sd3.ModelArgs: ...
     @property
-    def text(self) -> sd3.TextArgs: ...
+    def text(self) -> sd3.TextDropoutArgs: ...
     @property
     def data(self) -> data.DataArgs: ...
     @property
@@ -121,9 +119,7 @@ class Frozen:
     evaluation: list[EvalSet]
     plan: data.Plan
     vae: AutoencoderKL
-    lookup: Callable[[Sequence[str]], Mapping[str, Tensor]]
-    encoders: sd3.TextEncoders | None
-    """the text encoders, where CLIP is in training"""
+    text: texts.Texts
     layout: sd3.Layout
     options: Options
     run: Run
@@ -136,25 +132,6 @@ class Frozen:
             else sd3.posterior(self.vae, batch["pixels"])
         )
         return mean.to(self.run.device).float(), std.to(self.run.device).float()
-
-    def text(
-        self, captions: Sequence[str], cached: Mapping[str, Tensor] | None = None
-    ) -> sd3.Embeds:
-        """`prompt_embeds` and `pooled_prompt_embeds` of captions, on the device.
-
-        The empty caption follows `--uncond`.
-        """
-        cached = cached or self.lookup(captions)
-        embeds = {name: value.to(self.run.device) for name, value in cached.items()}
-        if self.encoders is not None:
-            embeds = sd3.with_live_clip(embeds, *self.encoders.clip(captions))
-        if self.options.text.uncond == "zeros" and "" in captions:
-            there = torch.tensor([caption != "" for caption in captions], device=self.run.device)
-            embeds = {
-                name: value * there.view(-1, *[1] * (value.dim() - 1))
-                for name, value in embeds.items()
-            }
-        return embeds
 
     def conditions(self, batch: data.Batch) -> sd3.Embeds:
         """The embeddings of a training batch, some encoders dropped as the options say."""
@@ -189,9 +166,10 @@ class Frozen:
             **run.share,
         )
         # Workers read the cached embeddings too; encoders on the device stay with the main process.
-        cached = isinstance(self.lookup, data.CachedText)
+        lookup = self.text.lookup
+        cached = isinstance(lookup, data.CachedText)
         return DataLoader(
-            _WithText(self.train, self.lookup) if cached else self.train,
+            _WithText(self.train, lookup) if cached else self.train,
             batch_sampler=batches,
             collate_fn=data.collate,
             num_workers=self.options.data.dataloader_num_workers,
@@ -306,14 +284,14 @@ def prepare(
     sources: Sources,
     config: sd3.Config,
     args: Options,
-    texts: Sequence[str],
+    others: Sequence[str],
     *,
     train_clip: bool = False,
 ) -> Frozen:
-    """Fills the caches, loading the text encoders only if something is missing, and frees them.
+    """Fills the caches of latents and embeddings, where the options allow it.
 
     Args:
-        texts: captions that are needed besides the samples': validation and negative prompts.
+        others: captions that are needed besides the samples': validation and negative prompts.
         train_clip: keep the two CLIPs, which will be trained; T5 is freed as ever.
     """
     plan = sources.plan
@@ -349,20 +327,10 @@ def prepare(
             **run.share,
         )
 
-    encoders: sd3.TextEncoders | None = None
-
-    def load_encoders(*, with_t5: bool = True) -> sd3.TextEncoders:
-        nonlocal encoders
-        if encoders is None:
-            encoders = sd3.TextEncoders.load(
-                *(config, args.model, args.text, run.dtype, run.device), with_t5=with_t5
-            )
-        return encoders
-
     with run.phase("cache"):
         evaluation: list[EvalSet] = []
         train_rows = cached(train, plan)
-        others = [*texts, ""]
+        others = [*others, ""]
         if sources.held_out is not None and (eval_plan := sources.eval_plan) is not None:
             held_out = pictures_of(sources.held_out, still=True)
             draws = _each_once(eval_plan)
@@ -379,41 +347,13 @@ def prepare(
             others += held_out.texts()
             # Unshuffled, which training never asks for.
             others += [sources.train.captions[draw.index][0] for draw in few]
-        if args.cache.no_cache_text_embeddings:
-            lookup = load_encoders()
-        else:
-            settings = {
-                "encoders": config.fingerprint(sd3.TEXT_FOLDERS),
-                "dtype": str(run.dtype),
-                "max_sequence_length": args.model.max_sequence_length,
-                "t5_padding": args.text.t5_padding,
-            }
-            lookup = data.cache_text(
-                [train.texts(), others],
-                load_encoders,
-                args.cache.latent_cache_dir,
-                settings,
-                sample_bytes=config.text_numbers(args.model.max_sequence_length)
-                * run.dtype.itemsize,
-                **run.share,
-            )
         run.accelerator.wait_for_everyone()
-    live = load_encoders(with_t5=False) if train_clip else None
-    if live is not None and lookup is not live:
-        live.free_t5()
-    before = used_memory_gib(run.device)
-    was_loaded = encoders is not None
-    encoders = None
-    gc.collect()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(run.device)  # the training's peak, not the encoders'
-    if was_loaded and lookup is not live:
-        after = used_memory_gib(run.device)
-        kept = "T5" if live is not None else "text encoders"
-        run.say(f"{kept} freed: {before:.2f} GiB of memory in use before, {after:.2f} GiB after")
+    groups = [train.texts(), others]
+    text = texts.prepare(
+        *(run, config, args.model, args.text, args.cache, groups), train_clip=train_clip
+    )
     layout = sd3.Layout.of(config)
-    return Frozen(train_rows, evaluation, plan, vae, lookup, live, layout, args, run)
+    return Frozen(train_rows, evaluation, plan, vae, text, layout, args, run)
 
 
 def _each_once(plan: data.Plan) -> list[data.Draw]:

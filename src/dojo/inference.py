@@ -81,25 +81,3 @@ def embeddings(
         dropped = uncond == "zeros" and not negative_prompt
         found[f"negative_{name}"] = torch.zeros_like(value) if dropped else value
     return {name: value.to(encoders.device) for name, value in found.items()}
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one per line, or of a .jsonl file with a field prompt (or text).
-
-    Raises:
-        UserError: the file cannot be read or holds none.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_file: {path} cannot be read ({error})") from error
-    lines = [line for line in lines if line]
-    if path.suffix == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in lines]
-            lines = [row["prompt"] if "prompt" in row else row["text"] for row in rows]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"--prompt_file: {path} has a line without prompt ({error})") from error
-    if not lines:
-        raise UserError(f"--prompt_file: {path} holds no prompt")
-    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import re
@@ -45,6 +46,7 @@ def labelled_grid(
     *,
     row_labels: Sequence[str],
     column_labels: Sequence[str],
+    notes: Sequence[Sequence[str]] | None = None,
     cell: int = 192,
 ) -> Image.Image:
     """A table of pictures with a label before each row and above each column.
@@ -52,11 +54,12 @@ def labelled_grid(
     Args:
         rows: the pictures, all rows of one length; each is scaled to `cell` pixels in height,
             small ones without smoothing; None leaves the cell empty.
+        notes: a word below each picture, such as its score.
     """
     width = max(max(1, round(cell * p.width / p.height)) for row in rows for p in row if p)
     heads = [_wrapped(label, width) for label in column_labels]
     header = 9 + _LINE * max(1, *(len(lines) for _, lines in heads))
-    step_x, step_y = width + _MARGIN, cell + _MARGIN
+    step_x, step_y = width + _MARGIN, cell + _MARGIN + (_LINE if notes else 0)
     size = (_LABEL_WIDTH + step_x * len(rows[0]), header + step_y * len(rows))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
@@ -77,7 +80,12 @@ def labelled_grid(
             resample = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
             scaled_width = max(1, round(cell * picture.width / picture.height))
             scaled = picture.convert("RGB").resize((scaled_width, cell), resample)
-            sheet.paste(scaled, (_LABEL_WIDTH + x * step_x, top))
+            left = _LABEL_WIDTH + x * step_x
+            sheet.paste(scaled, (left, top))
+            if notes:
+                note_font, text = drawable(notes[y][x])
+                place = (left + width // 2, top + cell + _LINE // 2)
+                pen.text(place, text, fill="black", font=note_font, anchor="mm")
     return sheet
 
 
@@ -87,7 +95,8 @@ def contact_sheet(
     """What became of each validation picture: a row per picture, a column per step.
 
     Args:
-        folder: holds `step-N/*.png`, and perhaps `prompts.json` with the pictures' labels.
+        folder: holds `step-N/*.png`, and perhaps `prompts.json` with the pictures' labels and
+            `step-N/scores.csv` with their rewards.
         last_step: later steps are left out (they belong to a run that was given up).
         max_columns: more steps are thinned out evenly; the first and the last stay.
         max_rows: of more pictures the first are shown.
@@ -110,10 +119,14 @@ def contact_sheet(
         pictures = json.loads(record.read_text(encoding="utf-8"))["pictures"]
         known = {row["file"]: row["label"] for row in pictures}
     names = ([name for name in known if name in there] or sorted(there))[:max_rows]
+    scores = {step: _scores(found[step] / "scores.csv") for step in steps}
     return labelled_grid(
         [[_read(found[step] / name) for step in steps] for name in names],
         row_labels=[known.get(name, name.removesuffix(".png")) for name in names],
         column_labels=[f"step {step}" for step in steps],
+        notes=[[scores[step].get(name, "") for step in steps] for name in names]
+        if any(scores.values())
+        else None,
     )
 
 
@@ -122,6 +135,14 @@ def thin_out(steps: Sequence[int], most: int) -> list[int]:
     if len(steps) <= most:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+
+
+def _scores(path: Path) -> dict[str, str]:
+    """The reward of each picture file, with three digits."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["file"]: f"{float(row['reward']):.3g}" for row in csv.DictReader(file)}
 
 
 def _read(path: Path) -> Image.Image | None:

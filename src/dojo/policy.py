@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -48,6 +48,14 @@ class Advantages:
     """those of them whose valid scores are all alike"""
     invalid: int
     """samples whose score is not valid"""
+
+    def at(self, places: Sequence[int], limit: float) -> Tensor:
+        """Those of the samples at some places, clamped to +-limit: float32 [B]."""
+        return self.values[[*places]].clamp(-limit, limit)
+
+    def row(self) -> dict[str, float]:
+        """What a run logs of them: the share of groups that teach nothing."""
+        return {"flat_groups_share": self.flat_groups / self.groups}
 
 
 def group_advantages(

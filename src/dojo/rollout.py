@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dojo import flow, rng
 from dojo.gaussian import Gaussian
-from dojo.samplers import Sampler, transition
+from dojo.samplers import Sampler, sensitivity, transition
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(latents float32 [B, ...], sigma float32 [B]) -> velocity [B, ...]"""
@@ -57,6 +57,9 @@ class RolloutArgs:
     on, moving by one every --window_every epochs"""
     window_every: int = 25
     """epochs between two moves of a sliding window"""
+    step_weighting: Literal["none", "velocity"] = "none"
+    """none: steps count as their likelihoods do, which gives those with little noise most of the
+    gradient; velocity: by what a step's ratio moves per unit of velocity, so that all pull alike"""
 
     def __post_init__(self) -> None:
         if self.trainable < 1:
@@ -119,6 +122,7 @@ class RolloutArgs:
             trained=self.trained_steps(seed, epoch),
             sampler=self.sampler,
             noise_level=self.level,
+            step_weighting=self.step_weighting,
         )
 
 
@@ -148,6 +152,7 @@ class Plan:
     """the steps, of 0 .. T - 2, that draw noise and are trained"""
     sampler: Sampler
     noise_level: float
+    step_weighting: Literal["none", "velocity"] = "none"
 
     def __post_init__(self) -> None:
         if not all(0 <= step < self.num_steps - 1 for step in self.trained):
@@ -159,6 +164,13 @@ class Plan:
     def num_steps(self) -> int:
         """T, the number of steps."""
         return len(self.sigmas) - 1
+
+    def weight(self, step: int) -> float:
+        """What a trained step's loss counts."""
+        if self.step_weighting == "none":
+            return 1.0
+        sigma, sigma_next = self.sigmas[step : step + 2]
+        return 1 / sensitivity(self.sampler, sigma, sigma_next, self.noise_level)
 
 
 def ode_plan(steps: int, shift: float) -> Plan:

@@ -60,6 +60,21 @@ def transition(
     return Gaussian(mean, std)
 
 
+def sensitivity(sampler: Sampler, sigma: float, sigma_next: float, noise_level: float) -> float:
+    """How many standard deviations a step's mean moves per unit of velocity.
+
+    The gradient of a step's log-probability is as large; of the steps of one way the last are the
+    most sensitive, by far.
+
+    Raises:
+        ValueError: a step without noise.
+    """
+    share, std = _noise(sampler, sigma, sigma_next, noise_level)
+    if std == 0:
+        raise ValueError("a step without noise has no standard deviation")
+    return abs(sigma_next - sigma - share * (1 - sigma)) / std
+
+
 def _noise(sampler: Sampler, sigma: float, sigma_next: float, level: float) -> tuple[float, float]:
     """The share of the estimated noise that leaves, and the std of the fresh noise."""
     if sampler == "ode":

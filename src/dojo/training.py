@@ -106,17 +106,24 @@ class Run:
         self.epoch_length = 1.0
         self.flops_per_sample = 0.0
         self.samples = 0  # used so far, over all processes
+        self._samples_per_epoch = 1
         self._resumed: Path | None = None
         self._skipped = 0
         self._data = ""
         self._loss = torch.zeros((), device=accelerator.device)
         self._micro_loss = torch.zeros((), device=accelerator.device)
+        self._means: dict[str, list[Tensor]] = {}
+        self._peaks: dict[str, Tensor] = {}
+        self._notes: dict[str, float] = {}
+        self._last = (0.0, 0.0)  # learning rate and gradient norm of the last step
         self._mark = 0.0
+        self._marked = 0.0  # seconds of phases until then
         self._row_began = time.perf_counter()  # of the steps that the next row averages
         self._bar: Any = tqdm(disable=True)  # until the loop begins
         self._loss_count = 0
         self._samples = 0
         self._seconds: dict[str, float] = {}
+        self._phased = 0.0  # seconds of all phases
 
     # -- processes ----------------------------------------------------------------------------
 
@@ -157,14 +164,27 @@ class Run:
     # -- time ---------------------------------------------------------------------------------
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time inside to `seconds_<name>`."""
+    def phase(self, name: str, *, wait: bool = False) -> Iterator[None]:
+        """Adds the time inside to `seconds_<name>`; the loop's time outside all phases is `train`.
+
+        Args:
+            wait: until the GPU has done what it was told inside, so that the time is that of the
+                work and not of the telling.
+        """
         started = time.perf_counter()
         try:
             yield
+            if wait and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         finally:
-            spent = time.perf_counter() - started
-            self._seconds[name] = self._seconds.get(name, 0.0) + spent
+            self._add_seconds(name, time.perf_counter() - started)
+
+    def _add_seconds(self, name: str, spent: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + spent
+        self._phased += spent
+
+    def _mark_now(self) -> None:
+        self._mark, self._marked = time.perf_counter(), self._phased
 
     def batches(self, loader: Iterable[Item]) -> Iterator[Item]:
         """Passes batches on until the last step is done, with a bar on one process.
@@ -172,6 +192,30 @@ class Run:
         The waiting for a batch is phase `data`; what follows, until `update`, is phase `train`.
         """
         iterator = iter(loader)
+        with self._loop():
+            while self.step < self.num_steps:
+                with self.phase("data"):
+                    batch = next(iterator)
+                yield batch
+
+    def epochs(self) -> Iterator[int]:
+        """The numbers of the epochs from where the run stands until the last step is done."""
+        with self._loop():
+            while self.step < self.num_steps:
+                yield self.samples // self._samples_per_epoch
+
+    @contextmanager
+    def kept_when_stopped(self, save: Callable[[], None]) -> Iterator[None]:
+        """Saves what was learned when something outside stops the run: a reward's server, say."""
+        try:
+            yield
+        except TrainingStopped:
+            self._bar.close()  # the message gets a line of its own
+            save()
+            raise
+
+    @contextmanager
+    def _loop(self) -> Iterator[None]:
         self._bar = tqdm(
             desc="steps",
             total=self.num_steps,
@@ -180,24 +224,37 @@ class Run:
             smoothing=0.1,
         )
         self._row_began = time.perf_counter() - self._pauses()
+        self._mark_now()
         with self._bar:
-            while self.step < self.num_steps:
-                self._bar.update(self.step - self._bar.n)
-                with self.phase("data"):
-                    batch = next(iterator)
-                self._mark = time.perf_counter()
-                yield batch
-            self._bar.update(self.step - self._bar.n)
+            yield
 
     # -- length and resume --------------------------------------------------------------------
 
-    def plan(self, optim: OptimArgs, num_samples: int, fingerprint: str) -> None:
-        """Fixes the length of the run; `fingerprint` identifies the samples and their order."""
+    def plan(
+        self, optim: OptimArgs, num_samples: int, fingerprint: str, *, whole_epochs: bool = False
+    ) -> None:
+        """Fixes the length of the run; `fingerprint` identifies the samples and their order.
+
+        Args:
+            num_samples: uses of samples in an epoch.
+            whole_epochs: the run can only end, and be resumed, where an epoch does.
+        Raises:
+            UserError: it would end elsewhere.
+        """
         processes = self.accelerator.num_processes
         self.num_steps = optim.num_steps(num_samples, processes)
+        self._samples_per_epoch = num_samples
         self.samples_per_step = optim.samples_per_step(processes)
         self.epoch_length = optim.epoch_length(num_samples, processes)
         self._data = fingerprint
+        steps = round(self.epoch_length)
+        if whole_epochs and self.num_steps % steps:
+            below = self.num_steps // steps * steps
+            nearest = " or ".join(str(n) for n in (below, below + steps) if n)
+            raise UserError(
+                f"--max_train_steps {self.num_steps}: an epoch has {steps} optimizer steps and is "
+                f"not broken off; take {nearest} (or --num_train_epochs)"
+            )
 
     def begin(self, args: Any, result: str) -> bool:
         """Opens the output folder: args.json, metrics, trackers.
@@ -299,10 +356,21 @@ class Run:
         save_weights: Callable[[Path], None],
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
+        *,
+        since: int | None = None,
+        now: bool = False,
     ) -> None:
-        """Writes `checkpoint-<step>` when it is due: every `checkpointing_steps`, and the last."""
-        due = self.step % self.args.checkpointing_steps == 0 or self.step == self.num_steps
-        if not due:
+        """Writes `checkpoint-<step>` when it is due: every `checkpointing_steps`, and the last.
+
+        Args:
+            since: where steps come several at a time, the step before them: it is due when one of
+                them was.
+            now: it is due, unless it is there already or nothing has been learned yet.
+        """
+        every, before = self.args.checkpointing_steps, self.step - 1 if since is None else since
+        due = self.step // every > before // every or self.step == self.num_steps
+        written = (self.output_dir / f"checkpoint-{self.step}").exists()
+        if not (due or (now and self.step > 0 and not written)):
             return
         with self.phase("checkpoint"):
             state = self._state()  # a collective: on all processes
@@ -350,9 +418,9 @@ class Run:
         """
         self.accelerator.backward(loss)
         self._micro_loss += loss.detach()
-        self.samples += self.samples_per_step // self.accelerator.gradient_accumulation_steps
         if not self.accelerator.sync_gradients:
             return None
+        self.samples += self.samples_per_step
         norm = self.accelerator.clip_grad_norm_(params, max_grad_norm)
         assert norm is not None  # DeepSpeed alone keeps it to itself
         numbers = torch.stack([norm.float(), self._micro_loss])
@@ -378,9 +446,15 @@ class Run:
             self._loss_count += 1
             self._samples += self.samples_per_step
         self._micro_loss.zero_()
-        self._seconds["train"] = self._seconds.get("train", 0.0) + time.perf_counter() - self._mark
-        self._mark = time.perf_counter()
+        self._end_step()
         return grad_norm if finite else None
+
+    def _end_step(self) -> None:
+        """What the loop did since the last step, outside all phases, was training."""
+        spent = time.perf_counter() - self._mark - (self._phased - self._marked)
+        self._add_seconds("train", spent)
+        self._mark_now()
+        self._bar.update(self.step - self._bar.n)
 
     def _stop(self, what: str) -> None:
         self._bar.close()  # the message gets a line of its own
@@ -393,19 +467,44 @@ class Run:
 
     # -- numbers ------------------------------------------------------------------------------
 
+    def average(self, **values: Tensor) -> None:
+        """Takes the mean of numbers [B] of a micro-batch into the next row's mean."""
+        for name, value in values.items():
+            self._means.setdefault(name, []).append(value.detach().float().mean())
+
+    def peak(self, **values: Tensor) -> None:
+        """Takes the largest of numbers [B] of a micro-batch into the next row's maximum."""
+        for name, value in values.items():
+            most = value.detach().float().max()
+            self._peaks[name] = torch.maximum(self._peaks.get(name, most), most)
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Puts numbers, the same on all processes, into the next row."""
+        self._notes.update(values)
+
     def log_step(self, lr: float, grad_norm: float) -> None:
         """Writes a row of metrics when it is due: the first step, every `logging_steps`, the last.
 
         `loss` is the mean since the last row, over all processes; `seconds_<phase>` are totals
         since the last row; `memory_gib` is the peak of the GPU (of the process without one).
         """
-        if self.step != 1 and self.step % self.args.logging_steps and self.step != self.num_steps:
+        self._last = (lr, grad_norm)
+        if self.step in (1, self.num_steps) or self.step % self.args.logging_steps == 0:
+            self.log_rest()
+
+    def log_rest(self) -> None:
+        """Writes a row of the steps since the last one, if there are any."""
+        if not self._loss_count:
             return
+        lr, grad_norm = self._last
         loss = float(self._reduced_loss()) / max(1, self._loss_count)
         spent = time.perf_counter() - self._row_began - self._pauses()
         row = {
             "epoch": round(self.step / self.epoch_length, 4),
             "loss": loss,
+            **self._reduced("mean", {k: torch.stack(v).mean() for k, v in self._means.items()}),
+            **self._reduced("max", self._peaks),
+            **self._notes,
             "lr": lr,
             "grad_norm": grad_norm,
             "images_per_s": self._samples / spent if spent else 0.0,
@@ -419,13 +518,26 @@ class Run:
         self.write_metrics(row)
         self._loss.zero_()
         self._loss_count = self._samples = 0
-        self._seconds.clear()
+        for kept in (self._seconds, self._means, self._peaks, self._notes):
+            kept.clear()
         self._row_began = time.perf_counter()
         self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}")
 
     def _pauses(self) -> float:
         """Seconds since the last row that were not training: validation, checkpoints, caches."""
-        return sum(s for name, s in self._seconds.items() if name not in ("data", "train"))
+        return sum(self._seconds.get(name, 0.0) for name in ("validation", "checkpoint", "cache"))
+
+    def _reduced(
+        self, how: Literal["mean", "max"], values: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """Numbers of all processes as one, equal everywhere: a collective."""
+        if not values:
+            return {}
+        stacked = torch.stack([*values.values()])
+        if self.accelerator.num_processes > 1:
+            table: Any = self.accelerator.gather(stacked[None])
+            stacked = table.mean(0) if how == "mean" else table.amax(0)
+        return dict(zip(values, stacked.tolist(), strict=True))
 
     def _reduced_loss(self) -> Tensor:
         """Mean over the processes of the loss since the last row."""
@@ -581,7 +693,8 @@ _INCIDENTAL = """
     gradient_checkpointing torch_compile dataset_name train_data_dir instance_data_dir data_config
     class_data_dir sample_batch_size cache_dir dataloader_num_workers on_bad_sample eval_fraction
     eval_data_dir max_train_samples latent_cache_dir no_cache_latents no_cache_text_embeddings
-    offload_ema save_dtype max_shard_size single_file single_file_without_t5 lora_format
+    prompt_file prompt_dataset_name eval_prompt_file reward_device reward_batch_size list_rewards
+    max_invalid offload_ema save_dtype max_shard_size single_file single_file_without_t5 lora_format
 """
 
 
@@ -612,7 +725,7 @@ def _changed_options(folder: Path, args: Any, mixed_precision: str) -> list[str]
         return {
             name: value
             for group, values in groups.items()
-            if isinstance(values, dict) and group not in ("validation", "publish")
+            if isinstance(values, dict) and group not in ("validation", "evaluation", "publish")
             for name, value in values.items()
             if name not in _INCIDENTAL.split()
         }

@@ -1,7 +1,14 @@
 """Training data: captioned pictures found, checked, read, cached and put in order."""
 
 from dojo.data.buckets import Plan, assign
-from dojo.data.cache import CacheArgs, CachedText, cache_latents, cache_text, checked
+from dojo.data.cache import (
+    CacheArgs,
+    CachedText,
+    TextCacheArgs,
+    cache_latents,
+    cache_text,
+    checked,
+)
 from dojo.data.captions import CaptionArgs
 from dojo.data.config import args_for
 from dojo.data.folders import scan
@@ -29,6 +36,7 @@ __all__ = [
     "Posterior",
     "Recipe",
     "Size",
+    "TextCacheArgs",
     "args_for",
     "assign",
     "cache_latents",

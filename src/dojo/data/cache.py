@@ -31,15 +31,21 @@ _DECODERS = 4  # threads that read pictures, and pictures that lie ready for the
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheArgs:
-    """Frozen work that is done before training and kept on disk."""
+class TextCacheArgs:
+    """Text encoders' work that is done before training and kept on disk."""
 
     latent_cache_dir: Path = Path("outputs/cache")
     """folder of the caches of latents and text embeddings, shared by all runs"""
-    no_cache_latents: bool = False
-    """encode the pictures anew at every use; needed for --random_crop"""
     no_cache_text_embeddings: bool = False
     """keep the text encoders and encode the captions anew at every use"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheArgs(TextCacheArgs):
+    """The autoencoder's too."""
+
+    no_cache_latents: bool = False
+    """encode the pictures anew at every use; needed for --random_crop"""
 
     def check(self, data: DataArgs) -> None:
         """Refuses combinations that would train on something else than was asked for.

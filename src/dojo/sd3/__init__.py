@@ -26,7 +26,15 @@ from dojo.sd3.models import (
 )
 from dojo.sd3.pipeline import load_pipeline
 from dojo.sd3.single_file import save_single_file
-from dojo.sd3.text import EMBEDS, Embeds, Layout, TextArgs, TextEncoders, with_live_clip
+from dojo.sd3.text import (
+    EMBEDS,
+    Embeds,
+    Layout,
+    TextArgs,
+    TextDropoutArgs,
+    TextEncoders,
+    with_live_clip,
+)
 
 __all__ = [
     "DTYPES",
@@ -39,6 +47,7 @@ __all__ = [
     "ModelArgs",
     "NoiseArgs",
     "TextArgs",
+    "TextDropoutArgs",
     "TextEncoders",
     "copy_parts",
     "decode",

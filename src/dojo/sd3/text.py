@@ -32,6 +32,12 @@ class TextArgs:
     uncond: Literal["empty_string", "zeros"] = "empty_string"
     """what the empty caption becomes in caption dropout and at validation: the embeddings of "", as
     in the pipeline, or zeros, as the base model was trained with"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDropoutArgs(TextArgs):
+    """The same, and how often single encoders are left out in training."""
+
     clip_l_dropout: float = 0.0
     """share of samples whose CLIP-L embeddings are zeros, independently of the other encoders"""
     clip_g_dropout: float = 0.0

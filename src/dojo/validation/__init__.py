@@ -5,6 +5,6 @@ over the training density, so that its changes come from the weights alone.
 """
 
 from dojo.validation.args import Picture, ValidationArgs
-from dojo.validation.validator import Validator
+from dojo.validation.validator import Validator, log_pictures, write_prompts
 
-__all__ = ["Picture", "ValidationArgs", "Validator"]
+__all__ = ["Picture", "ValidationArgs", "Validator", "log_pictures", "write_prompts"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,7 @@ class Validator:
             with run.accelerator.main_process_first():  # a download
                 self.clip = ClipScore(args.validation_clip_model, run.device) if self.mine else None
         if self.pictures and run.main:
-            record = {"pictures": [asdict(picture) for picture in self.pictures]}
-            self.folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(record, indent=1, ensure_ascii=False)
-            write_file(self.folder / "prompts.json", text)
+            write_prompts(self.folder, [asdict(picture) for picture in self.pictures])
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> None:
@@ -164,6 +162,13 @@ class Validator:
             reduced: Any = self.run.accelerator.reduce(scores.to(self.run.device), "sum")
             scores = reduced.cpu()
         return scores.double().mean().item()
+
+
+def write_prompts(folder: Path, pictures: Sequence[Mapping[str, object]]) -> None:
+    """Writes prompts.json, by which contact sheet and report know the pictures (file, label)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"pictures": pictures}, indent=1, ensure_ascii=False)
+    write_file(folder / "prompts.json", text)
 
 
 def log_pictures(run: Run, folder: Path) -> None:

@@ -1,0 +1,40 @@
+"""Reinforcement learning of a flow: what DDPO and GRPO share around their loops."""
+
+from dojo.rl.args import EvalArgs, FinetuneArgs, PolicyArgs, PolicyLoraArgs, SampleArgs
+from dojo.rl.cost import episode_cost
+from dojo.rl.episodes import (
+    Batch,
+    Chunk,
+    Scores,
+    Scoring,
+    Steering,
+    batches,
+    record,
+    shuffled,
+    split,
+)
+from dojo.rl.evaluation import Evaluator
+from dojo.rl.trained import Trained, bytes_per_weight, check, result_name
+
+__all__ = [
+    "Batch",
+    "Chunk",
+    "EvalArgs",
+    "Evaluator",
+    "FinetuneArgs",
+    "PolicyArgs",
+    "PolicyLoraArgs",
+    "SampleArgs",
+    "Scores",
+    "Scoring",
+    "Steering",
+    "Trained",
+    "batches",
+    "bytes_per_weight",
+    "check",
+    "episode_cost",
+    "record",
+    "result_name",
+    "shuffled",
+    "split",
+]

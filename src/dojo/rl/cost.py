@@ -1,0 +1,51 @@
+"""What an epoch of pictures costs, per training batch, counted on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from dojo import full, lora, rollout, sd3
+from dojo.cost import Cost
+from dojo.rl.args import SampleArgs
+from dojo.rl.trained import Options
+from dojo.training import Run
+
+
+def episode_cost(
+    run: Run,
+    config: sd3.Config,
+    args: Options,
+    sample: SampleArgs,
+    steps: rollout.RolloutArgs,
+    batch_size: int,
+    *,
+    num_inner_epochs: int,
+    with_reference: bool,
+    checkpointing: bool,
+) -> tuple[Any, Cost]:
+    """The model as it will be trained, and the cost of a training batch.
+
+    All its trained steps, its share of the sampling, and the reference's forward passes where
+    there is one. The autoencoder and the rewards are not counted.
+    """
+    is_lora = args.finetune.finetune == "lora"
+
+    def adapt(model: nn.Module) -> object:
+        return lora.add(model, args.lora) if is_lora else full.thaw(model, args.full)
+
+    rows = batch_size * (2 if sample.guidance_scale > 1 else 1)
+    step: Cost
+    model: Any
+    model, step = sd3.training_cost(
+        *(config, args.model, run.dtype, adapt, rows, config.latent_shape(*sample.size)),
+        checkpointing=checkpointing,
+    )
+    trained = len(steps.trained_steps(0, 0))
+    passes = steps.sample_steps / num_inner_epochs + (trained if with_reference else 0)
+    flops = trained * step.flops + passes * step.forward_flops
+    if not is_lora:
+        model.to(args.full.dtype)  # the frozen weights too
+    return model, replace(step, flops=round(flops))

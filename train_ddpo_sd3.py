@@ -1,0 +1,232 @@
+"""DDPO for Stable Diffusion 3 and 3.5, with any mix of rewards.
+
+Pictures of prompts drawn at random are sampled with noise on their way, so that every step is a
+draw from a Gaussian; a picture that scores better than its prompt's pictures did of late has its
+steps made likelier (Black et al. 2023, arXiv:2305.13301, there for DDIM; the transitions of a
+rectified flow are Flow-GRPO's, arXiv:2505.05470; the clipped surrogate is PPO's, arXiv:1707.06347):
+
+    A = (reward - mean of the prompt's buffer) / std,    r = p_new(x' | x) / p_old(x' | x)
+    loss = max(-A r, -A clip(r, 1 - c, 1 + c))
+
+A prompt that has been seen too seldom is judged by all pictures of the epoch. `train_grpo_sd3.py`
+is its sibling with groups and a tie to the model as it was.
+
+    accelerate launch train_ddpo_sd3.py --pretrained_model_name_or_path models/pocket-sd3 \
+        --prompt_set pocket --reward jpeg_compressibility --resolution 64 --output_dir outputs/ddpo
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dojo import (
+    averaging,
+    checkpoint,
+    cli,
+    data,
+    full,
+    optim,
+    policy,
+    prompts,
+    publish,
+    report,
+    rewards,
+    rl,
+    rng,
+    rollout,
+    sd3,
+    tensors,
+    texts,
+    training,
+)
+
+BUFFER = "prompt_buffer.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DdpoSampleArgs(rl.SampleArgs):
+    """The pictures of an epoch, of prompts drawn at random."""
+
+    num_prompts_per_epoch: int = 64
+    """prompts drawn for an epoch, over all processes; one may be drawn several times"""
+    group_size: int = 1
+    """pictures of each of them"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DdpoArgs(rl.PolicyArgs):
+    """Advantages by each prompt's own past, and the clipped surrogate."""
+
+    buffer_size: int = 32
+    """latest scores of each prompt that are kept, over the epochs"""
+    buffer_min_count: int = 16
+    """scores from which on a prompt is judged by its own; until then by all of the epoch"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.buffer_min_count <= self.buffer_size:
+            raise ValueError("--buffer_min_count must lie between 2 and --buffer_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Options by group; every group is documented where its code is."""
+
+    model: sd3.ModelArgs
+    text: sd3.TextArgs
+    run: training.RunArgs
+    prompts: prompts.PromptArgs
+    cache: data.TextCacheArgs
+    reward: rewards.RewardArgs
+    sample: DdpoSampleArgs
+    rollout: rollout.RolloutArgs
+    ddpo: DdpoArgs
+    finetune: rl.FinetuneArgs
+    lora: rl.PolicyLoraArgs
+    full: full.FullArgs
+    optim: optim.OptimArgs
+    ema: averaging.EmaArgs
+    evaluation: rl.EvalArgs
+    publish: publish.PublishArgs
+
+
+def main(args: Args) -> None:
+    """Trains from the options to the saved result."""
+    # ---------------------------------------------------------------------------------- run
+    run = training.start(args.run, args.optim)
+    config = sd3.open_model(args.model)
+    args.publish.check(args.run.output_dir, args.run.report_to)
+    rl.check(run, args)
+
+    # ------------------------------------------------------------------------------ prompts
+    with run.accelerator.main_process_first():
+        source = prompts.open_prompts(args.prompts)
+    run.say(source.description)
+    args.sample.check(args.optim, run.accelerator.num_processes, min_group=1)
+    shape = config.latent_shape(*args.sample.size)
+    shift = config.shift(args.sample.flow_shift, *args.sample.size)
+    batch_size, train_batch_size = args.sample.batch_size(args.optim), args.optim.train_batch_size
+    uses = args.sample.samples * args.ddpo.num_inner_epochs
+    run.plan(args.optim, uses, source.fingerprint, whole_epochs=True)
+    args.ema.check(args.optim.kind, run.num_steps)
+    cost = partial(
+        rl.episode_cost,
+        *(run, config, args, args.sample, args.rollout, train_batch_size),
+        num_inner_epochs=args.ddpo.num_inner_epochs,
+        with_reference=False,
+    )
+    if args.run.dry_run:
+        planned = cost(checkpointing=args.model.gradient_checkpointing)
+        state = rl.bytes_per_weight(run, args, with_reference=False)
+        return training.print_plan(run, args, *planned, train_batch_size, bytes_per_weight=state)
+    if not run.begin(args, rl.result_name(args)):
+        return None
+    words = [*source.texts, args.sample.negative_prompt]
+    embed = texts.prepare(run, config, args.model, args.text, args.cache, [words])
+    reward = args.reward.load(run.device)
+    watched = [args.reward.load(run.device, text) for text in args.evaluation.held_out_rewards]
+
+    # -------------------------------------------------------------------------------- model
+    vae = sd3.load_vae(config, args.model, run.device)
+    trained = rl.Trained(run, config, args, shift, with_reference=False)
+    optimizer, schedule = optim.make(trained.params, args.optim, run)
+    averaged = averaging.Averaged(trained.params, args.ema, optimizer)
+    run.watch_flops(lambda: cost(checkpointing=False)[1], train_batch_size)
+
+    buffer = policy.PromptBuffer(args.ddpo.buffer_size, args.ddpo.buffer_min_count)
+
+    def save(folder: Path) -> None:
+        trained.save(folder, averaged)
+        tensors.save(folder / BUFFER, buffer.state_dict())
+
+    def restore(folder: Path) -> None:
+        trained.restore(folder, averaged)
+        buffer.load_state_dict(checkpoint.load_part(folder, BUFFER))
+
+    run.resume(restore, optimizer, schedule)
+    network = trained.transformer
+    model, optimizer = run.accelerator.prepare(network, optimizer)
+    # A batch is learned from in all its trained steps, a backward pass each.
+    run.accelerator.gradient_accumulation_steps *= len(args.rollout.trained_steps(run.seed, 0))
+    steering = rl.Steering.of(args.sample, embed, run.dtype)
+    evaluate = rl.Evaluator(
+        run, config, vae, args, source.held_out, [reward, *watched], embed, trained
+    )
+    keep = partial(run.save_checkpoint, save, optimizer, schedule)
+
+    # --------------------------------------------------------------------------------- loop
+    if run.step == 0:
+        evaluate()
+    for epoch in run.epochs():
+        began = run.step
+        plan = args.rollout.plan(shift, run.seed, epoch)
+        drawn = source.draw(run.seed, epoch, args.sample.num_prompts_per_epoch, replace=True)
+        scoring = rl.Scoring(run, reward, args.sample.max_invalid)
+        chunks: list[rl.Chunk] = []
+        with run.kept_when_stopped(partial(keep, now=True)):
+            for batch in rl.batches(run, args.sample, source.train, drawn, epoch, batch_size):
+                with run.phase("sample", wait=True):
+                    velocity = steering(network, batch.texts)
+                    noise = rng.normal(shape, batch.noise_keys(run, args.sample), run.device)
+                    way = rollout.sample(velocity, noise, plan, batch.keys(run, "way"))
+                    chunks += rl.split(batch, way, train_batch_size, partial(steering, network))
+                with run.phase("decode", wait=True):
+                    images = sd3.decode(vae, config, way.final)  # [B, 3, H, W]
+                scoring.submit(batch, images)
+            with run.phase("reward"):
+                scores = scoring.collect()
+
+        advantages = buffer.advantages(scores.scores, scores.prompt_ids, scores.valid)
+        run.note({**scores.row(), **advantages.row()})
+
+        for chunk in rl.shuffled(chunks, run, epoch, args.ddpo.num_inner_epochs):
+            velocity = steering(model, chunk.batch.texts)
+            advantage = advantages.at(chunk.batch.places, args.ddpo.adv_clip_max).to(run.device)
+            for number, step in chunk.steps.items():
+                with run.accelerator.accumulate(model):
+                    now, _ = rollout.predict(velocity, step.latents, number, plan)
+                    moved = policy.log_ratio(now, step.policy, step.reached, args.ddpo.ratio)
+                    surrogate = policy.clipped_surrogate(moved, advantage, args.ddpo.clip_range)
+                    loss = plan.weight(number) * surrogate.loss.mean()
+                    rl.record(run, surrogate, fresh=run.step == began)
+                    grad_norm = run.update(
+                        loss, trained.params, optimizer, schedule, args.optim.max_grad_norm
+                    )
+                if grad_norm is None:
+                    continue
+                averaged.update(run.step)
+                run.log_step(optim.learning_rate(optimizer), grad_norm)
+        run.log_rest()
+        if args.evaluation.due(epoch + 1) or run.step >= run.num_steps:
+            with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
+                evaluate()
+        keep(since=began)
+
+    # ------------------------------------------------------------------------------- result
+    if run.main:
+        with averaged.applied():
+            result = trained.save_result(args.run.output_dir)
+        evaluate.finish()
+        publish.write_card(
+            args.run.output_dir,
+            title="Stable Diffusion 3, trained by DDPO",
+            base_model=args.model.pretrained_model_name_or_path,
+            dataset=args.prompts.location,
+            options=training.options(args),
+            steps=run.step,
+            repo_id=args.publish.hub_model_id,
+            tags=("stable-diffusion-3", "text-to-image", "ddpo", "reinforcement-learning"),
+            weights=trained.card_weights,
+        )
+        report.write(args.run.output_dir)
+        run.say(f"done: {result}")
+    run.finish()
+    if run.main:
+        publish.upload(args.run.output_dir, args.publish)
+    return None
+
+
+if __name__ == "__main__":
+    cli.run(main, Args, __doc__, {"--list_rewards": rewards.table})
