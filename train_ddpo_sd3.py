@@ -123,10 +123,10 @@ def main(args: Args) -> None:
         return training.print_plan(run, args, *planned, train_batch_size, bytes_per_weight=state)
     if not run.begin(args, rl.result_name(args)):
         return None
-    words = [*source.texts, args.sample.negative_prompt]
-    embed = texts.prepare(run, config, args.model, args.text, args.cache, [words])
     reward = args.reward.load(run.device)
     watched = [args.reward.load(run.device, text) for text in args.evaluation.held_out_rewards]
+    words = [*source.texts, args.sample.negative_prompt]
+    embed = texts.prepare(run, config, args.model, args.text, args.cache, [words])
 
     # -------------------------------------------------------------------------------- model
     vae = sd3.load_vae(config, args.model, run.device)

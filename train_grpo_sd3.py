@@ -8,7 +8,7 @@ likelier (Liu et al. 2025, arXiv:2505.05470; the clipped surrogate is PPO's, arX
     loss = max(-A r, -A clip(r, 1 - c, 1 + c)) + beta KL(new || reference)
 
 By default only a window of a few noisy steps is trained, without guidance, and noise is drawn by
-coefficients-preserving sampling: five times less work than all steps with guidance.
+coefficients-preserving sampling: three to four times less work than all steps with guidance.
 
     accelerate launch train_grpo_sd3.py --pretrained_model_name_or_path models/pocket-sd3 \
         --prompt_set pocket --reward pocket --resolution 64 --output_dir outputs/grpo
@@ -116,10 +116,10 @@ def main(args: Args) -> None:
         return training.print_plan(run, args, *planned, train_batch_size, bytes_per_weight=state)
     if not run.begin(args, rl.result_name(args)):
         return None
-    words = [*source.texts, args.sample.negative_prompt]
-    embed = texts.prepare(run, config, args.model, args.text, args.cache, [words])
     reward = args.reward.load(run.device)
     watched = [args.reward.load(run.device, text) for text in args.evaluation.held_out_rewards]
+    words = [*source.texts, args.sample.negative_prompt]
+    embed = texts.prepare(run, config, args.model, args.text, args.cache, [words])
 
     # -------------------------------------------------------------------------------- model
     vae = sd3.load_vae(config, args.model, run.device)

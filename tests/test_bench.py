@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -14,12 +15,17 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from dojo import cli, full, sd3
+import train_ddpo_sd3
+import train_grpo_sd3
+from dojo import cli, full, sd3, training
+from dojo import rl as learning
 from dojo.bench import __main__ as command_line
-from dojo.bench import limits, models, supervised
+from dojo.bench import limits, models, rl, supervised
+from dojo.bench.rl import RlArgs
 from dojo.bench.supervised import SupervisedArgs, Trace
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError
+from dojo.cost import Cost
 
 
 def count(part: str, config: dict[str, Any]) -> float:
@@ -149,8 +155,8 @@ def test_the_counted_operations_follow_the_rule(tmp_path: Path) -> None:
         gradient_checkpointing=True,
     )
     args = full.FullArgs()
-    counted = limits.flops_per_image(sd3.open_model(model), model, args, 512, 512) / 1e12
-    assert counted == pytest.approx(8.55, rel=0.005)
+    cost = limits.cost_per_image(sd3.open_model(model), model, args, 512, 512)
+    assert cost.flops / 1e12 == pytest.approx(8.55, rel=0.005)
     assert limits.by_rule("sd35-medium", "full", True, 512, 77) == 8.55
     assert limits.by_rule("sd35-medium", "lora", False, 1024, 256) == 26.7
     assert limits.by_rule("sd35-large", "lora", False, 1024, 256) is None
@@ -326,6 +332,22 @@ def test_a_benchmark_that_is_told_to_end_leaves_no_training_behind(endless: Path
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_goal_may_be_epochs_and_the_trace_ends_with_the_last(tmp_path: Path) -> None:
+    program = tmp_path / "epochs.py"
+    lines = [{"step": i, "epoch": i / 2} for i in range(1, 8)]
+    lines.insert(2, {"step": 2, "eval_reward": 0.5})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    program.write_text(
+        "import pathlib, time\n"
+        f"pathlib.Path({str(tmp_path / 'metrics.jsonl')!r}).write_text({text!r})\n"
+        "time.sleep(600)\n"
+    )
+    words = [sys.executable, str(program)]
+    trace = supervised.follow(words, tmp_path / "metrics.jsonl", 3, rl.epochs_done, "epochs")
+    assert [row["step"] for row in trace.rows] == [1, 2, 2, 3, 4, 5, 6]
+    assert len(trace.arrivals) == 7
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_sd35_is_refused_without_cuda(tmp_path: Path) -> None:
     args = SupervisedArgs(model="sd35-medium", work_dir=tmp_path)
@@ -346,4 +368,198 @@ def test_a_number_that_is_too_small_is_refused(
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command_line.main(["supervise"])
-    assert "there are supervised and limits" in capsys.readouterr().err
+    assert "there are supervised, rl and limits" in capsys.readouterr().err
+
+
+# -- reinforcement learning ---------------------------------------------------------------------
+
+
+def said(words: list[str]) -> dict[str, Any]:
+    """args.json of the run that a command line starts, as the script itself reads it."""
+    place = next(i for i, word in enumerate(words) if word.endswith("_sd3.py"))
+    script = {"grpo": train_grpo_sd3, "ddpo": train_ddpo_sd3}[Path(words[place]).name[6:10]]
+    options = cli.parse(script.Args, None, words[place + 1 :])
+    return {
+        "args": training.options(options),
+        "num_processes": 1,
+        "mixed_precision": "bf16",
+        "device": "NVIDIA H200",
+        "git_revision": "abc",
+        "versions": {},
+    }
+
+
+def epochs_of(*seconds: dict[str, float]) -> Trace:
+    """A row per epoch, one every 10 s."""
+    rows = [
+        {"epoch": float(i), "memory_gib": i, **{f"seconds_{k}": v for k, v in one.items()}}
+        for i, one in enumerate(seconds, 1)
+    ]
+    return Trace(rows, [100.0 + 10 * i for i in range(len(rows))])
+
+
+def test_the_seconds_of_an_epoch_are_shared_by_its_pictures() -> None:
+    args = RlArgs(model="pocket", num_prompts=2, group_size=5, batch_size=5, beta=0.1)
+    usual = {"decode": 0.5, "reward": 0.25, "reference": 0.25}
+    trace = epochs_of(
+        {"sample": 900.0, "train": 900.0},
+        {"sample": 2.0, "train": 1.0, **usual, "validation": 70.0, "cache": 70.0},
+        {"sample": 2.0, "train": 1.0, **usual},
+        {"sample": 4.0, "train": 3.0, "decode": 1.0, "reward": 1.0, "reference": 1.0},
+    )
+    # The second epoch has one more row, and an evaluation's row stands among them.
+    trace.rows[1:1] = [{"epoch": 1.5, "seconds_train": 1.0}, {"eval_reward": 0.5}]
+    trace.arrivals[:] = [90.0, 95.0, 98.0, 100.0, 115.0, 130.0]
+    words = rl.command(args, models.POCKET, Path("work/runs/run"), [])
+    result = rl.summarise(args, trace, said(words))
+    assert result["seconds_per_image"] == pytest.approx(
+        {"sample": 0.2, "decode": 0.05, "reward": 0.025, "train": 0.2, "reference": 0.025}
+    )
+    assert result["images_per_s"] == 2.0  # ten pictures in 5, 4 and 10 seconds
+    assert result["images_per_s_range"] == [1.0, 2.5]
+    assert result["images_per_s_by_the_clock"] == 30 / (130 - 90)
+    assert result["seconds_to_first_epoch"] == 90.0
+    assert result["memory_gib"] == 4
+    row = rl.table_row(result)
+    assert (row["sample s/image"], row["reward s/image"]) == ("0.2000", "0.0250")
+    assert row["share of time"] == "47 : 47 : 6 %"
+    assert (row["pictures"], row["images/s"], row["device"]) == ("2 x 5", "2.00", "1 x NVIDIA H200")
+    assert (row["CFG"], row["KL"], row["trained steps"]) == ("no", "0.1", "3 of 8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "extra", "passes"),
+    [
+        ({}, "", (10, 9, 0)),
+        ({"guidance_scale": 2.0}, "", (20, 18, 0)),
+        ({"train_timesteps": "all"}, "", (10, 3 * 8, 0)),  # CPS never trains the last two
+        ({"train_timesteps": "all"}, "--sampler sde", (10, 3 * 9, 0)),
+        ({"beta": 0.1, "window_size": 2}, "", (10, 6, 2)),
+        ({"beta": 0.1, "guidance_scale": 2.0}, "--num_inner_epochs 2", (20, 36, 12)),
+        ({"batch_size": 24, "sample_batch_size": 48}, "", (10 + 3, 9, 0)),
+        ({"batch_size": 48, "sample_batch_size": 48}, "", (10, 9, 0)),
+        ({"method": "ddpo", "guidance_scale": 2.0}, "", (20, 18, 0)),
+    ],
+)
+def test_the_passes_of_a_picture_are_those_of_the_rule(
+    flags: dict[str, Any], extra: str, passes: tuple[int, ...]
+) -> None:
+    args = RlArgs(model="pocket", sample_steps=10, **flags)
+    words = rl.command(args, models.POCKET, Path("work/runs/run"), extra.split())
+    assert tuple(rl.forward_passes(said(words), 3).values()) == passes
+
+
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_the_counted_operations_are_those_of_the_dry_run(finetune: Any) -> None:
+    args = RlArgs(
+        model="pocket", finetune=finetune, guidance_scale=2.0, beta=0.1, gradient_checkpointing=True
+    )
+    words = rl.command(args, models.POCKET, Path("work/runs/run"), [])
+    options = cli.parse(train_grpo_sd3.Args, None, words[2:])
+    run: Any = SimpleNamespace(dtype=torch.bfloat16)
+    _, cost = learning.episode_cost(
+        *(run, sd3.open_model(options.model), options, options.sample, options.rollout, 48),
+        num_inner_epochs=1,
+        with_reference=True,
+        checkpointing=True,
+    )
+    trace = epochs_of(*[{"sample": 1.0, "train": 1.0}] * 4)
+    result = rl.summarise(args, trace, said(words))
+    assert 48 * sum(result["tflop_per_image"].values()) == pytest.approx(cost.flops / 1e12)
+    assert result["tflops"] == pytest.approx(192 / 2 * cost.flops / 48 / 1e12)
+    assert result["forward_passes_by_rule"] == {"sample": 16, "train": 2 * 3 * 4, "reference": 6}
+    backward = result["tflop_per_image"]["train"] / result["tflop_per_image"]["reference"]
+    assert (3.8 < backward <= 4) if finetune == "full" else (2.9 < backward < 3.4)
+
+
+def test_the_standard_cases_are_what_the_script_is_told() -> None:
+    told = []
+    for args in rl.cases(RlArgs(model="sd35-medium", cases="standard", num_processes=2)):
+        words = rl.command(args, models.POCKET, Path("work/runs/run"), ["--rank", "3"])
+        assert words[words.index("--nproc_per_node") + 1] == "2"
+        options = said(words)["args"]
+        assert options["lora"]["rank"] == 3
+        assert options["sample"]["resolution"] == 512
+        assert options["prompts"]["num_eval_prompts"] == 0
+        assert (options["reward"]["reward"], options["prompts"]["prompt_set"]) == (
+            "jpeg_compressibility",
+            "animals",
+        )
+        assert options["sample"]["num_prompts_per_epoch"] * options["sample"]["group_size"] == 128
+        guided = options["sample"]["guidance_scale"] > 1
+        told.append((options["rollout"]["train_timesteps"], guided, options["grpo"]["beta"] > 0))
+    assert told == [
+        ("window", False, False),
+        ("window", True, False),
+        ("all", False, False),
+        ("all", True, False),
+        ("window", False, True),
+    ]
+    assert len(rl.cases(RlArgs(model="pocket", cases="standard", method="ddpo"))) == 4
+
+
+def test_a_case_that_fails_leaves_the_table_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def follow(words: list[str], metrics: Path, *_: Any) -> Trace:
+        record = said(words)
+        metrics.parent.mkdir(parents=True, exist_ok=True)
+        metrics.with_name("args.json").write_text(json.dumps(record))
+        if record["args"]["sample"]["guidance_scale"] > 1:
+            raise TrainingStopped("out of memory")
+        return epochs_of(*[{"sample": 1.0, "train": 1.0}] * 4)
+
+    monkeypatch.setattr(supervised, "follow", follow)
+    monkeypatch.setattr(supervised, "cost_per_image", lambda *_: Cost(2, 0, 1))
+    out = tmp_path / "numbers.json"
+    args = RlArgs(model="pocket", cases="standard", work_dir=tmp_path, output=out)
+    with pytest.raises(TrainingStopped, match=r"guidance_scale 4.5: out of memory; .*all"):
+        rl.main(args)
+    head, _, *rows = capsys.readouterr().out.strip().splitlines()
+    kl = [cell.strip() for cell in head.split("|")].index("KL")
+    assert [row.split("|")[kl].strip() for row in rows] == ["no", "no", "0.001"]
+    assert [result["case"]["beta"] for result in json.loads(out.read_text())] == [0, 0, 0.001]
+
+
+def test_the_phases_are_read_from_the_real_script_which_evaluates_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "numbers.json"
+    words = "rl --model pocket --num_prompts 2 --group_size 2 --batch_size 2 --sample_steps 3"
+    words += " --window_size 1 --guidance_scale 2 --beta 0.1 --num_epochs 2 --mixed_precision no"
+    words += f" --work_dir {tmp_path} --output {out}"
+    command_line.main([*words.split(), "--", "--rank", "2"])
+    (result,) = json.loads(out.read_text())
+    assert [row.get("epoch") for row in result["rows"]] == [0.5, 1.0, 2.0, 3.0]
+    assert all(seconds > 0 for seconds in result["seconds_per_image"].values())
+    whole = sum(result["seconds_per_image"].values())  # of an epoch and of the other, about
+    assert 0.5 / result["images_per_s"] < whole < 2 / result["images_per_s"]
+    assert not any(name.startswith("eval") for row in result["rows"] for name in row)
+    assert not any("seconds_validation" in row for row in result["rows"])
+    run = tmp_path / "runs" / "pocket-grpo"
+    assert {path.name for path in run.iterdir()} == {"args.json", "metrics.jsonl"}
+    head, _, row = capfd.readouterr().out.strip().splitlines()
+    assert "sample s/image" in head
+    assert "grpo lora r2 --rank 2" in row
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num_epochs 0", "--num_epochs must be at least 1"),
+        ("--warmup_epochs 0", "--warmup_epochs must be at least 1"),
+        ("--group_size 0", "--group_size must be at least 1"),
+        ("--num_processes 0", "--num_processes must be at least 1"),
+        ("--method ddpo --beta 0.1", "--beta needs --method grpo"),
+        ("--cases standard --guidance_scale 2", "--cases standard chooses --guidance_scale"),
+        ("--cases standard --train_timesteps all", "--cases standard chooses --train_timesteps"),
+        ("--prompt_set animals", "--reward pocket needs --prompt_set pocket"),
+    ],
+)
+def test_a_case_that_could_not_be_timed_is_refused(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(RlArgs, None, ["--model", "pocket", *words.split()])
+    answer = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in answer

@@ -238,8 +238,8 @@ def test_a_peak_survives_the_thinning() -> None:
 def test_what_a_script_logs_of_its_own_gets_a_chart_and_text_is_passed_over() -> None:
     rows = [{"step": 1, "reward/aesthetic": 5.0, "kl": 0.1, "note": "text", "seconds_x": 1.0}]
     html = charts(rows)
-    assert "reward/aesthetic" in html
-    assert "kl" in html
+    assert "Reward: aesthetic" in html
+    assert "Distance from the base model" in html
     assert "note" not in html
     assert "seconds" not in html
     assert charts([{"step": 1}]) == ""

@@ -168,13 +168,16 @@ class Run:
         """Adds the time inside to `seconds_<name>`; the loop's time outside all phases is `train`.
 
         Args:
-            wait: until the GPU has done what it was told inside, so that the time is that of the
-                work and not of the telling.
+            wait: until the GPU has done what it was told, before and inside, so that the time is
+                that of this work and not of the telling.
         """
+        wait = wait and self.device.type == "cuda"
+        if wait:
+            torch.cuda.synchronize(self.device)
         started = time.perf_counter()
         try:
             yield
-            if wait and self.device.type == "cuda":
+            if wait:
                 torch.cuda.synchronize(self.device)
         finally:
             self._add_seconds(name, time.perf_counter() - started)

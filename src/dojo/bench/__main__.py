@@ -1,6 +1,7 @@
 """Measures the speed of training.
 
 python -m dojo.bench supervised --help     times a training script
+python -m dojo.bench rl --help             times one that learns from rewards
 python -m dojo.bench limits --help         what arithmetic alone allows
 """
 
@@ -14,7 +15,7 @@ from dojo import cli
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs one of the two commands; what follows `--` goes to the training script."""
+    """Runs one of the commands; what follows `--` goes to the training script."""
     words = list(argv)
     name = words.pop(0) if words else "--help"
     extra: list[str] = []
@@ -28,6 +29,10 @@ def main(argv: Sequence[str]) -> None:
         cli.run(
             partial(supervised.main, extra=extra), supervised.SupervisedArgs, supervised.__doc__
         )
+    elif name == "rl":
+        from dojo.bench import rl
+
+        cli.run(partial(rl.main, extra=extra), rl.RlArgs, rl.__doc__)
     elif name == "limits":
         from dojo.bench import limits
 
@@ -35,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     elif name in ("-h", "--help"):
         print(__doc__)
     else:
-        print(f"error: {name}: there are supervised and limits", file=sys.stderr)
+        print(f"error: {name}: there are supervised, rl and limits", file=sys.stderr)
         sys.exit(2)
 
 

@@ -14,6 +14,7 @@ import torch
 from dojo import full, lora, sd3
 from dojo.bench import models
 from dojo.bench.table import markdown
+from dojo.cost import Cost
 
 Method = Literal["lora", "full"]
 
@@ -50,14 +51,14 @@ class LimitArgs:
             raise ValueError("--rank and --tflops must be positive")
 
 
-def flops_per_image(
+def cost_per_image(
     config: sd3.Config,
     model: sd3.ModelArgs,
     adapter: lora.LoraArgs | full.FullArgs,
     height: int,
     width: int,
-) -> int:
-    """Operations of forward and backward pass for one picture, recomputation included."""
+) -> Cost:
+    """Of forward and backward pass for one picture, recomputation included."""
     add = (
         partial(lora.add, args=adapter)
         if isinstance(adapter, lora.LoraArgs)
@@ -68,7 +69,7 @@ def flops_per_image(
     _, cost = sd3.training_cost(
         config, model, torch.bfloat16, add, 1, shape, checkpointing=checkpointing
     )
-    return cost.flops
+    return cost
 
 
 def by_rule(
@@ -106,7 +107,7 @@ def _cases(args: LimitArgs, folder: Path, size: int, tokens: int) -> Iterator[di
                 max_sequence_length=tokens,
                 gradient_checkpointing=checkpointing,
             )
-            flops = flops_per_image(sd3.open_model(model), model, adapter, size, size)
+            flops = cost_per_image(sd3.open_model(model), model, adapter, size, size).flops
             other = by_rule(args.model, method, checkpointing, size, tokens)
             yield {
                 "model": args.model,

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,31 +35,22 @@ from dojo import checkpoint, full, lora, sd3
 from dojo.bench import limits, models
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError
+from dojo.cost import Cost
+
+Rows = list[dict[str, float]]
 
 SCRIPTS = {"lora": "train_lora_sd3.py", "full": "train_full_sd3.py"}
 _SPARE_STEPS = 1000  # that the script still has to go when it is ended
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedArgs:
-    """What is timed; the defaults are those of the script where it has the option."""
+class CaseArgs:
+    """What is timed, whichever script it is."""
 
     model: Literal["pocket", "sd35-medium", "sd35-large"]
     """pocket is models/pocket-sd3; the others are made once, with random weights, in work_dir"""
-    method: limits.Method = "lora"
-    """which script: train_lora_sd3.py or train_full_sd3.py"""
-    resolution: int | None = None
-    """height and width in pixels; unset is the model's own, 64 for pocket and 1024 otherwise"""
-    batch_size: int = 4
-    """pictures per process and micro-step"""
-    gradient_accumulation_steps: int = 1
-    """micro-steps per optimizer step"""
     max_sequence_length: int | None = None
     """tokens of T5; unset is 24 for pocket and 256 otherwise"""
-    rank: int = 16
-    """rank of the LoRA"""
-    optimizer: str = "adamw"
-    """optimizer of the script"""
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
     """precision of the frozen parts and the arithmetic"""
     gradient_checkpointing: bool = False
@@ -68,10 +59,6 @@ class SupervisedArgs:
     """compile the transformer's repeated blocks"""
     num_processes: int = 1
     """processes (GPUs) on this machine, started by torchrun"""
-    num_steps: int = 20
-    """optimizer steps that count"""
-    warmup_steps: int = 5
-    """optimizer steps before them that do not"""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """random weights on the disk"""
     work_dir: Path = Path("outputs/bench")
@@ -82,17 +69,49 @@ class SupervisedArgs:
     """time SD3.5 without CUDA too; a step takes minutes"""
 
     def __post_init__(self) -> None:
-        for name in (
-            "resolution",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "max_sequence_length",
-            "num_processes",
-            "num_steps",
-        ):
+        self.check_positive("max_sequence_length", "num_processes")
+
+    def check_positive(self, *names: str) -> None:
+        """Refuses numbers below 1.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        for name in names:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of T5."""
+        return self.max_sequence_length or (24 if self.model == "pocket" else 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedArgs(CaseArgs):
+    """What is timed; the defaults are those of the script where it has the option."""
+
+    method: limits.Method = "lora"
+    """which script: train_lora_sd3.py or train_full_sd3.py"""
+    resolution: int | None = None
+    """height and width in pixels; unset is the model's own, 64 for pocket and 1024 otherwise"""
+    batch_size: int = 4
+    """pictures per process and micro-step"""
+    gradient_accumulation_steps: int = 1
+    """micro-steps per optimizer step"""
+    rank: int = 16
+    """rank of the LoRA"""
+    optimizer: str = "adamw"
+    """optimizer of the script"""
+    num_steps: int = 20
+    """optimizer steps that count"""
+    warmup_steps: int = 5
+    """optimizer steps before them that do not"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("resolution", "batch_size", "gradient_accumulation_steps", "num_steps")
         if self.warmup_steps < 1:
             raise ValueError("--warmup_steps must be at least 1: the first step is never typical")
 
@@ -100,11 +119,6 @@ class SupervisedArgs:
     def size(self) -> int:
         """Height and width in pixels."""
         return self.resolution or (64 if self.model == "pocket" else 1024)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of T5."""
-        return self.max_sequence_length or (24 if self.model == "pocket" else 256)
 
     @property
     def samples_per_step(self) -> int:
@@ -116,8 +130,8 @@ class SupervisedArgs:
 class Trace:
     """What a run left, and when."""
 
-    rows: list[dict[str, float]]
-    """of metrics.jsonl, one per step"""
+    rows: Rows
+    """of metrics.jsonl"""
     arrivals: list[float]
     """when each row was seen, in seconds since the process was started"""
 
@@ -131,62 +145,98 @@ def main(args: SupervisedArgs, extra: Sequence[str] = ()) -> None:
         UserError: an SD3.5 without CUDA, or no script to start.
         TrainingStopped: the script ended before its last step.
     """
-    if args.model != "pocket" and not torch.cuda.is_available() and not args.allow_cpu:
-        raise UserError(
-            f"--model {args.model} needs CUDA: on a CPU a step takes minutes and tens of gigabytes "
-            "(--allow_cpu starts it nevertheless, --model pocket is made for CPUs)"
-        )
-    work_dir = args.work_dir.absolute()
-    model = models.POCKET
-    if args.model != "pocket":
-        folder = work_dir / "models" / f"{args.model}-{args.dtype}"
-        print(f"model: {folder}", file=sys.stderr)
-        model = models.make_model(args.model, args.dtype, folder)
+    model, work_dir = model_folder(args), args.work_dir.absolute()
     run = work_dir / "runs" / f"{args.model}-{args.method}"
     words = command(args, model, _make_data(args, work_dir / "datas"), run, extra)
     trace = follow(words, run / "metrics.jsonl", args.warmup_steps + args.num_steps)
     result = summarise(args, trace, json.loads((run / "args.json").read_text()))
     result["extra"] = list(extra)
+    write_numbers(args, result)
+    print(markdown([table_row(result)]))
+
+
+def model_folder(args: CaseArgs) -> Path:
+    """The model that is timed; one that is missing is made.
+
+    Raises:
+        UserError: an SD3.5 without CUDA.
+    """
+    if args.model == "pocket":
+        return models.POCKET
+    if not torch.cuda.is_available() and not args.allow_cpu:
+        raise UserError(
+            f"--model {args.model} needs CUDA: on a CPU a step takes minutes and tens of gigabytes "
+            "(--allow_cpu starts it nevertheless, --model pocket is made for CPUs)"
+        )
+    folder = args.work_dir.absolute() / "models" / f"{args.model}-{args.dtype}"
+    print(f"model: {folder}", file=sys.stderr)
+    return models.make_model(args.model, args.dtype, folder)
+
+
+def write_numbers(args: CaseArgs, numbers: Any) -> None:
+    """Writes `--output`, if it is wanted."""
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(markdown([table_row(result)]))
+        args.output.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 def command(
     args: SupervisedArgs, model: Path, data: Path, run: Path, extra: Sequence[str]
 ) -> list[str]:
     """The command line of the script; `extra` comes last and wins."""
-    script = models.ROOT / SCRIPTS[args.method]
+    steps = args.warmup_steps + args.num_steps + _SPARE_STEPS
+    values = {
+        "dataset_name": data,
+        "resolution": args.size,
+        "train_batch_size": args.batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "optimizer": args.optimizer,
+        "max_train_steps": steps,
+        "checkpointing_steps": steps,
+        "logging_steps": 1,
+        **({"rank": args.rank} if args.method == "lora" else {}),
+    }
+    return start_script(SCRIPTS[args.method], args, model, run, values, extra)
+
+
+def start_script(
+    name: str,
+    args: CaseArgs,
+    model: Path,
+    run: Path,
+    values: Mapping[str, object],
+    extra: Sequence[str],
+) -> list[str]:
+    """The command line of any training script, with what all of them know.
+
+    Args:
+        run: the output folder; caches lie beside the folder it lies in.
+        values: the script's further flags.
+        extra: comes last and wins.
+    Raises:
+        UserError: there is no such script.
+    """
+    script = models.ROOT / name
     if not script.is_file():
         raise UserError(f"{script} is missing: start the benchmark from a clone of the repository")
     python = [sys.executable]
     if args.num_processes > 1:
         python += ["-m", "torch.distributed.run", "--standalone"]
         python += ["--nproc_per_node", str(args.num_processes)]
-    steps = args.warmup_steps + args.num_steps + _SPARE_STEPS
     values = {
         "pretrained_model_name_or_path": model,
-        "dataset_name": data,
         "output_dir": run,
         "latent_cache_dir": run.parents[1] / "cache",
-        "resolution": args.size,
         "max_sequence_length": args.tokens,
-        "train_batch_size": args.batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "optimizer": args.optimizer,
         "mixed_precision": args.mixed_precision,
-        "max_train_steps": steps,
-        "checkpointing_steps": steps,
-        "logging_steps": 1,
         "report_to": "none",
         "seed": 0,
-        **({"rank": args.rank} if args.method == "lora" else {}),
+        **values,
     }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     flags.append("--overwrite_output_dir")
-    for name in ("gradient_checkpointing", "torch_compile"):
-        flags += [f"--{name}"] if getattr(args, name) else []
+    for flag in ("gradient_checkpointing", "torch_compile"):
+        flags += [f"--{flag}"] if getattr(args, flag) else []
     return [*python, str(script), *flags, *extra]
 
 
@@ -209,11 +259,23 @@ def _make_data(args: SupervisedArgs, parent: Path) -> Path:
     return folder
 
 
-def follow(words: Sequence[str], metrics: Path, num_rows: int) -> Trace:
+def follow(
+    words: Sequence[str],
+    metrics: Path,
+    goal: int,
+    done: Callable[[Rows], int] = len,
+    unit: str = "steps",
+) -> Trace:
     """Starts a training, waits for its first rows of metrics, and ends it.
 
     Its output goes to stderr, so that stdout holds the table alone.
 
+    Args:
+        goal: how much the rows have to hold.
+        done: how much some rows hold: as many steps as there are rows, unless it says otherwise.
+        unit: what is counted, for the message.
+    Returns:
+        The trace up to the row that reaches the goal.
     Raises:
         TrainingStopped: it ended by itself before.
     """
@@ -223,26 +285,28 @@ def follow(words: Sequence[str], metrics: Path, num_rows: int) -> Trace:
         environment["ACCELERATE_USE_CPU"] = "true"
     started = time.perf_counter()
     arrivals: list[float] = []
-    rows: list[dict[str, float]] = []
+    rows: Rows = []
     # A SIGTERM for us must not leave the training behind.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     process = subprocess.Popen(words, env=environment, stdout=2, start_new_session=True)
     try:
-        while len(rows) < num_rows:
+        while done(rows) < goal:
             running = process.poll() is None
             rows = _whole_rows(metrics)
             now = time.perf_counter() - started
             arrivals += [now] * (len(rows) - len(arrivals))
-            if not running and len(rows) < num_rows:
+            if not running and done(rows) < goal:
                 raise TrainingStopped(
-                    f"the training ended with exit code {process.returncode} after {len(rows)} of "
-                    f"{num_rows} steps; its own message stands above"
+                    f"the training ended with exit code {process.returncode} after {done(rows)} of "
+                    f"{goal} {unit}; its own message stands above"
                 )
             time.sleep(0.02)
     finally:
         _kill(process)
         signal.signal(signal.SIGTERM, previous)
-    return Trace(rows[:num_rows], arrivals[:num_rows])
+    while done(rows[:-1]) >= goal:  # these came while it was being ended
+        rows.pop()
+    return Trace(rows, arrivals[: len(rows)])
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -255,7 +319,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _whole_rows(metrics: Path) -> list[dict[str, float]]:
+def _whole_rows(metrics: Path) -> Rows:
     if not metrics.is_file():
         return []
     lines = metrics.read_text().splitlines(keepends=True)
@@ -294,26 +358,41 @@ def summarise(args: SupervisedArgs, trace: Trace, record: Mapping[str, Any]) -> 
         "mfu": median(utilisation) if utilisation else None,
         "pixels": args.size,
         "t5_tokens": args.tokens,
-        "num_cpus": os.cpu_count(),
-        **{name: record[name] for name in ("device", "git_revision", "versions")},
+        **machine(record),
         "rows": trace.rows,
     }
 
 
 def _tflop_per_image(args: SupervisedArgs, record: Mapping[str, Any]) -> float:
-    """Counted from what the run says it did, so that extra flags count too."""
-
-    def group(name: str) -> dict[str, Any]:
-        values = record["args"][name]
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-    model = sd3.ModelArgs(**group("model"))
-    adapter = (
-        lora.LoraArgs(**group("lora")) if args.method == "lora" else full.FullArgs(**group("full"))
-    )
-    data = group("data")
+    data = group(record, "data")
     height, width = (data[side] or data["resolution"][0] for side in ("height", "width"))
-    return limits.flops_per_image(sd3.open_model(model), model, adapter, height, width) / 1e12
+    return cost_per_image(args.method, record, height, width).flops / 1e12
+
+
+def cost_per_image(
+    method: limits.Method, record: Mapping[str, Any], height: int, width: int
+) -> Cost:
+    """Of a forward and a backward pass, counted from what the run says it did, so that extra flags
+    count too."""
+    model = sd3.ModelArgs(**group(record, "model"))
+    adapter = (
+        lora.LoraArgs(**group(record, "lora"))
+        if method == "lora"
+        else full.FullArgs(**group(record, "full"))
+    )
+    return limits.cost_per_image(sd3.open_model(model), model, adapter, height, width)
+
+
+def machine(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured where, of the run's args.json."""
+    names = ("device", "git_revision", "versions")
+    return {"num_cpus": os.cpu_count(), **{name: record[name] for name in names}}
+
+
+def group(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A group of options in args.json, as its dataclass wants it."""
+    values = record["args"][name]
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def table_row(result: Mapping[str, Any]) -> dict[str, str]:
@@ -333,7 +412,7 @@ def table_row(result: Mapping[str, Any]) -> dict[str, str]:
         "method": " ".join([case["method"], *flags, *result.get("extra", ())]),
         "px": str(result["pixels"]),
         "T5 tokens": str(result["t5_tokens"]),
-        "precision": "fp32" if case["mixed_precision"] == "no" else case["mixed_precision"],
+        "precision": precision(case["mixed_precision"]),
         "batch": batch,
         "device": f"{case['num_processes']} x {result['device']}",
         "images/s": f"{result['images_per_s']:.2f}",
@@ -346,3 +425,8 @@ def table_row(result: Mapping[str, Any]) -> dict[str, str]:
         "MFU": "" if mfu is None else f"{mfu:.1%}",
         "s to first step": f"{result['seconds_to_first_step']:.1f}",
     }
+
+
+def precision(mixed: str) -> str:
+    """What `--mixed_precision` means."""
+    return "fp32" if mixed == "no" else mixed

@@ -52,7 +52,14 @@ def _choose(keys: Iterable[str]) -> list[Chart]:
     if len(strata) > 1:
         levels |= {strata[0]: f"{levels[strata[0]]}, least noise"}
         levels |= {strata[-1]: f"{levels[strata[-1]]}, most noise"}
+    parts = sorted({key.partition("/")[2] for key in found if "reward/" in key})
+    sides = {"reward": "sampled", "eval_reward": "held out"}
     known = [
+        Chart("Reward", sides),
+        *(Chart(f"Reward: {name}", {f"{k}/{name}": v for k, v in sides.items()}) for name in parts),
+        Chart("Distance from the base model", {"kl": "KL in training", "eval_kl": "held out"}),
+        Chart("Diversity of the pictures of a prompt", {"diversity": "diversity"}),
+        Chart("Share of ratios clipped", {f"clip_fraction_{x}": x for x in ("high", "low")}),
         Chart("Training loss", {"loss": "loss"}, smooth=True),
         Chart("Eval loss", {"eval_loss": "held out", "train_eval_loss": "training pictures"}),
         Chart("Eval loss by noise level", levels),
@@ -62,8 +69,8 @@ def _choose(keys: Iterable[str]) -> list[Chart]:
         Chart("Speed, images/s", {"images_per_s": "images/s"}),
         Chart("Peak memory, GiB", {"memory_gib": "GiB"}),
     ]
-    # eval_gap is the distance of two curves that are drawn already.
-    left = found - {key for chart in known for key in chart.names} - {"eval_gap"}
+    # The distance, and the sum, of two curves that are drawn already.
+    left = found - {key for chart in known for key in chart.names} - {"eval_gap", "clip_fraction"}
     return known + [Chart(key, {key: key}) for key in sorted(left)]
 
 
