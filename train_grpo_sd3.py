@@ -52,7 +52,7 @@ class GrpoArgs(rl.PolicyArgs):
     """several rewards: their weighted sum, or each normalised within its groups first (GDPO), so
     that weights and not scales decide"""
     beta: float = 0.0
-    """weight of the divergence from the model before training; 0 learns faster, drifts further"""
+    """weight of the divergence from the base model (without adapters); at 0 it drifts further"""
     kl: Literal["velocity", "transition"] = "velocity"
     """that divergence: the mean squared difference of the velocities (beta about 1e-3), or the
     exact one of the transitions (about 1e-2)"""
@@ -116,8 +116,7 @@ def main(args: Args) -> None:
         return training.print_plan(run, args, *planned, train_batch_size, bytes_per_weight=state)
     if not run.begin(args, rl.result_name(args)):
         return None
-    reward = args.reward.load(run.device)
-    watched = [args.reward.load(run.device, text) for text in args.evaluation.held_out_rewards]
+    reward, *watched = args.reward.load(run.device, *args.evaluation.held_out_rewards)
     words = [*source.texts, args.sample.negative_prompt]
     embed = texts.prepare(run, config, args.model, args.text, args.cache, [words])
 
@@ -139,6 +138,7 @@ def main(args: Args) -> None:
     model, optimizer = run.accelerator.prepare(network, optimizer)
     # A batch is learned from in all its trained steps, a backward pass each.
     run.accelerator.gradient_accumulation_steps *= len(args.rollout.trained_steps(run.seed, 0))
+    copies = args.sample.copies
     steering = rl.Steering.of(args.sample, embed, run.dtype)
     evaluate = rl.Evaluator(
         run, config, vae, args, source.held_out, [reward, *watched], embed, trained
@@ -146,8 +146,7 @@ def main(args: Args) -> None:
     keep = partial(run.save_checkpoint, save, optimizer, schedule)
 
     # --------------------------------------------------------------------------------- loop
-    if run.step == 0:
-        evaluate()
+    evaluate.catch_up(run.epoch)
     for epoch in run.epochs():
         began = run.step
         plan = args.rollout.plan(shift, run.seed, epoch)
@@ -158,8 +157,10 @@ def main(args: Args) -> None:
             for batch in rl.batches(run, args.sample, source.train, drawn, epoch, batch_size):
                 with run.phase("sample", wait=True):
                     velocity = steering(network, batch.texts)
-                    noise = rng.normal(shape, batch.noise_keys(run, args.sample), run.device)
-                    way = rollout.sample(velocity, noise, plan, batch.keys(run, "way"))
+                    noise = rng.normal(shape, batch.noise_keys(run, copies), run.device)
+                    way = rollout.sample(
+                        velocity, noise, plan, batch.keys(run, "way"), copies=copies
+                    )
                     chunks += rl.split(batch, way, train_batch_size, partial(steering, network))
                 with run.phase("decode", wait=True):
                     images = sd3.decode(vae, config, way.final)  # [B, 3, H, W]
@@ -180,13 +181,15 @@ def main(args: Args) -> None:
             advantage = advantages.at(chunk.batch.places, args.grpo.adv_clip_max).to(run.device)
             for number, step in chunk.steps.items():
                 with run.accelerator.accumulate(model):
-                    now, predicted = rollout.predict(velocity, step.latents, number, plan)
+                    now, predicted = rollout.predict(
+                        velocity, step.latents, number, plan, step.copies
+                    )
                     moved = policy.log_ratio(now, step.policy, step.reached, args.grpo.ratio)
                     surrogate = policy.clipped_surrogate(moved, advantage, args.grpo.clip_range)
                     loss = plan.weight(number) * surrogate.loss.mean()
                     rl.record(run, surrogate, fresh=run.step == began)
                     if args.grpo.beta:
-                        then, usual = trained.before(steering, embeds, step.latents, number, plan)
+                        then, usual = trained.before(steering, embeds, step, number, plan)
                         exact = args.grpo.kl == "transition"
                         kl = now.kl(then) if exact else policy.velocity_kl(predicted, usual)
                         loss = loss + args.grpo.beta * kl.mean()

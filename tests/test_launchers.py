@@ -6,18 +6,23 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from dojo import cli
+from dojo import cli, download, prompts
+from dojo.rewards import spec, weights
+from dojo.rewards.loading import scorer_class
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = sorted((ROOT / "scripts" / "accelerate").glob("*.yaml"))
 LAUNCHERS = [*sorted((ROOT / "scripts").glob("train_*.sh")), ROOT / "scripts" / "demo.sh"]
+REINFORCED = [path for path in LAUNCHERS if path.stem in ("train_ddpo_sd3", "train_grpo_sd3")]
+SUPERVISED = [path for path in LAUNCHERS[:-1] if path not in REINFORCED]
 each_launcher = pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.name)
+each_reinforced = pytest.mark.parametrize("launcher", REINFORCED, ids=lambda path: path.name)
 
 
 def record(launcher: Path, tmp_path: Path, *arguments: str, **environment: str) -> list[str]:
@@ -95,7 +100,7 @@ def test_the_variables_at_the_top_can_be_set_from_outside(launcher: Path, tmp_pa
     assert words[words.index("--output_dir") + 1] == "outputs/other"
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS[:-1], ids=lambda path: path.name)
+@pytest.mark.parametrize("launcher", SUPERVISED, ids=lambda path: path.name)
 def test_the_users_resolutions_replace_the_launchers(launcher: Path, tmp_path: Path) -> None:
     _, script, flags = split(record(launcher, tmp_path, "--resolution", "512", "768"))
     args: Any = parse(script, flags)
@@ -125,6 +130,126 @@ def test_training_goes_through_accelerate_with_a_configuration(
     several = "scripts/accelerate/multi_gpu.yaml"
     before, _, _ = split(record(launcher, tmp_path, ACCELERATE_CONFIG=several, NUM_PROCESSES="4"))
     assert before[3:] == ["--config_file", several, "--num_processes", "4"]
+
+
+@each_launcher
+def test_what_the_header_tells_to_fetch_can_be_fetched(launcher: Path) -> None:
+    lines = [line for line in launcher.read_text().splitlines() if "#   bash scripts/down" in line]
+    names = [name for line in lines for name in line.split("download.sh")[1].split()]
+    assert names
+    assert not set(names) - set(download.BY_NAME)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2.1", "imagereward"])
+def test_a_reward_is_read_from_where_it_was_fetched_to(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    entry, checkpoint = download.BY_NAME[name], cast(Any, scorer_class(name)).checkpoint
+    folder = Path(entry.folder)
+    folder.mkdir(parents=True)
+    assert checkpoint.startswith(entry.repo)
+    if checkpoint == entry.repo:
+        assert weights.locate(checkpoint) == str(folder)
+        return
+    path = folder / Path(checkpoint).name
+    assert path.name in entry.allow
+    path.touch()
+    assert weights.file(checkpoint) == path  # without it the hub would be asked: offline, an error
+
+
+@each_reinforced
+@pytest.mark.parametrize("number", [None, 1, 2, 3, 4, 8])
+def test_every_number_of_processes_makes_whole_epochs_of_two_steps(
+    launcher: Path, number: int | None, tmp_path: Path
+) -> None:
+    environment = {} if number is None else {"NUM_PROCESSES": str(number)}
+    _, script, flags = split(record(launcher, tmp_path, **environment))
+    args: Any = parse(script, flags)
+    processes = number or 1
+    args.sample.check(args.optim, processes, min_group=1)  # raises where sizes do not divide
+    assert args.sample.samples == 64 * processes
+    assert args.sample.samples == 2 * args.optim.samples_per_step(processes)
+    assert args.optim.max_train_steps % 2 == 0
+    if launcher.stem == "train_grpo_sd3":  # an epoch of GRPO holds no prompt twice
+        assert args.sample.num_prompts_per_epoch <= len(prompts.open_prompts(args.prompts).train)
+
+
+def test_grpo_has_the_groups_of_flow_grpo(tmp_path: Path) -> None:
+    groups = {}
+    for number in ("1", "4"):
+        launcher = ROOT / "scripts" / "train_grpo_sd3.sh"
+        args: Any = parse(*split(record(launcher, tmp_path, NUM_PROCESSES=number))[1:])
+        groups[number] = (args.sample.num_prompts_per_epoch, args.sample.group_size)
+    assert groups == {"1": (8, 8), "4": (16, 16)}
+
+
+@each_reinforced
+@pytest.mark.parametrize(
+    ("trained", "held_out"),
+    [
+        ("aesthetic", "pickscore"),
+        ("pickscore[scale=1/26]", "hpsv2.1"),
+        ("aesthetic=0.5,pickscore=1,hpsv2.1=2", "imagereward"),
+        ("pickscore,hpsv2.1,imagereward", None),
+    ],
+)
+def test_no_reward_that_is_trained_on_is_held_out(
+    launcher: Path, trained: str, held_out: str | None, tmp_path: Path
+) -> None:
+    _, script, flags = split(record(launcher, tmp_path, REWARD=trained))
+    args: Any = parse(script, flags)
+    assert args.reward.reward == trained
+    assert args.evaluation.eval_reward == held_out
+    assert held_out not in {term.source for term in spec.parse(trained)}
+
+
+@each_reinforced
+def test_the_held_out_reward_can_be_chosen_and_left_out(launcher: Path, tmp_path: Path) -> None:
+    for wish in ("clip", ""):
+        _, script, flags = split(record(launcher, tmp_path, EVAL_REWARD=wish))
+        args: Any = parse(script, flags)
+        assert args.evaluation.eval_reward == (wish or None)
+
+
+@each_reinforced
+def test_the_prompts_come_from_one_place(launcher: Path, tmp_path: Path) -> None:
+    file = tmp_path / "my prompts.txt"
+    for words, environment in (
+        ([], {"PROMPT_FILE": str(file)}),
+        (["--prompt_file", str(file)], {}),
+        ([f"--prompt_file={file}"], {"PROMPT_SET": "pocket"}),
+    ):
+        _, script, flags = split(record(launcher, tmp_path, *words, **environment))
+        args: Any = parse(script, flags)
+        assert args.prompts.prompt_file == file
+        assert args.prompts.prompt_set is None
+    _, script, flags = split(record(launcher, tmp_path, PROMPT_SET="pocket"))
+    args = parse(script, flags)
+    assert args.prompts.prompt_set == "pocket"
+
+
+@each_reinforced
+@pytest.mark.slow
+def test_a_dry_run_goes_through_accelerate_and_ends_well(launcher: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        ["bash", str(launcher), "--dry_run", "--report_to", "none"],
+        env={
+            **os.environ,
+            "MODEL_NAME": "models/pocket-sd3",
+            "RESOLUTION": "64",
+            "PROMPT_SET": "pocket",
+            "OUTPUT_DIR": str(tmp_path / "run"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "VIRTUAL_ENV": str(Path(sys.executable).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "steps per epoch: 2.00" in result.stdout
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_users_prompts_replace_those_of_the_demo(tmp_path: Path) -> None:

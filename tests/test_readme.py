@@ -16,6 +16,8 @@ READMES = ("README.md", "README_zh.md")
 OTHERS = {
     *("--help", "--dev", "--nproc_per_node", "--quiet", "--source", "--config_file", "--multi_gpu"),
     *("--shape", "--lora_weights_path", "--compare", "--num_processes"),
+    *("--images", "--prompts", "--host", "--port"),  # python -m dojo.rewards
+    *("--table", "--long"),  # scripts/prove_rl.sh
 }
 
 
@@ -56,3 +58,28 @@ def test_the_options_are_found() -> None:
     assert {"--rank", "--output_dir", "--validation_prompt"} <= found
     assert len(found) > 80
     assert fields(importlib.import_module("train_lora_sd3").Args)
+
+
+def skeleton(readme: str) -> dict[str, list[str]]:
+    """What does not hang on the language: levels of headings, code, table columns, pictures."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    code = re.findall(r"^```.*?^```", text, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return {
+        "headings": re.findall(r"^#+ ", prose, flags=re.MULTILINE),
+        "code": code,
+        "rows": [
+            str(row.count("|") - row.count("\\|"))
+            for row in re.findall(r"^\|.*", prose, flags=re.MULTILINE)
+        ],
+        "pictures": re.findall(r"\(docs/images/[^)]*\)", text),
+        "list entries": re.findall(r"^(?:- |\d+\. )", prose, flags=re.MULTILINE),
+        "flags": sorted(named_in(text)),
+        "gaps": re.findall(r"TODO-[A-Z]+", text),
+    }
+
+
+def test_the_two_readmes_are_in_step() -> None:
+    english, chinese = (skeleton(readme) for readme in READMES)
+    for part, expected in english.items():
+        assert chinese[part] == expected, part

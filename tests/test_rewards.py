@@ -117,10 +117,13 @@ def test_wrong_options_name_their_flag(wrong: dict) -> None:
 
 def test_the_options_choose_device_precision_and_batch() -> None:
     args = RewardArgs(reward="pocket", reward_dtype="bf16", reward_batch_size=3)
-    reward = args.load(CPU)
-    assert reward.batch_size == 3
+    reward, other = args.load(CPU, "pocket_strict")
+    assert reward.batch_size == other.batch_size == 3
     assert reward.components[0].scorer.place.dtype == torch.bfloat16
-    assert list(args.load(CPU, "pocket_strict").weights) == ["pocket_strict"]
+    assert list(reward.weights) == ["pocket"]
+    assert list(other.weights) == ["pocket_strict"]
+    places = [one.components[0].scorer.place for one in (reward, other)]
+    assert places[0].loaded is places[1].loaded  # what both need is loaded once
 
 
 # -- the sum ----------------------------------------------------------------------------------

@@ -453,3 +453,34 @@ def test_weighted_steps_pull_alike(sampler: Sampler) -> None:
         (slope,) = torch.autograd.grad(plan.weight(step) * log_prob, v)
         torch.testing.assert_close(slope.abs(), noise.abs() / noise.numel(), rtol=1e-3, atol=1e-6)
         assert plain.weight(step) == 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("trained", [range(1), range(2, 4)])
+def test_samples_that_part_late_share_their_way_until_then(trained: range, guidance: float) -> None:
+    network = Network()
+    plan = Plan(sigmas=sigma_schedule(6, 3.0), trained=trained, sampler="cps", noise_level=0.8)
+    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    keys: list[tuple[rng.Key, ...]] = [(0, place) for place in range(6)]
+    asked: list[int] = []
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        asked.append(len(latents))
+        labels = torch.arange(6)[:: 6 // len(latents)] // 3 + 1  # two prompts, three samples each
+        both = [
+            network(latents, sigma, labels),
+            network(latents, sigma, torch.zeros_like(labels)),
+        ]
+        return both[0] if guidance == 1 else guided(both[0], both[1], guidance)
+
+    way = rollout.sample(velocity, noise, plan, keys, copies=3)
+    first = plan.trained[0]
+    assert asked == [2] * (first + 1) + [6] * (plan.num_steps - first - 1)
+    whole = rollout.sample(velocity, noise.repeat_interleave(3, 0), plan, keys)
+    torch.testing.assert_close(way.final, whole.final, rtol=1e-4, atol=1e-5)
+    for number, step in way.steps.items():
+        now, _ = rollout.predict(velocity, step.latents, number, plan, step.copies)
+        ratio = policy.log_ratio(now, step.policy, step.reached).exp()
+        assert torch.equal(ratio, torch.ones(6))
+    with pytest.raises(ValueError, match="6 samples"):
+        rollout.sample(velocity, noise, plan, keys[:2], copies=3)

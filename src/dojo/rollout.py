@@ -15,7 +15,7 @@ guidance, no dropout.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -183,11 +183,13 @@ class Step:
     """A trained step of a batch: where it began, what it drew from, where it came to."""
 
     latents: Tensor
-    """float32 [B, ...], at the step's sigma"""
+    """float32 [B / copies, ...], at the step's sigma"""
     policy: Gaussian
-    """the distribution of the policy that made the rollout"""
+    """the distribution of the policy that made the rollout, [B, ...]"""
     reached: Tensor
     """float32 [B, ...], drawn from it; the next trained step's latents are this very tensor"""
+    copies: int = 1
+    """draws from each of the latents"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -201,38 +203,57 @@ class Trajectory:
     """float32 [B, ...], the latents to decode"""
 
 
-def predict(velocity: Velocity, latents: Tensor, step: int, plan: Plan) -> tuple[Gaussian, Tensor]:
-    """The distribution of the next latents, and the velocity it follows from: [B, ...] each."""
+def predict(
+    velocity: Velocity, latents: Tensor, step: int, plan: Plan, copies: int = 1
+) -> tuple[Gaussian, Tensor]:
+    """The distribution of the next latents, and the velocity it follows from.
+
+    Args:
+        latents: float32 [B, ...].
+        copies: repeats every row of both as often: [B * copies, ...].
+    """
     sigma, sigma_next = plan.sigmas[step : step + 2]
     sampler = plan.sampler if step in plan.trained else "ode"
     predicted = velocity(latents, torch.full(latents.shape[:1], sigma, device=latents.device))
-    return transition(sampler, latents, predicted, sigma, sigma_next, plan.noise_level), predicted
+    policy = transition(sampler, latents, predicted, sigma, sigma_next, plan.noise_level)
+    if copies == 1:
+        return policy, predicted
+    repeated = replace(policy, mean=policy.mean.repeat_interleave(copies, 0))
+    return repeated, predicted.repeat_interleave(copies, 0)
 
 
 @torch.no_grad()
 def sample(
-    velocity: Velocity, noise: Tensor, plan: Plan, keys: Sequence[tuple[rng.Key, ...]] = ()
+    velocity: Velocity,
+    noise: Tensor,
+    plan: Plan,
+    keys: Sequence[tuple[rng.Key, ...]] = (),
+    *,
+    copies: int = 1,
 ) -> Trajectory:
     """Takes a batch from noise to picture and keeps the trained steps.
 
     Args:
         velocity: the policy, guidance included.
-        noise: standard normal [B, ...], the latents at sigma 1.
+        noise: standard normal [B / copies, ...], the latents at sigma 1.
         keys: one per sample; the noise of a step is drawn from the key and the step's number, so
             that it hangs neither on the processes nor on what was drawn before.
+        copies: samples that share their way up to the first trained step and part there, as in
+            the first form of Flow-GRPO-Fast; what is before is computed once for them.
     Raises:
         ValueError: not one key per sample where steps are trained.
     """
-    if plan.trained and len(keys) != len(noise):
-        raise ValueError(f"{len(keys)} keys for {len(noise)} samples")
+    if plan.trained and len(keys) != len(noise) * copies:
+        raise ValueError(f"{len(keys)} keys for {len(noise) * copies} samples")
     latents = noise.float()
     steps: dict[int, Step] = {}
     for step in range(plan.num_steps):
-        policy, _ = predict(velocity, latents, step, plan)
+        here = copies if plan.trained and step == plan.trained[0] else 1
+        policy, _ = predict(velocity, latents, step, plan, here)
         reached = policy.mean
         if step in plan.trained:
             own = [(*key, step) for key in keys]
             reached = policy.sample(rng.normal(latents.shape[1:], own, latents.device))
-            steps[step] = Step(latents=latents, policy=policy, reached=reached)
+            steps[step] = Step(latents=latents, policy=policy, reached=reached, copies=here)
         latents = reached
     return Trajectory(plan=plan, steps=steps, final=latents)

@@ -201,11 +201,16 @@ class Run:
                     batch = next(iterator)
                 yield batch
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that the run is in, from 0 on."""
+        return self.samples // self._samples_per_epoch
+
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs from where the run stands until the last step is done."""
         with self._loop():
             while self.step < self.num_steps:
-                yield self.samples // self._samples_per_epoch
+                yield self.epoch
 
     @contextmanager
     def kept_when_stopped(self, save: Callable[[], None]) -> Iterator[None]:
@@ -372,8 +377,10 @@ class Run:
         """
         every, before = self.args.checkpointing_steps, self.step - 1 if since is None else since
         due = self.step // every > before // every or self.step == self.num_steps
-        written = (self.output_dir / f"checkpoint-{self.step}").exists()
-        if not (due or (now and self.step > 0 and not written)):
+        if now:
+            written = (self.output_dir / f"checkpoint-{self.step}").exists()
+            due = self.step > 0 and not written
+        if not due:
             return
         with self.phase("checkpoint"):
             state = self._state()  # a collective: on all processes

@@ -67,18 +67,15 @@ class RewardArgs:
                     f"--reward_device: {self.reward_device} is no device (cpu, cuda, cuda:1)"
                 ) from None
 
-    def load(self, device: torch.device, text: str | None = None) -> Reward:
-        """Loads the reward, or the one that `text` names, with these options.
+    def load(self, device: torch.device, *others: str) -> list[Reward]:
+        """Loads the reward, and others by their texts, which share what they can.
 
         Args:
-            device: where it works unless --reward_device says otherwise.
+            device: where they work unless --reward_device says otherwise.
         """
-        return load(
-            text or self.reward,
-            device=torch.device(self.reward_device or device),
-            dtype=DTYPES[self.reward_dtype],
-            batch_size=self.reward_batch_size,
-        )
+        device = torch.device(self.reward_device or device)
+        place = Place(device=device, dtype=DTYPES[self.reward_dtype])
+        return [_load(text, place, self.reward_batch_size) for text in (self.reward, *others)]
 
 
 def load(
@@ -93,7 +90,10 @@ def load(
     Raises:
         UserError: something is not there, naming what, or an option is wrong.
     """
-    place = Place(device=torch.device(device or "cpu"), dtype=dtype)
+    return _load(text, Place(device=torch.device(device or "cpu"), dtype=dtype), batch_size)
+
+
+def _load(text: str, place: Place, batch_size: int) -> Reward:
     try:
         terms = spec.parse(text)
     except ValueError as error:

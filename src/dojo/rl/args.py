@@ -28,9 +28,10 @@ class SampleArgs:
     """pictures per process that are sampled at a time, a multiple of --train_batch_size and by
     default the same; with more the likelihoods are computed anew in training's batches, so that
     both sides round alike"""
-    same_initial_noise: bool = False
-    """start all pictures of a prompt from the same noise: what they then differ by, and are judged
-    by, is the noise of the trained steps alone"""
+    branch: bool = False
+    """let the pictures of a prompt share their way up to the first trained step and part there: it
+    is computed once for them, and they differ by what is trained alone; a batch holds whole groups
+    then"""
     guidance_scale: float = 1.0
     """classifier-free guidance while sampling and in training; 1 is none, which costs half and is
     what the policy then learns to do without"""
@@ -66,6 +67,11 @@ class SampleArgs:
         """Pictures of an epoch, over all processes."""
         return self.num_prompts_per_epoch * self.group_size
 
+    @property
+    def copies(self) -> int:
+        """Pictures that share their way up to the first trained step."""
+        return self.group_size if self.branch else 1
+
     def batch_size(self, optim: OptimArgs) -> int:
         """Pictures that a process samples at a time."""
         return self.sample_batch_size or optim.train_batch_size
@@ -95,6 +101,11 @@ class SampleArgs:
             batches * self.batch_size(optim) // train,
             (optim.gradient_accumulation_steps),
         )
+        if self.branch and train % self.group_size:
+            raise UserError(
+                f"--branch: --train_batch_size {train} is no multiple of --group_size "
+                f"{self.group_size}"
+            )
         if micro % accumulated:
             fitting = ", ".join(str(n) for n in range(1, micro + 1) if micro % n == 0)
             raise UserError(

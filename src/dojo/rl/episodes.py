@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dojo import policy, rng, rollout, samplers, sd3
-from dojo.cli import TrainingStopped
+from dojo.cli import TrainingStopped, UserError
 from dojo.prompts import Prompt
 from dojo.rewards import Reward, RewardOutput
 from dojo.rl.args import SampleArgs
@@ -50,11 +50,9 @@ class Batch:
         """Keys of one random stream for these pictures."""
         return [(run.seed, stream, self.epoch, place) for place in self.places]
 
-    def noise_keys(self, run: Run, args: SampleArgs) -> list[Key]:
-        """Keys of the noise that the pictures start from."""
-        if not args.same_initial_noise:
-            return self.keys(run, "noise")
-        return [(run.seed, "noise", self.epoch, place // args.group_size) for place in self.places]
+    def noise_keys(self, run: Run, copies: int) -> list[Key]:
+        """Keys of the noise that they start from, `copies` of them from the same."""
+        return self.keys(run, "noise")[::copies]
 
     def part(self, start: int, size: int) -> Batch:
         """Some of the pictures."""
@@ -129,7 +127,10 @@ class Steering:
         """The network's velocity, both branches of guidance in one batch."""
 
         def plain(latents: Tensor, sigma: Tensor) -> Tensor:
-            return sd3.velocity(network, latents, sigma, **embeds, dtype=self.dtype)
+            # Fewer latents than prompts: pictures of one prompt that have not parted yet.
+            copies = len(embeds["prompt_embeds"]) // len(latents)
+            rows = {name: value[::copies] for name, value in embeds.items()}
+            return sd3.velocity(network, latents, sigma, **rows, dtype=self.dtype)
 
         def guided(latents: Tensor, sigma: Tensor) -> Tensor:
             both = plain(torch.cat([latents, latents]), torch.cat([sigma, sigma]))
@@ -173,10 +174,16 @@ def split(
         asked = velocity(own.texts)
         steps = {}
         for number, step in trajectory.steps.items():
-            latents, reached = step.latents[start:][:size], step.reached[start:][:size]
+            copies = step.copies
+            latents = step.latents[start // copies :][: size // copies]
             with torch.no_grad():
-                again, _ = rollout.predict(asked, latents, number, trajectory.plan)
-            steps[number] = rollout.Step(latents=latents, policy=again, reached=reached)
+                again, _ = rollout.predict(asked, latents, number, trajectory.plan, copies)
+            steps[number] = rollout.Step(
+                latents=latents,
+                policy=again,
+                reached=step.reached[start:][:size],
+                copies=copies,
+            )
         yield Chunk(batch=own, steps=steps)
 
 
@@ -254,7 +261,7 @@ class Scoring:
         trouble = ""
         try:
             outputs = [future.result() for _, future, _ in self.pending]
-        except TrainingStopped as error:
+        except (TrainingStopped, UserError) as error:  # a user's error in one process, too
             trouble = str(error)
         stop_together(self.run, trouble)
         columns = {

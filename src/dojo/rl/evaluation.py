@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dojo import policy, rng, rollout, sd3
-from dojo.cli import TrainingStopped
+from dojo.cli import TrainingStopped, UserError
 from dojo.optim import OptimArgs
 from dojo.pictures import contact_sheet, slug, to_pil
 from dojo.prompts import Prompt
@@ -92,6 +92,17 @@ class Evaluator:
             "num_inference_steps": steps,
         }
 
+    def catch_up(self, epoch: int) -> None:
+        """The evaluation before the first epoch, or the one that a run did not live to see.
+
+        Args:
+            epoch: that the run goes on with.
+        """
+        due = self.args.due(epoch) or self.run.step >= self.run.num_steps
+        done = self.run.step > 0 and (self.folder / f"step-{self.run.step}" / SCORES).is_file()
+        if due and not done:
+            self()
+
     @torch.no_grad()
     def __call__(self) -> None:
         """Scores into metrics.jsonl, pictures into `validation/step-N/`: a collective.
@@ -132,7 +143,7 @@ class Evaluator:
                     if i < len(self.files):
                         picture.save(folder / self.files[i])
                 bar.update(len(some))
-        except TrainingStopped as error:
+        except (TrainingStopped, UserError) as error:
             trouble = str(error)
         bar.close()
         stop_together(run, trouble)

@@ -79,13 +79,14 @@ class Trained:
         self,
         steering: Steering,
         embeds: sd3.Embeds,
-        latents: Tensor,
+        step: rollout.Step,
         number: int,
         plan: rollout.Plan,
     ) -> tuple[Gaussian, Tensor]:
         """What the reference would do in a step: `rollout.predict` of the model as it was."""
         with self.run.phase("reference", wait=True), self.reference() as network:
-            return rollout.predict(steering.velocity(network, embeds), latents, number, plan)
+            velocity = steering.velocity(network, embeds)
+            return rollout.predict(velocity, step.latents, number, plan, step.copies)
 
     def save(self, folder: Path, averaged: averaging.Averaged) -> None:
         """Weights, their average and the scheduler, for a checkpoint."""
