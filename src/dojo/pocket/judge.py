@@ -1,17 +1,22 @@
 """Says in numbers what a training changed in drawn pictures: style, content, subject, class.
 
 Nothing here asks the trained model: the verifier reads the scenes, arithmetic on colours finds the
-style, and an ImageNet network looks at the subject. Pictures are uint8 [B, 64, 64, 3].
+style, and an ImageNet network looks at the subject. Pictures are uint8 [B, 64, 64, 3]. The proofs
+read their runs and write their reports by the functions at the end.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dojo.cli import UserError
 from dojo.pocket import likeness, scenes, style, verifier
 
 
@@ -86,3 +91,30 @@ def photographs_alone(photographs: np.ndarray) -> dict[str, Measured]:
 def drift(found: np.ndarray, before: np.ndarray) -> Measured:
     """The mean absolute difference of two stacks of pictures, in levels of 0 to 255."""
     return average(np.abs(found.astype(np.float32) - before).mean(axis=(1, 2, 3)).tolist())
+
+
+# ---- Runs and reports ----
+
+
+def metrics(folder: Path, script: str) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; one that a kill cut off is left out.
+
+    Raises:
+        UserError: there is no run; it names the `script` that makes it.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"there is no {path}: bash scripts/{script} makes it")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a Markdown table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def save_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes measurements in readable form."""
+    path.write_text(json.dumps(content, indent=1, default=asdict) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def prove_style(args: Args) -> list[Row]:
     for name, title in (("full", "Full fine-tuning with EMA"), ("lora", "LoRA")):
         run, size = runs[name], models[name].weights.stat().st_size
         own = {key: value for key, value in judged.items() if key.startswith((name, "base"))}
-        save_json(folder / f"{name}.json", {**run, "bytes": size, "judged": own})
+        judge.save_json(folder / f"{name}.json", {**run, "bytes": size, "judged": own})
         before, after, losses = judged["base"], judged[name], run["eval_loss"]
         rows += [
             (describe(title, run, size), "eval loss", f"{losses[0]:.3f}", f"{losses[-1]:.3f}"),
@@ -218,7 +218,7 @@ def prove_dreambooth(args: Args) -> tuple[list[Row], str]:
         run, size = training(folder / name), models[name].weights.stat().st_size
         before, after = judged["base"], judged[name]
         own = {**references, "base": {**before, "drift between seeds": shifted}, name: after}
-        save_json(folder / f"{name}.json", {**run, "bytes": size, "judged": own})
+        judge.save_json(folder / f"{name}.json", {**run, "bytes": size, "judged": own})
         likeness = (before["likeness"].number, after["likeness"].number)
         rows += [
             (describe(title, run, size), "likeness to the photographs", *likeness),
@@ -249,10 +249,7 @@ def training(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is no run.
     """
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"there is no {path}: bash scripts/prove_supervised.sh makes it")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = judge.metrics(folder, "prove_supervised.sh")
     seconds = sum(value for row in rows for key, value in row.items() if key.startswith("seconds_"))
     losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     return {"steps": rows[-1]["step"], "seconds": round(seconds), "eval_loss": losses}
@@ -268,8 +265,7 @@ def describe(title: str, run: dict[str, Any], size: int) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as a Markdown table."""
-    lines = [HEAD, ("---",) * len(HEAD), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return judge.table(HEAD, rows)
 
 
 def save_grid(
@@ -280,11 +276,6 @@ def save_grid(
     pictures.labelled_grid(
         images, row_labels=row_labels, column_labels=column_labels, cell=128
     ).save(path)
-
-
-def save_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes measurements in readable form."""
-    path.write_text(json.dumps(content, indent=1, default=asdict) + "\n", encoding="utf-8")
 
 
 def main(args: Args) -> None:
@@ -307,7 +298,7 @@ def main(args: Args) -> None:
     print(report)
     (args.output_dir / "supervised.md").write_text(report, encoding="utf-8")
     named = [dict(zip(HEAD, row, strict=True)) for row in rows]
-    save_json(args.output_dir / "supervised.json", {"rows": named, "notes": notes})
+    judge.save_json(args.output_dir / "supervised.json", {"rows": named, "notes": notes})
 
 
 if __name__ == "__main__":
