@@ -1,18 +1,20 @@
 """How much of the text that a prompt asks for can be read in the picture.
 
 The wheel of rapidocr carries its models (PP-OCR v6, for Chinese and English), so nothing is
-downloaded: `pip install "sd-dojo[ocr]"`. A picture that repeats or surrounds the text scores in
-full, so watch the pictures.
+downloaded: `pip install "sd-dojo[ocr]"`. It reads on the CPU. With `det` and `rec`, the folders or
+hub ids of PP-OCR's weights, transformers reads on the scorer's device instead. A picture that
+repeats or surrounds the text scores in full, so watch the pictures.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dojo.cli import UserError
@@ -29,23 +31,27 @@ class Ocr(Scorer):
 
     The wanted text is the metadata's `ocr_text`, or else what stands in double quotes in the
     prompt, all of it in its order. Where there is neither, there is no score.
+
+    Options: `rec` is PP-OCR's recogniser, `det` its detector, which finds the lines to read;
+    without it the whole picture is read as one line. With neither, rapidocr finds and reads.
     """
 
     range = "0 to 1"
-    checkpoint = "in the wheel of rapidocr"
+    checkpoint = "in the wheel of rapidocr; or det, rec: PaddlePaddle/PP-OCRv5_*_safetensors"
     size = "32 MB"
     licence = "Apache-2.0"
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, *, det: str | None = None, rec: str | None = None) -> None:
         super().__init__(place)
-        try:
-            from rapidocr import RapidOCR  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise UserError(
-                f"--reward: ocr needs the packages rapidocr and onnxruntime ({error}); "
-                'install them with `pip install "sd-dojo[ocr]"`'
-            ) from error
-        self.engine: Any = RapidOCR(params={"Global.log_level": "error"})
+        self.read: Callable[[Image.Image], str]
+        if rec is not None:
+            from dojo.rewards.ppocr import PpOcr
+
+            self.read = PpOcr(place, rec=rec, det=det)
+        elif det is not None:
+            raise UserError("--reward: ocr[det=...] needs rec=... too, which reads what det finds")
+        else:
+            self.read = _rapidocr()
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
@@ -53,9 +59,22 @@ class Ocr(Scorer):
         rows = metadata or [{}] * len(prompts)
         targets = [wanted(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
         return [
-            likeness(target, "".join(self.engine(picture).txts or ())) if target else torch.nan
+            likeness(target, self.read(picture)) if target else torch.nan
             for target, picture in zip(targets, to_pil(images), strict=True)
         ]
+
+
+def _rapidocr() -> Callable[[Image.Image], str]:
+    """The reader of the wheel; what it is not sure of is left out."""
+    try:
+        from rapidocr import RapidOCR  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(
+            f"--reward: ocr needs the packages rapidocr and onnxruntime ({error}); "
+            'install them with `pip install "sd-dojo[ocr]"`'
+        ) from error
+    engine: Any = RapidOCR(params={"Global.log_level": "error"})
+    return lambda picture: "".join(engine(picture).txts or ())
 
 
 def wanted(prompt: str, row: Mapping[str, Any]) -> str:
