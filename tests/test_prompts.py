@@ -248,6 +248,19 @@ def test_equal_prompts_are_one_and_metadata_tells_them_apart(tmp_path: Path) -> 
     assert "2 duplicates merged" in prompts.description
 
 
+def test_rare_values_of_a_column_are_repeated_until_all_come_equally_often(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{task} {i}", "task": task} for task in ("a", "b") for i in range(8)][:11]
+    path = lines_file(tmp_path / "p.jsonl", [json.dumps(row) for row in rows])
+    plain, even = (opened(path, num_eval_prompts=2, balance=b) for b in (None, "task"))
+    assert even.held_out == plain.held_out
+    assert set(texts(even.train)) == set(texts(plain.train))
+    assert Counter(prompt.metadata["task"] for prompt in even.train) == {"a": 7, "b": 7}
+    assert sorted(Counter(texts(even.train)).values()) == [1] * 7 + [3, 4]
+    assert even.fingerprint != plain.fingerprint
+    with pytest.raises(UserError, match="--balance: 'a 0' has no column shape"):
+        opened(path, balance="shape", num_eval_prompts=0)
+
+
 def test_a_text_is_held_out_with_every_metadata_it_has(tmp_path: Path) -> None:
     rows = [{"prompt": f"text {i % 20}", "variant": i} for i in range(60)]
     path = lines_file(tmp_path / "a.jsonl", [json.dumps(row) for row in rows])

@@ -68,6 +68,9 @@ class PromptArgs:
     """split of prompt_dataset_name"""
     max_prompts: int | None = None
     """train on the first N prompts only; what is held out does not depend on it"""
+    balance: str | None = None
+    """column by whose values the prompts are balanced, such as task in the pocket set: those of
+    rarer values stand several times in the set, so that all values come equally often"""
     num_eval_prompts: int | None = None
     """prompts held out of training for evaluation, 0 for none; unset is 32, or a fifth of the
     prompts if that is less"""
@@ -228,6 +231,9 @@ def open_prompts(args: PromptArgs) -> Prompts:
     train = rest[: args.max_prompts]
     if len(train) < len(rest):
         notes.append(f"{len(rest) - len(train):,} not used (--max_prompts)")
+    if args.balance is not None:
+        train = _balanced(train, args.balance)
+        notes.append(f"repeated to {len(train):,}, of each {args.balance} as many")
     place = f" from {args.eval_prompt_file}" if args.eval_prompt_file else ""
     counts = f"{len(train):,} to train on, {len(held_out):,} held out{place}"
     return Prompts(
@@ -235,6 +241,18 @@ def open_prompts(args: PromptArgs) -> Prompts:
         held_out=tuple(held_out),
         description="; ".join([f"prompts of {args.location}: {counts}", *notes]),
     )
+
+
+def _balanced(prompts: Sequence[Prompt], column: str) -> list[Prompt]:
+    """As many of each value as the most frequent one has; rarer ones are gone through again."""
+    by_value: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        if column not in prompt.metadata:
+            raise UserError(f"--balance: {prompt.text!r} has no column {column}")
+        by_value.setdefault(str(prompt.metadata[column]), []).append(prompt)
+    most = max(map(len, by_value.values()))
+    repeated = [itertools.islice(itertools.cycle(some), most) for some in by_value.values()]
+    return list(itertools.chain.from_iterable(repeated))
 
 
 def _read(args: PromptArgs) -> list[Prompt]:
