@@ -157,7 +157,8 @@ def main(args: Args) -> None:
     keep = partial(run.save_checkpoint, save, optimizer, schedule)
 
     # --------------------------------------------------------------------------------- loop
-    evaluate.catch_up(run.epoch)
+    with averaged.applied():
+        evaluate.catch_up(run.epoch)
     for epoch in run.epochs():
         began = run.step
         plan = args.rollout.plan(shift, run.seed, epoch)

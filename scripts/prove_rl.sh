@@ -51,6 +51,8 @@ common=(
 )
 grpo=(
     --reward pocket
+    --balance task
+    --noise_level 0.4
     --num_prompts_per_epoch 24
     --group_size 8
     --branch # half the time, and the pictures differ by the trained step alone

@@ -118,6 +118,32 @@ def run_flags(folder: Path, model: Path, data: Path | None) -> list[str]:
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
+def rl_flags(folder: Path, model: Path) -> list[str]:
+    """The command line of a small reinforcement learning; what follows it wins.
+
+    Two epochs of four pictures of each of two prompts, two steps each.
+    """
+    flags = {
+        "prompt_set": "pocket",
+        "max_prompts": 6,
+        "num_eval_prompts": 2,
+        "reward": "jpeg_incompressibility",
+        "num_prompts_per_epoch": 2,
+        "group_size": 4,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "sample_steps": 4,
+        "window_size": 2,
+        "clip_range": 1e-3,
+        "learning_rate": 1e-3,
+        "rank": 2,
+        "eval_sample_steps": 2,
+        "seed": 0,
+    }
+    own = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return [*run_flags(folder, model, None), *own]
+
+
 # Runs a training script as a user would, and kills its own process at a chosen place.
 _DEADLY = """
 import os, runpy, signal, sys

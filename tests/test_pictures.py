@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,51 @@ def test_a_contact_sheet_is_made_from_the_files_alone(tmp_path: Path) -> None:
     only = pictures.contact_sheet(tmp_path, last_step=10)
     assert only is not None
     assert only.size == (left + 3 * step, 26 + step)
+
+
+def test_a_note_stands_below_its_picture_and_moves_no_other(no_fonts: None) -> None:
+    rows = [[solid("red"), None], [solid("blue"), solid("lime")]]
+    labels = {"row_labels": ["a", "b"], "column_labels": ["x", "y"], "cell": 64}
+    plain = pictures.labelled_grid(rows, **labels)
+    sheet = pictures.labelled_grid(rows, notes=[["0.5", "unseen"], ["", "0.75"]], **labels)
+    left, top, line = pictures._LABEL_WIDTH, 26, pictures._LINE
+    assert sheet.size == (plain.width, plain.height + 2 * line)
+
+    def darkest(column: int, row: int) -> int:
+        x, y = left + column * 70, top + row * (70 + line) + 64
+        return min(sheet.crop((x, y, x + 64, y + line)).convert("L").tobytes())
+
+    below = [[darkest(column, row) < 100 for column in (0, 1)] for row in (0, 1)]
+    assert below == [[True, False], [False, True]]
+    for color, column, row in (((255, 0, 0), 0, 0), ((0, 0, 255), 0, 1), ((0, 255, 0), 1, 1)):
+        x, y = left + column * 70, top + row * (70 + line)
+        assert sheet.getpixel((x, y)) == sheet.getpixel((x + 63, y + 63)) == color
+
+
+def test_a_contact_sheet_shows_the_rewards_where_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    grid = pictures.labelled_grid
+
+    def labelled_grid(*args: Any, notes: Any = None, **options: Any) -> Image.Image:
+        seen.append(notes)
+        return grid(*args, notes=notes, **options)
+
+    monkeypatch.setattr(pictures, "labelled_grid", labelled_grid)
+    for step in (0, 5):
+        (tmp_path / f"step-{step}").mkdir()
+        for name in ("00-a.png", "01-b.png"):
+            solid("red").save(tmp_path / f"step-{step}" / name)
+    plain = pictures.contact_sheet(tmp_path)
+    (tmp_path / "step-5" / "scores.csv").write_text(
+        'file,prompt,seed,reward\n01-b.png,"a, b",0,0.123456\n00-a.png,a,0,nan\n,c,0,9\n'
+    )
+    scored = pictures.contact_sheet(tmp_path)
+    assert seen == [None, [["", "nan"], ["", "0.123"]]]
+    assert plain is not None
+    assert scored is not None
+    assert scored.height == plain.height + 2 * pictures._LINE
 
 
 def test_letters_that_no_font_has_are_replaced_and_not_drawn_as_boxes(no_fonts: None) -> None:

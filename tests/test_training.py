@@ -189,6 +189,128 @@ def test_skipped_losses_do_not_reach_the_logs(lora_args: MakeArgs, tmp_path: Pat
     assert [row["loss"] for row in metrics(tmp_path / "run")] == pytest.approx([1.0])
 
 
+# Epochs that are not broken off, and what their steps leave
+
+
+def by_epochs(args: script.Args) -> Toy:
+    """A run whose epochs are two steps long."""
+    trained = toy(args)
+    trained.run.plan(args.optim, 2 * trained.run.samples_per_step, "fingerprint", whole_epochs=True)
+    return trained
+
+
+def test_epochs_are_counted_from_where_the_run_stands(lora_args: MakeArgs, tmp_path: Path) -> None:
+    trained = by_epochs(lora_args(tmp_path, "--max_train_steps", "6"))
+
+    def rest() -> list[int]:
+        found = []
+        for epoch in trained.run.epochs():
+            found.append(epoch)
+            trained.step(1.0)
+            trained.step(1.0)
+        return found
+
+    assert rest() == [0, 1, 2]
+    assert rest() == []
+    trained.run.step, trained.run.samples = 4, 4 * trained.run.samples_per_step  # as a resume does
+    assert rest() == [2]
+
+
+def test_a_run_that_would_end_within_an_epoch_is_refused_where_that_matters(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    for steps, fitting in ((1, "take 2 "), (5, "take 4 or 6 ")):
+        args = lora_args(tmp_path, "--max_train_steps", str(steps))
+        run = training.start(args.run, args.optim)
+        run.plan(args.optim, 4, "fingerprint")
+        with pytest.raises(UserError, match=rf"--max_train_steps {steps}: .*{fitting}"):
+            run.plan(args.optim, 4, "fingerprint", whole_epochs=True)
+
+
+def test_a_row_has_means_and_peaks_since_the_last_one_and_what_was_noted(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    trained = toy(lora_args(tmp_path, "--logging_steps", "2", "--learning_rate", "1e-9"))
+    run = trained.run
+    numbers = ([1.0, 3.0], [4.0], [6.0, 6.0, 6.0])
+    for i, values in enumerate(numbers):
+        run.average(kl=torch.tensor(values))
+        run.peak(deviation=torch.tensor(values))
+        if i != 1:
+            run.note({"reward": float(i)})
+        norm = trained.step(1.0 + i)
+        assert norm is not None
+        run.log_step(1e-9, norm)
+    run.log_rest()
+    run.log_rest()  # nothing is left
+    rows = [
+        [row[name] for name in ("step", "loss", "kl", "deviation")]
+        for row in metrics(tmp_path / "run")
+    ]
+    assert rows == [pytest.approx(row) for row in ([1, 1, 2, 3], [2, 2, 4, 4], [3, 3, 6, 6])]
+    assert [row.get("reward") for row in metrics(tmp_path / "run")] == [0, None, 2]
+
+
+def test_the_rest_of_an_epoch_gets_a_row_of_its_own(lora_args: MakeArgs, tmp_path: Path) -> None:
+    args = lora_args(tmp_path, "--logging_steps", "10", "--learning_rate", "1e-9")
+    trained = toy(args)
+    trained.run.num_steps = 99
+    for factor in (1.0, 2.0, 4.0):
+        trained.run.average(kl=torch.tensor([factor]))
+        trained.run.log_step(1e-9, trained.step(factor) or 0.0)
+    trained.run.log_rest()
+    first, rest = metrics(tmp_path / "run")
+    assert (first["step"], rest["step"]) == (1, 3)
+    assert [rest[name] for name in ("loss", "kl", "grad_norm")] == pytest.approx([3, 3, 4])
+
+
+def test_what_was_learned_is_kept_when_something_outside_stops_the_run(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    run, kept = started(lora_args(tmp_path)), []
+
+    def keep() -> None:
+        kept.append(run.step)
+
+    with run.kept_when_stopped(keep):
+        assert kept == []
+    # A mistake in the code may have left anything.
+    with pytest.raises(RuntimeError, match="mistake"), run.kept_when_stopped(keep):
+        raise RuntimeError("mistake")
+    assert kept == []
+    with pytest.raises(TrainingStopped, match="server"), run.kept_when_stopped(keep):
+        raise TrainingStopped("server")
+    assert kept == [0]
+
+
+def test_a_checkpoint_is_due_when_a_step_since_the_last_one_was(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    args = lora_args(tmp_path, "--checkpointing_steps", "3", "--max_train_steps", "14")
+    trained, written = toy(args), []
+
+    def save(step: int, **options: Any) -> list[int]:
+        trained.run.step = step
+        trained.run.save_checkpoint(
+            lambda _: written.append(step), trained.optimizer, trained.schedule, **options
+        )
+        new = [*written]
+        written.clear()
+        return new
+
+    assert save(0, now=True) == []  # nothing has been learned
+    assert save(2, since=0) == []
+    assert save(4, since=2) == [4]
+    assert save(4, now=True) == []  # it is there already
+    assert save(5, since=4) == []
+    assert save(5, now=True) == [5]
+    assert save(12, since=5) == [12]
+    assert save(12, now=True) == []
+    assert save(14, since=12) == [14]  # the last
+    names = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert names == {f"checkpoint-{step}" for step in (4, 5, 12, 14)}
+
+
 # A whole run
 
 
