@@ -1,5 +1,6 @@
 """train_ddpo_sd3.py from end to end: its ratio, its prompt buffer, how it resumes and stops."""
 
+import json
 import math
 import random
 import runpy
@@ -65,9 +66,8 @@ def buffer_of(folder: Path) -> dict[int, list[float]]:
             *("--mixed_precision", "bf16", "--gradient_checkpointing"),
             *("--sample_batch_size", "4"),
         ),
-        ("--sampler", "dance", "--train_timesteps", "all", "--sample_batch_size", "4"),
     ],
-    ids=("cps-guided", "sde-full-bf16", "dance"),
+    ids=("cps-guided", "sde-full-bf16"),
 )
 def test_before_the_first_update_the_ratio_is_exactly_one(
     tmp_path: Path, tiny_sd3: Path, flags: tuple[str, ...]
@@ -259,13 +259,20 @@ def test_a_longer_run_goes_on_exactly_and_a_finished_one_is_left_alone(
     assert "finished (3 steps): nothing to do" in capsys.readouterr().out
 
 
-def test_two_processes_started_by_torchrun_do_what_one_does(tmp_path: Path, tiny_sd3: Path) -> None:
+@pytest.mark.parametrize("start", ["fork", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_processes_do_what_one_does(tmp_path: Path, tiny_sd3: Path, start: str) -> None:
     # Adam would blow the rounding of gradients near zero up to whole steps.
     own = (*DRAWN, *BUFFER, "--seed", "5", "--adam_epsilon", "1e-3", "--num_eval_prompts", "3")
     two = tmp_path / "two"
-    ended = launch(SCRIPT, [*flags_of(two, tiny_sd3), *own, "--train_batch_size", "2"], two, 2)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("prompts of pocket") == 1  # one process speaks
+    flags = [*flags_of(two, tiny_sd3), *own, "--train_batch_size", "2"]
+    if start == "fork":
+        code, said = spawn(SCRIPT, flags, two, processes=2)
+    else:
+        ended = launch(SCRIPT, flags, two, 2)
+        code, said = ended.returncode, ended.stdout + ended.stderr
+    assert code == 0, said
+    assert json.loads((two / "run" / "args.json").read_text())["num_processes"] == 2
+    assert said.count("prompts of pocket") == 1  # one process speaks
     alone = train(tmp_path / "alone", tiny_sd3, *own, "--train_batch_size", "4")
     agree(alone, two / "run")
     held = [buffer_of(folder / "checkpoint-4") for folder in (alone, two / "run")]
