@@ -454,6 +454,10 @@ def graded(picture: np.ndarray, spec: Spec) -> float:
     pixels and has a slope wherever it is below its best, so that two nearly alike pictures of one
     prompt hardly ever score the same. Terms other than the objects count by how much there is
     to be seen, so that an empty picture earns nothing.
+
+    What `strict` counts alike costs about alike: an object too many is shared among, one too few is
+    missed, and an object of the wrong colour is hardly the one that was asked for. Otherwise a
+    policy learns first to draw more of everything.
     """
     _, ground, found = _read(picture)
     things = found[:8]
@@ -465,9 +469,10 @@ def graded(picture: np.ndarray, spec: Spec) -> float:
     best = 0.0
     for groups in _assignments(len(things), spec):
         pairs = [(i, k) for k, group in enumerate(groups) for i in group]
-        shown = sum(things[i].presence for i, _ in pairs) / needed
+        presence = sum(things[i].presence for i, _ in pairs)
+        shown = presence / needed
         terms = [
-            (PARTS_WEIGHT, sum(credit[i][k] for i, k in pairs) / needed),
+            (PARTS_WEIGHT, sum(credit[i][k] for i, k in pairs) / (needed + number - presence)),
             (COUNT_WEIGHT, shown * count),
         ]
         if spec.relation or spec.position:
@@ -482,15 +487,14 @@ def graded(picture: np.ndarray, spec: Spec) -> float:
 
 
 def _credit(item: Found, part: Part) -> float:
-    """How well an object is what a noun phrase asks for, in [0, 1]."""
-    terms = [(2.0, _shape_credit(item, part.shape))]
+    """How well an object is what a noun phrase asks for, in [0, 1]: all its terms together."""
+    credit = item.presence * _shape_credit(item, part.shape)
     if part.color:
-        terms.append((1.0, item.color_scores[part.color]))
+        credit *= item.color_scores[part.color]
     if part.size:
         deviation = _radius(part.shape, item.area) - scenes.SIZES[part.size]
-        terms.append((1.0, _closeness(deviation, SIZE_WIDTH)))
-    total = sum(weight * value for weight, value in terms)
-    return item.presence * total / sum(weight for weight, _ in terms)
+        credit *= 0.5 + 0.5 * _closeness(deviation, SIZE_WIDTH)
+    return credit
 
 
 def _shape_credit(item: Found, shape: str) -> float:
