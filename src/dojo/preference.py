@@ -1,0 +1,76 @@
+"""Learning from preferred pairs: the loss of Diffusion-DPO and what it says of a pair.
+
+Pure functions of denoising errors. Every argument is float32 [B], the mean squared error of a
+picture's noise prediction, winner and loser noised alike (the same noise, the same timestep).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Preference:
+    """What a policy makes of B pairs, against the reference; all but the loss without gradient."""
+
+    loss: Tensor
+    """[B]; log 2 exactly where the policy is the reference"""
+    accuracy: Tensor
+    """[B]: 1 where the policy has moved towards the winner, 1/2 where it has not moved"""
+    margin: Tensor
+    """[B]: the argument of the sigmoid, the implicit reward's lead of the winner"""
+    winner_drift: Tensor
+    """[B]: how far the winner's own error has moved from the reference's; above 0 the policy draws
+    the winner worse than before, and the loss falls because the loser fares worse still"""
+    loser_drift: Tensor
+    """[B]: likewise for the loser"""
+
+
+def dpo(
+    winner: Tensor,
+    loser: Tensor,
+    reference_winner: Tensor,
+    reference_loser: Tensor,
+    beta: float,
+) -> Preference:
+    """Diffusion-DPO (Wallace et al. 2023, arXiv:2311.12908, Equation 14), to be minimised.
+
+        loss = -log sigmoid(-beta / 2 [(winner - reference) - (loser - reference)])
+
+    The paper's T omega(lambda) is absorbed into beta, as in its code, and the errors are means over
+    the latent's D dimensions: a form with summed errors has beta / D for the same loss, and
+    diffusers' example writes beta for this beta / 2.
+
+    Raises:
+        ValueError: a beta that is not positive.
+    """
+    if beta <= 0:
+        raise ValueError(f"--beta_dpo must be above 0, not {beta}")
+    winner_drift = winner - reference_winner
+    loser_drift = loser - reference_loser
+    margin = -0.5 * beta * (winner_drift - loser_drift)
+    loss = F.softplus(-margin)
+    margin, winner_drift, loser_drift = margin.detach(), winner_drift.detach(), loser_drift.detach()
+    return Preference(
+        loss=loss,
+        accuracy=(margin.sign() + 1) / 2,
+        margin=margin,
+        winner_drift=winner_drift,
+        loser_drift=loser_drift,
+    )
+
+
+def shortfall(scores: Tensor, margin: float | None) -> Tensor:
+    """ReFL's loss of a picture (Xu et al. 2023, arXiv:2304.05977, Equation 5): relu(margin - r).
+
+    Zero, with no gradient, where the reward has reached the margin: a picture that is good enough
+    is left alone.
+
+    Args:
+        scores: rewards, float32 [B].
+        margin: in the reward's own units; None is one that is never reached, and the loss -r.
+    """
+    return -scores if margin is None else F.relu(margin - scores)

@@ -1,0 +1,112 @@
+"""The loss of Diffusion-DPO and what is said beside it; ReFL's hinge."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dojo import preference
+
+WINNER = torch.tensor([0.30, 0.20, 0.25])
+LOSER = torch.tensor([0.28, 0.26, 0.25])
+REFERENCE = torch.tensor([0.31, 0.21, 0.24]), torch.tensor([0.27, 0.24, 0.24])
+
+
+def loss(winner: Tensor, loser: Tensor, beta: float = 5000.0) -> Tensor:
+    return preference.dpo(winner, loser, *REFERENCE, beta).loss
+
+
+def test_the_loss_is_log_two_at_the_reference_exactly() -> None:
+    found = preference.dpo(*REFERENCE, *REFERENCE, 5000.0)
+    assert torch.equal(found.loss, torch.full((3,), math.log(2)))
+    assert torch.equal(found.accuracy, torch.full((3,), 0.5))
+    assert torch.equal(found.margin, torch.zeros(3))
+
+
+def test_the_loss_is_the_papers_formula() -> None:
+    inside = -0.5 * 40.0 * ((WINNER - REFERENCE[0]) - (LOSER - REFERENCE[1]))
+    assert torch.allclose(loss(WINNER, LOSER, 40.0), -torch.log(torch.sigmoid(inside)))
+
+
+def test_diffusers_beta_is_half_of_this_one() -> None:
+    # Its example: -logsigmoid(beta (model_diff_ref - model_diff)) with beta 2500.
+    ours = loss(WINNER, LOSER, 0.02 * 5000)
+    model, ref = WINNER - LOSER, REFERENCE[0] - REFERENCE[1]
+    assert torch.allclose(ours, -F.logsigmoid(0.02 * 2500 * (ref - model)), atol=1e-6)
+
+
+def test_summed_errors_want_beta_divided_by_the_dimension() -> None:
+    size = 16_384
+    summed = [size * one for one in (WINNER, LOSER, *REFERENCE)]
+    assert torch.allclose(
+        preference.dpo(*summed, 100.0 / size).loss, loss(WINNER, LOSER, 100.0), atol=1e-5
+    )
+
+
+def test_the_gradient_lowers_the_winners_error_and_raises_the_losers() -> None:
+    winner, loser = WINNER.clone().requires_grad_(), LOSER.clone().requires_grad_()
+    loss(winner, loser, 10.0).sum().backward()
+    assert winner.grad is not None
+    assert loser.grad is not None
+    assert (winner.grad > 0).all()
+    assert torch.allclose(winner.grad, -loser.grad)
+
+
+def test_at_the_reference_the_gradient_is_a_quarter_of_beta() -> None:
+    winner = REFERENCE[0].clone().requires_grad_()
+    loss(winner, REFERENCE[1], 8.0).sum().backward()
+    assert winner.grad is not None
+    assert torch.allclose(winner.grad, torch.full((3,), 0.25 * 8.0))
+
+
+def test_a_small_beta_leaves_log_two() -> None:
+    assert torch.allclose(loss(WINNER, LOSER, 1e-6), torch.full((3,), math.log(2)), atol=1e-6)
+
+
+def test_a_huge_lead_neither_overflows_nor_pulls() -> None:
+    winner = torch.zeros(3).requires_grad_()
+    found = preference.dpo(winner, torch.full((3,), 10.0), *REFERENCE, 5000.0)
+    found.loss.sum().backward()
+    assert torch.isfinite(found.loss).all()
+    assert winner.grad is not None
+    assert winner.grad.abs().max() < 1e-6
+
+
+def test_accuracy_margin_and_drift_say_which_way_it_went() -> None:
+    found = preference.dpo(WINNER, LOSER, *REFERENCE, 5000.0)
+    assert found.accuracy.tolist() == [1.0, 1.0, 0.5]
+    assert torch.allclose(found.winner_drift, WINNER - REFERENCE[0])
+    assert torch.allclose(found.loser_drift, LOSER - REFERENCE[1])
+    assert torch.allclose(found.margin, -2500 * (found.winner_drift - found.loser_drift))
+    assert not any(v.requires_grad for v in (found.margin, found.accuracy, found.winner_drift))
+
+
+def test_the_mean_is_over_losses_and_not_over_what_is_inside() -> None:
+    # diffusers had logsigmoid(x.mean()) once.
+    apart = loss(WINNER, LOSER, 200.0)
+    inside = -100.0 * ((WINNER - REFERENCE[0]) - (LOSER - REFERENCE[1]))
+    assert apart.mean() > -F.logsigmoid(inside.mean()) + 1e-4
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0])
+def test_a_beta_that_is_not_positive_is_refused(beta: float) -> None:
+    with pytest.raises(ValueError, match="--beta_dpo"):
+        loss(WINNER, LOSER, beta)
+
+
+def test_the_hinge_pulls_until_the_margin_and_no_further() -> None:
+    scores = torch.tensor([-1.0, 1.9, 2.0, 3.0], requires_grad=True)
+    found = preference.shortfall(scores, 2.0)
+    assert torch.allclose(found, torch.tensor([3.0, 0.1, 0.0, 0.0]))
+    found.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [-1.0, -1.0, 0.0, 0.0]
+
+
+def test_without_a_margin_every_picture_pulls() -> None:
+    scores = torch.tensor([-1.0, 30.0], requires_grad=True)
+    preference.shortfall(scores, None).sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [-1.0, -1.0]
