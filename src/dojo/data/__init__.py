@@ -10,16 +10,23 @@ from dojo.data.cache import (
     checked,
 )
 from dojo.data.captions import CaptionArgs
+from dojo.data.choice import Choice, Score, relabel
 from dojo.data.config import args_for
 from dojo.data.folders import scan
 from dojo.data.images import BadSample, Size, cover_box, fit, fit_mask, read_image
 from dojo.data.opening import open_evaluation, open_source, open_training
 from dojo.data.options import DataArgs
 from dojo.data.order import Batches, Draw
+from dojo.data.pair_options import CHOICE_MODELS, PairArgs
+from dojo.data.pair_set import PairSet, pair_fingerprint, prepare_pairs
+from dojo.data.pair_sources import open_pairs
+from dojo.data.pairs import Pair, Pairs, check_pairs, split_pairs
 from dojo.data.samples import Batch, Latents, Pictures, Posterior, collate
+from dojo.data.shards import digest
 from dojo.data.sources import BadReport, Captioned, Recipe, join, split, verify
 
 __all__ = [
+    "CHOICE_MODELS",
     "BadReport",
     "BadSample",
     "Batch",
@@ -28,30 +35,43 @@ __all__ = [
     "CachedText",
     "CaptionArgs",
     "Captioned",
+    "Choice",
     "DataArgs",
     "Draw",
     "Latents",
+    "Pair",
+    "PairArgs",
+    "PairSet",
+    "Pairs",
     "Pictures",
     "Plan",
     "Posterior",
     "Recipe",
+    "Score",
     "Size",
     "TextCacheArgs",
     "args_for",
     "assign",
     "cache_latents",
     "cache_text",
+    "check_pairs",
     "checked",
     "collate",
     "cover_box",
+    "digest",
     "fit",
     "fit_mask",
     "join",
     "open_evaluation",
+    "open_pairs",
     "open_source",
     "open_training",
+    "pair_fingerprint",
+    "prepare_pairs",
     "read_image",
+    "relabel",
     "scan",
     "split",
+    "split_pairs",
     "verify",
 ]

@@ -112,11 +112,11 @@ def folder_source(folder: Folder, args: DataArgs) -> Captioned:
     parts += masks.told
     if unused := _unused(folder, metadata, strategy, args):
         parts.append(f"not used: {', '.join(unused)}")
-    names = [_printable(row.path) for row in rows]
-    versions = [_file_version(folder.root / row.path) for row in rows]
+    names = [printable(row.path) for row in rows]
+    versions = [file_version(folder.root / row.path) for row in rows]
     return Captioned(
         description="; ".join(parts),
-        names=[_printable(str(folder.root / row.path)) for row in rows],
+        names=[printable(str(folder.root / row.path)) for row in rows],
         ids=[
             f"{name}|{version}{mask}"
             for name, version, mask in zip(names, versions, masks.versions, strict=True)
@@ -124,7 +124,7 @@ def folder_source(folder: Folder, args: DataArgs) -> Captioned:
         captions=[row.captions for row in rows],
         problems=[row.problem for row in rows],
         rows=list(range(len(rows))),
-        store=_Files(str(folder.root), [row.path for row in rows]),
+        store=Files(str(folder.root), [row.path for row in rows]),
         recipes=(Recipe.of(args),),
         recipe_of=[0] * len(rows),
         masks=masks.paths,
@@ -265,7 +265,9 @@ def _sidecar_row(folder: Folder, picture: str) -> _Row:
 
 
 @dataclass(frozen=True)
-class _Files:
+class Files:
+    """Pictures in files: the root of the data set and the paths of its rows below it."""
+
     root: str
     paths: list[str]
 
@@ -311,7 +313,7 @@ class _Masks:
             )
         return cls(
             [str(root / file) if file else "" for file in found],
-            [f"+{_file_version(root / file)}" if file else "" for file in found],
+            [f"+{file_version(root / file)}" if file else "" for file in found],
             [f"masks for {count} of {len(rows)} in {root}"],
         )
 
@@ -346,7 +348,8 @@ def _sidecar(picture: str) -> str:
     return f"{posixpath.splitext(picture)[0]}.txt"
 
 
-def _file_version(path: Path) -> str:
+def file_version(path: Path) -> str:
+    """Size and time of change of a file; another where its content changed."""
     try:
         stat = os.stat(path)
     except (OSError, ValueError):  # ValueError: a path with a null character
@@ -354,6 +357,6 @@ def _file_version(path: Path) -> str:
     return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
-def _printable(path: str) -> str:
+def printable(path: str) -> str:
     """A path that can be printed: names that are not UTF-8 show their bytes."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dojo.cli import UserError
 from dojo.data.config import args_for, read_config
-from dojo.data.folders import folder_source, scan
+from dojo.data.folders import Folder, folder_source, scan
 from dojo.data.images import has_alpha
 from dojo.data.options import DataArgs
 from dojo.data.sources import Captioned, join
 from dojo.data.tables import load_dataset, load_saved, table_source
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def open_training(args: DataArgs) -> Captioned:
@@ -75,19 +79,31 @@ def open_source(location: str, args: DataArgs) -> Captioned:
 
 
 def _open(location: str, args: DataArgs) -> Captioned:
+    found = find(location, args)
+    if isinstance(found, Folder):
+        return folder_source(found, args)
+    return table_source(location, found, args)
+
+
+def find(location: str, args: DataArgs) -> Folder | datasets.Dataset:
+    """What lies in a local folder or on the hub: a folder of pictures or a table of them.
+
+    Raises:
+        UserError: nothing is there, or not the split.
+    """
     root = Path(location).expanduser()
     if not root.exists():
         if location.startswith((".", "~", "/")) or location.count("/") > 1:
             raise UserError(f"{location}: there is no such folder")
-        return table_source(location, load_dataset(location, args), args)
+        return load_dataset(location, args)
     if not root.is_dir():
         raise UserError(f"{location}: a file, where a folder or a hub id is expected")
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
-        return table_source(location, load_saved(root, args), args)
+        return load_saved(root, args)
     folder = scan(root, args)
     from_files = args.caption_strategy in ("sidecar", "filename")
     if folder.has_tables and not (folder.metadata or folder.sidecars or from_files):
-        return table_source(location, load_dataset(str(root), args), args)
+        return load_dataset(str(root), args)
     if not folder.prefix and args.dataset_split != "train":
         raise UserError(f"{location}: --dataset_split names no folder {args.dataset_split!r} here")
-    return folder_source(folder, args)
+    return folder

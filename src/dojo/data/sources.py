@@ -172,7 +172,7 @@ class Captioned:
 
 
 @dataclass(frozen=True)
-class _Stores:
+class Stores:
     """Several stores as one: the rows of store k begin at starts[k]."""
 
     stores: tuple[PictureStore, ...]
@@ -214,7 +214,7 @@ def join(sources: Sequence[Captioned]) -> Captioned:
             for start, source in zip(starts, sources, strict=True)
             for row in source.rows
         ],
-        store=_Stores(tuple(source.store for source in sources), starts),
+        store=Stores(tuple(source.store for source in sources), starts),
         recipes=tuple(recipe for source in sources for recipe in source.recipes),
         recipe_of=[
             first + number
@@ -280,10 +280,10 @@ def verify(
     if bad and on_bad_sample == "error":
         raise BadSample(
             f"{len(bad)} of {len(source)} samples cannot be used (--on_bad_sample skip leaves "
-            f"them out):\n{_listing(bad)}"
+            f"them out):\n{listing(bad)}"
         )
     if not good:
-        raise UserError(f"no usable sample in {source.description}\n{_listing(bad)}".rstrip())
+        raise UserError(f"no usable sample in {source.description}\n{listing(bad)}".rstrip())
     return good, bad, sizes
 
 
@@ -338,7 +338,8 @@ def _size_or_fault(source: Captioned, index: int) -> Size | str:
     return size
 
 
-def _listing(bad: Sequence[BadReport]) -> str:
+def listing(bad: Sequence[BadReport]) -> str:
+    """The first of the samples that are bad, a line each, and how many more there are."""
     lines = [f"  {report.name}: {report.reason}" for report in bad[:_MAX_LISTED]]
     if len(bad) > _MAX_LISTED:
         lines.append(f"  and {len(bad) - _MAX_LISTED} more")

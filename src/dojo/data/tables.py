@@ -63,8 +63,6 @@ def table_source(location: str, dataset: datasets.Dataset, args: DataArgs) -> Ca
     Raises:
         UserError: a column is missing, holds no pictures, or a table cannot give what is asked for.
     """
-    import datasets
-
     columns = dataset.column_names
     image_column = args.image_column or "image"
     if image_column not in columns:
@@ -78,15 +76,7 @@ def table_source(location: str, dataset: datasets.Dataset, args: DataArgs) -> Ca
         )
     captions, taken, unused = _captions(location, dataset, args)
     fingerprint = f"{dataset._fingerprint}{'+alpha' if args.mask_from_alpha else ''}"
-    pictures = dataset.select_columns([image_column])
-    if isinstance(pictures.features[image_column], datasets.Image):
-        # Not decoded by datasets: every picture goes through the same read_image.
-        pictures = pictures.cast_column(image_column, datasets.Image(decode=False))
-    elif not _holds_files(pictures.features[image_column]):
-        raise UserError(
-            f"{location}: column {image_column!r} holds no pictures but "
-            f"{pictures.features[image_column]} (--image_column)"
-        )
+    pictures = picture_column(location, dataset, image_column, " (--image_column)")
     rows = list(range(len(dataset)))
     return Captioned(
         description=f"{location}: pictures from column {image_column!r}, {taken}"
@@ -96,24 +86,56 @@ def table_source(location: str, dataset: datasets.Dataset, args: DataArgs) -> Ca
         captions=[caption for caption, _ in captions],
         problems=[problem for _, problem in captions],
         rows=rows,
-        store=_Table(pictures, image_column),
+        store=Table(pictures, image_column),
         recipes=(Recipe.of(args),),
         recipe_of=[0] * len(rows),
         has_masks=args.mask_from_alpha,
     )
 
 
+def picture_column(
+    location: str, dataset: datasets.Dataset, column: str, hint: str = "", *, lists: bool = False
+) -> datasets.Dataset:
+    """A column of pictures by itself; its cells are the contents of files, see `file_of`.
+
+    Args:
+        lists: its cells are lists of them.
+        hint: what to add to an error message: the flag that chose the column.
+
+    Raises:
+        UserError: the column holds something else.
+    """
+    import datasets
+
+    pictures = dataset.select_columns([column])
+    feature = pictures.features[column]
+    content = feature.feature if lists and isinstance(feature, datasets.List) else feature
+    if lists == isinstance(feature, datasets.List) and isinstance(content, datasets.Image):
+        # Not decoded by datasets: every picture goes through the same read_image.
+        files = datasets.Image(decode=False)
+        return pictures.cast_column(column, datasets.List(files) if lists else files)
+    if lists != isinstance(feature, datasets.List) or not _holds_files(content):
+        raise UserError(f"{location}: column {column!r} holds no pictures but {feature}{hint}")
+    return pictures
+
+
 @dataclass(frozen=True)
-class _Table:
+class Table:
+    """The pictures in a column of a data set."""
+
     dataset: datasets.Dataset
     column: str
 
     def __call__(self, row: int) -> Path | bytes:
-        picture: Any = self.dataset[row][self.column]
-        if isinstance(picture, dict):
-            path = picture.get("path")
-            picture = picture["bytes"] or (Path(path) if path else None)
-        return picture or b""  # no picture reads as an empty file
+        return file_of(self.dataset[row][self.column])
+
+
+def file_of(cell: Any) -> Path | bytes:
+    """The file that a cell holds or names."""
+    if isinstance(cell, dict):
+        path = cell.get("path")
+        cell = cell["bytes"] or (Path(path) if path else None)
+    return cell or b""  # no picture reads as an empty file
 
 
 def _captions(
