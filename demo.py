@@ -3,9 +3,12 @@
     python demo.py --pretrained_model_name_or_path models/pocket-sd3 --prompt "a red star"
     python demo.py --pretrained_model_name_or_path models/pocket-sd3 --compare \
         --lora_weights_path outputs/quickstart --prompt "a red heart" "two hearts"
+    python demo.py --pretrained_model_name_or_path models/pocket-sd3 --versus outputs/quickstart \
+        --prompt_file prompts.txt --reward "clip[model=models/pocket-clip]"
 
 Every picture has its own seed (`--seed`, `--seed` + 1, ...), so a picture does not depend on which
-others are drawn with it; `prompts.json` beside the pictures says what made each.
+others are drawn with it; `prompts.json` beside the pictures says what made each. With `--versus`
+the rewards judge who draws the same prompts and seeds better: versus.csv, versus.json, versus.png.
 """
 
 from __future__ import annotations
@@ -13,21 +16,21 @@ from __future__ import annotations
 import inspect
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from tqdm import tqdm
 
-from dojo import cli, inference, lora
+from dojo import cli, inference, rewards, versus
 from dojo.cli import UserError
-from dojo.pictures import labelled_grid, slug
-from dojo.prompts import read_file
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from dojo.pictures import labelled_grid
+from dojo.prompts import Prompt, read_file
+from dojo.rewards import RewardArgs
+from dojo.rewards.scorer import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class Args:
     prompt: tuple[str, ...] = ()
     """one or more prompts"""
     prompt_file: Path | None = None
-    """more prompts: .txt with one per line, or .jsonl or .csv with a column prompt (or text)"""
+    """more prompts: .txt with one per line, or .jsonl or .csv with a column prompt (or text), whose
+    other columns go to the rewards"""
     negative_prompt: str | None = None
     """what the pictures should not show"""
     lora_weights_path: tuple[str, ...] = ()
@@ -51,6 +55,10 @@ class Args:
     """strength of each LoRA, or one for all"""
     compare: bool = False
     """also draw without LoRA and lay both side by side in compare.png"""
+    versus: str | None = None
+    """a tuned pipeline, or a LoRA (with the strength lora_scale), that draws the same pictures too;
+    the rewards then say which one wins"""
+    reward: RewardArgs = field(default_factory=RewardArgs)
     height: int | None = None
     """height in pixels; unset is the model's native size"""
     width: int | None = None
@@ -94,6 +102,10 @@ class Args:
             raise ValueError("--lora_scale takes one number, or one for each --lora_weights_path")
         if self.compare and not self.lora_weights_path:
             raise ValueError("--compare needs --lora_weights_path")
+        if self.versus is not None and self.lora_weights_path:
+            raise ValueError("--versus takes the LoRA itself, in place of --lora_weights_path")
+        if self.versus is None and self.reward != RewardArgs():
+            raise ValueError("--reward and its options need --versus")
         if self.num_images_per_prompt < 1 or self.num_inference_steps < 1:
             raise ValueError("--num_images_per_prompt and --num_inference_steps: at least 1")
 
@@ -101,32 +113,18 @@ class Args:
 def main(args: Args) -> None:
     """Draws every prompt and writes pictures, prompts.json and, to compare, a grid."""
     in_file = read_file(args.prompt_file, "--prompt_file") if args.prompt_file else []
-    prompts = [*args.prompt, *(prompt.text for prompt in in_file)]
-    device = choose_device(args)
-    auto = {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
-    pipeline = inference.load_pipeline(
-        args.pretrained_model_name_or_path, DTYPES.get(args.dtype, auto), args.single_file_config
-    )
-    names = [f"lora{i}" for i in range(len(args.lora_weights_path))]
-    base_scheduler, tuned_scheduler = pipeline.scheduler, pipeline.scheduler
-    for name, path in zip(names, args.lora_weights_path, strict=True):
-        arrived = lora.load(pipeline, path, name)
-        print(f"{path}: {arrived} tensors")
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        if (folder / "scheduler").is_dir():  # the shift that it was trained with
-            tuned_scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
-                folder, subfolder="scheduler"
-            )
-    if args.offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    elif args.offload == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=device)
-    else:
-        pipeline.to(device)
-
+    prompts = [*(Prompt(text=text) for text in args.prompt), *in_file]
+    device = inference.choose_device(args.device, args.offload)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     seeds = [seed + k for k in range(args.num_images_per_prompt)]
-    scales = args.lora_scale * (len(names) if len(args.lora_scale) == 1 else 1)
+    if args.versus is not None:
+        judge(args, args.versus, prompts, seeds, device)
+        return
+    pipeline = load(args, args.pretrained_model_name_or_path, device)
+    base_scheduler = pipeline.scheduler
+    tuned_scheduler = inference.load_loras(pipeline, args.lora_weights_path, args.lora_scale)
+    inference.place(pipeline, device, args.offload)
+
     rows: list[list[Image.Image]] = []
     records: list[dict[str, Any]] = []
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -135,25 +133,68 @@ def main(args: Args) -> None:
         if args.compare:
             pipeline.scheduler = base_scheduler
             pipeline.disable_lora()
-            columns.append(draw(pipeline, args, prompt, seeds))
+            columns.append(draw(pipeline, args, prompt.text, seeds))
             pipeline.enable_lora()
-        if names:
-            pipeline.set_adapters(names, list(scales))
         pipeline.scheduler = tuned_scheduler
-        columns.append(draw(pipeline, args, prompt, seeds))
+        columns.append(draw(pipeline, args, prompt.text, seeds))
         for k, picture in enumerate(columns[-1]):
-            file = f"{i:04d}-{slug(prompt)}-seed{seeds[k]}.png"
+            file = versus.file_name(i, prompt.text, seeds[k])
             picture.save(args.output_dir / file)
-            records.append({"file": file, "prompt": prompt, "seed": seeds[k]})
+            records.append({"file": file, "prompt": prompt.text, "seed": seeds[k]})
             rows.append([column[k] for column in columns])
-    options = {name: str(value) for name, value in vars(args).items() if value not in (None, ())}
-    summary = json.dumps({"options": options, "pictures": records}, indent=1, ensure_ascii=False)
-    (args.output_dir / "prompts.json").write_text(summary, encoding="utf-8")
+    summary = {"options": options_of(args), "pictures": records}
+    text = json.dumps(summary, indent=1, ensure_ascii=False)
+    (args.output_dir / "prompts.json").write_text(text, encoding="utf-8")
     if args.compare:
         labels = [f"{record['prompt']} (seed {record['seed']})" for record in records]
         grid = labelled_grid(rows, row_labels=labels, column_labels=["before", "after"])
         grid.save(args.output_dir / "compare.png")
     print(f"{len(records)} pictures in {args.output_dir}")
+
+
+def judge(
+    args: Args, tuned: str, prompts: list[Prompt], seeds: list[int], device: torch.device
+) -> None:
+    """Draws with the base and with the tuned model, one in memory at a time, and compares."""
+    base, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
+    if inference.is_lora(base, flag):
+        raise UserError(f"{flag}: {base} is a LoRA; --versus takes it")
+    is_lora = inference.is_lora(tuned, "--versus")
+    # Loaded and let go: what a reward lacks is said before hours of drawing, not after.
+    replace(args.reward, reward_device="cpu").load(torch.device("cpu"))
+
+    def opened(model: str, loras: tuple[str, ...]) -> versus.Draw:
+        pipeline = load(args, model, device)
+        pipeline.scheduler = inference.load_loras(pipeline, loras, args.lora_scale)
+        inference.place(pipeline, device, args.offload)
+        return partial(draw, pipeline, args)
+
+    # The tuned model first: a LoRA that does not fit is known at once.
+    def open_tuned() -> versus.Draw:
+        try:
+            return opened(base, (tuned,)) if is_lora else opened(tuned, ())
+        except UserError as error:
+            own = "--lora_weights_path" if is_lora else flag
+            raise UserError(str(error).replace(own, "--versus")) from error
+
+    versus.draw(args.output_dir / "tuned", open_tuned, prompts, seeds)
+    versus.draw(args.output_dir / "base", partial(opened, base, ()), prompts, seeds)
+    (reward,) = args.reward.load(device)
+    found = versus.judge(args.output_dir, prompts, seeds, reward, options_of(args))
+    print(versus.table(found))
+    print(f"{len(prompts) * len(seeds)} pairs in {args.output_dir}")
+
+
+def load(args: Args, name: str, device: torch.device) -> Any:
+    """The pipeline of a name, on the CPU, in the precision of the device."""
+    auto = {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
+    return inference.load_pipeline(name, DTYPES.get(args.dtype, auto), args.single_file_config)
+
+
+def options_of(args: Args) -> dict[str, str]:
+    """What was set, as it is written down; the rewards' options where they have a part in it."""
+    options = vars(args) | (vars(args.reward) if args.versus else {"reward": None})
+    return {name: str(value) for name, value in options.items() if value not in (None, ())}
 
 
 def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image.Image]:
@@ -201,18 +242,5 @@ def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image
         raise UserError(str(error).strip().splitlines()[0]) from error
 
 
-def choose_device(args: Args) -> torch.device:
-    """The named device, or the best that there is."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = args.device
-    if name == "auto":
-        name = next((kind for kind, usable in there.items() if usable), "cpu")
-    elif not there.get(name, True):
-        raise UserError(f"--device {name}: this machine has none")
-    if args.offload != "none" and name != "cuda":
-        raise UserError(f"--offload {args.offload} needs a CUDA device")
-    return torch.device(name)
-
-
 if __name__ == "__main__":
-    cli.run(main, Args, __doc__)
+    cli.run(main, Args, __doc__, {"--list_rewards": rewards.table})

@@ -6,6 +6,11 @@
 #   bash scripts/demo.sh --prompt "a red fox" "a blue boat" --num_images_per_prompt 4
 #   LORA_WEIGHTS_PATH= bash scripts/demo.sh        the model alone
 #
+# Who draws better, by rewards that were not trained on (win rates in versus.json and on the screen,
+# the pictures that gained and lost most in versus.png; a row per picture in versus.csv):
+#   LORA_WEIGHTS_PATH= bash scripts/demo.sh --versus outputs/lora-sd3 --prompt_file prompts.txt \
+#       --reward "pickscore,hpsv2.1=0,aesthetic=0" --num_images_per_prompt 2
+#
 # Hardware: one GPU. The weights of SD3.5 Medium with its three text encoders take about 16 GB in
 #   bfloat16 (2.2 B parameters in the transformer, 4.8 B in T5, 0.8 B in the two CLIPs); with less
 #   memory add `--offload model`. Time per picture: not measured.

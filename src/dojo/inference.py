@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dojo import lora, sd3
@@ -33,7 +36,7 @@ def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None 
         is_lora = (folder / lora.WEIGHTS).is_file()
         hint = " (a LoRA folder goes to --lora_weights_path)" if is_lora else ""
         raise UserError(f"{flag}: {name} has no model_index.json{hint}")
-    if not folder.is_dir() and (name.count("/") != 1 or name.startswith(("models/", "outputs/"))):
+    if not folder.is_dir() and not _may_be_on_hub(name):
         raise UserError(f"{flag}: there is no folder {name}")
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, **_absent_parts(folder))
@@ -50,6 +53,96 @@ def _absent_parts(folder: Path) -> dict[str, None]:
     listed = json.loads(index.read_text()) if index.is_file() else {}
     names = ("text_encoder_3", "tokenizer_3")
     return {name: None for name in names if listed.get(name, [""])[0] is None}
+
+
+def _may_be_on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith(("models/", "outputs/"))
+
+
+def is_lora(name: str, flag: str) -> bool:
+    """Whether a file, folder or hub id is a LoRA for a pipeline, and not a pipeline itself.
+
+    Raises:
+        UserError: it is neither; it names `flag`.
+    """
+    path, parts = Path(name), ("model_index.json", lora.WEIGHTS)
+    if path.is_dir():
+        there = [part for part in parts if (path / part).is_file()]
+        files = list(path.glob("*.safetensors"))  # one under another name is taken for a LoRA
+        if there or len(files) == 1:
+            return there[:1] != ["model_index.json"]
+        raise UserError(f"{flag}: {name} has neither {' nor '.join(parts)}")
+    if path.is_file():
+        try:
+            with safe_open(path, framework="pt") as file:
+                names: list[str] = file.keys()
+                return any("lora" in key.lower() for key in names)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{flag}: {name} cannot be read ({error})") from error
+    if not _may_be_on_hub(name):
+        raise UserError(f"{flag}: there is no file or folder {name}")
+    for part in parts:
+        try:
+            hf_hub_download(name, part)
+        except (OSError, ValueError):
+            continue
+        return part == lora.WEIGHTS
+    raise UserError(
+        f"{flag}: {name} is neither a file, a folder nor a reachable hub repository with "
+        f"{' or '.join(parts)}"
+    )
+
+
+def load_loras(pipeline: Any, paths: Sequence[str], scales: Sequence[float]) -> Any:
+    """Makes LoRAs active, all at once, and returns the scheduler to draw with.
+
+    Args:
+        scales: strength of each, or one for all.
+
+    Returns:
+        The scheduler that is saved beside the last of them that has one, with the shift of its
+        training; else the pipeline's own, which is left in place.
+
+    Raises:
+        UserError: one is missing or does not fit.
+    """
+    scheduler = pipeline.scheduler
+    names = [f"lora{i}" for i in range(len(paths))]
+    for name, path in zip(names, paths, strict=True):
+        arrived = lora.load(pipeline, path, name)
+        print(f"{path}: {arrived} tensors")
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        if (folder / "scheduler").is_dir():
+            scheduler = type(scheduler).from_pretrained(folder, subfolder="scheduler")
+    if names:
+        pipeline.set_adapters(names, list(scales) * (len(names) if len(scales) == 1 else 1))
+    return scheduler
+
+
+def choose_device(name: str, offload: str) -> torch.device:
+    """The device that `--device` names, or for auto the best that there is.
+
+    Raises:
+        UserError: there is none, or `--offload` needs another.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind, usable in there.items() if usable), "cpu")
+    elif not there.get(name, True):
+        raise UserError(f"--device {name}: this machine has none")
+    if offload != "none" and name != "cuda":
+        raise UserError(f"--offload {offload} needs a CUDA device")
+    return torch.device(name)
+
+
+def place(pipeline: Any, device: torch.device, offload: str) -> None:
+    """Brings a pipeline to a device, or its parts when they are needed, as `--offload` says."""
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
 
 
 @torch.no_grad()

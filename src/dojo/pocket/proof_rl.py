@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dojo import cli, pictures
+from dojo import cli, pictures, statistics
 from dojo.cli import UserError
 from dojo.pocket import judge, scenes
 from dojo.pocket.judge import Measured
@@ -31,7 +31,6 @@ from dojo.pocket.judge import Measured
 SCRIPT = "prove_rl.sh"
 SEED = 0  # of the bootstrap
 RESAMPLES = 10_000
-CONFIDENCE = 0.95
 ENDS = 5  # epochs at either end of a run over which training's own numbers are averaged
 NOT_TRAINING = ("seconds_validation", "seconds_checkpoint", "seconds_cache")
 
@@ -244,14 +243,7 @@ def overall(groups: Mapping[str, np.ndarray]) -> Measured:
 
 def interval(groups: Mapping[str, np.ndarray]) -> tuple[float, float]:
     """The percentile bootstrap's interval of `overall`: each task is drawn from itself."""
-    draw = np.random.default_rng(SEED)
-    tasks = [
-        values[draw.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1)
-        for values in groups.values()
-    ]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.mean(tasks, axis=0), [tail, 1 - tail])
-    return float(low), float(high)
+    return statistics.bootstrap(list(groups.values()), seed=SEED, resamples=RESAMPLES)
 
 
 def change(run: Run, column: str, task: str | None = None) -> Change:
