@@ -98,7 +98,7 @@ def main(args: Args) -> None:
     run = training.start(args.run, args.optim)
     config = sd3.open_model(args.model)
     args.publish.check(args.run.output_dir, args.run.report_to)
-    rl.check(run, args)
+    rl.check(run, args, is_lora=args.finetune.is_lora)
 
     # ------------------------------------------------------------------------------ prompts
     with run.accelerator.main_process_first():
@@ -119,9 +119,9 @@ def main(args: Args) -> None:
     )
     if args.run.dry_run:
         planned = cost(checkpointing=args.model.gradient_checkpointing)
-        state = rl.bytes_per_weight(run, args, with_reference=False)
+        state = rl.bytes_per_weight(run, args, is_lora=args.finetune.is_lora, with_reference=False)
         return training.print_plan(run, args, *planned, train_batch_size, bytes_per_weight=state)
-    if not run.begin(args, rl.result_name(args)):
+    if not run.begin(args, rl.result_name(is_lora=args.finetune.is_lora)):
         return None
     reward, *watched = args.reward.load(run.device, *args.evaluation.held_out_rewards)
     words = [*source.texts, args.sample.negative_prompt]
@@ -145,20 +145,20 @@ def main(args: Args) -> None:
         buffer.load_state_dict(checkpoint.load_part(folder, BUFFER))
 
     run.resume(restore, optimizer, schedule)
-    network = trained.transformer
+    network = trained.network
     model, optimizer = run.accelerator.prepare(network, optimizer)
     # A batch is learned from in all its trained steps, a backward pass each.
     run.accelerator.gradient_accumulation_steps *= len(args.rollout.trained_steps(run.seed, 0))
     copies = args.sample.copies
     steering = rl.Steering.of(args.sample, embed, run.dtype)
-    evaluate = rl.Evaluator(
-        run, config, vae, args, source.held_out, [reward, *watched], embed, trained
+    evaluate = rl.evaluator(
+        run, config, vae, args, source.held_out, [reward, *watched], embed, trained, shift
     )
     keep = partial(run.save_checkpoint, save, optimizer, schedule)
 
     # --------------------------------------------------------------------------------- loop
     with averaged.applied():
-        evaluate.catch_up(run.epoch)
+        evaluate.catch_up(due=args.evaluation.due(run.epoch) or run.step >= run.num_steps)
     for epoch in run.epochs():
         began = run.step
         plan = args.rollout.plan(shift, run.seed, epoch)

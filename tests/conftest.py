@@ -56,6 +56,19 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an untrained pocket SD1.5 whose latents are scaled as the real ones."""
+    from dojo.pocket import models
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd15"
+    torch.manual_seed(0)
+    pipeline = models.sd15_pipeline()
+    pipeline.vae.register_to_config(scaling_factor=0.18215)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def scene_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imagefolder with ten pocket scenes and metadata.jsonl; no two captions are equal."""
     from PIL import Image

@@ -68,7 +68,12 @@ def test_sd35_medium_costs_what_was_counted_elsewhere(
     class Medium(sd3.Config):
         clip_tokens = 77  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
-    config = Medium(Path(), transformer, {"block_out_channels": [1] * 4}, {"shift": 3.0})
+    config = Medium(
+        folder=Path(),
+        transformer=transformer,
+        vae={"block_out_channels": [1] * 4},
+        scheduler={"shift": 3.0},
+    )
     model, counted = sd3.training_cost(
         config,
         sd3.ModelArgs(pretrained_model_name_or_path="-", max_sequence_length=length),

@@ -27,12 +27,15 @@ ALLOWED: dict[str, set[str]] = {
     "preference": {"gaussian", "rng"},
     # procedures
     "rollout": {"flow", "samplers", "ddpm", "policy", "preference", "gaussian", "rng"},
+    "denoising": {"ddpm", "gaussian", "rng"},
     # parts
     "cost": set(),
     "pictures": set(),
     "data": {"cli", "rng", "tensors"},
     "tensors": set(),
-    "lora": {"cli", "tensors", "sd3.keys"},
+    "statistics": set(),
+    "pipelines": {"cli"},
+    "lora": {"cli", "tensors", "pipelines", "sd3.keys"},
     "checkpoint": {"cli", "tensors"},
     "download": {"cli"},
     "averaging": {"cli", "tensors"},
@@ -41,23 +44,38 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"cli", "cost", "lora", "sd3", "tensors", "checkpoint", "full", "rollout"},
     "optim": {"cli"},
     "training": {"cli", "rng", "checkpoint", "cost", "optim"},
-    "sd3": {"cli", "flow", "rng", "cost", "tensors"},
-    "sd15": {"cli", "ddpm", "rng", "cost"},
-    "texts": {"cli", "data", "sd3", "training"},
+    "sd3": {"cli", "flow", "rng", "cost", "tensors", "pipelines"},
+    "sd15": {"cli", "ddpm", "rng", "cost", "pipelines"},
+    "texts": {"cli", "data", "pipelines", "sd3", "sd15", "training"},
     "frozen": {"cli", "checkpoint", "data", "rng", "sd3", "texts", "training"},
-    "full": {"cli", "sd3", "tensors"},
+    "full": {"cli", "pipelines", "sd3", "sd15", "tensors"},
+    "trained": {
+        *("cli", "rng", "pipelines", "sd3", "sd15", "lora", "full", "averaging", "optim"),
+        "training",
+    },
     "inference": {"cli", "lora", "sd3"},
     "prompts": {"cli", "rng", "data", "pocket.scenes"},
     "prior": {"cli", "rng", "data", "frozen", "sd3", "training"},
     "validation": {
         *("cli", "flow", "rng", "checkpoint", "data", "frozen", "pictures", "sd3", "training"),
     },
-    "pocket": {"cli", "flow", "ddpm", "rng", "lora", "pictures"},
+    "pocket": {"cli", "flow", "ddpm", "rng", "lora", "pictures", "statistics", "tensors"},
     "rewards": {"cli", "pictures", "pocket.verifier"},
+    "versus": {"cli", "pictures", "prompts", "rewards", "statistics"},
     "rl": {
         *("cli", "gaussian", "rng", "samplers", "policy", "rollout", "sd3", "cost", "lora", "full"),
         *("averaging", "optim", "pictures", "prompts", "rewards", "texts", "training"),
-        "validation",
+        *("evaluation", "trained"),
+    },
+    "evaluation": {"cli", "pictures", "prompts", "rewards", "training", "validation"},
+    "pretraining": {"cli", "data", "frozen", "training"},
+    "direct": {
+        *("cli", "rng", "ddpm", "denoising", "samplers", "sd15", "cost", "data", "evaluation"),
+        *("frozen", "full", "lora", "optim", "prompts", "rewards", "texts", "trained", "training"),
+    },
+    "paired": {
+        *("rng", "ddpm", "preference", "sd15", "checkpoint", "data", "direct", "frozen"),
+        *("rewards", "texts", "trained", "training"),
     },
 }
 GROUND = {"gaussian", "rng"}
@@ -66,6 +84,7 @@ MATHS = {"flow", "samplers", "ddpm", "policy", "preference"}
 THIRD_PARTY: dict[str, set[str]] = {
     **{name: {"torch"} for name in GROUND | MATHS},
     "rollout": {"torch"},
+    "denoising": {"torch"},
     "cli": {"tyro"},
 }
 
@@ -185,7 +204,11 @@ def test_relative_and_nested_imports_are_seen(tmp_path: Path) -> None:
 
 
 def test_the_maths_loads_without_the_libraries_of_the_parts() -> None:
-    names = [f"dojo.{name}" for name in modules() if name in GROUND | MATHS | {"rollout", "cli"}]
+    names = [
+        f"dojo.{name}"
+        for name in modules()
+        if name in GROUND | MATHS | {"rollout", "denoising", "cli"}
+    ]
     heavy = ["diffusers", "transformers", "accelerate", "peft", "datasets"]
     program = (
         "import importlib, sys\n"

@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from dojo.pocket import build, datasets, models, scenes, score, text, verifier
+from dojo.pocket import build, datasets, fitting, models, scenes, score, text, verifier
 
 from .conftest import ROOT
 
 SD3, CLIP = ROOT / "models" / "pocket-sd3", ROOT / "models" / "pocket-clip"
-MIB = 2**20
+SD15 = ROOT / "models" / "pocket-sd15"
+MB = 10**6
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +43,25 @@ def test_single_file_loaders_can_tell_the_text_encoders_apart(pipeline: Any) -> 
 
 
 def test_weights_are_half_precision_safetensors_within_their_budget() -> None:
-    files = [path for folder in (SD3, CLIP) for path in folder.rglob("*") if path.is_file()]
+    folders = (SD3, SD15, CLIP)
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix in (".bin", ".pth", ".pt")]
     weights = [path for path in files if path.suffix == ".safetensors"]
-    assert max(path.stat().st_size for path in weights) < 16 * MIB
-    assert sum(path.stat().st_size for path in weights) < 22 * MIB  # 28 with pocket-sd15
-    header = (SD3 / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
-    length = int.from_bytes(header[:8], "little")
-    tensors = json.loads(header[8 : 8 + length])
-    assert {row["dtype"] for name, row in tensors.items() if name != "__metadata__"} == {"F16"}
+    assert max(path.stat().st_size for path in weights) < 16 * MB
+    assert sum(path.stat().st_size for path in weights) < 28 * MB
+    for folder in (SD3 / "transformer", SD15 / "unet", SD15 / "vae", SD15 / "text_encoder"):
+        header = next(folder.glob("*.safetensors")).read_bytes()
+        length = int.from_bytes(header[:8], "little")
+        tensors = json.loads(header[8 : 8 + length])
+        dtypes = {row["dtype"] for name, row in tensors.items() if name != "__metadata__"}
+        assert dtypes <= {"F16", "I64"}, folder  # positions are integers
 
 
 def test_text_encoder_configs_say_float32() -> None:
-    paths = [*SD3.glob("text_encoder*/config.json"), CLIP / "config.json"]
-    assert len(paths) == 4
+    folders = (SD3, SD15)
+    paths = [path for folder in folders for path in folder.glob("text_encoder*/config.json")]
+    paths.append(CLIP / "config.json")
+    assert len(paths) == 5
     assert all(json.loads(path.read_text())["dtype"] == "float32" for path in paths)
 
 
@@ -72,6 +78,46 @@ def test_the_base_draws_what_simple_captions_say(pipeline: Any) -> None:
     assert verifier.score(pictures, captions, strict=True).mean() >= 0.5
     swapped = captions[1:] + captions[:1]  # the same pictures do not fit the neighbour's caption
     assert verifier.score(pictures, swapped, strict=True).mean() <= 0.2
+
+
+def test_the_sd15_base_is_what_stable_diffusion_1_is() -> None:
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(SD15)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in ("unet", "vae", "text_encoder"):
+        assert getattr(pipeline, part).dtype == torch.float32, part
+    assert pipeline.vae.config.latent_channels == 4
+    schedule = pipeline.scheduler.config
+    assert (schedule.beta_schedule, schedule.beta_start, schedule.beta_end) == (
+        "scaled_linear",
+        0.00085,
+        0.012,
+    )
+    assert schedule.prediction_type == "epsilon"
+    generator = torch.Generator().manual_seed(0)
+    picture = pipeline("a large red circle", num_inference_steps=8, generator=generator).images[0]
+    assert picture.size == (64, 64)  # the model's own size
+
+
+def test_the_sd15_base_draws_what_simple_captions_say() -> None:
+    captions = [f"a large {color} {shape}" for color in ("red", "blue") for shape in scenes.SHAPES]
+    pictures = score.generate(
+        StableDiffusionPipeline.from_pretrained(SD15),
+        captions,
+        guidance_scale=4.0,
+        num_inference_steps=16,
+        max_sequence_length=None,
+        seed=0,
+    )
+    assert verifier.score(pictures, captions, strict=True).mean() >= 0.5
+    swapped = captions[1:] + captions[:1]
+    assert verifier.score(pictures, swapped, strict=True).mean() <= 0.2
+
+
+def test_the_report_says_that_the_bases_are_neither_too_weak_nor_too_good() -> None:
+    facts = json.loads((ROOT / "models" / build.FACTS).read_text())
+    for name in ("sd3", "sd15"):
+        best = max(column["overall"] for column in facts[name]["scores"].values())
+        assert 0.35 <= best <= 0.75
 
 
 def test_real_photographs_survive_the_autoencoder(pipeline: Any) -> None:
@@ -127,9 +173,10 @@ def test_the_shipped_hearts_are_what_the_command_makes(tmp_path: Path) -> None:
 def test_a_build_that_was_interrupted_ends_with_the_same_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "SAVE_EVERY", 1)
-    steps = {"vae_steps": 2, "sd3_steps": 2, "clip_steps": 1}
-    common = {**steps, "num_scenes": 200, "report_captions": 6, "device": "cpu"}
+    monkeypatch.setattr(fitting, "SAVE_EVERY", 1)
+    steps = {"vae_steps": 2, "sd3_steps": 2, "clip_steps": 1, "vae4_steps": 8, "sd15_steps": 2}
+    small = {"num_scenes": 200, "sd15_scenes": 200, "report_captions": 6}
+    common = {**steps, **small, "device": "cpu"}
     photos = {"photos_dir": ROOT / "datas" / "photos", "dog_dir": ROOT / "datas" / "dog"}
     original, calls = models.transformer, []
     for name in ("whole", "broken"):

@@ -115,6 +115,18 @@ def test_the_other_columns_of_a_row_become_metadata(tmp_path: Path) -> None:
     ]
 
 
+def test_a_list_in_json_is_read_as_the_rows_of_a_table(tmp_path: Path) -> None:
+    # As ImageReward's refl_data.json.
+    rows = [{"text": "a bench", "id": "000-1"}, {"prompt": "a cat", "text": "kept", "id": None}]
+    path = tmp_path / "refl_data.json"
+    path.write_text(json.dumps(rows, indent=4), encoding="utf-8-sig")
+    table = lines_file(tmp_path / "a.jsonl", [json.dumps(row) for row in rows])
+    assert read_file(path, "--x") == read_file(table, "--x")
+    path.write_text(json.dumps(["a star", " two\nlines ", {"caption": "一颗红心"}]))
+    prompts = [Prompt(text=text) for text in ("a star", "two lines", "一颗红心")]
+    assert read_file(path, "--x") == prompts
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -130,7 +142,15 @@ def test_the_other_columns_of_a_row_become_metadata(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": "a"}\n"b"\n', "a.jsonl line 2: not a JSON object"),
         ("a.csv", b"Prompt\na\n", r"\(line 2: no prompt or text or caption; it has 'Prompt'\)"),
         ("a.csv", b"prompt,id\na star, red, 1\n", r"\(line 2: more fields than the header"),
-        ("a.json", b'["a"]', "a.json is none of .txt, .jsonl, .csv"),
+        ("a.json", b'{"prompt": "a"}', "a.json is no list of prompts or of objects"),
+        ("a.json", b"[]", "a.json has no rows"),
+        ("a.json", b'["a",\n', "a.json line 2: not JSON"),
+        ("a.json", b'["a", ["b"]]', "a.json row 2: neither a prompt nor a JSON object"),
+        ("a.json", b'["a", " "]', r"\(row 2: prompt is empty\)"),
+        ("a.json", b'[{"text": "a"}, {"id": 1}]', r"\(row 2: no prompt or text or caption; it has"),
+        ("a.json", b"\xff\xfe", "a.json cannot be read"),
+        ("missing.json", None, "missing.json cannot be read"),
+        ("a.JSON", b'["a"]', "a.JSON is none of .txt, .jsonl, .csv, .json"),
         ("a.tsv", b"a\tb", "a.tsv is none of"),
     ],
 )

@@ -17,7 +17,7 @@ OTHERS = {
     *("--help", "--dev", "--nproc_per_node", "--quiet", "--source", "--config_file", "--multi_gpu"),
     *("--shape", "--lora_weights_path", "--compare", "--num_processes"),
     *("--images", "--prompts", "--host", "--port"),  # python -m dojo.rewards
-    *("--table", "--long"),  # scripts/prove_rl.sh
+    *("--table", "--long", "--short"),  # scripts/prove_rl.sh, scripts/prove_preference.sh
 }
 
 

@@ -466,7 +466,7 @@ def test_the_reference_stays_where_the_policy_began(
     run = training.start(args.run, args.optim)
     config = sd3.open_model(args.model)
     trained = rl.Trained(run, config, args, 3.0, with_reference=True)
-    frozen = [param for param in trained.transformer.parameters() if not param.requires_grad]
+    frozen = [param for param in trained.network.parameters() if not param.requires_grad]
     kept = [param.clone() for param in frozen]
     # What a step does to the weights; a LoRA's two factors both matter then.
     torch.manual_seed(0)
@@ -476,7 +476,7 @@ def test_the_reference_stays_where_the_policy_began(
     plan = rollout.RolloutArgs(sample_steps=4, window_size=1).plan(3.0, 0, 0)
     embeds = steering(2.0).embeds(CAPTIONS)
     now, predicted = rollout.predict(
-        steering(2.0).velocity(trained.transformer, embeds), latents(), 0, plan
+        steering(2.0).velocity(trained.network, embeds), latents(), 0, plan
     )
     step = rollout.Step(latents=latents(), policy=now, reached=latents())
     then, usual = trained.before(steering(2.0), embeds, step, 0, plan)
@@ -494,7 +494,7 @@ def test_the_reference_stays_where_the_policy_began(
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
     assert sum(float(grad.abs().sum()) for grad in grads if grad is not None) > 0
     again, _ = rollout.predict(
-        steering(2.0).velocity(trained.transformer, embeds), latents(), 0, plan
+        steering(2.0).velocity(trained.network, embeds), latents(), 0, plan
     )
     assert torch.equal(again.mean, now.mean)
     assert all(torch.equal(*pair) for pair in zip(frozen, kept, strict=True))

@@ -13,9 +13,8 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dojo import sd3, tensors
+from dojo import pipelines, sd3, tensors
 from dojo.cli import UserError
-from dojo.sd3 import config as config_module
 from dojo.sd3 import keys
 from dojo.sd3.single_file import SingleFile, inspect
 
@@ -368,8 +367,8 @@ def test_what_the_file_has_is_not_downloaded_again(
         return str(folder)
 
     fetched: list[tuple[str, ...]] = []
-    monkeypatch.setattr(config_module.DiffusionPipeline, "download", download)
-    monkeypatch.setattr(config_module, "hf_hub_download", lambda *a, **_: fetched.append(a))
+    monkeypatch.setattr(pipelines.DiffusionPipeline, "download", download)
+    monkeypatch.setattr(pipelines, "hf_hub_download", lambda *a, **_: fetched.append(a))
     args = sd3.ModelArgs(
         pretrained_model_name_or_path=str(file), single_file_config="someone/sd3", revision="v2"
     )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_ddpo_sd3
-from dojo import lora, policy, rl
+from dojo import evaluation, lora, policy
 from dojo.cli import TrainingStopped, UserError
 from dojo.rewards import loading
 
@@ -26,7 +26,7 @@ from .test_train_grpo_sd3 import (
     agree,
     evaluated,
     flags_of,
-    learns,
+    learned,
     metrics,
     mine,
     result,
@@ -148,8 +148,11 @@ def test_a_run_leaves_everything_that_was_promised(tmp_path: Path, tiny_sd3: Pat
 
 
 @pytest.mark.slow
-def test_the_policy_goes_where_the_reward_points(tmp_path: Path, tiny_sd3: Path) -> None:
-    learns(train_ddpo_sd3, tmp_path, tiny_sd3, "--num_prompts_per_epoch", "32", *DRAWN[2:])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_pictures_become_what_is_rewarded(tmp_path: Path, tiny_sd3: Path, sign: int) -> None:
+    flags = ("--num_prompts_per_epoch", "32", "--group_size", "1", "--max_train_steps", "32")
+    first, *_, last = learned(train_ddpo_sd3, tmp_path, tiny_sd3, sign, *flags)
+    assert sign * (last - first) > 0.05
 
 
 # -- what it refuses, and what it only prints ---------------------------------------------------
@@ -287,15 +290,15 @@ def test_a_reward_that_gives_up_in_an_evaluation_loses_neither_weights_nor_evalu
     own = (*SMALL, "--seed", "1", "--use_ema", "--eval_every", "1", "--max_train_steps", "4")
     own += ("--resume_from_checkpoint", "latest", "--learning_rate", "1e-2")
     whole = train(tmp_path / "whole", tiny_sd3, *own)
-    calls, score = iter(range(9)), rl.Evaluator._score
+    calls, score = iter(range(9)), evaluation.Evaluator._score
 
-    def silent(self: rl.Evaluator, images: Tensor, some: list[int]) -> Tensor:
+    def silent(self: evaluation.Evaluator, images: Tensor, some: list[int]) -> Tensor:
         if next(calls) == 1:
             raise TrainingStopped("no answer")
         return score(self, images, some)
 
     with monkeypatch.context() as patched:
-        patched.setattr(rl.Evaluator, "_score", silent)
+        patched.setattr(evaluation.Evaluator, "_score", silent)
         with pytest.raises(TrainingStopped, match="no answer"):
             train(tmp_path / "broken", tiny_sd3, *own)
     broken = tmp_path / "broken" / "run"

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ class State:
     loss_sum: float = 0.0
     """loss since the last logged step, so that a resumed run logs the same averages"""
     loss_count: int = 0
+    means: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """the other averages likewise: sum and count by name"""
+    peaks: dict[str, float] = field(default_factory=dict)
+    """the largest values likewise"""
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:

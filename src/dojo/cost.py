@@ -84,3 +84,27 @@ def count_cost(loss: Callable[[], Tensor], model: torch.nn.Module) -> Cost:
         forward = counter.get_total_flops()
         value.backward()
     return Cost(counter.get_total_flops(), sum(seen.values()), forward)
+
+
+def training_cost(
+    model: Any,
+    add_adapter: Callable[[torch.nn.Module], object],
+    loss: Callable[[], Tensor],
+    dtype: torch.dtype,
+    *,
+    checkpointing: bool,
+) -> Cost:
+    """Readies one of diffusers' models, on the meta device, for training, and counts a loss.
+
+    Args:
+        add_adapter: makes something in the frozen model trainable.
+        loss: of one micro-batch, in `dtype`.
+    """
+    model.to(dtype).requires_grad_(False)
+    add_adapter(model)
+    for param in model.parameters():
+        param.data = param.data.to(dtype)  # there is no autocast on the meta device
+    model.train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    return count_cost(loss, model)

@@ -11,8 +11,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -119,19 +120,14 @@ class Frozen:
     evaluation: list[EvalSet]
     plan: data.Plan
     vae: AutoencoderKL
-    text: texts.Texts
+    text: texts.Sd3Texts
     layout: sd3.Layout
     options: Options
     run: Run
 
     def latents(self, batch: data.Batch) -> data.Posterior:
         """Mean and std of a batch's posterior: float32 [B, C, h, w], unscaled, on the device."""
-        mean, std = (
-            (batch["mean"], batch["std"])
-            if "mean" in batch
-            else sd3.posterior(self.vae, batch["pixels"])
-        )
-        return mean.to(self.run.device).float(), std.to(self.run.device).float()
+        return posterior_of(batch, self.vae, self.run.device)
 
     def conditions(self, batch: data.Batch) -> sd3.Embeds:
         """The embeddings of a training batch, some encoders dropped as the options say."""
@@ -315,17 +311,7 @@ def prepare(
     vae = sd3.load_vae(config, args.model, run.device)
 
     def cached(pictures: data.Pictures, some: data.Plan) -> data.Pictures | data.Latents:
-        if args.cache.no_cache_latents:
-            return pictures
-        return data.cache_latents(
-            pictures,
-            some.needed(),
-            lambda pixels: sd3.posterior(vae, pixels),
-            args.cache.latent_cache_dir,
-            {"vae": config.fingerprint(["vae"]), "dtype": args.model.vae_dtype},
-            latent_channels=config.vae["latent_channels"],
-            **run.share,
-        )
+        return latents_of(run, pictures, some, vae, config, args.model.vae_dtype, args.cache)
 
     with run.phase("cache"):
         evaluation: list[EvalSet] = []
@@ -354,6 +340,48 @@ def prepare(
     )
     layout = sd3.Layout.of(config)
     return Frozen(train_rows, evaluation, plan, vae, text, layout, args, run)
+
+
+def posterior_of(batch: data.Batch, vae: AutoencoderKL, device: torch.device) -> data.Posterior:
+    """Mean and std of a batch's posterior, cached or encoded now: float32, unscaled."""
+    mean, std = (
+        (batch["mean"], batch["std"]) if "mean" in batch else sd3.posterior(vae, batch["pixels"])
+    )
+    return mean.to(device).float(), std.to(device).float()
+
+
+class Family(Protocol):
+    """What a cache of latents has to know of a model."""
+
+    @property
+    def vae(self) -> Mapping[str, Any]: ...
+    def fingerprint(self, parts: Sequence[str]) -> str: ...
+
+
+def latents_of(
+    run: Run,
+    pictures: data.Pictures,
+    plan: data.Plan,
+    vae: AutoencoderKL,
+    config: Family,
+    vae_dtype: str,
+    cache: data.CacheArgs,
+) -> data.Pictures | data.Latents:
+    """Pictures with their posteriors on disk, where the options allow it.
+
+    The caller lets all processes arrive before anyone reads.
+    """
+    if cache.no_cache_latents:
+        return pictures
+    return data.cache_latents(
+        pictures,
+        plan.needed(),
+        lambda pixels: sd3.posterior(vae, pixels),
+        cache.latent_cache_dir,
+        {"vae": config.fingerprint(["vae"]), "dtype": vae_dtype},
+        latent_channels=config.vae["latent_channels"],
+        **run.share,
+    )
 
 
 def _each_once(plan: data.Plan) -> list[data.Draw]:

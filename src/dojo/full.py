@@ -1,7 +1,8 @@
-"""Training every weight of the transformer: which ones, checkpoints, and the pipeline that results.
+"""Training every weight of a network: which ones, checkpoints, and the pipeline that results.
 
-A checkpoint holds `transformer/` (and `transformer_ema/`) as diffusers reads them; the result is a
-whole pipeline folder, and on request one file with the original names.
+A checkpoint holds `transformer/` (and `transformer_ema/`), for a UNet `unet/` (and `unet_ema/`), as
+diffusers reads them; the result is a whole pipeline folder, and of SD3 on request one file with the
+original names.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import SD3Transformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
-from dojo import sd3
+from dojo import sd3, sd15
 from dojo.cli import UserError
+from dojo.pipelines import TRANSFORMER, part_of
 from dojo.tensors import obey_umask
 
-TRANSFORMER, AVERAGE = "transformer", "transformer_ema"
+_EMA = "_ema"
+AVERAGE = TRANSFORMER + _EMA
 RESULT = "model_index.json"
 SINGLE_FILE = "model.safetensors"
 PRESETS = {"adaln": r"(.*\.)?(norm1|norm1_context|norm_out)\.linear\..*"}
@@ -29,29 +31,22 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullArgs:
+class WholeArgs:
     """What is trained, and in which form the result is saved."""
 
     train_dtype: Literal["fp32", "bf16"] = "fp32"
     """the trained weights: fp32 masters (with autocast by --mixed_precision), or bf16 with Kahan
     compensation in the optimizer (adamw, lion), for less memory"""
     freeze: tuple[str, ...] = ()
-    """weights that stay as they are: adaln (the modulation layers, a third of SD3.5-Medium's
-    weights), parts of names (pos_embed, context_embedder, transformer_blocks.0), or re: and a
-    regular expression over full names"""
+    """weights that stay as they are: adaln (SD3's modulation layers, a third of SD3.5-Medium's
+    weights), parts of names (pos_embed, context_embedder, transformer_blocks.0, conv_in), or re:
+    and a regular expression over full names"""
     save_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """precision of the result's transformer and of the single file; checkpoints keep the
-    training's own"""
+    """precision of the result's network (and single file); checkpoints keep the training's own"""
     max_shard_size: str = "5GB"
-    """largest file of the result's transformer"""
-    single_file: bool = False
-    """also write model.safetensors: all of it with the original SD3 names, for other programs"""
-    single_file_without_t5: bool = False
-    """leave T5 out of that file"""
+    """largest file of the result's network"""
 
     def __post_init__(self) -> None:
-        if self.single_file_without_t5 and not self.single_file:
-            raise ValueError("--single_file_without_t5 needs --single_file")
         if not re.fullmatch(r"\d+(GB|MB|KB)", self.max_shard_size):
             raise ValueError("--max_shard_size is a number with GB, MB or KB, such as 5GB")
 
@@ -70,16 +65,36 @@ class FullArgs:
         return DTYPES[self.train_dtype]
 
 
-def thaw(transformer: nn.Module, args: FullArgs) -> list[nn.Parameter]:
+@dataclass(frozen=True, kw_only=True)
+class FullArgs(WholeArgs):
+    """The same for SD3, which other programs know as one file too."""
+
+    single_file: bool = False
+    """also write model.safetensors: all of it with the original SD3 names, for other programs"""
+    single_file_without_t5: bool = False
+    """leave T5 out of that file"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.single_file_without_t5 and not self.single_file:
+            raise ValueError("--single_file_without_t5 needs --single_file")
+
+
+def average(part: str) -> str:
+    """The folder of a checkpoint that holds the averaged weights of a part."""
+    return part + _EMA
+
+
+def thaw(network: nn.Module, args: WholeArgs) -> list[nn.Parameter]:
     """Makes the weights trainable but for the frozen ones, and returns those that train.
 
-    The last block's text query is left alone: nothing reads it, its gradient is zero, and weight
-    decay would eat it.
+    The text query of SD3's last block is left alone: nothing reads it, its gradient is zero, and
+    weight decay would eat it.
 
     Raises:
         UserError: a pattern of `--freeze` matches nothing, or everything is frozen.
     """
-    names = [name for name, _ in transformer.named_parameters()]
+    names = [name for name, _ in network.named_parameters()]
     still = set(_dead(names))
     for word in args.freeze:
         pattern = PRESETS.get(word.lower(), rf"(.*\.)?{re.escape(word)}(\..*)?")
@@ -95,9 +110,9 @@ def thaw(transformer: nn.Module, args: FullArgs) -> list[nn.Parameter]:
                 f"{', '.join(names[:4])}"
             )
         still |= found
-    for name, param in transformer.named_parameters():
+    for name, param in network.named_parameters():
         param.requires_grad_(name not in still)
-    params = [param for param in transformer.parameters() if param.requires_grad]
+    params = [param for param in network.parameters() if param.requires_grad]
     if not params:
         raise UserError(f"--freeze {' '.join(args.freeze)} leaves nothing to train")
     return params
@@ -105,27 +120,28 @@ def thaw(transformer: nn.Module, args: FullArgs) -> list[nn.Parameter]:
 
 def _dead(names: list[str]) -> list[str]:
     blocks = [int(m[1]) for name in names if (m := re.match(r"transformer_blocks\.(\d+)\.", name))]
+    if not blocks:
+        return []
     parts = ("attn.add_q_proj", "attn.norm_added_q")
     prefixes = tuple(f"transformer_blocks.{max(blocks)}.{part}." for part in parts)
     return [name for name in names if name.startswith(prefixes)]
 
 
-def save(folder: Path, transformer: Any) -> None:
-    """Writes the transformer in its own precision, for a checkpoint."""
-    transformer.save_pretrained(folder)
+def save(folder: Path, network: Any) -> None:
+    """Writes the network in its own precision, for a checkpoint."""
+    network.save_pretrained(folder)
 
 
-def restore(folder: Path, transformer: nn.Module) -> None:
-    """Reads a checkpoint's transformer back, to the bit.
+def restore(folder: Path, network: Any) -> None:
+    """Reads a checkpoint's network back, to the bit.
 
     Raises:
         UserError: there is none.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder.parent} is no checkpoint of full fine-tuning: no {folder.name}")
-    dtype = next(transformer.parameters()).dtype
-    saved: Any = SD3Transformer2DModel.from_pretrained(folder, dtype=dtype)
-    transformer.load_state_dict(saved.state_dict())
+    saved = type(network).from_pretrained(folder, dtype=network.dtype)
+    network.load_state_dict(saved.state_dict())
 
 
 def save_result(
@@ -138,16 +154,8 @@ def save_result(
 ) -> None:
     """Writes the whole pipeline, every component, so that one plain call loads the folder."""
     dtype = DTYPES[args.save_dtype]
-    with torch.device("meta"):
-        twin: Any = SD3Transformer2DModel.from_config(transformer.config)
-    cast = {name: value.to("cpu", dtype) for name, value in transformer.state_dict().items()}
-    twin.load_state_dict(cast, assign=True)
-    # Of a longer run's shorter past: its shards and its index would stand beside the new files.
-    shutil.rmtree(folder / TRANSFORMER, ignore_errors=True)
-    (folder / SINGLE_FILE).unlink(missing_ok=True)
-    twin.save_pretrained(folder / TRANSFORMER, max_shard_size=args.max_shard_size)
-    for path in (folder / TRANSFORMER).glob("*.safetensors"):
-        obey_umask(path)
+    (folder / SINGLE_FILE).unlink(missing_ok=True)  # of a longer run's shorter past
+    cast = _save_network(folder, transformer, args)
     config.make_scheduler(shift).save_pretrained(folder / "scheduler")
     sd3.copy_parts(config, model, folder, ("vae", *sd3.TEXT_FOLDERS))
     if args.single_file:
@@ -162,3 +170,27 @@ def save_result(
             with_t5=not args.single_file_without_t5,
             title=folder.resolve().name,
         )
+
+
+def save_result_sd15(
+    folder: Path, unet: Any, config: sd15.Config, model: sd15.ModelArgs, args: WholeArgs
+) -> None:
+    """The same for Stable Diffusion 1."""
+    _save_network(folder, unet, args)
+    sd15.copy_parts(config, model, folder, ("vae", "scheduler", *sd15.TEXT_FOLDERS))
+
+
+def _save_network(folder: Path, network: Any, args: WholeArgs) -> dict[str, Tensor]:
+    """Writes the network's folder of a result, and returns its weights as they are in it."""
+    place = folder / part_of(network)
+    with torch.device("meta"):
+        twin: Any = type(network).from_config(network.config)
+    dtype = DTYPES[args.save_dtype]
+    cast = {name: value.to("cpu", dtype) for name, value in network.state_dict().items()}
+    twin.load_state_dict(cast, assign=True)
+    # Of a longer run's shorter past: its shards and its index would stand beside the new files.
+    shutil.rmtree(place, ignore_errors=True)
+    twin.save_pretrained(place, max_shard_size=args.max_shard_size)
+    for path in place.glob("*.safetensors"):
+        obey_umask(path)
+    return cast

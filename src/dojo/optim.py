@@ -54,6 +54,8 @@ class OptimArgs:
     (AdamW that averages its weights and needs no schedule)"""
     use_8bit_adam: bool = False
     """the same as --optimizer adamw8bit"""
+    use_adafactor: bool = False
+    """the same as --optimizer adafactor"""
     learning_rate: float = 1e-4
     """learning rate after warm-up"""
     scale_lr: bool = False
@@ -94,6 +96,10 @@ class OptimArgs:
             raise ValueError("--learning_rate and --max_grad_norm must be positive")
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
             raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}")
+        if self.use_adafactor and self.optimizer not in ("adamw", "adafactor"):
+            raise ValueError(f"--use_adafactor contradicts --optimizer {self.optimizer}")
+        if self.use_adafactor and self.use_8bit_adam:
+            raise ValueError("--use_adafactor contradicts --use_8bit_adam")
         if self.kind == "schedulefree":
             if self.lr_scheduler not in ("constant", "constant_with_warmup"):
                 raise ValueError("--optimizer schedulefree takes no --lr_scheduler: leave it unset")
@@ -104,7 +110,9 @@ class OptimArgs:
 
     @property
     def kind(self) -> str:
-        """The optimizer's name, with the older spelling of the 8-bit one."""
+        """The optimizer's name, with the older spellings of two."""
+        if self.use_adafactor:
+            return "adafactor"
         return "adamw8bit" if self.use_8bit_adam else self.optimizer
 
     def samples_per_step(self, num_processes: int) -> int:

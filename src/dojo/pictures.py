@@ -138,11 +138,12 @@ def thin_out(steps: Sequence[int], most: int) -> list[int]:
 
 
 def _scores(path: Path) -> dict[str, str]:
-    """The reward of each picture file, with three digits."""
+    """The reward of each picture file, with three digits, where there is one."""
     if not path.is_file():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
-        return {row["file"]: f"{float(row['reward']):.3g}" for row in csv.DictReader(file)}
+        rows = [row for row in csv.DictReader(file) if "reward" in row]
+    return {row["file"]: f"{float(row['reward']):.3g}" for row in rows}
 
 
 def _read(path: Path) -> Image.Image | None:

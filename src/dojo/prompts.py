@@ -27,15 +27,15 @@ import torch
 from dojo import rng
 from dojo.cli import UserError
 from dojo.data.columns import one_line, shown
-from dojo.data.metadata import read_metadata
+from dojo.data.metadata import Record, read_metadata
 from dojo.data.options import DataArgs
 from dojo.data.tables import load_dataset, load_saved
 from dojo.pocket import scenes
 
 COLUMNS = ("prompt", "text", "caption")
 """Fields of a row that the prompt is taken from, the first one preferred."""
-_TABLES = (".jsonl", ".csv")
-_NOT_TEXT = (*_TABLES, ".json", ".tsv", ".parquet", ".yaml", ".yml")
+_TABLES = (".jsonl", ".csv", ".json")
+_NOT_TEXT = (*_TABLES, ".tsv", ".parquet", ".yaml", ".yml")
 
 # DDPO's 45 animals (Black et al. 2023, arXiv:2305.13301): the prompt is the name.
 _ANIMALS = """
@@ -56,8 +56,8 @@ class PromptArgs:
     """Prompts to draw pictures for, and those held out for evaluation."""
 
     prompt_file: Path | None = None
-    """.txt with a prompt per line, or .jsonl or .csv with a column prompt (or text, or caption),
-    whose other columns go to the rewards"""
+    """.txt with a prompt per line, .jsonl or .csv with a column prompt (or text, or caption), whose
+    other columns go to the rewards, or .json: a list of such rows, or of prompts"""
     prompt_set: Literal["animals", "pocket"] | None = None
     """a list that is built in: the 45 animals of DDPO, or 1,200 captions of the pocket grammar"""
     prompt_dataset_name: str | None = None
@@ -169,6 +169,35 @@ class Prompts:
         first_pass, place = divmod(epoch * count, size)
         passes = itertools.islice(_passes(seed, size, count, first_pass), 2)
         return list(itertools.chain.from_iterable(passes))[place : place + count]
+
+    def stream(
+        self,
+        seed: int,
+        batch_size: int,
+        *,
+        first_batch: int = 0,
+        process: int = 0,
+        num_processes: int = 1,
+    ) -> Iterator[tuple[list[int], list[Prompt]]]:
+        """Batches of this process without end: the places of the prompts in the run, and they.
+
+        The set is gone through in shuffled order, pass after pass without a seam, so that no batch
+        is short. Batch b of W processes holds the places from b W B on: together they see what one
+        process with a batch of W B sees.
+
+        Raises:
+            UserError: a batch over all processes holds more prompts than there are.
+        """
+        whole = batch_size * num_processes
+        if whole > len(self.train):
+            raise UserError(
+                f"--train_batch_size: {whole} prompts over all processes in a batch, and there are "
+                f"only {len(self.train)} to train on"
+            )
+        for batch in itertools.count(first_batch):
+            drawn = self.draw(seed, batch, whole, replace=False)
+            own = range(process * batch_size, (process + 1) * batch_size)
+            yield [batch * whole + i for i in own], [self.train[drawn[i]] for i in own]
 
 
 def _passes(seed: int, size: int, count: int, first: int) -> Iterator[list[int]]:
@@ -312,7 +341,7 @@ def _pocket() -> list[Prompt]:
 
 
 def read_file(path: Path, flag: str) -> list[Prompt]:
-    """The prompts of a file, in their order: of its lines, or of its rows (.jsonl and .csv).
+    """The prompts of a file, in their order: of its lines, or of its rows (.jsonl, .csv, .json).
 
     Raises:
         UserError: the file cannot be read, holds none, or has a row without one; it names `flag`.
@@ -335,7 +364,7 @@ def read_file(path: Path, flag: str) -> list[Prompt]:
 
 def _rows(path: Path) -> Iterator[Prompt]:
     """The prompts of a table."""
-    for row in read_metadata(path):
+    for row in _read_json(path) if path.suffix == ".json" else read_metadata(path):
         fields = row.fields
         if path.suffix == ".csv":  # an empty cell is not set
             fields = {name: cell for name, cell in fields.items() if cell not in ("", None)}
@@ -345,6 +374,29 @@ def _rows(path: Path) -> Iterator[Prompt]:
             yield _prompt(fields, COLUMNS)
         except ValueError as error:
             raise UserError(f"{path} has a line without prompt ({row.place}: {error})") from error
+
+
+def _read_json(path: Path) -> list[Record]:
+    """The rows of a .json file: a list of objects, or of prompts.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path} is no list of prompts or of objects")
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    records: list[Record] = []
+    for number, row in enumerate(rows, start=1):
+        fields = {COLUMNS[0]: row} if isinstance(row, str) else row
+        if not isinstance(fields, dict):
+            raise UserError(f"{path} row {number}: neither a prompt nor a JSON object")
+        records.append(Record(f"row {number}", fields))
+    return records
 
 
 def _read_dataset(name: str, split: str, column: str) -> list[Prompt]:

@@ -52,6 +52,8 @@ class RolloutArgs:
     """steps in the window"""
     window_range: float = 0.5
     """share of the steps, from the noisiest on, that the window stays in"""
+    window_first: int = 0
+    """step before which the window does not begin: where the noisiest ones teach little"""
     window_schedule: Literal["random", "sliding"] = "random"
     """where the window lies: anywhere in its range, anew for every epoch, or from the noisiest step
     on, moving by one every --window_every epochs"""
@@ -74,9 +76,17 @@ class RolloutArgs:
         if self.window_every < 1:
             raise ValueError("--window_every must be at least 1")
         room = self._first(self.window_range)
-        if self.train_timesteps == "window" and not 1 <= self.window_size <= room:
+        if self.train_timesteps != "window":
+            return
+        if not 0 <= self.window_first < room:
             raise ValueError(
-                f"--window_size must lie in 1 .. {room}, the steps that --window_range leaves"
+                f"--window_first must lie in 0 .. {room - 1}, the steps that --window_range leaves"
+            )
+        room -= self.window_first
+        if not 1 <= self.window_size <= room:
+            raise ValueError(
+                f"--window_size must lie in 1 .. {room}, the steps that --window_range and "
+                "--window_first leave"
             )
 
     @property
@@ -108,11 +118,12 @@ class RolloutArgs:
             return range(self.trainable)
         if self.train_timesteps == "fraction":
             return range(self._first(self.timestep_fraction))
-        places = self._first(self.window_range) - self.window_size + 1
+        places = self._first(self.window_range) - self.window_first - self.window_size + 1
         if self.window_schedule == "sliding":
             start = epoch // self.window_every % places
         else:
             start = rng.seed_for(seed, "window", epoch) % places
+        start += self.window_first
         return range(start, start + self.window_size)
 
     def plan(self, shift: float, seed: int, epoch: int) -> Plan:

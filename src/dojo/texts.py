@@ -5,37 +5,52 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from dojo import data, sd3
+from dojo import data, sd3, sd15
+from dojo.pipelines import Embeds
 from dojo.training import Run, used_memory_gib
+
+Lookup = Callable[[Sequence[str]], Mapping[str, Tensor]]
+EncoderT = TypeVar("EncoderT", bound=Lookup)
 
 
 @dataclass
 class Texts:
-    """What the transformer reads in place of texts; made by `prepare`."""
+    """What the network reads in place of texts; made by `prepare` and `prepare_sd15`."""
 
-    lookup: Callable[[Sequence[str]], Mapping[str, Tensor]]
+    lookup: Lookup
     """the cache, or the encoders themselves"""
-    encoders: sd3.TextEncoders | None
-    """the text encoders, where CLIP is in training"""
-    args: sd3.TextArgs
     device: torch.device
 
     def __call__(
         self, captions: Sequence[str], cached: Mapping[str, Tensor] | None = None
-    ) -> sd3.Embeds:
-        """`prompt_embeds` and `pooled_prompt_embeds` of captions, on the device.
-
-        The empty caption follows `--uncond`.
+    ) -> Embeds:
+        """The embeddings of captions, by the name of the network's argument, on the device.
 
         Args:
             cached: the cache's rows, where they have been read already.
         """
         cached = cached or self.lookup(captions)
-        embeds = {name: value.to(self.device) for name, value in cached.items()}
+        return {name: value.to(self.device) for name, value in cached.items()}
+
+
+@dataclass
+class Sd3Texts(Texts):
+    """The same for SD3, where CLIP may be in training; the empty caption follows `--uncond`."""
+
+    encoders: sd3.TextEncoders | None
+    """the text encoders, where CLIP is in training"""
+    args: sd3.TextArgs
+
+    def __call__(
+        self, captions: Sequence[str], cached: Mapping[str, Tensor] | None = None
+    ) -> Embeds:
+        """`prompt_embeds` and `pooled_prompt_embeds` of captions, on the device."""
+        embeds = super().__call__(captions, cached)
         if self.encoders is not None:
             embeds = sd3.with_live_clip(embeds, *self.encoders.clip(captions))
         if self.args.uncond == "zeros" and "" in captions:
@@ -56,54 +71,102 @@ def prepare(
     groups: Sequence[Sequence[str]],
     *,
     train_clip: bool = False,
-) -> Texts:
+) -> Sd3Texts:
     """Fills the cache, loading the text encoders only if something is missing, and frees them.
 
     Args:
         groups: texts that are cached together; the first group's shards do not hang on the second.
         train_clip: keep the two CLIPs, which will be trained; T5 is freed as ever.
     """
-    encoders: sd3.TextEncoders | None = None
 
-    def load_encoders(*, with_t5: bool = True) -> sd3.TextEncoders:
-        nonlocal encoders
-        if encoders is None:
-            encoders = sd3.TextEncoders.load(
-                config, model, args, run.dtype, run.device, with_t5=with_t5
-            )
-        return encoders
+    def load(*, with_t5: bool = True) -> sd3.TextEncoders:
+        return sd3.TextEncoders.load(config, model, args, run.dtype, run.device, with_t5=with_t5)
 
+    once = _Once(load)
+    settings = {
+        "encoders": config.fingerprint(sd3.TEXT_FOLDERS),
+        "dtype": str(run.dtype),
+        "max_sequence_length": model.max_sequence_length,
+        "t5_padding": args.t5_padding,
+    }
+    numbers = config.text_numbers(model.max_sequence_length)
+    lookup = _fill(run, cache, groups, once, settings, numbers)
+    live = None
+    if train_clip:
+        live = once.loaded or load(with_t5=False)
+        if lookup is not live:
+            live.free_t5()
+    _free(run, once, lookup, "text encoders" if live is None else "T5")
+    return Sd3Texts(lookup, run.device, live, args)
+
+
+def prepare_sd15(
+    run: Run,
+    config: sd15.Config,
+    model: sd15.ModelArgs,
+    cache: data.TextCacheArgs,
+    groups: Sequence[Sequence[str]],
+) -> Texts:
+    """`prepare` for Stable Diffusion 1: `prompt_embeds` alone, and "" for no caption."""
+    once = _Once(lambda: sd15.load_text_encoder(config, model, run.dtype, run.device))
+    settings = {"encoders": config.fingerprint(sd15.TEXT_FOLDERS), "dtype": str(run.dtype)}
+    lookup = _fill(run, cache, groups, once, settings, config.text_numbers)
+    _free(run, once, lookup, "text encoder")
+    return Texts(lookup, run.device)
+
+
+class _Once(Generic[EncoderT]):
+    """Loads encoders at the first call."""
+
+    def __init__(self, load: Callable[[], EncoderT]) -> None:
+        self._load = load
+        self.loaded: EncoderT | None = None
+
+    def __call__(self) -> EncoderT:
+        if self.loaded is None:
+            self.loaded = self._load()
+        return self.loaded
+
+
+def _fill(
+    run: Run,
+    cache: data.TextCacheArgs,
+    groups: Sequence[Sequence[str]],
+    load: Callable[[], Lookup],
+    settings: Mapping[str, object],
+    numbers: int,
+) -> Lookup:
+    """The cache, whole, or the encoders where none is wanted.
+
+    Args:
+        settings: what the embeddings depend on.
+        numbers: in the embeddings of one caption.
+    """
     with run.phase("cache"):
         if cache.no_cache_text_embeddings:
-            lookup = load_encoders()
+            lookup = load()
         else:
-            settings = {
-                "encoders": config.fingerprint(sd3.TEXT_FOLDERS),
-                "dtype": str(run.dtype),
-                "max_sequence_length": model.max_sequence_length,
-                "t5_padding": args.t5_padding,
-            }
             lookup = data.cache_text(
                 groups,
-                load_encoders,
+                load,
                 cache.latent_cache_dir,
                 settings,
-                sample_bytes=config.text_numbers(model.max_sequence_length) * run.dtype.itemsize,
+                sample_bytes=numbers * run.dtype.itemsize,
                 **run.share,
             )
         run.accelerator.wait_for_everyone()
-    live = load_encoders(with_t5=False) if train_clip else None
-    if live is not None and lookup is not live:
-        live.free_t5()
+    return lookup
+
+
+def _free(run: Run, once: _Once[EncoderT], lookup: Lookup, what: str) -> None:
+    """Lets go of encoders that `lookup` does not need, and says what of the memory came back."""
     before = used_memory_gib(run.device)
-    was_loaded = encoders is not None
-    encoders = None
+    idle = once.loaded is not None and once.loaded is not lookup
+    once.loaded = None
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(run.device)  # the training's peak, not the encoders'
-    if was_loaded and not isinstance(lookup, sd3.TextEncoders):
+    if idle:
         after = used_memory_gib(run.device)
-        kept = "T5" if live is not None else "text encoders"
-        run.say(f"{kept} freed: {before:.2f} GiB of memory in use before, {after:.2f} GiB after")
-    return Texts(lookup, live, args, run.device)
+        run.say(f"{what} freed: {before:.2f} GiB of memory in use before, {after:.2f} GiB after")

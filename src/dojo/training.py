@@ -112,7 +112,8 @@ class Run:
         self._data = ""
         self._loss = torch.zeros((), device=accelerator.device)
         self._micro_loss = torch.zeros((), device=accelerator.device)
-        self._means: dict[str, list[Tensor]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._peaks: dict[str, Tensor] = {}
         self._notes: dict[str, float] = {}
         self._last = (0.0, 0.0)  # learning rate and gradient norm of the last step
@@ -345,10 +346,17 @@ class Run:
             self.step, self.samples = state.step, state.samples
             self._loss.fill_(state.loss_sum)
             self._loss_count = state.loss_count
+            self._sums = self._tensors({name: total for name, (total, _) in state.means.items()})
+            self._counts = {name: count for name, (_, count) in state.means.items()}
+            self._peaks = self._tensors(state.peaks)
             self.say(f"resuming from {folder} at step {state.step}")
         self._forget_metrics_after(self.step)
 
+    def _tensors(self, values: Mapping[str, float]) -> dict[str, Tensor]:
+        return {name: torch.tensor(value, device=self.device) for name, value in values.items()}
+
     def _state(self) -> checkpoint.State:
+        sums = self._reduced("mean", self._sums)
         return checkpoint.State(
             step=self.step,
             samples=self.samples,
@@ -357,6 +365,8 @@ class Run:
             data=self._data,
             loss_sum=float(self._reduced_loss()),
             loss_count=self._loss_count,
+            means={name: (total, self._counts[name]) for name, total in sums.items()},
+            peaks=self._reduced("max", self._peaks),
         )
 
     def save_checkpoint(
@@ -480,7 +490,9 @@ class Run:
     def average(self, **values: Tensor) -> None:
         """Takes the mean of numbers [B] of a micro-batch into the next row's mean."""
         for name, value in values.items():
-            self._means.setdefault(name, []).append(value.detach().float().mean())
+            mean = value.detach().float().mean()
+            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def peak(self, **values: Tensor) -> None:
         """Takes the largest of numbers [B] of a micro-batch into the next row's maximum."""
@@ -512,7 +524,7 @@ class Run:
         row = {
             "epoch": round(self.step / self.epoch_length, 4),
             "loss": loss,
-            **self._reduced("mean", {k: torch.stack(v).mean() for k, v in self._means.items()}),
+            **self._reduced("mean", {k: v / self._counts[k] for k, v in self._sums.items()}),
             **self._reduced("max", self._peaks),
             **self._notes,
             "lr": lr,
@@ -528,7 +540,7 @@ class Run:
         self.write_metrics(row)
         self._loss.zero_()
         self._loss_count = self._samples = 0
-        for kept in (self._seconds, self._means, self._peaks, self._notes):
+        for kept in (self._seconds, self._sums, self._counts, self._peaks, self._notes):
             kept.clear()
         self._row_began = time.perf_counter()
         self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}")
@@ -632,9 +644,11 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
 # Everything but checkpoints that a run may leave in its folder.
 _OUTPUTS = """
     args.json metrics.jsonl finished.json data_report.json README.md report.html contact_sheet.png
-    logs validation model_index.json model.safetensors transformer vae scheduler
-    tokenizer tokenizer_2 tokenizer_3 text_encoder text_encoder_2 text_encoder_3
-    pytorch_lora_weights_kohya.safetensors pytorch_lora_weights_comfyui.safetensors
+    choices.csv eval_choices.csv logs validation model_index.json model.safetensors transformer unet
+    vae scheduler tokenizer tokenizer_2 tokenizer_3 text_encoder text_encoder_2 text_encoder_3
+    safety_checker feature_extractor image_encoder
+    pytorch_lora_weights.safetensors pytorch_lora_weights_kohya.safetensors
+    pytorch_lora_weights_comfyui.safetensors
 """
 
 
@@ -701,7 +715,8 @@ _INCIDENTAL = """
     checkpoints_total_limit report_to tracker_project_name logging_steps max_train_steps
     num_train_epochs steps_per_epoch train_batch_size gradient_accumulation_steps
     gradient_checkpointing torch_compile dataset_name train_data_dir instance_data_dir data_config
-    class_data_dir sample_batch_size cache_dir dataloader_num_workers on_bad_sample eval_fraction
+    class_data_dir pretrain_data_dir pretrain_dataset_name
+    sample_batch_size cache_dir dataloader_num_workers on_bad_sample eval_fraction
     eval_data_dir max_train_samples latent_cache_dir no_cache_latents no_cache_text_embeddings
     prompt_file prompt_dataset_name eval_prompt_file reward_device reward_batch_size list_rewards
     max_invalid offload_ema save_dtype max_shard_size single_file single_file_without_t5 lora_format

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on SD3: adding, saving, loading, converting.
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on SD3 and SD1: added, saved, loaded.
 
 peft computes them; this package decides which layers get one, keeps them in float32, and makes sure
 that what is saved says its alpha and that what is loaded arrives, in three public formats.

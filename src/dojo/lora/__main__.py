@@ -1,4 +1,4 @@
-"""Converts SD3 LoRA files, exactly, between the formats of diffusers, kohya and ComfyUI.
+"""Converts LoRA files of SD3 and SD1, exactly, between the formats of diffusers, kohya and ComfyUI.
 
     python -m dojo.lora convert --input outputs/hearts --output hearts.safetensors \
         --lora_format kohya
@@ -41,10 +41,10 @@ def main(args: Args) -> None:
     source = find(args.input, "--input")
     adapters, lost = formats.read(source)
     if not adapters:
-        raise UserError(f"--input: {source} has no layer of Stable Diffusion 3")
+        raise UserError(f"--input: {source} has no layer of Stable Diffusion 3 or 1")
     formats.write(args.output, adapters, args.lora_format)
     for name in lost:
-        print(f"left out, as SD3 has no place for it: {name}")
+        print(f"left out, as the model has no place for it: {name}")
     layers = {part: len(there) for part, there in adapters.items()}
     print(f"{args.output}: {layers} layers in {args.lora_format}'s format")
 

@@ -16,14 +16,15 @@ from dojo.lora.formats import Format
 
 ADAPTER = "default"
 
-_ATTENTION = r"attn2?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+_BLOCK = r"(.*\.)?transformer_blocks\.\d+"  # at the top in SD3, deep inside a UNet
+_ATTENTION = r"attn[12]?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _CLIP_ATTENTION = re.compile(
     r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 )
 PRESETS = {
-    "attn": rf"transformer_blocks\.\d+\.{_ATTENTION}",
-    "attn+ff": rf"transformer_blocks\.\d+\.({_ATTENTION}|ff(_context)?\.net\.(0\.proj|2))",
-    "all-linear": r"transformer_blocks\.\d+\..*",
+    "attn": rf"{_BLOCK}\.{_ATTENTION}",
+    "attn+ff": rf"{_BLOCK}\.({_ATTENTION}|ff(_context)?\.net\.(0\.proj|2))",
+    "all-linear": rf"{_BLOCK}\..*",
 }
 
 
@@ -38,16 +39,18 @@ class LoraArgs:
     lora_dropout: float = 0.0
     """dropout on the adapter's input"""
     lora_layers: tuple[str, ...] = ("attn",)
-    """attn (every attention projection, attn2 and the text stream's included), attn+ff, all-linear,
-    names of layers (also as one comma list, such as attn.to_k,attn.to_q), or one regular
-    expression over full module names, marked by a leading re:"""
+    """attn (every attention projection, attn2 and the text stream's included), attn+ff, all-linear
+    (of the transformer blocks), names of layers (also as one comma list, such as
+    attn.to_k,attn.to_q), or one regular expression over full module names, marked by a leading
+    re:"""
     use_dora: bool = False
     """decompose weights into magnitude and direction (DoRA, arXiv:2402.09353)"""
     init_lora_weights_path: str | None = None
     """start from this LoRA (file, folder or hub id; diffusers', kohya's or ComfyUI's format): its
     layers must be adapted here too, its rank may be smaller"""
     lora_format: Format = "diffusers"
-    """write the result in this format too, beside diffusers' file, which resuming needs"""
+    """write the result in this format too, beside diffusers' file, which resuming needs; for SD1
+    ComfyUI reads kohya's"""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -67,8 +70,8 @@ class LoraArgs:
 def target_layers(model: nn.Module, choice: Sequence[str]) -> list[str]:
     """Full names of the linear layers that `--lora_layers` means.
 
-    The last block's query of the text stream is left out: its output is thrown away, so it would
-    get a zero gradient for ever.
+    The query of the text stream in SD3's last block is left out: its output is thrown away, so it
+    would get a zero gradient for ever.
 
     Raises:
         UserError: a name or expression matches no layer; the message names it.

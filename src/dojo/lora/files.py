@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,15 @@ from dojo import tensors
 from dojo.cli import UserError
 from dojo.lora import formats
 from dojo.lora.adapter import ADAPTER, LoraArgs, state
-from dojo.lora.formats import METADATA, PARTS, Format
+from dojo.lora.formats import METADATA, Format
+from dojo.pipelines import UNET, part_of
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def save(
     folder: Path,
-    transformer: nn.Module,
+    network: nn.Module,
     text_encoder: nn.Module | None = None,
     text_encoder_2: nn.Module | None = None,
 ) -> None:
@@ -36,12 +39,9 @@ def save(
     The adapters' configurations go into the file's header: without them diffusers would take
     alpha for the rank. Equal weights give equal bytes.
     """
-    models = dict(zip(PARTS, (transformer, text_encoder, text_encoder_2), strict=True))
     weights: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
-    for part, model in models.items():
-        if model is None:
-            continue
+    for part, model in _models(network, text_encoder, text_encoder_2).items():
         weights |= {f"{part}.{name}": value for name, value in state(model).items()}
         for name, value in model.peft_config[ADAPTER].to_dict().items():  # pyright: ignore
             if name == "base_model_name_or_path":
@@ -67,7 +67,7 @@ def export(folder: Path, form: Format) -> Path:
 
 def restore(
     folder: Path,
-    transformer: nn.Module,
+    network: nn.Module,
     text_encoder: nn.Module | None = None,
     text_encoder_2: nn.Module | None = None,
 ) -> None:
@@ -76,8 +76,7 @@ def restore(
     Raises:
         UserError: the file's tensors are not exactly those of the adapters.
     """
-    models = dict(zip(PARTS, (transformer, text_encoder, text_encoder_2), strict=True))
-    models = {part: model for part, model in models.items() if model is not None}
+    models = _models(network, text_encoder, text_encoder_2)
     saved = load_file(folder / WEIGHTS)
     own = {
         f"{part}.{name}": value
@@ -101,7 +100,7 @@ def restore(
 
 def start_from(
     args: LoraArgs,
-    transformer: nn.Module,
+    network: nn.Module,
     text_encoder: nn.Module | None = None,
     text_encoder_2: nn.Module | None = None,
 ) -> None:
@@ -109,6 +108,8 @@ def start_from(
 
     A file of smaller rank fills the first ranks; in the others B stays zero and A random, so
     that the update is the file's and every rank can learn. Layers that the file lacks stay fresh.
+    Files for SD1 usually adapt convolutions and the text encoder too: these are left out, and it is
+    said.
 
     Raises:
         UserError: the file has other layers than the adapters, or a larger rank.
@@ -117,22 +118,61 @@ def start_from(
         return
     flag = "--init_lora_weights_path"
     path = find(args.init_lora_weights_path, flag)
-    models = dict(zip(PARTS, (transformer, text_encoder, text_encoder_2), strict=True))
+    models = _models(network, text_encoder, text_encoder_2)
     lora, unknown = formats.read(path)
-    if unknown:
+    if UNET in models:
+        lora = _of_unet(lora, unknown, models, f"{flag}: {path}")
+    elif UNET in lora:
+        raise UserError(f"{flag}: {path} is a LoRA for Stable Diffusion 1")
+    elif unknown:
         raise UserError(f"{flag}: {path} has tensors that SD3 has no place for: {unknown[0]}")
     for part, layers in lora.items():
-        model = models[part]
-        if model is None:
+        if part not in models:
             raise UserError(
                 f"{flag}: {path} adapts {part}, which is not trained here (--train_text_encoder)"
             )
-        modules: dict[str, Any] = dict(model.named_modules())
+        modules: dict[str, Any] = dict(models[part].named_modules())
         for name, factors in layers.items():
             module = modules.get(name)
             if not hasattr(module, "lora_A"):
                 raise UserError(f"{flag}: {path} adapts {name}, which --lora_layers does not")
             _fill(module, factors, f"{path}: {name}")
+
+
+def _models(
+    network: nn.Module, text_encoder: nn.Module | None, text_encoder_2: nn.Module | None
+) -> dict[str, nn.Module]:
+    """The adapted models by their names in a pipeline and in a file."""
+    models = {
+        part_of(network): network,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+    }
+    return {part: model for part, model in models.items() if model is not None}
+
+
+def _of_unet(
+    lora: formats.Lora, unknown: Sequence[str], models: Mapping[str, nn.Module], where: str
+) -> formats.Lora:
+    """The layers of a file that may be adapted in these models; says which others there are.
+
+    Raises:
+        UserError: none of them is in the UNet.
+    """
+    found: formats.Lora = {}
+    left = list(unknown)
+    for part, layers in lora.items():
+        modules = dict(models[part].named_modules()) if part in models else {}
+        for name, factors in layers.items():
+            if name not in modules or isinstance(modules[name], nn.Conv2d):
+                left.append(f"{part}.{name}")
+            else:
+                found.setdefault(part, {})[name] = factors
+    if UNET not in found:
+        raise UserError(f"{where} has no linear layer of this UNet")
+    if left and os.environ.get("RANK", "0") == "0":
+        print(f"{where}: {len(left)} layers are not trained here and left out, such as {left[0]}")
+    return found
 
 
 def _fill(module: Any, factors: formats.Factors, where: str) -> None:

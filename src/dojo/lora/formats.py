@@ -1,4 +1,4 @@
-"""Three public formats of SD3 LoRA files, and the exact ways between them.
+"""Three public formats of LoRA files of SD3 and SD1, and the exact ways between them.
 
 A layer of the transformer, and one of CLIP-L (CLIP-G: text_encoder_2, te2, clip_g):
     diffusers   transformer.transformer_blocks.0.attn.to_q
@@ -13,6 +13,11 @@ two .lora_down.weight, .lora_up.weight and .alpha; any mixture is read. An updat
 (alpha / rank) up @ down. The two original formats adapt query, key and value as one layer: three
 adapters become one by stacking the downs and laying the ups on a block diagonal; one becomes three
 that share the down, each without the ranks that its rows of up do not use.
+
+SD1's UNet has diffusers' names in all of them, and ComfyUI reads kohya's file:
+    diffusers   unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q
+    kohya       lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q
+                lora_te_text_model_encoder_layers_0_self_attn_q_proj
 """
 
 from __future__ import annotations
@@ -31,18 +36,28 @@ from torch import Tensor
 
 from dojo import tensors
 from dojo.cli import UserError
+from dojo.pipelines import TRANSFORMER, UNET
 from dojo.sd3 import keys
 
 Format = Literal["diffusers", "kohya", "comfyui"]
 METADATA = "lora_adapter_metadata"  # where diffusers looks for the adapters' configurations
-PARTS: tuple[str, ...] = ("transformer", "text_encoder", "text_encoder_2")
+PARTS = (TRANSFORMER, "text_encoder", "text_encoder_2")  # of SD3; SD1 has unet and text_encoder
+_PREFIXES = {part: f"{part}." for part in (*PARTS, UNET)}
 
 _KOHYA = {"transformer": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_KOHYA_SD1 = {UNET: "lora_unet_", "text_encoder": "lora_te_"}
 _COMFYUI = {
     "transformer": "diffusion_model.",
     "text_encoder": keys.PREFIXES["text_encoder"],
     "text_encoder_2": keys.PREFIXES["text_encoder_2"],
 }
+_DOTTED = {**_COMFYUI, UNET: _PREFIXES[UNET]}
+_KOHYA_UNET = tuple(f"lora_unet_{part}_" for part in ("down_blocks", "mid_block", "up_blocks"))
+# The words of a UNet's names that have an underscore of their own; any other is a dot.
+_UNET_WORDS = re.compile(
+    r"(?:down|up|transformer)_blocks|mid_block|time_emb_proj|conv_shortcut|proj_(?:in|out)|"
+    r"to_(?:q|k|v|out)|[a-z0-9]+"
+)
 _FACTOR = re.compile(
     r"(?P<layer>.+?)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))"
     r"(?:\.default)?\.weight|(?P<scaled>.+)\.alpha"
@@ -72,16 +87,16 @@ class Factors:
 
 Layers = dict[str, Factors]
 Lora = dict[str, Layers]
-"""By part (transformer, text_encoder, text_encoder_2), then by diffusers' name of the layer."""
+"""By part (transformer or unet, text_encoder, text_encoder_2), then by diffusers' layer name."""
 
 
 def detect(names: Iterable[str]) -> Format | None:
-    """The format of a file with these tensors; None if it is no LoRA for SD3 that we know."""
+    """The format of a file with these tensors; None if it is no LoRA that we know."""
     names = list(names)
     prefixes: dict[Format, tuple[str, ...]] = {
-        "kohya": ("lora_unet_joint_blocks_", "lora_te1_", "lora_te2_"),
+        "kohya": ("lora_unet_joint_blocks_", *_KOHYA_UNET, "lora_te_", "lora_te1_", "lora_te2_"),
         "comfyui": ("diffusion_model.joint_blocks.", "text_encoders.clip_"),
-        "diffusers": tuple(f"{part}." for part in PARTS),
+        "diffusers": tuple(_PREFIXES.values()),
     }
     for name, starts in prefixes.items():
         if any(key.startswith(starts) for key in names):
@@ -90,7 +105,7 @@ def detect(names: Iterable[str]) -> Format | None:
 
 
 def read(path: Path) -> tuple[Lora, list[str]]:
-    """A LoRA file of any of the three formats, and the tensors in it that SD3 has no place for.
+    """A LoRA file of any of the three formats, and the tensors in it that have no place.
 
     Raises:
         UserError: the file is broken, in another format, or a DoRA in another than diffusers'.
@@ -104,17 +119,17 @@ def read(path: Path) -> tuple[Lora, list[str]]:
     found = detect(state)
     if found is None:
         raise UserError(
-            f"{path} is no LoRA for Stable Diffusion 3 in the format of diffusers, kohya or "
-            f"ComfyUI (its names begin with {min(state, default='')!r})"
+            f"{path} is no LoRA for Stable Diffusion 3 or 1 in the format of diffusers, kohya "
+            f"or ComfyUI (its names begin with {min(state, default='')!r})"
         )
     if any("dora_scale" in name or "lora_magnitude_vector" in name for name in state):
         raise UserError(f"{path} is a DoRA, which the other formats have no form for")
     layers, left = _pair(state)
     if found == "diffusers":
-        lora, lost = _by_part(layers, {part: f"{part}." for part in PARTS})
+        lora, lost = _by_part(layers, _PREFIXES)
         lora = {part: _with_alpha(part, there, metadata) for part, there in lora.items()}
     else:
-        lora, lost = _by_part(_unflattened(layers) if found == "kohya" else layers, _COMFYUI)
+        lora, lost = _by_part(_unflattened(layers) if found == "kohya" else layers, _DOTTED)
         lora, wrong = _from_original(lora)
         lost += wrong
     return lora, [*left, *lost]
@@ -137,11 +152,12 @@ def write(path: Path, lora: Lora, form: Format) -> None:
         tensors.save(path, state, {METADATA: json.dumps(config, indent=2, sort_keys=True)})
         return
     state = {}
+    kohya = _KOHYA_SD1 if UNET in lora else _KOHYA
     for part, layers in lora.items():
-        original = _to_original(layers) if part == "transformer" else layers
+        original = _to_original(layers) if part == TRANSFORMER else layers
         for name, factors in original.items():
-            if form == "kohya":
-                key = _KOHYA[part] + name.replace(".", "_")
+            if form == "kohya" or UNET in lora:
+                key = kohya[part] + name.replace(".", "_")
             else:
                 key = _COMFYUI[part] + name
             state[f"{key}.lora_down.weight"] = factors.down
@@ -221,19 +237,26 @@ def _with_alpha(part: str, layers: Layers, metadata: Mapping[str, str]) -> Layer
 
 
 def _unflattened(layers: Layers) -> Layers:
-    """kohya's names with their dots back, as ComfyUI's: the underscores alone do not say where."""
+    """kohya's names with their dots back, as `_DOTTED`: the underscores alone do not say where."""
     blocks = [int(m[1]) for name in layers if (m := re.search(r"joint_blocks_(\d+)_", name))]
     table = {
         _KOHYA["transformer"] + name.replace(".", "_"): _COMFYUI["transformer"] + name
         for name in keys.original_modules(1 + max(blocks, default=0))
     }
-    clip = re.compile(r"(lora_te[12]_)text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)")
-    parts = {prefix: _COMFYUI[part] for part, prefix in _KOHYA.items()}
+    clip = re.compile(r"(lora_te[12]?_)text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)")
+    parts = {
+        prefix: _DOTTED[part]
+        for prefixes in (_KOHYA, _KOHYA_SD1)
+        for part, prefix in prefixes.items()
+    }
 
     def dotted(name: str) -> str:
         if match := clip.fullmatch(name):
             inside = f"text_model.encoder.layers.{match[2]}.{match[3]}.{match[4]}"
             return parts[match[1]] + inside
+        if name.startswith(_KOHYA_UNET):
+            words = _UNET_WORDS.findall(name.removeprefix(_KOHYA_SD1[UNET]))
+            return _DOTTED[UNET] + ".".join(words)
         return table.get(name, name)
 
     return {dotted(name): factors for name, factors in layers.items()}
@@ -302,19 +325,22 @@ def _joined(group: Mapping[int, Factors], count: int) -> Factors:
 
 def _metadata(path: Path, lora: Lora) -> dict[str, str]:
     """What sd-scripts and the programs that list LoRA files look for in a header."""
-    layers = lora.get("transformer", {})
-    config = peft_config(layers or next(iter(lora.values())))
+    layers = lora.get(TRANSFORMER, {})
+    config = peft_config(lora.get(UNET) or layers or next(iter(lora.values())))
     widths = {f.down.shape[1] for name, f in layers.items() if ".attn.to_" in name}
     architecture = "stable-diffusion-3"  # Medium of 3 or 3.5: the layers do not always tell
     if any(".attn2." in name for name in layers):
         architecture = "stable-diffusion-3.5-medium"
     elif 2432 in widths:
         architecture = "stable-diffusion-3.5-large"
+    module, base = "networks.lora_sd3", "sd3"
+    if UNET in lora:
+        module, base, architecture = "networks.lora", "sd_v1", "stable-diffusion-v1"
     return {
-        "ss_network_module": "networks.lora_sd3",
+        "ss_network_module": module,
         "ss_network_dim": str(config["r"]),
         "ss_network_alpha": str(config["lora_alpha"]),
-        "ss_base_model_version": "sd3",
+        "ss_base_model_version": base,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "https://github.com/kohya-ss/sd-scripts",

@@ -1,8 +1,9 @@
 """Trains the pocket models from nothing: `python -m dojo.pocket.build`.
 
 Stages, each resumable: the autoencoder on scenes and crops of photographs; the MMDiT together with
-its three text encoders by rectified flow on cached latents; pocket-clip contrastively; the report.
-A stage whose result lies in `work_dir` is not trained again.
+its three text encoders by rectified flow on cached latents; pocket-clip contrastively; SD1.5's
+autoencoder and UNet (`build_sd15`); the report. A stage whose result lies in `work_dir` is not
+trained again.
 """
 
 from __future__ import annotations
@@ -13,159 +14,35 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusion3Pipeline
-from PIL import Image
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from dojo import cli, flow, rng
-from dojo.pocket import models, scenes, score, text, verifier
-
-SEED = 0
-SAVE_EVERY = 500  # steps between two states on disk
-
-
-@dataclass(frozen=True, kw_only=True)
-class Args:
-    """Where the pocket models are trained and put."""
-
-    models_dir: Path = Path("models")
-    """folder that receives pocket-sd3 and pocket-clip"""
-    work_dir: Path = Path("outputs/pocket_build")
-    """folder of the training states; remove it to train again from nothing"""
-    photos_dir: Path = Path("datas/photos")
-    """photographs whose crops train the autoencoder beside the scenes"""
-    dog_dir: Path = Path("datas/dog")
-    """photographs whose reconstruction is reported"""
-    vae_steps: int = 4500
-    """steps of 32 pictures for the autoencoder"""
-    sd3_steps: int = 5500
-    """steps of 64 latents for the MMDiT and its text encoders"""
-    clip_steps: int = 2000
-    """steps of 128 pairs for pocket-clip"""
-    num_scenes: int = 60_000
-    """scenes in the training set of the MMDiT"""
-    report_captions: int = 500
-    """captions that the report draws in each of its four settings"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where to train"""
-
-
-def to_tensor(pictures: np.ndarray, device: str) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def optimise(
-    name: str,
-    args: Args,
-    modules: Sequence[nn.Module],
-    loss_at: Callable[[int], Tensor],
-    *,
-    steps: int,
-    learning_rate: float,
-    decay: float,
-) -> None:
-    """AdamW with a warm-up, a plateau and a cosine to zero over the last share `decay`.
-
-    The state goes to disk every `SAVE_EVERY` steps.
-    `loss_at(step)` draws its batch from the step's number alone, so a run that was stopped goes on
-    exactly where it was.
-    """
-    params = [p for module in modules for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    warmup = min(200, steps // 10 + 1)
-
-    def factor(step: int) -> float:
-        progress = min(1.0, max(0.0, step / steps - (1 - decay)) / decay)
-        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + float(np.cos(np.pi * progress)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    path = args.work_dir / f"{name}-state.pt"
-    first, seconds = 0, 0.0
-    if path.exists():
-        state = torch.load(path, map_location=args.device, weights_only=True)
-        for module, weights in zip(modules, state["modules"], strict=True):
-            module.load_state_dict(weights)
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        first, seconds = int(state["step"]), float(state["seconds"])
-    for module in modules:
-        module.to(args.device).train()
-    started, average = time.monotonic(), 0.0
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5)
-    for step in bar:
-        loss = loss_at(step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        average = loss.item() if step == first else 0.98 * average + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            spent = seconds + time.monotonic() - started
-            state = {
-                "modules": [module.state_dict() for module in modules],
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "step": step + 1,
-                "seconds": spent,
-            }
-            torch.save(state, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-            with (args.work_dir / "log.jsonl").open("a") as log:
-                row = {"stage": name, "step": step + 1, "loss": average, "seconds": spent}
-                log.write(json.dumps(row) + "\n")
-    for module in modules:
-        module.eval()
-
+from dojo.pocket import build_sd15, models, scenes, score, text, verifier
+from dojo.pocket.fitting import (
+    SEED,
+    Args,
+    decode,
+    encode,
+    half,
+    optimise,
+    photo_crops,
+    psnr,
+    squares,
+    to_tensor,
+    wild_scene,
+)
 
 # ---------------------------------------------------------------------------------------------
 # Autoencoder
-
-
-def photo_crops(folder: Path, count: int, seed: int) -> np.ndarray:
-    """Random square crops of photographs at 64 px: uint8 [count, 64, 64, 3]."""
-    draw = random.Random(seed)
-    photos = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.jpg"))]
-    if not photos:
-        raise ValueError(f"no .jpg in {folder}")
-    crops = np.empty((count, scenes.CANVAS, scenes.CANVAS, 3), dtype=np.uint8)
-    for i in range(count):
-        photo = draw.choice(photos)
-        longest = min(photo.size)
-        side = draw.uniform(min(72, longest), longest)
-        left, top = (draw.uniform(0, extent - side) for extent in photo.size)
-        box = (left, top, left + side, top + side)
-        size = (scenes.CANVAS, scenes.CANVAS)
-        crops[i] = np.asarray(photo.resize(size, Image.Resampling.LANCZOS, box=box))
-    return crops
-
-
-def wild_scene(draw: random.Random) -> np.ndarray:
-    """A scene in colours and places outside the grammar, so that the autoencoder knows more than
-    the base model: uint8 [64, 64, 3]."""
-    color = lambda: np.array([draw.randrange(256) for _ in range(3)], dtype=np.float32)  # noqa: E731
-    picture = np.empty((scenes.CANVAS, scenes.CANVAS, 3), dtype=np.float32)
-    picture[:] = color()
-    for _ in range(draw.randint(1, 5)):
-        shape = draw.choice(scenes.SHAPES + scenes.NOVEL_SHAPES)
-        x, y, radius = draw.uniform(0, 64), draw.uniform(0, 64), draw.uniform(5, 24)
-        cover = scenes.mask(shape, x, y, radius)[..., None]
-        if draw.random() < 0.4:  # an outline
-            cover = cover - scenes.mask(shape, x, y, radius * draw.uniform(0.6, 0.85))[..., None]
-        picture += cover.clip(0, 1) * (color() - picture)
-    return np.round(picture).astype(np.uint8)
 
 
 def train_vae(args: Args) -> Any:
@@ -185,7 +62,7 @@ def train_vae(args: Args) -> Any:
         mirrored = pick.random(len(pictures)) < 0.5
         pictures[mirrored] = pictures[mirrored, :, ::-1]
         pixels = to_tensor(pictures, args.device)
-        with torch.autocast(args.device, torch.bfloat16):
+        with half(args.device):
             posterior = vae.encode(pixels).latent_dist
             noise = rng.generator(SEED, "vae", step)
             latents = posterior.mean + posterior.std * torch.randn(
@@ -204,39 +81,6 @@ def train_vae(args: Args) -> Any:
         scaling_factor=round(1 / (mean.var() + std.square().mean()).sqrt().item(), 4),
     )
     return vae
-
-
-@torch.no_grad()
-def encode(vae: Any, pictures: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
-    """Posterior mean and std, unscaled: two float32 [B, 16, 8, 8] on the CPU."""
-    means, stds = [], []
-    for start in range(0, len(pictures), 100):
-        posterior = vae.encode(to_tensor(pictures[start : start + 100], device)).latent_dist
-        means.append(posterior.mean.cpu())
-        stds.append(posterior.std.cpu())
-    return torch.cat(means), torch.cat(stds)
-
-
-@torch.no_grad()
-def psnr(vae: Any, pictures: np.ndarray, device: str) -> float:
-    """Mean over pictures of the reconstruction's PSNR in dB (8-bit range, posterior mean)."""
-    pixels = to_tensor(pictures, device)
-    decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-    errors = ((decoded - pixels) / 2).square().flatten(1).mean(1)
-    return (-10 * errors.log10()).mean().item()
-
-
-def squares(folder: Path) -> np.ndarray:
-    """Every photograph of a folder as its central square at 64 px."""
-    rows = []
-    for path in sorted(folder.glob("*.jpg")):
-        photo = Image.open(path).convert("RGB")
-        side = min(photo.size)
-        left, top = ((extent - side) / 2 for extent in photo.size)
-        box = (left, top, left + side, top + side)
-        size = (scenes.CANVAS, scenes.CANVAS)
-        rows.append(np.asarray(photo.resize(size, Image.Resampling.LANCZOS, box=box)))
-    return np.stack(rows)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -315,7 +159,7 @@ def train_sd3(args: Args, vae: Any) -> StableDiffusion3Pipeline:
         sigma = flow.draw_sigma(uniform, "logit_normal", shift=1.7).to(args.device)
         clean, noise = clean.to(args.device), noises[1].to(args.device)
         noisy = flow.interpolate(clean, noise, sigma)
-        with torch.autocast(args.device, torch.bfloat16):
+        with half(args.device):
             states, pooled = prompt_states(pipeline, words, t5_length)
             predicted = pipeline.transformer(
                 noisy, states, pooled, 1000 * sigma, return_dict=False
@@ -366,7 +210,7 @@ def train_clip(args: Args, vae: Any) -> CLIPModel:
         tokens = tokenizer(
             [pairs[row][0] for row in rows], padding="max_length", return_tensors="pt"
         )
-        with torch.autocast(args.device, torch.bfloat16):
+        with half(args.device):
             logits = clip(
                 input_ids=tokens.input_ids.to(args.device),
                 attention_mask=tokens.attention_mask.to(args.device),
@@ -382,16 +226,6 @@ def train_clip(args: Args, vae: Any) -> CLIPModel:
     return clip
 
 
-@torch.no_grad()
-def decode(vae: Any, latents: Tensor, device: str) -> np.ndarray:
-    """Unscaled latents to pictures: uint8 [B, 64, 64, 3]."""
-    rows = []
-    for chunk in latents.split(100):
-        pixels = (vae.decode(chunk.to(device)).sample.clamp(-1, 1) + 1) * 127.5
-        rows.append(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(rows)
-
-
 def clip_processor() -> CLIPImageProcessor:
     """CLIP's preprocessing at 64 px, with CLIP's own mean and std."""
     return CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
@@ -401,22 +235,22 @@ def clip_processor() -> CLIPImageProcessor:
 # Saving and report
 
 
-def save_half(pipeline: StableDiffusion3Pipeline, clip: CLIPModel, models_dir: Path) -> None:
-    """Writes both folders in half precision; they load in float32.
+def save_half(model: Any, folder: Path) -> None:
+    """Writes a pipeline or a CLIP in half precision; it loads in float32.
 
     transformers takes a model's dtype from its config.json, diffusers takes float32: the configs
     say float32, so that a plain `from_pretrained` gives one dtype throughout.
     """
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    for part in [*parts, clip]:
-        part.half()
-    pipeline.save_pretrained(models_dir / "pocket-sd3")
-    CLIPProcessor(clip_processor(), text.clip_tokenizer()).save_pretrained(
-        models_dir / "pocket-clip"
-    )
-    clip.save_pretrained(models_dir / "pocket-clip")
-    configs = [*models_dir.glob("pocket-sd3/text_encoder*/config.json")]
-    for path in [*configs, models_dir / "pocket-clip" / "config.json"]:
+    is_pipeline = isinstance(model, DiffusionPipeline)
+    parts: Iterable[Any] = model.components.values() if is_pipeline else [model]
+    for part in parts:
+        if isinstance(part, nn.Module):
+            part.half()
+    model.save_pretrained(folder)
+    if not is_pipeline:
+        CLIPProcessor(clip_processor(), text.clip_tokenizer()).save_pretrained(folder)
+    written = folder.glob("text_encoder*/config.json") if is_pipeline else [folder / "config.json"]
+    for path in written:
         config = {**json.loads(path.read_text()), "dtype": "float32"}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -441,15 +275,17 @@ def retrieval(folder: Path, device: str) -> float:
     return hits / 512
 
 
-def report(args: Args, seconds: dict[str, float]) -> None:
-    """Scores the saved models as a user would load them and writes models/README.md."""
-    folder = args.models_dir / "pocket-sd3"
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder).to(args.device)
+def scored(
+    args: Args, folder: Path, t5_lengths: Sequence[int | None]
+) -> dict[str, dict[str, float]]:
+    """The scores of a saved pipeline, as a user would load it, by setting."""
+    pipeline = DiffusionPipeline.from_pretrained(folder).to(args.device)
     captions = scenes.evaluation_captions(args.report_captions, seed=0)
     columns: dict[str, dict[str, float]] = {}
     for guidance in (4.0, 1.0):
-        for t5_length in (text.T5_LENGTH, 256):
-            name = f"{'CFG 4' if guidance > 1 else 'no CFG'}, T5 {t5_length}"
+        for t5_length in t5_lengths:
+            name = "CFG 4" if guidance > 1 else "no CFG"
+            name += "" if t5_length is None else f", T5 {t5_length}"
             pictures = score.generate(
                 pipeline,
                 captions,
@@ -459,62 +295,107 @@ def report(args: Args, seconds: dict[str, float]) -> None:
                 seed=0,
             )
             columns[name] = verifier.task_scores(pictures, captions)
-            graded = verifier.score(pictures, captions, strict=False).mean().item()
-            columns[name]["graded"] = graded
-            print(name, columns[name], flush=True)
+            print(folder.name, name, columns[name], flush=True)
+    return columns
+
+
+def reconstruction(args: Args, folder: Path) -> dict[str, float]:
+    """The mean PSNR of a saved autoencoder in dB, by kind of picture."""
+    vae: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(args.device)
     draw = random.Random(SEED + 4)
     fresh = np.stack([scenes.draw(scenes.sample(draw)[1]) for _ in range(500)])
-    vae = pipeline.vae
-    facts = {
+    return {
         "scenes": psnr(vae, fresh, args.device),
         "datas/dog": psnr(vae, squares(args.dog_dir), args.device),
         "datas/photos": psnr(vae, squares(args.photos_dir), args.device),
     }
+
+
+FACTS = "facts.json"  # what the report knows of models that were not trained this time
+
+
+def facts(args: Args, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """What models/README.md says, with the facts of the models that were left as they were."""
+    path = args.models_dir / FACTS
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    lengths = {"sd3": (text.T5_LENGTH, 256), "sd15": (None,)}
+    built = f"{time.strftime('%Y-%m-%d')}, {machine(args.device)}"
+    for name in args.models:
+        folder = args.models_dir / f"pocket-{name}"
+        own = {stage: spent for stage, spent in seconds.items() if stage in STAGES[name]}
+        found[name] = {"built": built, "minutes": {k: round(v / 60) for k, v in own.items()}}
+        if name == "clip":
+            found[name]["retrieval"] = retrieval(folder, args.device)
+        else:
+            found[name]["scores"] = scored(args, folder, lengths[name])
+            found[name]["psnr"] = reconstruction(args, folder)
+    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    return found
+
+
+STAGES = {
+    "sd3": ("vae", "sd3"),
+    "sd15": ("vae4", "vae4-pixels", "sd15"),
+    "clip": ("clip",),
+}
+
+
+def scores_table(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Scores as Markdown: a row per task, a column per setting."""
     tasks = list(next(iter(columns.values())))
-    size = sum(path.stat().st_size for path in args.models_dir.glob("pocket-*/**/*.safetensors"))
-    lines = [
-        "# The pocket models",
-        "",
-        "`pocket-sd3` is a StableDiffusion3Pipeline (MMDiT with dual attention and qk-norm,",
-        "16-channel autoencoder, two CLIP text encoders, T5), `pocket-clip` a CLIPModel; both know",
-        "the 64-pixel scenes of `dojo.pocket.scenes` and nothing else. They are trained from",
-        "nothing by `bash scripts/build_pocket_models.sh`, which also writes this page. Licence:",
-        "Apache-2.0, as the rest of the repository.",
-        "",
-        f"Built on {time.strftime('%Y-%m-%d')}, {machine(args.device)}. Training time (wall",
-        "clock): "
-        + ", ".join(f"{name} {spent / 60:.0f} min" for name, spent in seconds.items())
-        + f". {size / 1e6:.1f} MB of weights in half precision.",
-        "",
-        "## What pocket-sd3 draws",
-        "",
-        "Strict score (everything in the caption holds) over the captions of",
-        f"`scenes.evaluation_captions({len(captions)}, seed=0)`, one picture each with",
-        "seed = number of the caption, 20 steps; `overall` is the mean of the six tasks,",
-        "`graded` the verifier's partial credit.",
-        "",
+    return [
         "| task | " + " | ".join(columns) + " |",
         "| --- |" + " --- |" * len(columns),
         *[
             f"| {task} | " + " | ".join(f"{column[task]:.3f}" for column in columns.values()) + " |"
             for task in tasks
         ],
+    ]
+
+
+def report(args: Args, found: Mapping[str, Any]) -> None:
+    """Writes models/README.md."""
+    size = sum(path.stat().st_size for path in args.models_dir.glob("pocket-*/**/*.safetensors"))
+    lines = [
+        "# The pocket models",
         "",
-        "## Autoencoder",
+        "`pocket-sd3` is a StableDiffusion3Pipeline (MMDiT with dual attention and qk-norm,",
+        "16-channel autoencoder, two CLIP text encoders, T5), `pocket-sd15` a",
+        "StableDiffusionPipeline (UNet that predicts the noise, 4-channel autoencoder, CLIP,",
+        "SD1.5's schedule), `pocket-clip` a CLIPModel; all know the 64-pixel scenes of",
+        "`dojo.pocket.scenes` and nothing else. They are trained from nothing by",
+        "`bash scripts/build_pocket_models.sh`, which also writes this page. Licence: Apache-2.0,",
+        "as the rest of the repository.",
         "",
-        "Reconstruction of 64-pixel pictures, mean PSNR: "
-        + ", ".join(f"{name} {value:.2f} dB" for name, value in facts.items())
-        + ".",
-        "The photographs of `datas/photos`, the dog's among them, gave the training crops.",
-        "",
-        "## pocket-clip",
-        "",
-        "Picks the right one of 32 captions for a fresh picture in "
-        f"{100 * retrieval(args.models_dir / 'pocket-clip', args.device):.1f} % of 512 cases.",
+        "Built (training time by the wall clock):",
         "",
     ]
+    for name, fact in found.items():
+        spent = ", ".join(f"{stage} {minutes} min" for stage, minutes in fact["minutes"].items())
+        lines.append(f"- pocket-{name} on {fact['built']}: {spent}")
+    lines += ["", f"{size / 1e6:.1f} MB of weights in half precision.", ""]
+    for name in ("sd3", "sd15"):
+        if name in found:
+            lines += [f"## What pocket-{name} draws", "", SCORED.format(args.report_captions), ""]
+            lines += [*scores_table(found[name]["scores"]), ""]
+            shown = ", ".join(f"{k} {value:.2f} dB" for k, value in found[name]["psnr"].items())
+            lines += [f"Its autoencoder's reconstruction of 64-pixel pictures, mean PSNR: {shown}."]
+            lines += ["The photographs of `datas/photos`, the dog's among them, gave the training"]
+            lines += ["crops.", ""]
+    if "clip" in found:
+        share = 100 * found["clip"]["retrieval"]
+        lines += ["## pocket-clip", ""]
+        lines += ["Picks the right one of 32 captions for a fresh picture in "]
+        lines[-1] += f"{share:.1f} % of 512 cases."
+        lines += [""]
     (args.models_dir / "README.md").write_text("\n".join(lines))
     print("\n".join(lines))
+
+
+SCORED = """\
+Strict score (everything in the caption holds) over the captions of
+`scenes.evaluation_captions({}, seed=0)`, one picture each with
+seed = number of the caption, 20 steps; `overall` is the mean of the six tasks."""
 
 
 def machine(device: str) -> str:
@@ -527,14 +408,22 @@ def machine(device: str) -> str:
 def main(args: Args) -> None:
     """Runs the stages that are not done yet, then saves and reports."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(args)
-    found = psnr(vae, squares(args.dog_dir), args.device)
-    print(f"autoencoder: {found:.2f} dB on the photographs of {args.dog_dir}", flush=True)
-    pipeline = train_sd3(args, vae)
-    clip = train_clip(args, vae)
-    save_half(pipeline, clip, args.models_dir)
-    rows = [json.loads(line) for line in (args.work_dir / "log.jsonl").read_text().splitlines()]
-    report(args, {row["stage"]: row["seconds"] for row in rows})
+    sd3_folder = args.models_dir / "pocket-sd3"
+    if "sd3" in args.models:
+        vae = train_vae(args)
+        save_half(train_sd3(args, vae), sd3_folder)
+    if "clip" in args.models:
+        clip_vae: Any = AutoencoderKL.from_pretrained(sd3_folder, subfolder="vae")
+        save_half(train_clip(args, clip_vae.to(args.device)), args.models_dir / "pocket-clip")
+    if "sd15" in args.models:
+        vae4 = build_sd15.train_vae4(args, sd3_folder)
+        found = psnr(vae4, squares(args.dog_dir), args.device)
+        print(f"4-channel autoencoder: {found:.2f} dB on {args.dog_dir}", flush=True)
+        pipeline = build_sd15.train_sd15(args, vae4, sd3_folder)
+        save_half(pipeline, args.models_dir / "pocket-sd15")
+    log = args.work_dir / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    report(args, facts(args, {row["stage"]: row["seconds"] for row in rows}))
 
 
 if __name__ == "__main__":

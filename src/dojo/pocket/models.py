@@ -15,13 +15,17 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     T5Config,
@@ -146,6 +150,69 @@ def sd3_pipeline() -> StableDiffusion3Pipeline:
         text_encoder_3=t5(),
         tokenizer_3=text.t5_tokenizer(),
     )
+
+
+# ---- Stable Diffusion 1.5 ----
+
+# The scheduler configuration of Stable Diffusion 1.5.
+DDPM: dict[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+
+
+def sd15_vae() -> AutoencoderKL:
+    """SD1.5's autoencoder in small: 8x down, 4 channels, quant convolutions, no shift."""
+    config = {**vae(4).config, "use_quant_conv": True, "use_post_quant_conv": True}
+    made: Any = AutoencoderKL.from_config({**config, "shift_factor": None})
+    return made
+
+
+def unet() -> UNet2DConditionModel:
+    """SD1.5's UNet in small: two levels, attention to the caption in the upper and the middle."""
+    down: Any = ("CrossAttnDownBlock2D", "DownBlock2D")
+    up: Any = ("UpBlock2D", "CrossAttnUpBlock2D")
+    widths: Any = (64, 80)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=widths,
+        down_block_types=down,
+        up_block_types=up,
+        cross_attention_dim=CLIP_L_WIDTH,
+        attention_head_dim=4,  # which is the number of heads, as in SD1.5
+        norm_num_groups=8,
+    )
+
+
+def sd15_text_encoder() -> CLIPTextModel:
+    """SD1.5's text encoder: the first of SD3's, as in the real models, without its projection."""
+    return CLIPTextModel(_clip_text_config(CLIP_L_WIDTH, 2, "quick_gelu", "<|endoftext|>"))
+
+
+def sd15_pipeline() -> StableDiffusionPipeline:
+    """An untrained pocket SD1.5."""
+    return StableDiffusionPipeline(
+        unet=unet(),
+        scheduler=PNDMScheduler(**DDPM),
+        vae=sd15_vae(),
+        text_encoder=sd15_text_encoder(),
+        tokenizer=text.clip_tokenizer(),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+
+
+# ---- CLIP ----
 
 
 def clip() -> CLIPModel:

@@ -41,7 +41,7 @@ class Args:
     num_inference_steps: int = 20
     """sampling steps"""
     max_sequence_length: int = 24
-    """tokens of T5"""
+    """tokens of T5, where the model has one"""
     seed: int = 0
     """seed of captions and pictures"""
     output: Path | None = None
@@ -67,13 +67,18 @@ def generate(
     *,
     guidance_scale: float,
     num_inference_steps: int,
-    max_sequence_length: int,
+    max_sequence_length: int | None,
     seed: int,
     batch_size: int = 50,
 ) -> Tensor:
-    """One picture per caption, each from its own seed: float32 [B, 3, 64, 64] in [0, 1]."""
+    """One picture per caption, each from its own seed: float32 [B, 3, 64, 64] in [0, 1].
+
+    Args:
+        max_sequence_length: tokens of T5; None for a pipeline that has no such option.
+    """
     pipeline.set_progress_bar_config(disable=True)
     size = scenes.CANVAS
+    t5 = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     pictures = []
     for start in tqdm(range(0, len(captions), batch_size), desc="drawing", leave=False):
         some = list(captions[start : start + batch_size])
@@ -83,7 +88,7 @@ def generate(
             width=size,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
-            max_sequence_length=max_sequence_length,
+            **t5,
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
             output_type="pt",
         )
@@ -101,6 +106,8 @@ def main(args: Args) -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    has_t5 = "text_encoder_3" in pipeline.components
+    tokens = args.max_sequence_length if has_t5 else None
     columns = {"base": None, "LoRA": args.lora_weights_path}
     scores: dict[str, dict[str, float]] = {}
     for name, weights in columns.items():
@@ -113,7 +120,7 @@ def main(args: Args) -> None:
             captions,
             guidance_scale=args.guidance_scale,
             num_inference_steps=args.num_inference_steps,
-            max_sequence_length=args.max_sequence_length,
+            max_sequence_length=tokens,
             seed=args.seed,
         )
         graded = verifier.score(pictures, captions, strict=False).mean().item()

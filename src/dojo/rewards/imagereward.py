@@ -96,6 +96,7 @@ class ImageReward(Scorer):
 
     differentiable = True
     range = "-2.3 to 2"
+    good_enough = 2.0  # the margin of ReFL (arXiv:2304.05977)
     checkpoint = "THUDM/ImageReward/ImageReward.pt"
     size = "1.8 GB"
     licence = "Apache-2.0"

@@ -39,13 +39,9 @@ SCORERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardArgs:
-    """What pictures are scored by."""
+class ScorerArgs:
+    """Where and how pictures are scored."""
 
-    reward: str = "aesthetic"
-    """what to maximise: scorers with weights, as "aesthetic=0.5,pickscore=1"; options stand in
-    brackets, "clip[model=models/pocket-clip]"; own functions are "package.module:function" or
-    "file.py:function", served ones "http://localhost:8000#pickscore" """
     reward_device: str | None = None
     """device of the scorers' networks, as cuda:1; by default the device of the training"""
     reward_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -56,7 +52,6 @@ class RewardArgs:
     """print the scorers with checkpoint, size, licence and range, and exit"""
 
     def __post_init__(self) -> None:
-        spec.parse(self.reward)
         if self.reward_batch_size < 1:
             raise ValueError("--reward_batch_size must be at least 1")
         if self.reward_device is not None:
@@ -67,15 +62,33 @@ class RewardArgs:
                     f"--reward_device: {self.reward_device} is no device (cpu, cuda, cuda:1)"
                 ) from None
 
-    def load(self, device: torch.device, *others: str) -> list[Reward]:
-        """Loads the reward, and others by their texts, which share what they can.
+    def load_all(self, device: torch.device, texts: Sequence[str]) -> list[Reward]:
+        """Loads rewards by their texts (`dojo.rewards.spec`), which share what they can.
 
         Args:
             device: where they work unless --reward_device says otherwise.
         """
         device = torch.device(self.reward_device or device)
         place = Place(device=device, dtype=DTYPES[self.reward_dtype])
-        return [_load(text, place, self.reward_batch_size) for text in (self.reward, *others)]
+        return [_load(text, place, self.reward_batch_size) for text in texts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardArgs(ScorerArgs):
+    """What pictures are scored by."""
+
+    reward: str = "aesthetic"
+    """what to maximise: scorers with weights, as "aesthetic=0.5,pickscore=1"; options stand in
+    brackets, "clip[model=models/pocket-clip]"; own functions are "package.module:function" or
+    "file.py:function", served ones "http://localhost:8000#pickscore" """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        spec.parse(self.reward)
+
+    def load(self, device: torch.device, *others: str) -> list[Reward]:
+        """Loads the reward, and others by their texts, which share what they can."""
+        return self.load_all(device, (self.reward, *others))
 
 
 def load(

@@ -56,8 +56,16 @@ class Reward:
 
     @property
     def differentiable(self) -> bool:
-        """Whether gradients flow from every score to the pixels."""
-        return all(one.scorer.differentiable for one in self.components)
+        """Whether gradients flow from every score that counts to the pixels."""
+        return all(one.scorer.differentiable for one in self.components if one.weight)
+
+    @property
+    def good_enough(self) -> float | None:
+        """The weighted sum from which on a picture is left alone (ReFL's margin); None where not
+        every counted scorer knows such a score."""
+        known = [(one.weight, one.scorer.good_enough) for one in self.components if one.weight]
+        marks = [weight * mark for weight, mark in known if mark is not None]
+        return sum(marks) if marks and len(marks) == len(known) else None
 
     def require_differentiable(self) -> None:
         """Refuses scorers that gradients do not pass.
@@ -65,7 +73,8 @@ class Reward:
         Raises:
             UserError: naming them.
         """
-        names = [one.name for one in self.components if not one.scorer.differentiable]
+        counted = [one for one in self.components if one.weight]  # the others only record
+        names = [one.name for one in counted if not one.scorer.differentiable]
         if names:
             raise UserError(
                 f"--reward: no gradient reaches the picture through {', '.join(names)}; "

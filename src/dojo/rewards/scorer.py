@@ -47,6 +47,9 @@ class Scorer:
     """whether gradients reach the pixels"""
     range: ClassVar[str] = ""
     """the scores that are usual"""
+    good_enough: ClassVar[float | None] = None
+    """the score from which on a picture is left alone by training with the score's gradient, if
+    the authors name one"""
     checkpoint: ClassVar[str] = "none"
     """what is loaded unless an option names something else"""
     size: ClassVar[str] = "-"

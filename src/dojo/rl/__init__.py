@@ -13,14 +13,14 @@ from dojo.rl.episodes import (
     shuffled,
     split,
 )
-from dojo.rl.evaluation import Evaluator
-from dojo.rl.trained import Trained, bytes_per_weight, check, result_name
+from dojo.rl.evaluation import evaluator
+from dojo.rl.trained import Trained
+from dojo.trained import bytes_per_weight, check, result_name
 
 __all__ = [
     "Batch",
     "Chunk",
     "EvalArgs",
-    "Evaluator",
     "FinetuneArgs",
     "PolicyArgs",
     "PolicyLoraArgs",
@@ -33,6 +33,7 @@ __all__ = [
     "bytes_per_weight",
     "check",
     "episode_cost",
+    "evaluator",
     "record",
     "result_name",
     "shuffled",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dojo import lora, policy
+from dojo import evaluation, lora, policy
 from dojo.cli import UserError
 from dojo.optim import OptimArgs
 
@@ -145,6 +145,11 @@ class FinetuneArgs:
     finetune: Literal["lora", "full"] = "lora"
     """lora: adapters (--rank and the like); full: every weight (--train_dtype and the like)"""
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether adapters are trained."""
+        return self.finetune == "lora"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoraArgs(lora.LoraArgs):
@@ -162,41 +167,16 @@ class PolicyLoraArgs(lora.LoraArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalArgs:
+class EvalArgs(evaluation.EvalArgs):
     """Held-out prompts, drawn as a user would: averaged weights, the ODE, more steps."""
 
     eval_every: int = 10
     """epochs between two evaluations; there is one before the first and one at the end"""
-    eval_sample_steps: int = 40
-    """denoising steps"""
-    eval_guidance_scale: float | None = None
-    """guidance of the evaluation; unset is --guidance_scale"""
-    eval_reward: str | None = None
-    """further rewards that are not trained on, written as --reward: when they fall while the
-    trained one rises, it is being exploited"""
-    eval_batch_size: int | None = None
-    """pictures per process at a time; unset is that of sampling"""
-    num_eval_images: int = 1
-    """pictures of each held-out prompt, with seeds eval_seed, eval_seed + 1, ..."""
-    eval_seed: int = 0
-    """first of those seeds"""
-    num_saved_images: int = 12
-    """pictures of an evaluation that are kept, with their scores"""
 
     def __post_init__(self) -> None:
-        for name in ("eval_every", "eval_sample_steps", "eval_batch_size", "num_eval_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1")
-        if self.eval_guidance_scale is not None and self.eval_guidance_scale < 1:
-            raise ValueError("--eval_guidance_scale must be at least 1, which is no guidance")
-        if self.num_saved_images < 0:
-            raise ValueError("--num_saved_images must not be negative")
-
-    @property
-    def held_out_rewards(self) -> list[str]:
-        """`--eval_reward`, if there is one."""
-        return [self.eval_reward] if self.eval_reward else []
+        super().__post_init__()
+        if self.eval_every < 1:
+            raise ValueError("--eval_every must be at least 1")
 
     def due(self, epoch: int) -> bool:
         """Whether an evaluation belongs after so many epochs."""

@@ -31,7 +31,7 @@ def episode_cost(
     All its trained steps, its share of the sampling, and the reference's forward passes where
     there is one. The autoencoder and the rewards are not counted.
     """
-    is_lora = args.finetune.finetune == "lora"
+    is_lora = args.finetune.is_lora
 
     def adapt(model: nn.Module) -> object:
         return lora.add(model, args.lora) if is_lora else full.thaw(model, args.full)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dojo import policy, rng, rollout, samplers, sd3
 from dojo.cli import TrainingStopped, UserError
+from dojo.evaluation import stop_together
 from dojo.prompts import Prompt
 from dojo.rewards import Reward, RewardOutput
 from dojo.rl.args import SampleArgs
@@ -306,18 +307,6 @@ def record(run: Run, surrogate: policy.Surrogate, *, fresh: bool) -> None:
         clip_fraction_low=surrogate.clipped_low,
         approx_kl=surrogate.approx_kl,
     )
-
-
-def stop_together(run: Run, trouble: str) -> None:
-    """Stops all processes when one has trouble, so that none waits for it: a collective.
-
-    Raises:
-        TrainingStopped: with what was in the way.
-    """
-    failed = torch.tensor([bool(trouble)], device=run.device)
-    anywhere: Any = run.accelerator.gather(failed)
-    if bool(anywhere.any()):
-        raise TrainingStopped(trouble or "another process had to stop")
 
 
 def in_order(run: Run, stacked: Tensor) -> Tensor:

@@ -4,14 +4,13 @@ Shapes: B batch, C = 16 latent channels, h = height / 8, T = CLIP tokens + T5 to
 the real models), D = 4096. Latents are those that the transformer sees: shifted and scaled.
 """
 
+from dojo.pipelines import Embeds, fingerprint, posterior
 from dojo.sd3.config import (
-    DTYPES,
     TEXT_ENCODERS,
     TEXT_FOLDERS,
     Config,
     ModelArgs,
     NoiseArgs,
-    fingerprint,
     open_model,
 )
 from dojo.sd3.folder import copy_parts
@@ -20,7 +19,6 @@ from dojo.sd3.models import (
     load_text_pipeline,
     load_transformer,
     load_vae,
-    posterior,
     training_cost,
     velocity,
 )
@@ -28,7 +26,6 @@ from dojo.sd3.pipeline import load_pipeline
 from dojo.sd3.single_file import save_single_file
 from dojo.sd3.text import (
     EMBEDS,
-    Embeds,
     Layout,
     TextArgs,
     TextDropoutArgs,
@@ -37,7 +34,6 @@ from dojo.sd3.text import (
 )
 
 __all__ = [
-    "DTYPES",
     "EMBEDS",
     "TEXT_ENCODERS",
     "TEXT_FOLDERS",

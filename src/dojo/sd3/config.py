@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from huggingface_hub import hf_hub_download
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dojo import flow
+from dojo import flow, pipelines
 from dojo.cli import UserError
+from dojo.pipelines import FLAG, PipelineArgs, PipelineConfig
 from dojo.sd3 import single_file
 from dojo.sd3.keys import PREFIXES
-from dojo.sd3.single_file import FLAG, SingleFile
+from dojo.sd3.single_file import SingleFile
 
 TEXT_FOLDERS = tuple(
     f"{part}{i}" for part in ("tokenizer", "text_encoder") for i in ("", "_2", "_3")
 )
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelArgs:
+class ModelArgs(PipelineArgs):
     """The model that is trained."""
 
     pretrained_model_name_or_path: str
@@ -37,16 +34,8 @@ class ModelArgs:
     single_file_config: str | None = None
     """with a single file: folder or hub id of the same model in parts, which gives configurations,
     tokenizers and the parts that the file lacks; unset is Stability's repository of that size"""
-    revision: str | None = None
-    """branch, tag or commit of the hub repository"""
-    variant: str | None = None
-    """file variant of the hub repository, such as fp16"""
     max_sequence_length: int = 256
     """tokens of T5, 1 to 512; the same in training, validation and demo.py"""
-    vae_dtype: Literal["no", "fp16", "bf16"] = "no"
-    """precision of the frozen autoencoder; no is float32"""
-    gradient_checkpointing: bool = False
-    """recompute the blocks' activations in the backward pass: less memory, about 30 % slower"""
     torch_compile: bool = False
     """compile the transformer's repeated blocks (regional compilation)"""
 
@@ -108,29 +97,13 @@ class NoiseArgs:
         )
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(PipelineConfig):
     """What is known of a model without its weights."""
 
-    folder: Path
     transformer: dict[str, Any]
-    vae: dict[str, Any]
-    scheduler: dict[str, Any]
     checkpoint: SingleFile | None = None
     """the single file that some parts come from, instead of `folder`"""
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """8 for every known SD3 autoencoder."""
-        channels = self.vae["block_out_channels"]
-        assert isinstance(channels, list | tuple)
-        return 2 ** (len(channels) - 1)
-
-    @property
-    def clip_tokens(self) -> int:
-        """Length that the CLIP tokenizers pad to (77 for SD3.5)."""
-        path = self.folder / "tokenizer" / "tokenizer_config.json"
-        return int(json.loads(path.read_text())["model_max_length"])
 
     def text_numbers(self, max_sequence_length: int) -> int:
         """Numbers in the embeddings of one caption."""
@@ -149,13 +122,8 @@ class Config:
             UserError: the size is not a multiple of `pixel_step` or larger than the model's table
                 of positions.
         """
+        self.check_step(height, width)
         for name, pixels in (("height", height), ("width", width)):
-            if pixels % self.pixel_step:
-                nearest = max(1, round(pixels / self.pixel_step)) * self.pixel_step
-                raise UserError(
-                    f"--{name} (or --resolution) {pixels} is not a multiple of {self.pixel_step}, "
-                    f"which this model needs; the nearest is {nearest}"
-                )
             largest = self._int("pos_embed_max_size") * self.pixel_step
             if pixels > largest:
                 raise UserError(
@@ -195,9 +163,9 @@ class Config:
     def fingerprint(self, parts: Sequence[str]) -> str:
         """Identifies the model files that some parts (names of sub-folders) are loaded from."""
         if self.checkpoint is None:
-            return fingerprint(self.folder, parts)
+            return super().fingerprint(parts)
         inside = [part for part in parts if part in self.checkpoint]
-        words = [fingerprint(self.folder, [part for part in parts if part not in inside])]
+        words = [super().fingerprint([part for part in parts if part not in inside])]
         for part in inside:
             words.append((self.folder / part / "config.json").read_text())
             words.append(self.checkpoint.fingerprint(part))
@@ -217,7 +185,7 @@ def open_model(args: ModelArgs) -> Config:
     """
     if not args.is_single_file:
         name, flag = args.pretrained_model_name_or_path, FLAG
-        return _read_folder(_find_folder(name, flag, args), flag)
+        return _read_folder(pipelines.find_folder(name, flag, args), flag)
     checkpoint = single_file.inspect(Path(args.pretrained_model_name_or_path).expanduser())
     flag = "--single_file_config"
     name = args.single_file_config or checkpoint.hub_id
@@ -229,81 +197,20 @@ def open_model(args: ModelArgs) -> Config:
     # What the file has is not downloaded; the configurations of these parts still are.
     passed = {part: None for part in PREFIXES if part in checkpoint}
     config = replace(
-        _read_folder(_find_folder(name, flag, args, passed), flag), checkpoint=checkpoint
+        _read_folder(pipelines.find_folder(name, flag, args, passed), flag), checkpoint=checkpoint
     )
     checkpoint.check(config.transformer)
     return config
 
 
-def _find_folder(
-    name: str, flag: str, args: ModelArgs, passed: Mapping[str, None] | None = None
-) -> Path:
-    """A folder, or the local copy of a hub repository without the `passed` parts' weights."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.startswith("models/"):
-        raise UserError(f"{flag}: there is no folder {name}")
-    try:
-        folder = Path(
-            DiffusionPipeline.download(
-                name, revision=args.revision, variant=args.variant, **(passed or {})
-            )
-        )
-        for part in passed or ():  # diffusers skips a passed part's configuration too
-            hf_hub_download(name, f"{part}/config.json", revision=args.revision)
-    except OSError as error:
-        raise UserError(
-            f"{flag}: {name} is neither a folder nor a reachable hub "
-            f"repository ({str(error).splitlines()[0]})"
-        ) from error
-    return folder
-
-
 def _read_folder(folder: Path, flag: str) -> Config:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{flag}: {folder} has no model_index.json")
-    kind = json.loads(index.read_text()).get("_class_name", "")
-    if not kind.startswith("StableDiffusion3"):
-        raise UserError(f"{flag}: {folder} holds a {kind}, no Stable Diffusion 3")
-
-    def read(part: str, file: str) -> dict[str, Any]:
-        try:
-            return json.loads((folder / part / file).read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{flag}: {folder} is not complete: {part}/{file} is missing or broken"
-            ) from error
-
+    pipelines.check_kind(folder, flag, "StableDiffusion3", "Stable Diffusion 3")
     config = Config(
         folder=folder,
-        transformer=read("transformer", "config.json"),
-        vae=read("vae", "config.json"),
-        scheduler=read("scheduler", "scheduler_config.json"),
+        transformer=pipelines.read_config(folder, flag, "transformer"),
+        vae=pipelines.read_config(folder, flag, "vae"),
+        scheduler=pipelines.read_config(folder, flag, "scheduler", "scheduler_config.json"),
     )
-    if config.vae["latent_channels"] != config.transformer["in_channels"]:
-        raise UserError(
-            f"{folder}: the autoencoder has {config.vae['latent_channels']} channels, the "
-            f"transformer expects {config.transformer['in_channels']}"
-        )
+    channels = config.transformer["in_channels"]
+    pipelines.check_channels(folder, config.vae, channels, "transformer")
     return config
-
-
-def fingerprint(folder: Path, parts: Sequence[str]) -> str:
-    """Identifies the model files of some sub-folders: names, sizes and samples of their contents.
-
-    64 blocks of 64 KiB spread over each file are read, so that 10 GB take no longer than 10 MB;
-    training changes every block of a weight file.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        for path in sorted((folder / part).glob("*")):
-            size = path.stat().st_size
-            digest.update(f"{part}/{path.name}:{size}".encode())
-            with path.open("rb") as file:
-                for i in range(64):
-                    file.seek(max(0, size - 65_536) * i // 63)
-                    digest.update(file.read(65_536))
-                    if size <= 65_536:
-                        break
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The transformer and the autoencoder: loading, a velocity, pictures to latents and back."""
+"""The transformer and the autoencoder: loading, a velocity, latents to pictures."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from dojo import cost
+from dojo import cost, pipelines
 from dojo.cli import UserError
-from dojo.sd3.config import DTYPES, TEXT_ENCODERS, Config, ModelArgs
+from dojo.sd3.config import TEXT_ENCODERS, Config, ModelArgs
 from dojo.sd3.single_file import load_encoder
 
 
@@ -35,7 +35,7 @@ def load_transformer(
 
 def load_vae(config: Config, args: ModelArgs, device: torch.device) -> AutoencoderKL:
     """The frozen autoencoder in `--vae_dtype`."""
-    vae = load_part(AutoencoderKL, "vae", config, args, DTYPES[args.vae_dtype])
+    vae = load_part(AutoencoderKL, "vae", config, args, pipelines.DTYPES[args.vae_dtype])
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -98,14 +98,6 @@ def load_text_pipeline(
     return pipeline
 
 
-@torch.no_grad()
-def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std of the autoencoder's posterior, unscaled: pixels [B, 3, H, W] in [-1, 1]."""
-    encoded: Any = vae.encode(pixels.to(vae.device, vae.dtype))  # pyright: ignore
-    distribution = encoded.latent_dist
-    return distribution.mean, distribution.std
-
-
 def velocity(
     transformer: torch.nn.Module,
     noisy: Tensor,
@@ -131,9 +123,7 @@ def velocity(
 def decode(vae: AutoencoderKL, config: Config, latents: Tensor) -> Tensor:
     """Latents as the transformer sees them to pictures: float32 [B, 3, H, W] in [0, 1]."""
     shift, scale = config.vae["shift_factor"], config.vae["scaling_factor"]
-    unscaled = latents.float() / scale + shift  # pyright: ignore
-    decoded = vae.decode(unscaled.to(vae.device, vae.dtype)).sample  # pyright: ignore
-    return (decoded.float() / 2 + 0.5).clamp(0, 1)
+    return pipelines.decode(vae, latents, scale=scale, shift=shift)
 
 
 def training_cost(
@@ -149,13 +139,6 @@ def training_cost(
     """A model on the meta device as it will be trained, and what one micro-batch costs on it."""
     with torch.device("meta"):
         transformer: Any = SD3Transformer2DModel.from_config(config.transformer)
-    transformer.to(dtype).requires_grad_(False)
-    add_adapter(transformer)
-    for param in transformer.parameters():
-        param.data = param.data.to(dtype)  # there is no autocast on the meta device
-    transformer.train()
-    if checkpointing:
-        transformer.enable_gradient_checkpointing()
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(batch_size, *shape, dtype=dtype, device="meta")
@@ -169,4 +152,6 @@ def training_cost(
     def loss() -> Tensor:
         return velocity(transformer, latents, sigma, embeds, pooled, dtype).mean()
 
-    return transformer, cost.count_cost(loss, transformer)
+    return transformer, cost.training_cost(
+        transformer, add_adapter, loss, dtype, checkpointing=checkpointing
+    )

@@ -20,9 +20,9 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from dojo import tensors
 from dojo.cli import UserError
+from dojo.pipelines import FLAG
 from dojo.sd3 import keys
 
-FLAG = "--pretrained_model_name_or_path"
 _MARK = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
 _SAMPLE = 65_536  # bytes read of each tensor for a fingerprint
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dojo.pipelines import Embeds
 from dojo.sd3.config import Config, ModelArgs
 from dojo.sd3.models import load_text_pipeline
 
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # [B, T, D] and [B, P]
-Embeds = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
