@@ -152,7 +152,7 @@ def main(args: Args) -> None:
             else:
                 with run.phase("reference", wait=True):
                     usual = paired.reference_errors(policy, noised, embed, captions)
-                found = preference.dpo(*errors.chunk(2), *usual.chunk(2), args.dpo.beta_dpo)
+                found = preference.dpo(*errors.chunk(2), *usual.chunk(2), beta=args.dpo.beta_dpo)
                 losses = found.loss
                 run.average(
                     accuracy=found.accuracy,

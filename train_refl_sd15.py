@@ -163,6 +163,7 @@ def main(args: Args) -> None:
             images = sd15.decode(vae, config, clean)  # [B, 3, H, W]
             with run.phase("reward", wait=True):
                 output = reward(images, captions, [prompt.metadata for prompt in batch])
+            direct.pull_only(images, output.valid)
             missing = preference.shortfall(output.scores, margin)  # [B]
             counted = output.valid.sum().clamp(min=1)
             loss = args.refl.grad_scale * (missing * output.valid).sum() / counted

@@ -53,11 +53,11 @@ refl=(
     --eval_reward "pocket,pocket_strict=0"
     --train_batch_size 16
     --sample_steps 20
-    --learning_rate 5e-4
+    --learning_rate 1e-3
     --grad_scale 0.05
     --validation_steps 30
 )
-preference_steps=300
+preference_steps=450
 refl_steps=120
 eval_prompts=60 # of the held-out captions, while ReFL trains
 short=()        # wins over all of the above

@@ -35,7 +35,7 @@ common=(
     --gradient_accumulation_steps 2
     --learning_rate 1e-3
     --clip_range 1e-3
-    --mixed_precision bf16
+    --mixed_precision no # bf16 is faster on some processors, and far slower on others
     --use_ema
     --ema_decay 0.95
     --eval_reward pocket_strict

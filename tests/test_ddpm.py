@@ -1,7 +1,7 @@
 """The noise-predicting diffusion, against diffusers' schedulers and closed forms."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def scheduler(kind: Any, steps: int, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "linear"])
-def test_the_schedule_is_diffusers(kind: str) -> None:
+def test_the_schedule_is_diffusers(kind: Literal["scaled_linear", "linear"]) -> None:
     config = {**DDPM, "beta_schedule": kind}
     theirs = DDPMScheduler(beta_schedule=kind, beta_start=0.00085, beta_end=0.012)
     ours = ddpm.Schedule.of(config).alphas_cumprod

@@ -20,9 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGURATIONS = sorted((ROOT / "scripts" / "accelerate").glob("*.yaml"))
 LAUNCHERS = [*sorted((ROOT / "scripts").glob("train_*.sh")), ROOT / "scripts" / "demo.sh"]
 REINFORCED = [path for path in LAUNCHERS if path.stem in ("train_ddpo_sd3", "train_grpo_sd3")]
-SUPERVISED = [path for path in LAUNCHERS[:-1] if path not in REINFORCED]
+PREFERRED, DIRECT = (ROOT / "scripts" / f"train_{name}_sd15.sh" for name in ("dpo", "refl"))
+REWARDED = [*REINFORCED, DIRECT]
+SUPERVISED = [path for path in LAUNCHERS[:-1] if path not in (*REWARDED, PREFERRED)]
 each_launcher = pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.name)
 each_reinforced = pytest.mark.parametrize("launcher", REINFORCED, ids=lambda path: path.name)
+each_rewarded = pytest.mark.parametrize("launcher", REWARDED, ids=lambda path: path.name)
 
 
 def record(launcher: Path, tmp_path: Path, *arguments: str, **environment: str) -> list[str]:
@@ -184,7 +187,7 @@ def test_grpo_has_the_groups_of_flow_grpo(tmp_path: Path) -> None:
     assert groups == {"1": (8, 8), "4": (16, 16)}
 
 
-@each_reinforced
+@each_rewarded
 @pytest.mark.parametrize(
     ("trained", "held_out"),
     [
@@ -204,7 +207,7 @@ def test_no_reward_that_is_trained_on_is_held_out(
     assert held_out not in {term.source for term in spec.parse(trained)}
 
 
-@each_reinforced
+@each_rewarded
 def test_the_held_out_reward_can_be_chosen_and_left_out(launcher: Path, tmp_path: Path) -> None:
     for wish in ("clip", ""):
         _, script, flags = split(record(launcher, tmp_path, EVAL_REWARD=wish))
@@ -212,7 +215,7 @@ def test_the_held_out_reward_can_be_chosen_and_left_out(launcher: Path, tmp_path
         assert args.evaluation.eval_reward == (wish or None)
 
 
-@each_reinforced
+@each_rewarded
 def test_the_prompts_come_from_one_place(launcher: Path, tmp_path: Path) -> None:
     file = tmp_path / "my prompts.txt"
     for words, environment in (
@@ -250,6 +253,66 @@ def test_a_dry_run_goes_through_accelerate_and_ends_well(launcher: Path, tmp_pat
     assert result.returncode == 0, result.stderr
     assert "steps per epoch: 2.00" in result.stdout
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [None, 1, 2, 4, 8, 16])
+@pytest.mark.parametrize(
+    ("launcher", "environment", "pairs", "rate"),
+    [
+        (PREFERRED, {}, 2048, 2.048e-5),
+        (PREFERRED, {"TRAIN_BATCH_SIZE": "1"}, 2048, 2.048e-5),
+        (PREFERRED, {"USE_LORA": "1", "TRAIN_BATCH_SIZE": "2"}, 32, 1e-5),
+        (DIRECT, {}, 64, 1e-5),
+    ],
+    ids=("dpo", "dpo-single", "dpo-lora", "refl"),
+)
+def test_every_number_of_processes_makes_the_papers_batch_and_rate(
+    launcher: Path,
+    environment: dict[str, str],
+    pairs: int,
+    rate: float,
+    number: int | None,
+    tmp_path: Path,
+) -> None:
+    wanted = {} if number is None else {"NUM_PROCESSES": str(number)}
+    _, script, flags = split(record(launcher, tmp_path, **environment, **wanted))
+    args: Any = parse(script, flags)
+    assert args.optim.samples_per_step(number or 1) == pairs
+    scale = pairs if args.optim.scale_lr else 1
+    assert args.optim.learning_rate * scale == pytest.approx(rate)
+    assert args.finetune.use_lora == ("USE_LORA" in environment)
+
+
+@pytest.mark.parametrize("launcher", [PREFERRED, DIRECT], ids=lambda path: path.name)
+def test_a_batch_that_cannot_be_reached_is_refused(launcher: Path, tmp_path: Path) -> None:
+    result, words = launch(launcher, tmp_path, NUM_PROCESSES="3")
+    assert result.returncode == 2
+    assert not words
+    assert "is no multiple of NUM_PROCESSES 3 x TRAIN_BATCH_SIZE" in result.stderr
+
+
+def test_dpo_has_the_papers_settings(tmp_path: Path) -> None:
+    args: Any = parse(*split(record(PREFERRED, tmp_path))[1:])
+    assert args.dpo.beta_dpo == 5000
+    assert not args.dpo.sft
+    assert args.optim.lr_scheduler == "constant_with_warmup"
+    assert (args.optim.lr_warmup_steps, args.optim.max_train_steps) == (500, 2000)
+
+
+def test_refl_has_the_papers_settings(tmp_path: Path) -> None:
+    data = {"PRETRAIN_DATA": "my/pictures", "PROMPT_FILE": "refl_data.json"}
+    for environment in ({}, data):
+        args: Any = parse(*split(record(DIRECT, tmp_path, **environment))[1:])
+        assert args.reward.reward == "imagereward"
+        assert args.refl.margin is None  # the reward's own: 2
+        assert (args.refl.steps, args.refl.grad_steps) == ((30, 39), 1)
+        assert (args.refl.guidance_scale, args.refl.sampler) == (1, "ddpm")
+        assert args.refl.grad_scale == 1e-3
+        assert args.optim.max_train_steps == 100
+        assert args.ema.use_ema
+        assert args.model.gradient_checkpointing
+        assert args.pretrain.pretrain_data_dir == environment.get("PRETRAIN_DATA")
+    assert args.prompts.location == "refl_data.json"
 
 
 def test_the_users_prompts_replace_those_of_the_demo(tmp_path: Path) -> None:

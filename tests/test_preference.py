@@ -15,11 +15,11 @@ REFERENCE = torch.tensor([0.31, 0.21, 0.24]), torch.tensor([0.27, 0.24, 0.24])
 
 
 def loss(winner: Tensor, loser: Tensor, beta: float = 5000.0) -> Tensor:
-    return preference.dpo(winner, loser, *REFERENCE, beta).loss
+    return preference.dpo(winner, loser, *REFERENCE, beta=beta).loss
 
 
 def test_the_loss_is_log_two_at_the_reference_exactly() -> None:
-    found = preference.dpo(*REFERENCE, *REFERENCE, 5000.0)
+    found = preference.dpo(*REFERENCE, *REFERENCE, beta=5000.0)
     assert torch.equal(found.loss, torch.full((3,), math.log(2)))
     assert torch.equal(found.accuracy, torch.full((3,), 0.5))
     assert torch.equal(found.margin, torch.zeros(3))
@@ -41,7 +41,7 @@ def test_summed_errors_want_beta_divided_by_the_dimension() -> None:
     size = 16_384
     summed = [size * one for one in (WINNER, LOSER, *REFERENCE)]
     assert torch.allclose(
-        preference.dpo(*summed, 100.0 / size).loss, loss(WINNER, LOSER, 100.0), atol=1e-5
+        preference.dpo(*summed, beta=100.0 / size).loss, loss(WINNER, LOSER, 100.0), atol=1e-5
     )
 
 
@@ -67,7 +67,7 @@ def test_a_small_beta_leaves_log_two() -> None:
 
 def test_a_huge_lead_neither_overflows_nor_pulls() -> None:
     winner = torch.zeros(3).requires_grad_()
-    found = preference.dpo(winner, torch.full((3,), 10.0), *REFERENCE, 5000.0)
+    found = preference.dpo(winner, torch.full((3,), 10.0), *REFERENCE, beta=5000.0)
     found.loss.sum().backward()
     assert torch.isfinite(found.loss).all()
     assert winner.grad is not None
@@ -75,7 +75,7 @@ def test_a_huge_lead_neither_overflows_nor_pulls() -> None:
 
 
 def test_accuracy_margin_and_drift_say_which_way_it_went() -> None:
-    found = preference.dpo(WINNER, LOSER, *REFERENCE, 5000.0)
+    found = preference.dpo(WINNER, LOSER, *REFERENCE, beta=5000.0)
     assert found.accuracy.tolist() == [1.0, 1.0, 0.5]
     assert torch.allclose(found.winner_drift, WINNER - REFERENCE[0])
     assert torch.allclose(found.loser_drift, LOSER - REFERENCE[1])

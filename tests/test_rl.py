@@ -493,9 +493,7 @@ def test_the_reference_stays_where_the_policy_began(
     grads = [param.grad for param in trained.params]
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
     assert sum(float(grad.abs().sum()) for grad in grads if grad is not None) > 0
-    again, _ = rollout.predict(
-        steering(2.0).velocity(trained.network, embeds), latents(), 0, plan
-    )
+    again, _ = rollout.predict(steering(2.0).velocity(trained.network, embeds), latents(), 0, plan)
     assert torch.equal(again.mean, now.mean)
     assert all(torch.equal(*pair) for pair in zip(frozen, kept, strict=True))
     assert all(param.requires_grad for param in trained.params)

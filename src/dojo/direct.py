@@ -131,6 +131,22 @@ def timesteps(keys: Sequence[Key], schedule: ddpm.Schedule) -> Tensor:
     return ((1 - uniform) * schedule.num_timesteps).long()
 
 
+def pull_only(images: Tensor, valid: Tensor) -> None:
+    """Keeps the gradient of a reward out of the pictures that it has no score for.
+
+    Theirs may be NaN, which stays NaN when the loss counts it with 0.
+
+    Args:
+        images: [B, ...], on their way to a loss.
+        valid: bool [B].
+    """
+
+    def cut(gradient: Tensor) -> Tensor:
+        return gradient.where(valid.view(-1, *[1] * (gradient.dim() - 1)), 0)
+
+    images.register_hook(cut)  # pyright: ignore[reportUnknownMemberType]
+
+
 def record(run: Run, output: RewardOutput, missing: Tensor, margin: float | None) -> None:
     """What metrics.jsonl says of the scores that a network learned from: a collective."""
     columns = {"reward": output.scores}

@@ -302,7 +302,7 @@ class Judge:
         captions = [*rows["caption"], *rows["caption"]]
         usual = reference_errors(policy, noised_pairs, self.texts, captions)
         own = errors(policy.network, noised_pairs, self.texts, captions, self.run.dtype)
-        found = preference.dpo(*own.chunk(2), *usual.chunk(2), self.beta)
+        found = preference.dpo(*own.chunk(2), *usual.chunk(2), beta=self.beta)
         columns = (found.loss, found.accuracy, found.winner_drift, found.loser_drift)
         each = [column.double().sum().cpu() for column in columns]
         return torch.stack([*each, torch.tensor(float(len(keys)), dtype=torch.float64)])

@@ -34,6 +34,7 @@ def dpo(
     loser: Tensor,
     reference_winner: Tensor,
     reference_loser: Tensor,
+    *,
     beta: float,
 ) -> Preference:
     """Diffusion-DPO (Wallace et al. 2023, arXiv:2311.12908, Equation 14), to be minimised.

@@ -40,7 +40,7 @@ class Choice:
     pairs: Pairs
     """Those with a preference, the winner being the model's choice."""
     num_flipped: int
-    """Pairs of which the model prefers the other picture than the label did."""
+    """Pairs of which the model prefers the picture that came second in its row."""
     num_equal: int
     """Pairs dropped because both pictures have the same score."""
     num_invalid: int
@@ -51,8 +51,8 @@ class Choice:
         """For the screen."""
         return (
             f"{len(self.pairs):,} pairs chosen by the model, {self.num_flipped:,} of them against "
-            f"the labels; dropped: {self.num_equal:,} of equal scores, {self.num_invalid:,} "
-            "without a valid score"
+            f"the order of their row; dropped: {self.num_equal:,} of equal scores, "
+            f"{self.num_invalid:,} without a valid score"
         )
 
 
@@ -74,7 +74,7 @@ def relabel(
     Args:
         pairs: checked.
         load_score: makes the model; called only if a score is missing.
-        path: of a table of the choices, written whole: image_0 (the winner before), image_1,
+        path: of a table of the choices, written whole: image_0 (the first of its row), image_1,
             caption, score_0, score_1, label_0 (1 where image_0 wins, 0 where image_1 does, 0.5
             where the scores are equal, empty where one is not valid).
         root: folder of the caches.

@@ -14,7 +14,7 @@ from dojo.lora.adapter import (
     state,
     target_layers,
 )
-from dojo.lora.files import WEIGHTS, export, load, restore, save, start_from
+from dojo.lora.files import WEIGHTS, export, find, load, restore, save, start_from
 
 __all__ = [
     "ADAPTER",
@@ -25,6 +25,7 @@ __all__ = [
     "add_text",
     "disabled",
     "export",
+    "find",
     "load",
     "restore",
     "save",

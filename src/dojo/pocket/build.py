@@ -301,7 +301,8 @@ def scored(
 
 def reconstruction(args: Args, folder: Path) -> dict[str, float]:
     """The mean PSNR of a saved autoencoder in dB, by kind of picture."""
-    vae: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(args.device)
+    vae: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    vae.to(args.device)
     draw = random.Random(SEED + 4)
     fresh = np.stack([scenes.draw(scenes.sample(draw)[1]) for _ in range(500)])
     return {

@@ -37,8 +37,8 @@ MIN_SNR = 5.0  # Hang et al. 2023, arXiv:2303.09556
 def train_vae4(args: Args, folder: Path) -> Any:
     """The 4-channel autoencoder, from the 16-channel one of pocket-sd3 in `folder`."""
     torch.manual_seed(SEED + 5)
-    teacher: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(args.device).eval()
-    teacher.requires_grad_(False)
+    teacher: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    teacher.requires_grad_(False).to(args.device).eval()
     vae: Any = models.sd15_vae()
     inherit(vae, teacher)
     inner = nn.ModuleList(

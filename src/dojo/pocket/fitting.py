@@ -45,7 +45,7 @@ class Args:
     vae4_steps: int = 2500
     """steps of 64 pictures for the inner layers of SD1.5's autoencoder, and an eighth of them
     for the whole"""
-    sd15_steps: int = 4500
+    sd15_steps: int = 4000
     """steps of 64 latents for the UNet and its text encoder"""
     clip_steps: int = 2000
     """steps of 128 pairs for pocket-clip"""

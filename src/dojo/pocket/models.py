@@ -200,9 +200,10 @@ def sd15_text_encoder() -> CLIPTextModel:
 
 def sd15_pipeline() -> StableDiffusionPipeline:
     """An untrained pocket SD1.5."""
+    scheduler: Any = PNDMScheduler(**DDPM)
     return StableDiffusionPipeline(
         unet=unet(),
-        scheduler=PNDMScheduler(**DDPM),
+        scheduler=scheduler,
         vae=sd15_vae(),
         text_encoder=sd15_text_encoder(),
         tokenizer=text.clip_tokenizer(),
