@@ -330,7 +330,7 @@ def facts(args: Args, seconds: Mapping[str, float]) -> dict[str, Any]:
         else:
             found[name]["scores"] = scored(args, folder, lengths[name])
             found[name]["psnr"] = reconstruction(args, folder)
-    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -343,13 +343,12 @@ STAGES = {
 
 def scores_table(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Scores as Markdown: a row per task, a column per setting."""
-    tasks = list(next(iter(columns.values())))
     return [
         "| task | " + " | ".join(columns) + " |",
         "| --- |" + " --- |" * len(columns),
         *[
             f"| {task} | " + " | ".join(f"{column[task]:.3f}" for column in columns.values()) + " |"
-            for task in tasks
+            for task in (*scenes.TASKS, "overall")
         ],
     ]
 
