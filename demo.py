@@ -44,8 +44,8 @@ class Args:
     prompt: tuple[str, ...] = ()
     """one or more prompts"""
     prompt_file: Path | None = None
-    """more prompts: .txt with one per line, or .json, .jsonl or .csv with a column prompt (or text, or
-    caption), whose other columns go to the rewards"""
+    """more prompts: .txt with one per line, or .json, .jsonl or .csv with a column prompt (or text,
+    or caption), whose other columns go to the rewards"""
     negative_prompt: str | None = None
     """what the pictures should not show"""
     lora_weights_path: tuple[str, ...] = ()

@@ -28,7 +28,10 @@ common=(
     --use_lora
     --rank 16
     --mixed_precision no
-    --eval_guidance_scale 4
+    --lr_scheduler cosine # a rate that stays high leaves its noise in the weights
+    --use_ema
+    --ema_decay 0.98
+    --eval_guidance_scale 1 # all learn without guidance, which would multiply what they learned
     --eval_sample_steps 20
     --num_saved_images 12
     --logging_steps 5
@@ -38,7 +41,7 @@ common=(
     --report_to none
     --seed 0
 )
-pairs=(--num_captions 600 --num_images 4 --num_held_out 240)
+pairs=(--num_captions 600 --num_images 4 --num_held_out 240 --guidance_scale 4)
 preference=(
     --ranked_pairs best_worst
     --no_hflip # left and right mean something here
@@ -46,18 +49,18 @@ preference=(
     --eval_fraction 0.08
     --validation_steps 50
 )
-dpo=(--beta_dpo 500 --learning_rate 5e-4)
-sft=(--sft --learning_rate 5e-4)
+dpo=(--beta_dpo 500 --learning_rate 2e-4)
+sft=(--sft --learning_rate 2e-4)
 refl=(
     --reward "clip[model=models/pocket-clip]"
     --eval_reward "pocket,pocket_strict=0"
     --train_batch_size 16
     --sample_steps 20
     --learning_rate 1e-3
-    --grad_scale 0.05
+    --grad_scale 1
     --validation_steps 30
 )
-preference_steps=450
+preference_steps=300
 refl_steps=120
 eval_prompts=60 # of the held-out captions, while ReFL trains
 short=()        # wins over all of the above

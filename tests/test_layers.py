@@ -74,7 +74,7 @@ ALLOWED: dict[str, set[str]] = {
         *("frozen", "full", "lora", "optim", "prompts", "rewards", "texts", "trained", "training"),
     },
     "paired": {
-        *("rng", "ddpm", "preference", "sd15", "checkpoint", "data", "direct", "frozen"),
+        *("cli", "rng", "ddpm", "preference", "sd15", "checkpoint", "data", "direct", "frozen"),
         *("rewards", "texts", "trained", "training"),
     },
 }

@@ -49,8 +49,8 @@ class Args:
     output_dir: Path = Path("outputs/proof-preference")
     """folder that holds pairs, dpo, sft, refl and refl-pretrain, those that there are, and receives
     the report"""
-    guidance_scale: float = 4.0
-    """classifier-free guidance of the pictures"""
+    guidance_scale: float = 1.0
+    """classifier-free guidance of the pictures; 1 is none, as in training"""
     num_inference_steps: int = 20
     """their sampling steps"""
     max_captions: int | None = None
