@@ -300,8 +300,6 @@ def test_pictures_of_the_pocket_model_go_either_way(
     tmp_path: Path, tiny_sd15: Path, sign: int
 ) -> None:
     model = ROOT / "models" / "pocket-sd15"
-    if not model.is_dir():
-        pytest.skip("models/pocket-sd15 is not built yet")
     flags = ("--pretrained_model_name_or_path", str(model), "--latent_cache_dir")
     flags += (str(tmp_path / "cache"), "--reward", f"{mine(tiny_sd15.parent, 'brightness')}={sign}")
     flags += ("--max_train_steps", "30", "--validation_steps", "30", "--sample_steps", "20")
