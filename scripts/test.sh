@@ -5,6 +5,7 @@
 #   bash scripts/test.sh                    everything that is not marked slow
 #   bash scripts/test.sh -m slow            the slow tests
 #   bash scripts/test.sh tests/test_cli.py  one file
+#   bash scripts/test.sh -n 0               one test after the other, in one process
 #
 # It needs no GPU and no hub. Each stage says how long it took.
 set -euo pipefail
@@ -31,5 +32,7 @@ stage "ruff check" ruff check .
 stage "ruff format" ruff format --check .
 stage "pyright" pyright
 stage "shellcheck" shellcheck scripts/*.sh .ci/run
-stage "pytest" pytest "$@"
+# A process per core, up to four: each loads torch, and the tests are small.
+workers="$(python -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')"
+stage "pytest" pytest -n "$workers" --dist worksteal "$@"
 echo "All stages passed in $SECONDS s."

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Several workers of pytest-xdist fill the cores by themselves; more threads would wait in loops.
+NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+if NUM_THREADS == 1:
+    os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 
 import pytest  # noqa: E402
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 
 MakeArgs = Callable[..., "train_lora_sd3.Args"]
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(min(NUM_THREADS, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
