@@ -278,6 +278,7 @@ def test_training_text_encoders_resumes_exactly(train: Any, tmp_path: Path) -> N
         assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(
     train: Any, tmp_path: Path, tiny_sd3: Path, subject: Path
 ) -> None:

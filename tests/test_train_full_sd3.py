@@ -245,6 +245,7 @@ def test_dry_run_counts_every_trained_weight(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(
     tmp_path: Path, tiny_sd3: Path, scene_data: Path
 ) -> None:
@@ -265,6 +266,7 @@ def test_a_killed_run_ends_with_the_same_bits(
         assert equal(weights(whole / "run" / place), weights(broken / "run" / place)), place
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(
     train: Any, tmp_path: Path, tiny_sd3: Path, scene_data: Path
 ) -> None:
