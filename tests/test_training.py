@@ -496,6 +496,18 @@ def test_a_named_checkpoint_that_is_not_there_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_know_nothing_of_each_other_are_refused(
+    lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = lora_args(tmp_path)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="2 processes were started that know nothing of each"):
+        training.start(args.run, args.optim)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_earlier_run_is_replaced_when_asked(lora_args: MakeArgs, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoint-7").mkdir(parents=True)

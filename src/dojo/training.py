@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import math
 import platform
 import resource
@@ -595,7 +596,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
 
     Raises:
         UserError: a tracker is not installed, a checkpoint is not there, or the processes are
-            sharded (FSDP, DeepSpeed).
+            sharded (FSDP, DeepSpeed) or not joined.
     """
     accelerator = accelerate.Accelerator(
         mixed_precision=run_args.mixed_precision,
@@ -615,6 +616,14 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        # torchrun on a machine without a GPU: every process would be a run of its own, and all
+        # would write into one folder.
+        raise UserError(
+            f"{started} processes were started that know nothing of each other; without a GPU, "
+            "use accelerate launch --cpu, or set ACCELERATE_USE_CPU=true"
+        )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(
             f"{accelerator.distributed_type.value} is not supported yet: a run could not be "
