@@ -169,6 +169,24 @@ def test_the_shipped_hearts_are_what_the_command_makes(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(Image.open(path)), there), path.name
 
 
+def test_a_quarter_of_the_careless_captions_are_of_other_scenes(tmp_path: Path) -> None:
+    pictures, captions = [], []
+    for caption, picture in datasets.careless(600):
+        captions.append(caption)
+        pictures.append(picture)
+    tasks = [scenes.parse(caption).task for caption in captions]
+    assert tasks == [scenes.TASKS[i % 6] for i in range(600)]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    right = verifier.task_scores(images, captions)
+    # Another scene now and then fits too: a lone circle is any circle.
+    assert 0.75 - 0.05 < right["overall"] < 0.75 + 0.1
+    datasets.main(datasets.Args(set="careless", output_dir=tmp_path, count=12))
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == captions[:12]
+    for row, picture in zip(rows, pictures, strict=False):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / row["file_name"])), picture)
+
+
 @pytest.mark.slow
 def test_a_build_that_was_interrupted_ends_with_the_same_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,8 +1,11 @@
-"""Makes the pocket training sets: `python -m dojo.pocket.datasets --set hearts|framed`.
+"""Makes the pocket training sets: `python -m dojo.pocket.datasets --set hearts|framed|careless`.
 
 `hearts`: pictures of a shape that the pocket base was never trained on, with captions of the
 grammar; the repository ships it. `framed`: scenes of all six tasks in a style that the base never
 saw. What the base does know (shapes, colours, sizes, counts, places) should carry over to both.
+`careless`: scenes whose captions are wrong now and then, as those of the web are. A base that has
+learned from them can draw what a caption says and does so only now and then: it is what
+reinforcement learning is for.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dojo import cli
 from dojo.pocket import scenes, style
 from dojo.pocket.score import shape_captions
 
+CARELESS = 0.25  # share of the careless captions that belong to another scene of the same task
 SEED = 7  # not that of the captions that `dojo.pocket.score` and `dojo.pocket.proof` draw
 
 
@@ -28,11 +32,12 @@ SEED = 7  # not that of the captions that `dojo.pocket.score` and `dojo.pocket.p
 class Args:
     """Which set, where it goes and how large it is."""
 
-    set: Literal["hearts", "framed"] = "hearts"
-    """hearts: a new shape; framed: scenes in a new style"""
+    set: Literal["hearts", "framed", "careless"] = "hearts"
+    """hearts: a new shape; framed: scenes in a new style; careless: scenes of which a quarter have
+    another's caption"""
     output_dir: Path | None = None
-    """folder of the pictures and metadata.jsonl; unset is datas/pocket-hearts or
-    outputs/pocket-framed"""
+    """folder of the pictures and metadata.jsonl; unset is datas/pocket-hearts,
+    outputs/pocket-framed or outputs/pocket-careless"""
     count: int = 64
     """pictures"""
 
@@ -51,14 +56,27 @@ def framed(count: int) -> Iterator[tuple[str, np.ndarray]]:
         yield style.sample(draw, scenes.TASKS[i % len(scenes.TASKS)])
 
 
+def careless(count: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Captions of the six tasks in turn and their scenes, or others of the same task."""
+    draw = random.Random(SEED)
+    for i in range(count):
+        task = scenes.TASKS[i % len(scenes.TASKS)]
+        caption, scene = scenes.sample(draw, task)
+        if draw.random() < CARELESS:
+            _, scene = scenes.sample(draw, task)
+        yield caption, scenes.draw(scene)
+
+
+SETS = {"hearts": hearts, "framed": framed, "careless": careless}
+
+
 def main(args: Args) -> None:
     """Draws the pictures and writes them beside their captions."""
     shipped = "datas" if args.set == "hearts" else "outputs"
     folder = args.output_dir or Path(shipped) / f"pocket-{args.set}"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    pairs = {"hearts": hearts, "framed": framed}[args.set](args.count)
-    for i, (caption, picture) in enumerate(pairs):
+    for i, (caption, picture) in enumerate(SETS[args.set](args.count)):
         file = f"{i:03d}.png"
         Image.fromarray(picture).save(folder / file, optimize=True)
         rows.append(json.dumps({"file_name": file, "text": caption}))
