@@ -19,6 +19,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 MODEL_NAME=models/pocket-sd15
+source scripts/lib/spread.sh
 
 # ---- What is trained and how ----
 
@@ -41,11 +42,11 @@ common=(
     --report_to none
     --seed 0
 )
-pairs=(--num_captions 600 --num_images 4 --num_held_out 240 --guidance_scale 4)
+pairs=(--num_captions 600 --num_images 4 --num_held_out 720 --guidance_scale 1)
 preference=(
     --ranked_pairs best_worst
     --no_hflip # left and right mean something here
-    --train_batch_size 32
+    --train_batch_size $((32 / processes))
     --eval_fraction 0.08
     --validation_steps 50
 )
@@ -54,14 +55,14 @@ sft=(--sft --learning_rate 2e-4)
 refl=(
     --reward "clip[model=models/pocket-clip]"
     --eval_reward "pocket,pocket_strict=0"
-    --train_batch_size 16
+    --train_batch_size $((16 / processes))
     --sample_steps 20
-    --learning_rate 1e-3
+    --learning_rate 5e-4
     --grad_scale 1
-    --validation_steps 30
+    --validation_steps 60
 )
 preference_steps=300
-refl_steps=120
+refl_steps=240
 eval_prompts=60 # of the held-out captions, while ReFL trains
 short=()        # wins over all of the above
 goals=()
@@ -73,7 +74,7 @@ for argument in "$@"; do
         --short)
             OUTPUT_DIR="${OUTPUT_DIR:-outputs/proof-preference-short}"
             pairs=(--num_captions 12 --num_images 2 --num_held_out 6 --num_inference_steps 2)
-            short=(--train_batch_size 2 --validation_steps 2 --eval_sample_steps 2)
+            short=(--train_batch_size $((2 / processes)) --validation_steps 2 --eval_sample_steps 2)
             refl+=(--sample_steps 4)
             preference+=(--eval_fraction 0.3)
             preference_steps=3 refl_steps=3 eval_prompts=2
@@ -104,7 +105,7 @@ SECONDS=0
 train() {
     echo "== $2 ($3 steps)"
     # `${array[@]+...}` is how bash before 4.4 takes an empty array under `set -u`.
-    python "train_$1_sd15.py" "${common[@]}" "${@:4}" ${short[@]+"${short[@]}"} \
+    start "train_$1_sd15.py" "${common[@]}" "${@:4}" ${short[@]+"${short[@]}"} \
         --max_train_steps "$3" \
         --latent_cache_dir "$OUTPUT_DIR/cache" \
         --output_dir "$OUTPUT_DIR/$2"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dojo import cli
 from dojo.cli import UserError
-from dojo.pocket import proof_rl, scenes, verifier
+from dojo.pocket import datasets, proof_rl, scenes, verifier
 from dojo.pocket.proof_rl import Evaluation
 
 from .conftest import ROOT
@@ -422,22 +422,39 @@ def test_the_scripts_understand_the_flags_and_the_epochs_come_out_even(
     arguments: tuple[str, ...], folders: list[str], commands: Callable[..., list[list[str]]]
 ) -> None:
     import train_ddpo_sd3
+    import train_full_sd3
     import train_grpo_sd3
 
-    modules = {"train_grpo_sd3.py": train_grpo_sd3, "train_ddpo_sd3.py": train_ddpo_sd3}
-    *trainings, last = commands(*arguments)
-    for words in trainings:
-        module = modules[words[0]]
-        args: Any = cli.parse(module.Args, None, words[1:])
-        args.sample.check(args.optim, 1, min_group=1)
-        length = args.optim.epoch_length(args.sample.samples, 1)
-        assert length == int(length)
-        assert args.optim.max_train_steps % length == 0
+    policies = {"train_grpo_sd3.py": train_grpo_sd3, "train_ddpo_sd3.py": train_ddpo_sd3}
+    *before, last = commands(*arguments)
+    started, made = [], set[str]()
+    for words in before:
+        if words[:2] == ["-m", "dojo.pocket.datasets"]:
+            cli.parse(datasets.Args, None, words[2:])
+            continue
+        processes = 1
+        if words[:2] == ["-m", "torch.distributed.run"]:
+            assert words[2:4] == ["--standalone", "--nproc_per_node"]
+            processes, words = int(words[4]), words[5:]
+        script, *flags = words
+        if script == "train_full_sd3.py":
+            args: Any = cli.parse(train_full_sd3.Args, None, flags)
+            assert args.optim.train_batch_size * processes == (8 if "--short" in arguments else 64)
+            made.add(str(args.run.output_dir))
+        else:
+            args = cli.parse(policies[script].Args, None, flags)
+            args.sample.check(args.optim, processes, min_group=1)
+            length = args.optim.epoch_length(args.sample.samples, processes)
+            assert length == 1
+            assert args.evaluation.eval_reward == proof_rl.STRICT
+            # 12 held-out captions and more are at least two of each task.
+            assert args.prompts.num_eval_prompts >= 12
+            if script == "train_grpo_sd3.py":
+                assert args.model.pretrained_model_name_or_path in made
+            else:
+                assert args.model.pretrained_model_name_or_path == "models/pocket-sd3"
+            started.append(str(args.run.output_dir))
         assert args.run.resume_from_checkpoint == "latest"
-        assert args.evaluation.eval_reward == proof_rl.STRICT
-        # 12 held-out captions and more are at least two of each task.
-        assert args.prompts.num_eval_prompts >= 12
-    started = [words[words.index("--output_dir") + 1] for words in trainings]
     assert all(any(one.startswith(folder) for one in started) for folder in folders)
     assert last[:2] == ["-m", "dojo.pocket.proof_rl"]
     assert ("--no_goals" in last) == ("--short" in arguments)
@@ -459,5 +476,5 @@ def test_the_short_proof_runs_through_and_does_nothing_twice(tmp_path: Path) -> 
     before = (folder / "grpo" / "metrics.jsonl").read_bytes()
     again = bash(SCRIPT, "--short", OUTPUT_DIR=str(folder))
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("nothing to do") == 2
+    assert again.stdout.count("nothing to do") == 3
     assert (folder / "grpo" / "metrics.jsonl").read_bytes() == before

