@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import math
+import os
 import platform
 import resource
 import secrets
