@@ -218,6 +218,31 @@ def test_a_changed_attribute_costs_credit() -> None:
             assert verifier.graded(scenes.draw(wrong), spec) < right - 0.05
 
 
+def otherwise(scene: Scene, defect: str, rng: random.Random) -> Scene:
+    """The scene with one thing wrong."""
+    if defect == "background":
+        others = [name for name in scenes.BACKGROUNDS if name != scene.background]
+        return replace(scene, background=rng.choice(others))
+    if defect == "size":
+        size = {"large": "small", "small": "large"}
+        return replace(scene, things=tuple(replace(t, size=size[t.size]) for t in scene.things))
+    return scenes.changed(scene, defect, rng)
+
+
+@pytest.mark.parametrize("defect", ["shape", "color", "count", "position", "size", "background"])
+def test_what_strict_counts_alike_costs_about_alike(defect: str) -> None:
+    rng = random.Random(15)
+    grades: list[float] = []
+    for spec, scene in drawn(240, seed=16):
+        if len(scene.things) > 2 and defect == "position":
+            continue
+        wrong = scenes.draw(otherwise(scene, defect, rng))
+        if not verifier.strict(wrong, spec):  # the caption may leave it open
+            grades.append(verifier.graded(wrong, spec))
+    assert len(grades) >= 20
+    assert 0.4 < np.mean(grades) < 0.7
+
+
 def test_blur_costs_a_little() -> None:
     for spec, scene in drawn(40, seed=6):
         picture = scenes.draw(scene)

@@ -44,8 +44,7 @@ PLACE_WIDTH = 10.0  # px
 RELATION_WIDTH = 6.0  # px
 SHAPE_TEMPERATURE = 0.05  # of the softmax over template IoUs
 
-# Weights of the graded terms; a term that the caption does not name is left out.
-PARTS_WEIGHT, COUNT_WEIGHT, LAYOUT_WEIGHT, BACKGROUND_WEIGHT = 3.0, 1.5, 1.5, 0.5
+PARTS_WEIGHT, COUNT_WEIGHT = 4.0, 1.0  # of the graded terms
 
 _PALETTE = np.array(list(scenes.COLORS.values()), dtype=np.float32)  # [color, 3]
 # A Gaussian blur of 1.2 px along one axis as a matrix: the softness of a good VAE's edges.
@@ -449,15 +448,15 @@ def _middles(
 def graded(picture: np.ndarray, spec: Spec) -> float:
     """How much of the caption holds in a uint8 [64, 64, 3] picture, in [0, 1].
 
-    A weighted mean over what the caption says: its objects (shape, colour and size each, for the
-    best assignment), their number, their layout and the background. Every term moves with the
-    pixels and has a slope wherever it is below its best, so that two nearly alike pictures of one
-    prompt hardly ever score the same. Terms other than the objects count by how much there is
+    A weighted mean of two terms, for the best assignment: the objects (shape, colour and size
+    each) and their number. A layout or a background that is named and wrong takes half of it. Every
+    term moves with the pixels and has a slope wherever it is below its best, so that two nearly
+    alike pictures of one prompt hardly ever score the same. The number counts by how much there is
     to be seen, so that an empty picture earns nothing.
 
     What `strict` counts alike costs about alike: an object too many is shared among, one too few is
     missed, and an object of the wrong colour is hardly the one that was asked for. Otherwise a
-    policy learns first to draw more of everything.
+    policy learns first to draw more of everything, or everything on white.
     """
     _, ground, found = _read(picture)
     things = found[:8]
@@ -471,18 +470,15 @@ def graded(picture: np.ndarray, spec: Spec) -> float:
         pairs = [(i, k) for k, group in enumerate(groups) for i in group]
         presence = sum(things[i].presence for i, _ in pairs)
         shown = presence / needed
-        terms = [
-            (PARTS_WEIGHT, sum(credit[i][k] for i, k in pairs) / (needed + number - presence)),
-            (COUNT_WEIGHT, shown * count),
-        ]
+        parts = sum(credit[i][k] for i, k in pairs) / (needed + number - presence)
+        total = PARTS_WEIGHT * parts + COUNT_WEIGHT * shown * count
         if spec.relation or spec.position:
-            terms.append((LAYOUT_WEIGHT, shown * _layout(spec, _middles(spec, things, groups))))
+            total *= 0.5 + 0.5 * _layout(spec, _middles(spec, things, groups))
         if spec.background:
             target = np.array(scenes.BACKGROUNDS[spec.background])
             distance = float(np.linalg.norm(ground - target))
-            terms.append((BACKGROUND_WEIGHT, shown * _closeness(distance, COLOR_WIDTH)))
-        total = sum(weight * value for weight, value in terms)
-        best = max(best, total / sum(weight for weight, _ in terms))
+            total *= 0.5 + 0.5 * _closeness(distance, COLOR_WIDTH)
+        best = max(best, total / (PARTS_WEIGHT + COUNT_WEIGHT))
     return best
 
 
@@ -493,7 +489,7 @@ def _credit(item: Found, part: Part) -> float:
         credit *= item.color_scores[part.color]
     if part.size:
         deviation = _radius(part.shape, item.area) - scenes.SIZES[part.size]
-        credit *= 0.5 + 0.5 * _closeness(deviation, SIZE_WIDTH)
+        credit *= 0.3 + 0.7 * _closeness(deviation, SIZE_WIDTH)
     return credit
 
 
