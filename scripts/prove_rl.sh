@@ -85,10 +85,10 @@ base_steps=400
 grpo_steps=400
 long_steps=8000
 ddpo_steps=60
-table_steps=60
+table_steps=40
 table=(
     --num_eval_prompts 120
-    --eval_every 10
+    --eval_every 20
     --num_saved_images 0
 )
 short=() # wins over all of the above
