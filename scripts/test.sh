@@ -31,7 +31,7 @@ stage() {
 stage "ruff check" ruff check .
 stage "ruff format" ruff format --check .
 stage "pyright" pyright
-stage "shellcheck" shellcheck scripts/*.sh scripts/lib/*.sh .ci/run
+stage "shellcheck" shellcheck -x scripts/*.sh scripts/lib/*.sh .ci/run
 # A process per core, up to four: each loads torch, and the tests are small.
 workers="$(python -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')"
 stage "pytest" pytest -n "$workers" --dist worksteal "$@"

@@ -384,7 +384,7 @@ def commands(tmp_path: Path) -> Callable[..., list[list[str]]]:
 
     def record(*arguments: str) -> list[list[str]]:
         copy, log = tmp_path / "copy", tmp_path / "log"
-        (copy / "scripts").mkdir(parents=True, exist_ok=True)
+        shutil.copytree(SCRIPT.parent / "lib", copy / "scripts" / "lib", dirs_exist_ok=True)
         shutil.copy(SCRIPT, copy / "scripts")
         (copy / "scripts" / "setup.sh").write_text("")
         program = copy / ".venv" / "bin" / "python"

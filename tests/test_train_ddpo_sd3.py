@@ -207,6 +207,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 # -- stopping and resuming ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_its_buffer_and_ends_with_the_same_bytes(
     tmp_path: Path, tiny_sd3: Path
 ) -> None:

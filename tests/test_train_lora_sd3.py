@@ -390,6 +390,7 @@ LONG += ("--caption_dropout", "0.2", "--lora_dropout", "0.1", "--lr_scheduler", 
 LONG += ("--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "latest")
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_caching_in_a_step_and_in_a_checkpoint_ends_with_the_same_bytes(
     tmp_path: Path, tiny_sd3: Path, scene_data: Path
 ) -> None:

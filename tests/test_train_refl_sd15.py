@@ -595,6 +595,7 @@ LONG += ("latest", "--logging_steps", "3", "--use_ema", "--lr_scheduler", "cosin
 LONG += ("--validation_steps", "3", *LORA)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_step_and_in_a_checkpoint_ends_with_the_same_bytes(
     tmp_path: Path, tiny_sd15: Path, scene_data: Path
 ) -> None:
@@ -622,6 +623,7 @@ def test_a_run_killed_in_a_step_and_in_a_checkpoint_ends_with_the_same_bytes(
         assert scores(broken / "run", step) == scores(whole / "run", step)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_and_resume_after_a_kill(
     tmp_path: Path, tiny_sd15: Path, scene_data: Path
 ) -> None:
