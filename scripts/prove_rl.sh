@@ -85,7 +85,7 @@ base_steps=400
 grpo_steps=400
 long_steps=8000
 ddpo_steps=60
-table_steps=40
+table_steps=60
 table=(
     --num_eval_prompts 120
     --eval_every 20
