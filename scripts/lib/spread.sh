@@ -4,7 +4,7 @@
 # shellcheck shell=bash
 
 processes=1
-cores="$(python3 -c 'import os; print(os.cpu_count())')"
+cores="$(getconf _NPROCESSORS_ONLN)"
 if [[ "$cores" -ge 2 ]] && ! command -v nvidia-smi >/dev/null; then
     processes=2
     export ACCELERATE_USE_CPU=true
