@@ -45,9 +45,9 @@ if [[ -n "$LORA_WEIGHTS_PATH" ]]; then
     lora=(--lora_weights_path "$LORA_WEIGHTS_PATH" --compare)
 fi
 
-# A flag that takes several values adds to those given before it: ours steps back for yours.
+# Prompts in a file of yours would be drawn beside ours: ours step back.
 prompt=(--prompt "$PROMPT")
-if [[ " $* " == *" --prompt"* ]]; then
+if [[ " $* " == *" --prompt_file"* ]]; then
     prompt=()
 fi
 

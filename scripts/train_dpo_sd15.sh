@@ -86,9 +86,9 @@ if [[ "$DATASET_NAME" == datas/* && ! -d "$DATASET_NAME" ]]; then
     exit 2
 fi
 
-# A flag that takes several values adds to those given before it: ours steps back for yours.
+# Prompts in a file of yours would be drawn beside ours: ours step back.
 validation=(--validation_prompt "a portrait of an old fisherman, oil painting" "a red fox in the snow")
-if [[ " $* " == *" --validation_prompt"* ]]; then
+if [[ " $* " == *" --validation_prompts_file"* ]]; then
     validation=()
 fi
 

@@ -49,15 +49,10 @@ if [[ ! -d "$INSTANCE_DIR" ]]; then
     exit 2
 fi
 
-# A flag that takes several values adds to those given before it: ours steps back for yours.
+# Prompts in a file of yours would be drawn beside ours: ours step back.
 validation=(--validation_prompt "$INSTANCE_PROMPT in a bucket" "$CLASS_PROMPT")
-if [[ " $* " == *" --validation_prompt"* ]]; then
+if [[ " $* " == *" --validation_prompts_file"* ]]; then
     validation=()
-fi
-
-resolution=(--resolution "$RESOLUTION")
-if [[ " $* " == *" --resolution"* ]]; then
-    resolution=()
 fi
 
 # `${array[@]+...}` is how bash before 4.4 takes an empty array under `set -u`.
@@ -73,7 +68,7 @@ exec accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" \
     --num_class_images 100 \
     --prior_loss_weight 1.0 \
     --output_dir "$OUTPUT_DIR" \
-    ${resolution[@]+"${resolution[@]}"} \
+    --resolution "$RESOLUTION" \
     --rank 16 \
     --lora_alpha 16 \
     --learning_rate 1e-4 \

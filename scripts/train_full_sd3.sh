@@ -47,15 +47,10 @@ if [[ "$DATASET_NAME" == datas/* && ! -d "$DATASET_NAME" ]]; then
     exit 2
 fi
 
-# A flag that takes several values adds to those given before it: ours steps back for yours.
+# Prompts in a file of yours would be drawn beside ours: ours step back.
 validation=(--validation_prompt "a ninja with blue eyes and a green jacket" "a cat in the style of Naruto")
-if [[ " $* " == *" --validation_prompt"* ]]; then
+if [[ " $* " == *" --validation_prompts_file"* ]]; then
     validation=()
-fi
-
-resolution=(--resolution "$RESOLUTION")
-if [[ " $* " == *" --resolution"* ]]; then
-    resolution=()
 fi
 
 # `${array[@]+...}` is how bash before 4.4 takes an empty array under `set -u`.
@@ -65,7 +60,7 @@ exec accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" \
     --pretrained_model_name_or_path "$MODEL_NAME" \
     --dataset_name "$DATASET_NAME" \
     --output_dir "$OUTPUT_DIR" \
-    ${resolution[@]+"${resolution[@]}"} \
+    --resolution "$RESOLUTION" \
     --dataloader_num_workers 4 \
     --eval_fraction 0.02 \
     --aspect_buckets \

@@ -104,9 +104,6 @@ def lora_args(tiny_sd3: Path, scene_data: Path) -> MakeArgs:
         import train_lora_sd3
 
         own = lora_flags(folder, tiny_sd3, scene_data)
-        if "--resolution" in flags:  # a list: both would count
-            place = own.index("--resolution")
-            del own[place : place + 2]
         return train_lora_sd3.cli.parse(train_lora_sd3.Args, None, [*own, *flags])
 
     return make

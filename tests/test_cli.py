@@ -1,6 +1,7 @@
 """Claims about the command line: flat flags, lists, refusals and how a script ends."""
 
 import importlib
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from dojo import cli
+from dojo import cli, foreign
 
 from .conftest import ROOT
 
@@ -28,6 +29,8 @@ class Group:
     """a list"""
     skip_layers: tuple[int, ...] | None = None
     """a list that may be absent"""
+    precision: Literal["none", "bf16"] | None = None
+    """a choice"""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -45,6 +48,8 @@ class Args:
     """a list outside the group"""
     shift: float | Literal["auto"] | None = None
     """a number or a word"""
+    scales: tuple[float, ...] = ()
+    """a list of numbers"""
 
 
 def parse(*words: str) -> Args:
@@ -64,23 +69,27 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     "words",
     [
         ("--lora_layers", "a", "b", "--random_flip"),
-        ("--lora_layers", "a", "--random_flip", "--lora_layers", "b"),
-        ("--random_flip", "--lora_layers", "a", "--lora_layers", "b"),
-        ("--lora-layers", "a", "--lora_layers", "b", "--random-flip"),
+        ("--lora_layers", "c", "d", "e", "--random_flip", "--lora_layers", "a", "b"),
+        ("--random_flip", "--lora-layers", "c", "--lora_layers", "a", "b"),
+        ("--random-flip", "--lora-layers=c", "--lora_layers", "a", "b"),
     ],
 )
-def test_a_list_is_given_at_once_or_by_repeating_the_flag(words: tuple[str, ...]) -> None:
+def test_a_list_is_one_flag_with_several_values_and_the_last_one_counts(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert parse(*words).group == Group(lora_layers=("a", "b"), random_flip=True)
+    assert ("--lora_layers is given twice: a b counts" in capsys.readouterr().err) == (
+        len(words) > 4 or "--lora-layers=c" in words
+    )
 
 
-def test_a_list_repeated_with_equal_signs_keeps_every_value() -> None:
-    assert parse("--prompts=a cat", "--prompts=a dog").prompts == ("a cat", "a dog")
+def test_a_list_with_an_equal_sign_is_one_value() -> None:
+    assert parse("--prompts=a cat, a = b").prompts == ("a cat, a = b",)
+    assert parse("--prompts=a cat", "--prompts=a dog").prompts == ("a dog",)
 
 
-def test_lists_of_other_types_are_gathered_too() -> None:
-    args = parse("--skip_layers", "7", "8", "--skip_layers", "9", "--prompts", "a cat, a dog")
-    assert args.group.skip_layers == (7, 8, 9)
-    assert args.prompts == ("a cat, a dog",)
+def test_an_optional_list_given_twice_is_the_last_too() -> None:
+    assert parse("--skip_layers", "7", "8", "--skip_layers", "9").group.skip_layers == (9,)
 
 
 def test_of_a_repeated_number_the_last_wins() -> None:
@@ -96,10 +105,64 @@ def test_negative_numbers_and_prompts_with_dashes_are_values() -> None:
     assert args.prompts == ("a - b", "- c")
 
 
-def test_a_switch_takes_no_value_and_has_no_twin(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse("--random_flip").group.random_flip
-    assert not parse().group.random_flip
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), False),
+        (("--random_flip",), True),
+        (("--random_flip", "True"), True),
+        (("--random_flip", "false"), False),
+        (("--random_flip=False",), False),
+        (("--random_flip", "--random_flip", "False"), False),  # behind a launcher's own flag
+        (("--random_flip", "False", "--random_flip"), True),
+        (("--random_flip", "False", "--learning_rate", "1e-3"), False),
+    ],
+)
+def test_a_switch_is_bare_or_takes_true_or_false(words: tuple[str, ...], expected: bool) -> None:
+    assert parse(*words).group.random_flip is expected
+
+
+def test_a_switch_has_no_twin(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no_random_flip" in refusal(capsys, "--no_random_flip")
+
+
+def test_a_choice_is_found_in_any_case() -> None:
+    assert parse("--shift", "AUTO").shift == "auto"
+    assert parse("--precision", "BF16").group.precision == "bf16"
+    assert parse("--precision", "none").group.precision == "none"  # a word of its own
+    assert parse("--lora_layers", "Attn").group.lora_layers == ("Attn",)  # no choice
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "NaN"])
+@pytest.mark.parametrize("flag", ["--learning_rate", "--shift", "--scales"])
+def test_a_number_that_is_none_is_refused_everywhere(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(capsys, flag, *(["1"] if flag == "--scales" else []), value)
+    assert flag in message
+
+
+def test_an_integer_is_a_number_too() -> None:
+    args = parse("--learning_rate", "1", "--shift", "3", "--scales", "1", "0.5")
+    assert (args.group.learning_rate, args.shift, args.scales) == (1.0, 3.0, (1.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (("--lr_scheduler_power", "2"), "here it is --lr_power (which this script does not have)"),
+        (("--unet_lr", "1e-4"), "error: --unet_lr: here it is --learning_rate\n"),
+        (("--unet-lr=1e-4",), "error: --unet-lr: here it is --learning_rate\n"),
+        (("--flip_aug",), "error: --flip_aug: here it is --random_flip\n"),
+        (("--xformers",), "scaled_dot_product_attention"),
+        (("--config.train.learning_rate=1e-4",), "here it is --learning_rate"),
+        (("--config.learning_rate", "1e-4"), "here it is --learning_rate"),
+    ],
+)
+def test_another_trainers_flag_is_answered_with_ours(
+    words: tuple[str, ...], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answer in refusal(capsys, *words)
 
 
 def test_a_wrong_flag_is_refused_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +230,21 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
         run(monkeypatch, ValueError("a bug"))  # only UserError means the user
 
 
+def test_an_error_does_not_stick_to_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tqdm import tqdm
+
+    def main(args: Args) -> None:
+        for _ in tqdm(range(3), desc="reading"):
+            raise cli.UserError("00.png cannot be read")
+
+    monkeypatch.setattr(sys, "argv", ["script", "--output_dir", "out"])
+    with pytest.raises(SystemExit):
+        cli.run(main, Args, "doc")
+    assert "error: 00.png cannot be read" in capsys.readouterr().err.replace("\r", "\n").split("\n")
+
+
 def test_a_good_run_just_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, None)
 
@@ -184,6 +262,19 @@ def fields(args_type: Any) -> set[str]:
     for field in own(args_type):
         names |= fields(hints[field.name]) if is_dataclass(hints[field.name]) else {field.name}
     return names
+
+
+def test_the_table_of_other_trainers_names_leads_to_flags_that_exist() -> None:
+    ours: set[str] = set()
+    for name in SCRIPTS:
+        ours |= fields(importlib.import_module(name).Args)
+    assert not set(foreign.RENAMED.values()) - ours
+    assert not (foreign.RENAMED.keys() | foreign.ANSWERS.keys()) & ours
+    assert not foreign.RENAMED.keys() & foreign.ANSWERS.keys()
+    named = {
+        flag for text in foreign.ANSWERS.values() for flag in re.findall(r"--([a-z_0-9]+)", text)
+    }
+    assert named - ours == {"config_file", "num_processes"}  # accelerate's
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

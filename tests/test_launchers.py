@@ -317,9 +317,12 @@ def test_refl_has_the_papers_settings(tmp_path: Path) -> None:
 
 def test_the_users_prompts_replace_those_of_the_demo(tmp_path: Path) -> None:
     demo = ROOT / "scripts" / "demo.sh"
-    words = record(demo, tmp_path, "--prompt", "a red fox", "a blue boat")
-    assert words.count("--prompt") == 1
-    assert words[-2:] == ["a red fox", "a blue boat"]
+    _, script, flags = split(record(demo, tmp_path, "--prompt", "a red fox", "a blue boat"))
+    args: Any = parse(script, flags)
+    assert args.prompt == ("a red fox", "a blue boat")
+    _, script, flags = split(record(demo, tmp_path, "--prompt_file", "mine.txt"))
+    args = parse(script, flags)
+    assert (args.prompt, args.prompt_file) == ((), Path("mine.txt"))
 
 
 def test_the_demo_runs_without_a_lora(tmp_path: Path) -> None:

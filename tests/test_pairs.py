@@ -207,6 +207,15 @@ def test_options_parse_and_tell_place_and_size() -> None:
     assert args_of("a", choice_model="hps").choice_spec == CHOICE_MODELS["hps"] == "hpsv2.1"
     assert args_of("a", choice_model="aesthetic=1,clip=2").choice_spec == "aesthetic=1,clip=2"
     assert args_of("a").choice_spec is None
+    # Diffusion-DPO's names, and files of one's own, whose case counts.
+    for typed, ours in {
+        "Aesthetics": "aesthetic",
+        "CLIP": "clip",
+        "PickScore": "pickscore",
+        "HPS": "hpsv2.1",
+        "Mine.py:Best": "Mine.py:Best",
+    }.items():
+        assert args_of("a", choice_model=typed).choice_spec == ours
 
 
 def test_random_crops_need_pictures_encoded_anew(tmp_path: Path) -> None:

@@ -5,17 +5,24 @@ The only file that knows tyro; it also says how a mistake of the user's ends a s
 
 from __future__ import annotations
 
+import math
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from tqdm import tqdm
+
+from dojo import foreign
 
 ArgsT = TypeVar("ArgsT")
 
 # Nested option groups become flat flags; a boolean is a bare flag without a negated twin.
 _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+_TRUTH = {"true": True, "false": False}
 
 
 class UserError(ValueError):
@@ -29,12 +36,21 @@ class TrainingStopped(RuntimeError):
 def parse(args_type: type[ArgsT], doc: str | None, argv: Sequence[str] | None = None) -> ArgsT:
     """Parses `argv` (the process's own when None) into `args_type`; `doc` heads the help.
 
-    A list option takes `--flag a b` and `--flag a --flag b` alike. A wrong flag or value ends the
-    process with exit code 2 and a suggestion, and so does a `ValueError` from the dataclass's own
-    checks.
+    Of a flag that is given twice the last one counts, of a list too, which is one flag with several
+    values. A bare flag also takes True or False, a choice is found in any case of its letters, and
+    a number has to be finite. A wrong flag or value ends the process with exit code 2 and a
+    suggestion, another trainer's flag with ours, and so does a `ValueError` from the dataclass's
+    own checks.
     """
-    words = _joined(args_type, list(sys.argv[1:] if argv is None else argv))
-    return tyro.cli(args_type, description=doc, args=words, use_underscores=True, config=_CONFIG)
+    words = _settled(args_type, list(sys.argv[1:] if argv is None else argv))
+    return tyro.cli(
+        args_type,
+        description=doc,
+        args=words,
+        use_underscores=True,
+        config=_CONFIG,
+        registry=_REGISTRY,
+    )
 
 
 def run(
@@ -56,44 +72,117 @@ def run(
     try:
         main(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
     except TrainingStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"stopped: {error}", 1)
 
 
-def _joined(args_type: type, words: list[str]) -> list[str]:
-    """Gathers a repeated list option's values at its first place; tyro would keep the last only."""
-    lists = _list_flags(args_type)
-    kept: list[list[str]] = [[]]  # each entry: a flag with its values
+def _end(message: str, code: int) -> None:
+    """Ends the process with a message on a line of its own, also behind a half-drawn bar."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+@_REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType]
+def _finite_numbers(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
+    """Floats as tyro reads them, without the ones that are no numbers, in every option."""
+    if info.type is not float:  # pyright: ignore[reportUnknownMemberType]
+        return None
+
+    def read(words: list[str]) -> float:
+        value = float(words[0])
+        if not math.isfinite(value):
+            raise ValueError(f"{words[0]} is not a finite number")
+        return value
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, float) or (isinstance(value, int) and "~"),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _settled(args_type: type, words: list[str]) -> list[str]:
+    """The words as tyro takes them: each flag at most once, every value in its own spelling."""
+    hints = dict(_options(args_type))
+    entries: list[list[str]] = [[]]  # each: a flag with the words behind it
     for word in words:
         if word.startswith("--"):
-            kept.append(word.split("=", 1))
+            entries.append(word.split("=", 1))
         else:
-            kept[-1].append(word)
-    joined: dict[str, list[str]] = {}
-    out: list[list[str]] = []
-    for entry in kept:
-        name = entry[0].replace("-", "_").lstrip("_") if entry else ""
-        if name in joined:
-            joined[name].extend(entry[1:])
+            entries[-1].append(word)
+    last: dict[str, int] = {}
+    for place, (name, values) in _named(entries):
+        if name not in hints:
+            _refuse_foreign(entries[place][0], name, hints)
             continue
-        out.append(entry)
-        if name in lists:
-            joined[name] = entry
-    return [word for entry in out for word in entry]
+        hint = hints[name]
+        if name in last and _is_list(hint):
+            _say_replaced(entries[last[name]], entries[place])
+            entries[last[name]] = []
+        elif name in last and hint is bool:
+            # What may stand behind a bare flag belongs to the command.
+            entries[last[name]] = entries[last[name]][1:]
+        last[name] = place
+        if hint is bool and values and values[0].lower() in _TRUTH:
+            entries[place] = [*entries[place][: _TRUTH[values[0].lower()]], *values[1:]]
+        choices = _choices(hint)
+        for i, value in enumerate(values if choices else ()):
+            entries[place][1 + i] = choices.get(value.lower(), value)
+    return [word for entry in entries for word in entry]
 
 
-def _list_flags(args_type: type) -> set[str]:
-    """Names of the fields, also of nested groups, that hold a tuple of any length."""
-    names: set[str] = set()
+def _named(entries: list[list[str]]) -> Iterator[tuple[int, tuple[str, list[str]]]]:
+    """Place, name and values of every flag."""
+    for place, entry in enumerate(entries):
+        if entry and entry[0].startswith("--"):
+            yield place, (entry[0][2:].replace("-", "_"), entry[1:])
+
+
+def _refuse_foreign(flag: str, name: str, hints: Mapping[str, Any]) -> None:
+    answer = foreign.answer(name, hints)
+    if answer is not None:
+        _end(f"error: {flag}: {answer}", 2)
+
+
+def _say_replaced(before: list[str], after: list[str]) -> None:
+    if before[1:] != after[1:] and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{after[0]} is given twice: {' '.join(after[1:])} counts, not {' '.join(before[1:])} "
+            "(several values stand behind one flag)",
+            file=sys.stderr,
+        )
+
+
+def _options(args_type: type) -> Iterator[tuple[str, Any]]:
+    """Names and types of the options, those of nested groups included."""
     for name, hint in get_type_hints(args_type).items():
         if is_dataclass(hint) and isinstance(hint, type):
-            names |= _list_flags(hint)
-        elif any(
-            get_origin(option) is tuple and get_args(option)[-1:] == (...,)
-            for option in (hint, *get_args(hint))
-        ):
-            names.add(name)
-    return names
+            yield from _options(hint)
+        else:
+            yield name, hint
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether an option holds a tuple of any length."""
+    return any(
+        get_origin(option) is tuple and get_args(option)[-1:] == (...,)
+        for option in (hint, *get_args(hint))
+    )
+
+
+def _choices(hint: Any) -> dict[str, str]:
+    """The words that an option chooses from, by their small letters; none where it is free."""
+    found: dict[str, str] = {}
+    for option in (hint, *get_args(hint)):
+        if get_origin(option) is Literal:
+            found |= {str(choice).lower(): str(choice) for choice in get_args(option)}
+        elif option is str:
+            return {}
+    return found

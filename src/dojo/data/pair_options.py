@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,8 +12,8 @@ from dojo.data.cache import CacheArgs
 from dojo.data.images import Size
 from dojo.data.options import DataArgs
 
-CHOICE_MODELS: Mapping[str, str] = {"hps": "hpsv2.1"}
-"""Familiar names of --choice_model that are spelled otherwise as rewards."""
+CHOICE_MODELS: Mapping[str, str] = {"hps": "hpsv2.1", "aesthetics": "aesthetic"}
+"""Familiar names of --choice_model (Diffusion-DPO's) that are spelled otherwise as rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,9 @@ class PairArgs:
     """Pairs that a ranked list of pictures makes: all of different rank, or the best with the
     worst."""
     choice_model: str | None = None
-    """Reward that chooses instead of the labels: aesthetic, clip, pickscore, hps, imagereward, or
-    any that --list_rewards shows. Ties of the labels are then pairs like the others, and labels
-    may be missing."""
+    """Reward that chooses instead of the labels: aesthetic, clip, pickscore, hps, imagereward (in
+    any case), or any that --list_rewards shows. Ties of the labels are then pairs like the others,
+    and labels may be missing."""
     max_train_samples: int | None = None
     """Train on the first N pairs only."""
     resolution: int = 512
@@ -119,9 +120,14 @@ class PairArgs:
 
     @property
     def choice_spec(self) -> str | None:
-        """``--choice_model`` as the rewards spell it; None where the labels choose."""
+        """``--choice_model`` as the rewards spell it; None where the labels choose.
+
+        A name is known in any case of its letters; a file or function keeps its own.
+        """
         name = self.choice_model
-        return None if name is None else CHOICE_MODELS.get(name, name)
+        if name is None or not re.fullmatch(r"[\w.]+", name.strip()):
+            return name
+        return CHOICE_MODELS.get(name.strip().lower(), name.strip().lower())
 
     def check(self, cache: CacheArgs) -> None:
         """Refuses random crops with cached latents: each picture would keep one crop for ever.

@@ -1,0 +1,271 @@
+"""What other trainers call an option, answered with ours, or with why there is none.
+
+A table of words and nothing else: `dojo.cli` asks it when a flag is unknown. The names are those
+of diffusers' example scripts, kohya's sd-scripts, SimpleTuner, flow_grpo's configuration (`sample.`
+and `train.` stand before its names), Diffusion-DPO and DiffSynth-Studio, as of 2026.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+# Another trainer's name -> our flag with the same meaning.
+RENAMED: Mapping[str, str] = {
+    # kohya's sd-scripts
+    "alpha_mask": "mask_from_alpha",
+    "bucket_reso_steps": "bucket_step",
+    "caption_dropout_rate": "caption_dropout",
+    "clip_g_dropout_rate": "clip_g_dropout",
+    "clip_l_dropout_rate": "clip_l_dropout",
+    "conditioning_data_dir": "mask_dir",
+    "dataset_config": "data_config",
+    "dataset_repeats": "repeats",
+    "enable_bucket": "aspect_buckets",
+    "flip_aug": "random_flip",
+    "huggingface_repo_id": "hub_model_id",
+    "huggingface_token": "hub_token",
+    "learning_rate_te": "text_encoder_lr",
+    "learning_rate_te1": "text_encoder_lr",
+    "log_tracker_name": "tracker_project_name",
+    "log_with": "report_to",
+    "lr_scheduler_num_cycles": "lr_num_cycles",
+    "lr_scheduler_power": "lr_power",
+    "lr_scheduler_type": "lr_scheduler",
+    "max_bucket_reso": "bucket_max",
+    "max_data_loader_n_workers": "dataloader_num_workers",
+    "max_train_epochs": "num_train_epochs",
+    "min_bucket_reso": "bucket_min",
+    "network_alpha": "lora_alpha",
+    "network_dim": "rank",
+    "network_dropout": "lora_dropout",
+    "network_weights": "init_lora_weights_path",
+    "optimizer_type": "optimizer",
+    "reg_data_dir": "class_data_dir",
+    "resume": "resume_from_checkpoint",
+    "sample_every_n_steps": "validation_steps",
+    "sample_prompts": "validation_prompts_file",
+    "save_every_n_steps": "checkpointing_steps",
+    "save_last_n_steps": "checkpoints_total_limit",
+    "save_last_n_steps_state": "checkpoints_total_limit",
+    "save_precision": "save_dtype",
+    "t5_dropout_rate": "t5_dropout",
+    "t5xxl_max_token_length": "max_sequence_length",
+    "training_shift": "flow_shift",
+    "unet_lr": "learning_rate",
+    "validation_split": "eval_fraction",
+    # diffusers' example scripts
+    "dataset_split_name": "dataset_split",
+    "lora_blocks": "lora_layers",
+    "tokenizer_max_length": "max_sequence_length",
+    "tracker_name": "tracker_project_name",
+    "validation_images": "num_validation_images",
+    "validation_prompts": "validation_prompt",
+    # SimpleTuner
+    "caption_dropout_probability": "caption_dropout",
+    "checkpoint_step_interval": "checkpointing_steps",
+    "flow_schedule_shift": "flow_shift",
+    "init_lora": "init_lora_weights_path",
+    "lora_rank": "rank",
+    "max_workers": "dataloader_num_workers",
+    "model_card_private": "hub_private_repo",
+    "optimizer_beta1": "adam_beta1",
+    "optimizer_beta2": "adam_beta2",
+    "peft_lora_target_modules": "lora_layers",
+    "user_prompt_library": "validation_prompts_file",
+    "validation_guidance": "validation_guidance_scale",
+    "validation_num_inference_steps": "validation_inference_steps",
+    "validation_prompt_library": "validation_prompts_file",
+    "validation_step_interval": "validation_steps",
+    "weight_decay": "adam_weight_decay",
+    # flow_grpo, DanceGRPO, ddpo-pytorch
+    "eval_freq": "eval_every",
+    "num_checkpoint_limit": "checkpoints_total_limit",
+    "num_generations": "group_size",
+    "pretrained.model": "pretrained_model_name_or_path",
+    "prompt_fn": "prompt_set",
+    "reward_fn": "reward",
+    "sample.eval_num_steps": "eval_sample_steps",
+    "sample.guidance_scale": "guidance_scale",
+    "sample.noise_level": "noise_level",
+    "sample.num_image_per_prompt": "group_size",
+    "sample.num_steps": "sample_steps",
+    "sample.test_batch_size": "eval_batch_size",
+    "sample.train_batch_size": "sample_batch_size",
+    "sampling_steps": "sample_steps",
+    "save_freq": "checkpointing_steps",
+    "train.adv_clip_max": "adv_clip_max",
+    "train.batch_size": "train_batch_size",
+    "train.beta": "beta",
+    "train.clip_range": "clip_range",
+    "train.ema": "use_ema",
+    "train.gradient_accumulation_steps": "gradient_accumulation_steps",
+    "train.learning_rate": "learning_rate",
+    "train.lora_path": "init_lora_weights_path",
+    "train.max_grad_norm": "max_grad_norm",
+    "train.num_inner_epochs": "num_inner_epochs",
+    "train.timestep_fraction": "timestep_fraction",
+    "train.use_8bit_adam": "use_8bit_adam",
+    # Diffusion-DPO
+    "split": "dataset_split",
+    "unet_init": "pretrained_model_name_or_path",
+    # DiffSynth-Studio
+    "dataset_base_path": "train_data_dir",
+    "dataset_num_workers": "dataloader_num_workers",
+    "dataset_repeat": "repeats",
+    "lora_checkpoint": "init_lora_weights_path",
+    "lora_target_modules": "lora_layers",
+    "num_epochs": "num_train_epochs",
+    "output_path": "output_dir",
+    "save_steps": "checkpointing_steps",
+    "swanlab_project": "tracker_project_name",
+    "use_gradient_checkpointing": "gradient_checkpointing",
+    "wandb_project": "tracker_project_name",
+}
+
+_ATTENTION = "attention is torch's scaled_dot_product_attention, fused where it can be, in any case"
+_CACHED = "this is so by default: latents and text embeddings are cached on disk in"
+_CACHES = f"{_CACHED} --latent_cache_dir (--no_cache_latents, --no_cache_text_embeddings)"
+_NOISY = "not here: it belongs to noise prediction, and this script's objective has no place for it"
+_LAUNCHER = "the launcher tells every process by itself: accelerate launch --num_processes N"
+_SAFE = "results are safetensors in any case"
+_STATE = "every checkpoint holds the state of the run, and --resume_from_checkpoint latest goes on"
+_EPOCHS = "not here: count in optimizer steps, with"
+_LOGS = "metrics and trackers' files are in --output_dir: metrics.jsonl and logs/"
+_OWN_PARTS = (
+    "not here: the parts are those of --pretrained_model_name_or_path (a folder, a hub id, or one "
+    "file with --single_file_config)"
+)
+
+# Another trainer's name -> what to do instead, or why it is not here.
+ANSWERS: Mapping[str, str] = {
+    # kohya's sd-scripts
+    "bucket_no_upscale": "--max_upscale 1 leaves out pictures that would be enlarged",
+    "cache_latents": _CACHES,
+    "cache_latents_to_disk": _CACHES,
+    "cache_text_encoder_outputs": _CACHES,
+    "cache_text_encoder_outputs_to_disk": _CACHES,
+    "caption_extension": "not needed: .txt and .caption files beside the pictures are both found",
+    "clip_g": _OWN_PARTS,
+    "clip_l": _OWN_PARTS,
+    "clip_skip": "not here: text encoders are asked as the model's own pipeline asks them",
+    "config_file": "options stand on the command line; accelerate's own --config_file goes before "
+    "the script's name",
+    "debiased_estimation_loss": _NOISY,
+    "fp8_base": "not here yet: the frozen base sits in --mixed_precision (bf16 at the least)",
+    "full_bf16": "--train_dtype bf16 (full fine-tuning); adapters stay float32",
+    "full_fp16": "not here: float16 weights lose small updates; --train_dtype bf16 keeps them",
+    "huber_c": _NOISY,
+    "huber_schedule": _NOISY,
+    "ip_noise_gamma": _NOISY,
+    "logging_dir": _LOGS,
+    "loss_type": "not here: the loss is the squared error",
+    "masked_loss": "--mask_dir FOLDER or --mask_from_alpha switch it on",
+    "max_timestep": _NOISY,
+    "mem_eff_attn": _ATTENTION,
+    "min_snr_gamma": _NOISY,
+    "min_timestep": _NOISY,
+    "multires_noise_iterations": _NOISY,
+    "network_args": "--lora_layers chooses layers, --use_dora DoRA; LoHa and LoKr are not here",
+    "network_module": "the script itself says it: train_lora_*.py trains LoRA, train_full_*.py all",
+    "network_train_text_encoder_only": "not here: the network is trained in any case",
+    "network_train_unet_only": "this is so, unless --train_text_encoder is given",
+    "no_half_vae": "this is so: the autoencoder is float32 unless --vae_dtype says otherwise",
+    "noise_offset": _NOISY,
+    "optimizer_args": "not here: --adam_beta1, --adam_beta2, --adam_weight_decay, --adam_epsilon",
+    "output_name": "the result has diffusers' own names; its folder is --output_dir",
+    "sample_at_first": "this is so: validation pictures are drawn before the first step",
+    "sample_every_n_epochs": f"{_EPOCHS} --validation_steps",
+    "save_every_n_epochs": f"{_EPOCHS} --checkpointing_steps",
+    "save_model_as": f"{_SAFE}; --lora_format adds kohya's or ComfyUI's names",
+    "save_state": _STATE,
+    "save_state_on_train_end": _STATE,
+    "sdpa": _ATTENTION,
+    "t5xxl": _OWN_PARTS,
+    "use_lion_optimizer": "--optimizer lion",
+    "use_safetensors": _SAFE,
+    "v2": "not here: Stable Diffusion 2 is not among the models",
+    "v_parameterization": "not here yet: no script trains a v-prediction model",
+    "vae": _OWN_PARTS,
+    "wandb_api_key": "set WANDB_API_KEY or run wandb login: a key on the command line is seen by "
+    "every user of the machine",
+    "xformers": _ATTENTION,
+    "zero_terminal_snr": "not here yet: no script trains a v-prediction model",
+    # diffusers' example scripts
+    "enable_npu_flash_attention": _ATTENTION,
+    "enable_xformers_memory_efficient_attention": _ATTENTION,
+    "input_perturbation": _NOISY,
+    "image_interpolation_mode": "not here: pictures are resized by Lanczos' filter, antialiased",
+    "local_rank": _LAUNCHER,
+    "non_ema_revision": "not here: --revision is the model's",
+    "offset_noise": _NOISY,
+    "output_kohya_format": "--lora_format kohya",
+    "pre_compute_text_embeddings": _CACHES,
+    "prediction_type": "the model's own scheduler says it",
+    "pretrained_vae_model_name_or_path": _OWN_PARTS,
+    "run_validation": "--validation_prompt TEXT ... switches it on",
+    "set_grads_to_none": "this is so in any case",
+    "skip_save_text_encoder": "not needed: without --train_text_encoder no adapter of theirs is "
+    "written",
+    "snr_gamma": _NOISY,
+    "text_encoder_use_attention_mask": "not here: padding is masked as the model's pipeline does",
+    "tokenizer_name": _OWN_PARTS,
+    "upcast_before_saving": "this is so: trained weights are saved in float32",
+    "validation_epochs": f"{_EPOCHS} --validation_steps",
+    "validation_scheduler": "not here: validation draws with the model's own scheduler",
+    # SimpleTuner
+    "base_model_precision": "not here yet: the frozen base sits in --mixed_precision (bf16 at the "
+    "least)",
+    "checkpoint_epoch_interval": f"{_EPOCHS} --checkpointing_steps",
+    "data_backend_config": "--dataset_name FOLDER, or --data_config FILE for several folders (its "
+    "form is in the README)",
+    "lora_type": "LoRA, with --use_dora DoRA; LyCORIS' kinds are not here",
+    "lycoris_config": "not here: adapters are LoRA, with --use_dora DoRA",
+    "model_family": "the script's own name says it, and --pretrained_model_name_or_path",
+    "model_flavour": "--pretrained_model_name_or_path names the model",
+    "model_type": "the script's own name says it: train_lora_*.py or train_full_*.py",
+    "resolution_type": "not here: --resolution is a side in pixels",
+    "validation_epoch_interval": f"{_EPOCHS} --validation_steps",
+    # flow_grpo, ddpo-pytorch
+    "logdir": _LOGS,
+    "per_prompt_stat_tracking": "train_ddpo_*.py: --buffer_size and --buffer_min_count; train_grpo_"
+    "*.py compares a prompt's own group in any case",
+    "sample.global_std": "--advantage_std says what a group's advantages are divided by",
+    "sample.num_batches_per_epoch": "--num_prompts_per_epoch times --group_size are an epoch's "
+    "pictures, over all processes",
+    "train.cfg": "--guidance_scale above 1 samples and trains with guidance",
+    # Diffusion-DPO
+    "dreamlike_pairs_only": "not here: filter the pairs' table beforehand",
+    "hard_skip_resume": "not needed: a resumed run goes straight to its place in the data",
+    "sdxl": "not here yet: Stable Diffusion XL is not among the models",
+    # DiffSynth-Studio
+    "dataset_metadata_path": "the table lies in the data's folder (metadata.csv, .jsonl, .parquet) "
+    "and is found there",
+    "enable_swanlab_log": "--report_to swanlab",
+    "enable_tensorboard_log": "--report_to tensorboard",
+    "enable_wandb_log": "--report_to wandb",
+    "max_pixels": "--resolution N with --aspect_buckets keeps pictures at about N x N pixels",
+    "model_id_with_origin_paths": "--pretrained_model_name_or_path takes a folder, a hub id or a "
+    "file",
+    "model_paths": "--pretrained_model_name_or_path takes a folder, a hub id or a file",
+    "trainable_models": "the script's own name says it; --freeze keeps parts as they are",
+    "use_gradient_checkpointing_offload": "not here: --gradient_checkpointing recomputes instead",
+}
+
+
+def answer(name: str, known: Collection[str]) -> str | None:
+    """What to say about an unknown flag, or None where no other trainer is known to have it.
+
+    Args:
+        name: the flag without dashes in front, with underscores; flow_grpo's with its dots.
+        known: this script's own flags.
+    """
+    plain = name.removeprefix("config.")
+    if plain in RENAMED:
+        ours = RENAMED[plain]
+        missing = "" if ours in known else " (which this script does not have)"
+        return f"here it is --{ours}{missing}"
+    if plain in ANSWERS:
+        return ANSWERS[plain]
+    # ml_collections' groups may stand before a name that is ours.
+    last = name.rpartition(".")[2]
+    return f"here it is --{last}" if last != name and last in known else None
