@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     # procedures
     "rollout": {"flow", "samplers", "ddpm", "policy", "preference", "gaussian", "rng"},
     "denoising": {"ddpm", "gaussian", "rng"},
+    "drawing": set(),
     # parts
     "cost": set(),
     "pictures": set(),
@@ -64,14 +65,27 @@ ALLOWED: dict[str, set[str]] = {
     "rewards": {"cli", "pictures", "pocket.verifier"},
     "versus": {"cli", "pictures", "prompts", "rewards", "statistics"},
     "rl": {
-        *("cli", "gaussian", "rng", "samplers", "policy", "rollout", "sd3", "cost", "lora", "full"),
+        *(
+            "cli",
+            "drawing",
+            "gaussian",
+            "rng",
+            "samplers",
+            "policy",
+            "rollout",
+            "sd3",
+            "cost",
+            "lora",
+            "full",
+        ),
         *("averaging", "optim", "pictures", "prompts", "rewards", "texts", "training"),
         *("evaluation", "trained"),
     },
     "evaluation": {"cli", "pictures", "prompts", "rewards", "training", "validation"},
     "pretraining": {"cli", "data", "frozen", "training"},
     "direct": {
-        *("cli", "rng", "ddpm", "denoising", "samplers", "sd15", "cost", "data", "evaluation"),
+        *("cli", "rng", "ddpm", "denoising", "drawing", "samplers", "sd15", "cost", "data"),
+        *("evaluation",),
         *("frozen", "full", "lora", "optim", "prompts", "rewards", "texts", "trained", "training"),
     },
     "paired": {
@@ -86,6 +100,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     **{name: {"torch"} for name in GROUND | MATHS},
     "rollout": {"torch"},
     "denoising": {"torch"},
+    "drawing": {"torch"},
     "cli": {"tyro", "tqdm"},
 }
 

@@ -14,11 +14,16 @@ from torch.nn import functional as F
 
 from dojo import cli, policy, rng, rollout
 from dojo.gaussian import Gaussian
-from dojo.rollout import Plan, RolloutArgs, Trajectory, Velocity, ode_plan, sigma_schedule
+from dojo.rollout import Plan, RolloutArgs, Trajectory, Velocity, sigma_schedule
 from dojo.samplers import Sampler, guided
 
 NOISY: tuple[Sampler, ...] = ("sde", "cps", "dance")
 SHAPE = (4, 4, 4)
+
+
+def ode_plan(steps: int, shift: float) -> Plan:
+    """A plan that trains nothing: the pipeline's own deterministic sampling."""
+    return Plan(sigmas=sigma_schedule(steps, shift), trained=range(0), sampler="ode", noise_level=0)
 
 
 class Network(nn.Module):

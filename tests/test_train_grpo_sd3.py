@@ -384,7 +384,7 @@ def test_a_tie_to_the_base_keeps_the_policy_near_it(tmp_path: Path, tiny_sd3: Pa
         rows = evaluated(train(tmp_path / beta, tiny_sd3, *flags, "--beta", beta))
         assert rows[0]["eval_kl"] == 0
         far[beta] = rows[-1]["eval_kl"]
-    assert 0 < far["10"] < 0.3 * far["0"]
+    assert 0 < far["10"] < 0.5 * far["0"]
 
 
 # -- what it writes -----------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def test_a_run_leaves_everything_that_was_promised(
     for row in checks:
         table = scores(folder, int(row["step"]))
         assert list(table[0]) == ["file", "prompt", "seed", "reward", *parts]
-        assert [one["seed"] for one in table] == ["0", "0", "1", "1"]
+        assert [one["seed"] for one in table] == ["0", "1", "2", "3"]
         for name in parts:
             mean = np.mean([float(one[name]) for one in table])
             assert row[f"eval_reward/{name}"] == pytest.approx(mean, rel=1e-4)
@@ -605,7 +605,7 @@ def test_a_run_killed_in_sampling_in_a_step_and_in_a_checkpoint_ends_with_the_sa
     end = whole / "run" / "checkpoint-12"
     assert result(whole / "run") == result(end / "ema") != result(end)
     deaths = [
-        Death(place="sample", count=random.randint(2, 7)),  # one evaluates, two are an epoch
+        Death(place="sample", count=random.randint(1, 6)),  # two are an epoch
         Death(place="step", count=random.randint(1, 4)),  # of four an epoch
         Death(place="checkpoint", count=random.randint(4, 9)),  # of its files
     ]
@@ -694,8 +694,8 @@ def test_a_run_whose_reward_server_dies_stops_and_goes_on_when_it_is_back(
     with served("jpeg_incompressibility", port, tmp_path) as server:
         code, said = spawn(SCRIPT, [*flags_of(whole, tiny_sd3), *own], whole)
         assert code == 0, said
-        # One evaluates, two are an epoch: before the pictures of the second are scored.
-        death = Death(place="sample", count=4, victim=server)
+        # Two are an epoch: before the pictures of the second are scored.
+        death = Death(place="sample", count=3, victim=server)
         code, said = spawn(SCRIPT, [*flags_of(broken, tiny_sd3), *own], broken, death)
     assert code == 1
     (message,) = [line for line in said.splitlines() if line.startswith("stopped: ")]

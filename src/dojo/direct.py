@@ -1,7 +1,7 @@
 """Learning by gradient from pairs (DPO) and from rewards (ReFL): what both share round the loop.
 
 Both train a UNet that predicts the noise, whole or by adapters, and are watched on held-out
-prompts: averaged weights, DDIM, guidance, as a user would draw.
+prompts: averaged weights, the model's own scheduler, guidance, as a user would draw.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from dojo import data, ddpm, denoising, evaluation, frozen, full, lora, rng, samplers, sd15
+from dojo import (
+    data,
+    ddpm,
+    denoising,
+    drawing,
+    evaluation,
+    frozen,
+    full,
+    lora,
+    rng,
+    samplers,
+    sd15,
+)
 from dojo.cost import Cost
 from dojo.evaluation import Evaluator
 from dojo.optim import OptimArgs
@@ -94,7 +106,7 @@ class ReflArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs(evaluation.StepEvalArgs):
-    """Held-out prompts, drawn as a user would: averaged weights, DDIM, guidance."""
+    """Held-out prompts, drawn as a user would: averaged weights, own scheduler, guidance."""
 
     eval_sample_steps: int = 30
     """denoising steps"""
@@ -323,15 +335,13 @@ def evaluator(
     """
     args = options.evaluation
     shape = config.latent_shape(*size)
-    way = denoising.Way.of(
-        config.schedule, args.eval_sample_steps, eta=0, offset=config.steps_offset
-    )
+    scheduler = config.make_scheduler()
     guidance = {
         "guidance_scale": args.eval_guidance_scale or 1.0,
         "negative_prompt": args.eval_negative_prompt,
     }
 
-    def draw(words: Sequence[str], keys: Sequence[Key]) -> tuple[Tensor, Tensor | None]:
+    def draw(words: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         own = predictor(trained.network, texts, words, run.dtype, **guidance)
         moved: list[Tensor] = []
 
@@ -343,7 +353,15 @@ def evaluator(
                     moved.append(ddpm.squared_error(predicted, other(latents, timestep)))
             return predicted
 
-        latents = denoising.sample(watched, rng.normal(shape, keys, run.device), way)
+        latents = drawing.sample(
+            watched,
+            shape,
+            seeds,
+            scheduler,
+            args.eval_sample_steps,
+            dtype=run.dtype,
+            device=run.device,
+        )
         far = torch.stack(moved).mean(0) if moved else None
         return sd15.decode(vae, config, latents), far
 

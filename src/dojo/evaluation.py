@@ -7,6 +7,7 @@ handed in; what is here holds for every family of models.
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,19 +21,19 @@ from dojo.cli import TrainingStopped, UserError
 from dojo.pictures import contact_sheet, slug, to_pil
 from dojo.prompts import Prompt
 from dojo.rewards import Reward, RewardOutput
-from dojo.training import Key, Run
+from dojo.training import Run
 from dojo.validation import log_pictures, write_prompts
 
 SCORES = "scores.csv"
 
-Draw = Callable[[Sequence[str], Sequence[Key]], tuple[Tensor, Tensor | None]]
-"""(B prompts, keys of their noise) -> pictures [B, 3, H, W] in [0, 1], and how far the trained
+Draw = Callable[[Sequence[str], Sequence[int]], tuple[Tensor, Tensor | None]]
+"""(B prompts, seeds of their noise) -> pictures [B, 3, H, W] in [0, 1], and how far the trained
 network's predictions are from the base model's [B], or None where nothing knows"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs:
-    """Held-out prompts, drawn as a user would: averaged weights, the plain sampler, more steps."""
+    """Held-out prompts, drawn as a user would: averaged weights, the model's own scheduler."""
 
     eval_sample_steps: int = 40
     """denoising steps"""
@@ -44,9 +45,10 @@ class EvalArgs:
     eval_batch_size: int | None = None
     """pictures per process at a time; unset is that of sampling or training"""
     num_eval_images: int = 1
-    """pictures of each held-out prompt, with seeds eval_seed, eval_seed + 1, ..."""
+    """pictures of each held-out prompt"""
     eval_seed: int = 0
-    """first of those seeds"""
+    """seed of the first picture, the others' are those that follow; scores.csv has them, and
+    demo.py draws the same picture with the same --seed"""
     num_saved_images: int = 12
     """pictures of an evaluation that are kept, with their scores"""
 
@@ -117,9 +119,10 @@ class Evaluator:
     ) -> None:
         self.run, self.args, self.rewards, self.draw = run, args, rewards, draw
         self.batch_size = args.eval_batch_size or batch_size
-        # All prompts with the first seed, then all with the second: what is kept has many prompts.
-        seeds = range(args.eval_seed, args.eval_seed + args.num_eval_images)
-        self.pictures = [(prompt, seed) for seed in seeds for prompt in prompts]
+        # All prompts once, then all again: what is kept has many prompts. No two pictures share
+        # their noise, or the mean of the scores would hang on it.
+        again = [prompt for _ in range(args.num_eval_images) for prompt in prompts]
+        self.pictures = list(zip(again, itertools.count(args.eval_seed)))
         digits = max(2, len(str(args.num_saved_images)))
         self.files = [
             f"{i:0{digits}d}-{slug(prompt.text)}-seed{seed}.png"
@@ -190,8 +193,7 @@ class Evaluator:
             for start in range(0, len(mine), self.batch_size):
                 some = mine[start : start + self.batch_size]
                 texts = [self.pictures[i][0].text for i in some]
-                keys = [(self.pictures[i][1], "evaluation", self.pictures[i][0].text) for i in some]
-                images, far = self.draw(texts, keys)
+                images, far = self.draw(texts, [self.pictures[i][1] for i in some])
                 if far is not None:
                     moved[some] = far.double().cpu()
                     knows += 1

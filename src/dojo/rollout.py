@@ -184,11 +184,6 @@ class Plan:
         return 1 / sensitivity(self.sampler, sigma, sigma_next, self.noise_level)
 
 
-def ode_plan(steps: int, shift: float) -> Plan:
-    """A plan that trains nothing: the pipeline's own deterministic sampling."""
-    return Plan(sigmas=sigma_schedule(steps, shift), trained=range(0), sampler="ode", noise_level=0)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
     """A trained step of a batch: where it began, what it drew from, where it came to."""

@@ -1,4 +1,4 @@
-"""The evaluation of a flow's policy: the ODE, averaged weights, no noise on the way."""
+"""The evaluation of a flow's policy: its pipeline's own sampling, averaged weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from dojo import policy, rng, rollout, sd3
+from dojo import drawing, policy, sd3
 from dojo.evaluation import Evaluator
 from dojo.optim import OptimArgs
 from dojo.prompts import Prompt
@@ -18,7 +18,7 @@ from dojo.rl.args import EvalArgs, SampleArgs
 from dojo.rl.episodes import Steering
 from dojo.rl.trained import Trained
 from dojo.texts import Texts
-from dojo.training import Key, Run
+from dojo.training import Run
 
 
 class Options(Protocol):
@@ -55,14 +55,15 @@ def evaluator(
     args, sample = options.evaluation, options.sample
     steering = Steering.of(sample, texts, run.dtype, args.eval_guidance_scale)
     shape = config.latent_shape(*sample.size)
-    plan = rollout.ode_plan(args.eval_sample_steps, shift)
+    scheduler = config.make_scheduler(shift)
 
-    def draw(words: Sequence[str], keys: Sequence[Key]) -> tuple[Tensor, Tensor | None]:
+    def draw(words: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         embeds = steering.embeds(words)
         own = steering.velocity(trained.network, embeds)
         moved: list[Tensor] = []
 
-        def watched(latents: Tensor, sigma: Tensor) -> Tensor:
+        def watched(latents: Tensor, timestep: Tensor) -> Tensor:
+            sigma = timestep.double() / 1000  # the network is asked at 1000 times that: to the bit
             predicted = own(latents, sigma)
             if trained.has_reference:
                 with trained.reference() as before:
@@ -70,7 +71,15 @@ def evaluator(
                 moved.append(policy.velocity_kl(predicted, other))
             return predicted
 
-        final = rollout.sample(watched, rng.normal(shape, keys, run.device), plan).final
+        final = drawing.sample(
+            watched,
+            shape,
+            seeds,
+            scheduler,
+            args.eval_sample_steps,
+            dtype=run.dtype,
+            device=run.device,
+        )
         far = torch.stack(moved).mean(0) if moved else None
         return sd3.decode(vae, config, final), far
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from torch import Tensor
 
 from dojo import pipelines
@@ -51,6 +52,11 @@ class Config(PipelineConfig):
     def steps_offset(self) -> int:
         """What a sampler's timesteps are shifted by: 1 for the real models."""
         return int(self.scheduler.get("steps_offset", 0))
+
+    def make_scheduler(self) -> Any:
+        """The model's own scheduler, with which its pipeline draws."""
+        kind = getattr(diffusers, self.scheduler["_class_name"])
+        return kind.from_config(self.scheduler)
 
     @property
     def pixel_step(self) -> int:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from dojo import rng, sd3
+from dojo import sd3
 from dojo.checkpoint import write_file
 from dojo.frozen import Frozen
 from dojo.pictures import contact_sheet, to_pil
@@ -128,7 +128,7 @@ class Validator:
         return pipeline
 
     def _draw(self, pipeline: Any, picture: Picture) -> Image.Image:
-        """One picture; it depends on its seed and not on which others are drawn."""
+        """The picture that every pipeline with the result draws from this seed."""
         args, dtype = self.args, self.run.dtype
         embeds = self.fixed.text([picture.prompt])
         negative = self.fixed.text([picture.negative])
@@ -146,7 +146,7 @@ class Validator:
                 width=picture.width,
                 num_inference_steps=picture.num_inference_steps,
                 guidance_scale=picture.guidance_scale,
-                generator=rng.generator(picture.seed),
+                generator=torch.Generator().manual_seed(picture.seed),
                 output_type="latent",
                 **skip,
             ).images
