@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from dojo import loaded
 from dojo.cli import UserError
 from dojo.rewards import preprocess, weights
 from dojo.rewards.clip import CLIP_L, Backbone, backbone
@@ -52,6 +53,7 @@ def make_head(tensors: dict[str, Tensor]) -> nn.Sequential:
     The linear layers' numbers tell what stands between them: with dropout alone the second one has
     number 2 and the whole is one linear map, with a ReLU as well it has number 3.
     """
+    loaded.check_finite(tensors, "--reward: the aesthetic head")
     tensors = {name.removeprefix("predictor."): t.double() for name, t in tensors.items()}
     layers = [name.removesuffix("weight") for name in tensors if name.endswith("weight")]
     try:

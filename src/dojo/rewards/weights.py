@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dojo import loaded
 from dojo.cli import UserError
 
 MODELS = Path("models")
@@ -100,11 +101,12 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def fill(module: torch.nn.Module, tensors: dict[str, Tensor], name: str) -> None:
-    """Puts tensors into a network; every weight must be there, and nothing over.
+    """Puts tensors into a network; every weight must be there, finite, and nothing over.
 
     Raises:
         UserError: naming what does not fit.
     """
+    loaded.check_finite(tensors, f"--reward: {name}")
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
