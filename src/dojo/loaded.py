@@ -97,7 +97,7 @@ def tokenizer(
     """
     where, folder = subject(name, part, flag), Path(name) / part
     if Path(name).is_dir():
-        _check_vocabulary_files(kind, folder, where)
+        check_vocabulary_files(folder, where, kind)
     try:
         made = kind.from_pretrained(name, **({"subfolder": part} if part else {}))
     except Exception as error:
@@ -306,7 +306,14 @@ def _table(encoder: Any) -> int | None:
         return None
 
 
-def _check_vocabulary_files(kind: Any, folder: Path, where: str) -> None:
+def check_vocabulary_files(folder: Path, where: str, kind: Any = None) -> None:
+    """Refuses a folder in which no tokenizer finds its words.
+
+    Args:
+        kind: a tokenizer's class, whose own names of files count too.
+    Raises:
+        UserError: naming what is missing.
+    """
     own: Mapping[str, str] = getattr(kind, "vocab_files_names", {})
     sets = [*_VOCABULARIES, {name for key, name in own.items() if key != "tokenizer_file"}]
     there = {path.name for path in folder.glob("*")}

@@ -171,14 +171,17 @@ def whole_numbers(config: Mapping[str, Any], where: str, *names: str) -> list[in
 
 
 def check_tokens(config: PipelineConfig, flag: str, encoders: Mapping[str, Any]) -> None:
-    """Refuses tokenizers that pad to more places than the CLIPs have.
+    """Refuses CLIPs whose tokenizers are not there, or pad to more places than they have.
 
     Args:
         encoders: the configurations of the CLIPs, by their folders' names.
     Raises:
-        UserError: naming both numbers.
+        UserError: naming what is missing, or both numbers.
     """
     for part, settings in encoders.items():
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        where = loaded.subject(config.folder, tokenizer, flag)
+        loaded.check_vocabulary_files(config.folder / tokenizer, where)
         places = settings.get("max_position_embeddings", 77)
         if config.clip_tokens > places:
             raise UserError(

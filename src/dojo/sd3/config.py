@@ -12,7 +12,7 @@ from typing import Any, Literal
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dojo import flow, pipelines
+from dojo import flow, loaded, pipelines
 from dojo.cli import UserError
 from dojo.pipelines import FLAG, PipelineArgs, PipelineConfig
 from dojo.sd3 import single_file
@@ -235,6 +235,10 @@ def _check_texts(config: Config, flag: str) -> None:
     """Refuses text encoders of other widths than the transformer reads."""
     clips = {part: pipelines.read_config(config.folder, flag, part) for part in TEXT_ENCODERS[:2]}
     pipelines.check_tokens(config, flag, clips)
+    has_t5 = (config.folder / TEXT_ENCODERS[2] / "config.json").is_file()
+    if has_t5:
+        where = loaded.subject(config.folder, "tokenizer_3", flag)
+        loaded.check_vocabulary_files(config.folder / "tokenizer_3", where)
     sizes = config.transformer
     pooled = sum(settings.get("projection_dim", 512) for settings in clips.values())
     rows = sum(settings.get("hidden_size", 512) for settings in clips.values())
@@ -243,7 +247,7 @@ def _check_texts(config: Config, flag: str) -> None:
         wrong = f"{pooled} pooled numbers from the CLIPs", "pooled_projection_dim"
     if rows > sizes["joint_attention_dim"]:
         wrong = f"{rows} numbers per token from the CLIPs", "joint_attention_dim"
-    if (config.folder / TEXT_ENCODERS[2] / "config.json").is_file():
+    if has_t5:
         t5 = pipelines.read_config(config.folder, flag, TEXT_ENCODERS[2])
         if t5.get("d_model", 512) != sizes["joint_attention_dim"]:
             wrong = f"{t5.get('d_model', 512)} numbers per token from T5", "joint_attention_dim"
