@@ -35,7 +35,10 @@ class _Vision(Backbone):
     """The picture half of a CLIP."""
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], place: Place) -> None:
-        network: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+        try:
+            network: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+        except Exception as error:  # whatever the classes say to what they cannot have
+            raise weights.missing("the predictor's config.json", error) from error
         # Old files hold the position ids, which are no weights.
         tensors = {k: v for k, v in tensors.items() if not k.endswith("position_ids")}
         weights.fill(network, tensors, "the predictor's CLIP")

@@ -109,7 +109,7 @@ class ImageReward(Scorer):
         tensors = renamed(weights.read(weights.file(model)))
         try:
             network = _Network({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        except (KeyError, ValueError) as error:
+        except Exception as error:  # whatever the classes say to sizes that they cannot have
             raise UserError(f"--reward: {model} is no ImageReward ({error})") from error
         weights.fill(network, tensors, model)
         self.tokenizer: Any = loaded.tokenizer(

@@ -6,7 +6,6 @@ by "owner/name/file". What `python -m dojo.download` has put into models/ is tak
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +89,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and the tensors of a folder in the layout of transformers."""
-    try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise missing(str(path), error) from error
+    config = loaded.read_json(path / "config.json", f"--reward: {path}")
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return config, read(path / name)

@@ -157,7 +157,14 @@ def load_encoder(file: SingleFile, part: str, folder: Path, dtype: torch.dtype) 
         UserError: the file's tensors are not those of the configuration.
     """
     kind = T5EncoderModel if part == "text_encoder_3" else CLIPTextModelWithProjection
-    config: Any = kind.config_class.from_pretrained(folder, subfolder=part)  # pyright: ignore
+    try:
+        config: Any = kind.config_class.from_pretrained(folder, subfolder=part)  # pyright: ignore
+        with torch.device("meta"):
+            empty: dict[str, Tensor] = kind(config).state_dict()
+    except Exception as error:  # whatever the classes say to what they cannot have
+        raise UserError(
+            f"--single_file_config: {folder / part}/config.json makes no network ({error})"
+        ) from error
     prefix = keys.PREFIXES[part]
     with safe_open(file.path, framework="pt") as opened:
         state = {
@@ -171,10 +178,8 @@ def load_encoder(file: SingleFile, part: str, folder: Path, dtype: torch.dtype) 
         state.pop(useless, None)
     if part == "text_encoder":
         state["text_projection.weight"] = torch.eye(config.hidden_size)
-    if part == "text_encoder_3":
+    if part == "text_encoder_3" and "shared.weight" in state:
         state.setdefault("encoder.embed_tokens.weight", state["shared.weight"])
-    with torch.device("meta"):
-        empty: dict[str, Tensor] = kind(config).state_dict()
     wrong = sorted(
         name
         for name in empty.keys() | state.keys()

@@ -22,7 +22,7 @@ def check(name: str) -> None:
     """
     try:
         kind = AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers has many kinds of them
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--validation_clip_model: {name} cannot be read ({reason})") from error
     if kind != "clip":
