@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,57 @@ def test_what_is_no_clip_is_refused(tmp_path: Path, tiny_clip: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="visual_projection"):
         rewards.load(f"clip[model={tmp_path}]")
+
+
+def _noise(state: dict[str, Tensor]) -> None:
+    name = next(name for name in sorted(state) if state[name].dim() > 1)
+    state[name] = torch.full_like(state[name], torch.nan)
+
+
+def _fewer(state: dict[str, Tensor]) -> None:
+    del state[max(state)]
+
+
+@pytest.mark.parametrize("change", [_noise, _fewer])
+@pytest.mark.parametrize(
+    "name", ["clip", "pickscore", "clip_iqa", "hpsv2", "aesthetic", "aesthetic_v1", "imagereward"]
+)
+def test_no_scorer_works_with_half_of_its_weights(
+    name: str,
+    change: Callable[[dict[str, Tensor]], None],
+    tiny_clip: Path,
+    official: tuple[Path, Any, Any, Any],
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    file, write = folder / "model.safetensors", partial(save_file, metadata={"format": "pt"})
+    tensors, text = load_file(file), f"{name}[model={folder}]"
+    if name.startswith("aesthetic"):  # a folder with a CLIP's picture half and a head
+        vision: Any = CLIPVisionModelWithProjection.from_pretrained(tiny_clip)
+        (folder / "config.json").write_text(json.dumps(vision.config.to_dict()))
+        head = {f"predictor.{key}": value for key, value in linear_head(48, [1]).items()}
+        tensors, text = {**vision.state_dict(), **head}, f"{name}[head={folder}]"
+    elif name == "imagereward":
+        file, write = tmp_path / "ImageReward.pt", torch.save
+        tensors = torch.load(official[0], weights_only=True)
+        text = f"imagereward[model={file},tokenizer={tiny_clip}]"
+    write(tensors, file)
+    rewards.load(text)
+    change(tensors)
+    write(tensors, file)
+    says = r"^--reward: .*(has no|not finite|other weights|no weights)"
+    with pytest.raises(UserError, match=says):
+        rewards.load(text)
+
+
+@pytest.mark.parametrize("name", ["clip", "hpsv2"])
+def test_no_scorer_reads_prompts_without_its_words(
+    name: str, tiny_clip: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=f"--reward: {folder} is incomplete: a tokenizer needs"):
+        rewards.load(f"{name}[model={folder}]")
 
 
 # -- aesthetic --------------------------------------------------------------------------------

@@ -432,6 +432,55 @@ def test_a_configuration_that_does_not_fit_is_refused(
         sd3.open_model(args_of(file, tmp_path / "none"))
 
 
+VAE, CLIP_L = "first_stage_model.", "text_encoders.clip_l.transformer."
+
+
+@pytest.mark.parametrize(
+    ("prefix", "says"),
+    [
+        ("model.diffusion_model.", "transformer of .* is damaged: .* not finite"),
+        (VAE, "vae of .* is damaged: .* not finite"),
+        (CLIP_L, "text_encoder of .* is damaged: .* not finite"),
+        ("text_encoders.t5xxl.transformer.", "text_encoder_3 of .* is damaged: .* not finite"),
+    ],
+)
+def test_a_single_file_with_numbers_that_are_none_is_refused(
+    prefix: str, says: str, folder: Path, file: Path, tmp_path: Path
+) -> None:
+    state = load_file(file)
+    name = next(name for name in state if name.startswith(prefix) and state[name].dim() > 1)
+    state[name].view(-1)[0] = torch.nan
+    save_file(state, tmp_path / "broken.safetensors")
+    args = args_of(tmp_path / "broken.safetensors", folder)
+    with pytest.raises(UserError, match=says):
+        sd3.load_pipeline(sd3.open_model(args), args, torch.float32, CPU)
+
+
+def test_the_autoencoder_of_a_single_file_is_whole_or_refused(
+    folder: Path, file: Path, tmp_path: Path
+) -> None:
+    state = load_file(file)
+    del state[f"{VAE}decoder.conv_in.bias"]
+    save_file(state, tmp_path / "broken.safetensors")
+    assert "1 tensors differ, such as decoder.conv_in.bias" in refusal(
+        tmp_path / "broken.safetensors", folder
+    )
+
+
+def test_old_merges_that_leave_text_model_out_are_read(
+    source: Any, folder: Path, file: Path, tmp_path: Path
+) -> None:
+    state = {
+        name.replace("clip_l.transformer.text_model.", "clip_l.transformer."): value
+        for name, value in load_file(file).items()
+    }
+    assert f"{CLIP_L}embeddings.position_embedding.weight" in state
+    save_file(state, tmp_path / "old.safetensors")
+    args = args_of(tmp_path / "old.safetensors", folder)
+    texts = sd3.load_text_pipeline(sd3.open_model(args), args, torch.float32)
+    assert equal(source.text_encoder, texts.text_encoder)
+
+
 def test_a_configuration_without_a_file_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="--single_file_config"):
         args_of(folder, folder)

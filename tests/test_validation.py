@@ -68,6 +68,11 @@ def micro_sd3(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
     )
     vae.save_pretrained(folder / "vae")
+    narrow = {"hidden_size": 8, "projection_dim": 8}  # what the transformer reads
+    texts = {"text_encoder": narrow, "text_encoder_2": narrow, "text_encoder_3": {"d_model": 16}}
+    for part, sizes in texts.items():
+        path = folder / part / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
     return folder
 
 

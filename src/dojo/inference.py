@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dojo import lora, sd3
+from dojo import loaded, lora, sd3
 from dojo.cli import UserError
 
 
@@ -38,21 +37,9 @@ def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None 
         raise UserError(f"{flag}: {name} has no model_index.json{hint}")
     if not folder.is_dir() and not _may_be_on_hub(name):
         raise UserError(f"{flag}: there is no folder {name}")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, **_absent_parts(folder))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{flag}: {name} could not be loaded ({reason})") from error
+    pipeline = loaded.pipeline(name, flag=flag, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _absent_parts(folder: Path) -> dict[str, None]:
-    """Parts that a folder says it does not have (T5), as diffusers wants to be told again."""
-    index = folder / "model_index.json"
-    listed = json.loads(index.read_text()) if index.is_file() else {}
-    names = ("text_encoder_3", "tokenizer_3")
-    return {name: None for name in names if listed.get(name, [""])[0] is None}
 
 
 def _may_be_on_hub(name: str) -> bool:

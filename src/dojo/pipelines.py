@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from dojo import classic, loaded
 from dojo.cli import UserError
 
 FLAG = "--pretrained_model_name_or_path"
@@ -56,6 +57,11 @@ class PipelineConfig:
     scheduler: dict[str, Any]
 
     @property
+    def flag(self) -> str:
+        """What the user named the folder with."""
+        return FLAG
+
+    @property
     def pixels_per_latent(self) -> int:
         """8 for every known autoencoder of Stable Diffusion."""
         channels = self.vae["block_out_channels"]
@@ -65,8 +71,10 @@ class PipelineConfig:
     @property
     def clip_tokens(self) -> int:
         """Length that the CLIP tokenizers pad to (77 for the real models)."""
-        path = self.folder / "tokenizer" / "tokenizer_config.json"
-        return int(json.loads(path.read_text())["model_max_length"])
+        folder, file = self.folder / "tokenizer", "tokenizer_config.json"
+        settings = loaded.read_json(folder / file, f"{self.flag}: {folder}")
+        (length,) = whole_numbers(settings, f"{self.flag}: {folder}/{file}", "model_max_length")
+        return length
 
     @property
     def pixel_step(self) -> int:
@@ -134,10 +142,7 @@ def check_kind(folder: Path, flag: str, prefix: str, name: str) -> None:
     Raises:
         UserError: naming the class that it is.
     """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{flag}: {folder} has no model_index.json")
-    kind = json.loads(index.read_text()).get("_class_name", "")
+    kind = loaded.read_index(folder, flag)["_class_name"]
     if not kind.startswith(prefix):
         raise UserError(f"{flag}: {folder} holds a {kind}, no {name}")
 
@@ -148,12 +153,41 @@ def read_config(folder: Path, flag: str, part: str, file: str = "config.json") -
     Raises:
         UserError: it is missing or broken.
     """
-    try:
-        return json.loads((folder / part / file).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{flag}: {folder} is not complete: {part}/{file} is missing or broken"
-        ) from error
+    return loaded.read_json(folder / part / file, loaded.subject(folder, part, flag))
+
+
+def whole_numbers(config: Mapping[str, Any], where: str, *names: str) -> list[int]:
+    """Numbers of a configuration that must be there and positive.
+
+    Raises:
+        UserError: one is not; `where` begins the sentence.
+    """
+    for name in names:
+        value = config.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            found = "has no" if value is None else f"says {value!r} for"
+            raise UserError(f"{where} {found} {name}, which must be a whole number above 0")
+    return [config[name] for name in names]
+
+
+def check_tokens(config: PipelineConfig, flag: str, encoders: Mapping[str, Any]) -> None:
+    """Refuses CLIPs whose tokenizers are not there, or pad to more places than they have.
+
+    Args:
+        encoders: the configurations of the CLIPs, by their folders' names.
+    Raises:
+        UserError: naming what is missing, or both numbers.
+    """
+    for part, settings in encoders.items():
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        where = loaded.subject(config.folder, tokenizer, flag)
+        loaded.check_vocabulary_files(config.folder / tokenizer, where)
+        places = settings.get("max_position_embeddings", 77)
+        if config.clip_tokens > places:
+            raise UserError(
+                f"{flag}: {config.folder}: the tokenizer pads to {config.clip_tokens} tokens "
+                f"(model_max_length), {part} has {places} places for them"
+            )
 
 
 def check_channels(folder: Path, vae: Mapping[str, Any], channels: int, network: str) -> None:
@@ -162,7 +196,11 @@ def check_channels(folder: Path, vae: Mapping[str, Any], channels: int, network:
     Raises:
         UserError: naming both numbers.
     """
-    if vae["latent_channels"] != channels:
+    where = f"{folder}/vae/config.json"
+    widths = vae.get("block_out_channels")
+    if not isinstance(widths, list) or not widths:
+        raise UserError(f"{where} has no list of block_out_channels")
+    if whole_numbers(vae, where, "latent_channels") != [channels]:
         raise UserError(
             f"{folder}: the autoencoder has {vae['latent_channels']} channels, the "
             f"{network} expects {channels}"
@@ -177,7 +215,7 @@ def fingerprint(folder: Path, parts: Sequence[str]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        for path in sorted((folder / part).glob("*")):
+        for path in sorted(path for path in (folder / part).glob("*") if path.is_file()):
             size = path.stat().st_size
             digest.update(f"{part}/{path.name}:{size}".encode())
             with path.open("rb") as file:
@@ -211,7 +249,7 @@ def copy_parts(
             there is no such model.
         elsewhere: parts whose weights are to be loaded although `base` has them.
     """
-    index = json.loads((base / "model_index.json").read_text())
+    index = loaded.read_index(base, FLAG)
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
         source, target = base / part, folder / part
@@ -224,14 +262,15 @@ def copy_parts(
         elif index.get(part, [None])[0] is None:
             continue
         elif not _copy_weights(source, target, variant):
-            loaded = load(part)
-            if loaded is not None:
-                loaded.save_pretrained(target)
+            made = load(part)
+            if made is not None:
+                made.save_pretrained(target)
         if target.is_dir() and not part.startswith((*_WITHOUT_WEIGHTS, *_OF_DIFFUSERS)):
             path = target / "config.json"
             settings = json.loads(path.read_text())
             settings.pop("torch_dtype", None)
             path.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
+            classic.rewrite(target)
         if not target.is_dir():
             index[part] = [None, None]
     write_index(folder, index)

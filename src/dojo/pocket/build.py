@@ -25,7 +25,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from dojo import cli, flow, rng
+from dojo import classic, cli, flow, loaded, rng
 from dojo.pocket import build_sd15, models, scenes, score, text, verifier
 from dojo.pocket.fitting import (
     SEED,
@@ -253,12 +253,13 @@ def save_half(model: Any, folder: Path) -> None:
     for path in written:
         config = {**json.loads(path.read_text()), "dtype": "float32"}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        classic.rewrite(path.parent)
 
 
 def retrieval(folder: Path, device: str) -> float:
     """Share of fresh pictures whose caption pocket-clip picks among 32 (different ones)."""
-    clip = CLIPModel.from_pretrained(folder).to(device)  # pyright: ignore
-    processor = CLIPProcessor.from_pretrained(folder)
+    clip = loaded.network(CLIPModel, folder, flag="--models_dir").to(device)
+    processor = loaded.tokenizer(CLIPProcessor, folder, flag="--models_dir", encoder=clip)
     draw = random.Random(SEED + 3)
     hits = 0
     for _ in range(16):
@@ -279,7 +280,7 @@ def scored(
     args: Args, folder: Path, t5_lengths: Sequence[int | None]
 ) -> dict[str, dict[str, float]]:
     """The scores of a saved pipeline, as a user would load it, by setting."""
-    pipeline = DiffusionPipeline.from_pretrained(folder).to(args.device)
+    pipeline = loaded.pipeline(folder, flag="--models_dir").to(args.device)
     captions = scenes.evaluation_captions(args.report_captions, seed=0)
     columns: dict[str, dict[str, float]] = {}
     for guidance in (4.0, 1.0):
@@ -301,7 +302,7 @@ def scored(
 
 def reconstruction(args: Args, folder: Path) -> dict[str, float]:
     """The mean PSNR of a saved autoencoder in dB, by kind of picture."""
-    vae: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    vae = loaded.network(AutoencoderKL, folder, "vae", flag="--models_dir")
     vae.to(args.device)
     draw = random.Random(SEED + 4)
     fresh = np.stack([scenes.draw(scenes.sample(draw)[1]) for _ in range(500)])
@@ -413,7 +414,7 @@ def main(args: Args) -> None:
         vae = train_vae(args)
         save_half(train_sd3(args, vae), sd3_folder)
     if "clip" in args.models:
-        clip_vae: Any = AutoencoderKL.from_pretrained(sd3_folder, subfolder="vae")
+        clip_vae = loaded.network(AutoencoderKL, sd3_folder, "vae", flag="--models_dir")
         save_half(train_clip(args, clip_vae.to(args.device)), args.models_dir / "pocket-clip")
     if "sd15" in args.models:
         vae4 = build_sd15.train_vae4(args, sd3_folder)
@@ -427,4 +428,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(cli.parse(Args, __doc__))
+    cli.run(main, Args, __doc__)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
-from dojo import ddpm, rng, tensors
+from dojo import ddpm, loaded, rng, tensors
 from dojo.pocket import models, scenes
 from dojo.pocket.fitting import (
     SEED,
@@ -37,7 +37,7 @@ MIN_SNR = 5.0  # Hang et al. 2023, arXiv:2303.09556
 def train_vae4(args: Args, folder: Path) -> Any:
     """The 4-channel autoencoder, from the 16-channel one of pocket-sd3 in `folder`."""
     torch.manual_seed(SEED + 5)
-    teacher: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    teacher = loaded.network(AutoencoderKL, folder, "vae", flag="--models_dir")
     teacher.requires_grad_(False).to(args.device).eval()
     vae: Any = models.sd15_vae()
     inherit(vae, teacher)
@@ -152,7 +152,9 @@ def train_sd15(args: Args, vae: Any, folder: Path) -> StableDiffusionPipeline:
     torch.manual_seed(SEED + 7)
     pipeline: Any = models.sd15_pipeline()
     pipeline.register_modules(vae=vae)
-    before = CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder")
+    before = loaded.network(
+        CLIPTextModelWithProjection, folder, "text_encoder", flag="--models_dir"
+    )
     weights = {k: v for k, v in before.state_dict().items() if not k.startswith("text_projection")}
     own = pipeline.text_encoder.state_dict()
     if set(own) != set(weights):  # transformers nests the same tower differently

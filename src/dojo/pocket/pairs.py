@@ -17,10 +17,9 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
 from PIL import Image
 
-from dojo import cli
+from dojo import cli, loaded
 from dojo.pocket import scenes, score, verifier
 
 SEEDS = {"train": 21, "held_out": 22, "scenes": 23}  # of captions and scenes; others draw elsewhere
@@ -91,7 +90,9 @@ def main(args: Args) -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path).to(device)
+    pipeline = loaded.pipeline(
+        args.pretrained_model_name_or_path, flag="--pretrained_model_name_or_path"
+    ).to(device)
     repeated = [caption for caption in train for _ in range(args.num_images)]
     drawn = score.generate(
         pipeline,

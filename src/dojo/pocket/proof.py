@@ -18,10 +18,10 @@ from typing import Any
 import diffusers
 import numpy as np
 import transformers
-from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel
 from PIL import Image
 
-from dojo import cli, lora, pictures
+from dojo import cli, loaded, lora, pictures
 from dojo.cli import UserError
 from dojo.pocket import build, judge, scenes, score, style, verifier
 
@@ -89,9 +89,12 @@ class Model:
 
     def load(self) -> Any:
         """The pipeline, ready to draw."""
-        pipeline: Any = DiffusionPipeline.from_pretrained(self.pipeline)
+        flag = "--output_dir"
+        pipeline = loaded.pipeline(self.pipeline, flag=flag)
         if self.transformer is not None:
-            pipeline.transformer = SD3Transformer2DModel.from_pretrained(self.transformer)
+            pipeline.transformer = loaded.network(
+                SD3Transformer2DModel, self.transformer, flag=flag
+            )
         if self.adapter is not None:
             lora.load(pipeline, self.adapter, "trained")
         return pipeline

@@ -21,13 +21,12 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DiffusionPipeline
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from dojo import cli, lora, pictures
+from dojo import cli, loaded, lora, pictures
 from dojo.cli import UserError
 from dojo.pocket import judge, scenes, score, verifier
 from dojo.statistics import Comparison, Estimate, compare
@@ -98,9 +97,9 @@ class Studio:
     @cached_property
     def clip(self) -> tuple[Any, Any]:
         """The network and its preprocessing."""
-        return CLIPModel.from_pretrained(self.args.clip), CLIPProcessor.from_pretrained(
-            self.args.clip
-        )
+        name = self.args.clip
+        model = loaded.network(CLIPModel, name, flag="--clip")
+        return model, loaded.tokenizer(CLIPProcessor, name, flag="--clip", encoder=model)
 
     def draw(self, adapter: Path | None) -> Drawn:
         """Pictures of the base, or of the base with an adapter, from the same seeds."""
@@ -111,7 +110,9 @@ class Studio:
         name = hashlib.blake2b(key + weights, digest_size=8).hexdigest()
         path = args.output_dir / "drawn" / f"{name}.npy"
         if not path.is_file():
-            pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
+            pipeline = loaded.pipeline(
+                args.pretrained_model_name_or_path, flag="--pretrained_model_name_or_path"
+            )
             if adapter is not None:
                 lora.load(pipeline, adapter, "tuned")
             images = score.generate(

@@ -16,11 +16,10 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
-from dojo import cli, lora
+from dojo import cli, loaded, lora
 from dojo.pocket import scenes, verifier
 
 
@@ -105,7 +104,9 @@ def main(args: Args) -> None:
     )
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    pipeline = loaded.pipeline(
+        args.pretrained_model_name_or_path, flag="--pretrained_model_name_or_path"
+    )
     has_t5 = "text_encoder_3" in pipeline.components
     tokens = args.max_sequence_length if has_t5 else None
     columns = {"base": None, "LoRA": args.lora_weights_path}

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from dojo import loaded
 from dojo.cli import UserError
 from dojo.rewards import preprocess, weights
 from dojo.rewards.clip import CLIP_L, Backbone, backbone
@@ -34,7 +35,10 @@ class _Vision(Backbone):
     """The picture half of a CLIP."""
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], place: Place) -> None:
-        network: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+        try:
+            network: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+        except Exception as error:  # whatever the classes say to what they cannot have
+            raise weights.missing("the predictor's config.json", error) from error
         # Old files hold the position ids, which are no weights.
         tensors = {k: v for k, v in tensors.items() if not k.endswith("position_ids")}
         weights.fill(network, tensors, "the predictor's CLIP")
@@ -52,6 +56,7 @@ def make_head(tensors: dict[str, Tensor]) -> nn.Sequential:
     The linear layers' numbers tell what stands between them: with dropout alone the second one has
     number 2 and the whole is one linear map, with a ReLU as well it has number 3.
     """
+    loaded.check_finite(tensors, "--reward: the aesthetic head")
     tensors = {name.removeprefix("predictor."): t.double() for name, t in tensors.items()}
     layers = [name.removesuffix("weight") for name in tensors if name.endswith("weight")]
     try:

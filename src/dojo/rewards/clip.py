@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from dojo.cli import UserError
+from dojo import loaded
 from dojo.rewards import preprocess, weights
 from dojo.rewards.scorer import Metadata, Place, Scorer
 
@@ -85,14 +85,10 @@ class HubClip(Backbone):
 
     def __init__(self, model: str, place: Place) -> None:
         where = weights.locate(model)
-        try:
-            network, report = _load(where)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError) as error:
-            raise weights.missing(model, error) from error
-        if report["missing_keys"]:  # transformers would fill them with noise
-            absent = ", ".join(sorted(report["missing_keys"])[:3])
-            raise UserError(f"--reward: {model} is no CLIP: it has no {absent}")
+        network = loaded.network(CLIPModel, where, flag="--reward", dtype=torch.float32)
+        self.tokenizer: Any = loaded.tokenizer(
+            AutoTokenizer, where, flag="--reward", encoder=network
+        )
         self.size = int(network.config.vision_config.image_size)
         self.width = int(network.config.projection_dim)
         self.scale = float(network.logit_scale.detach().exp())
@@ -109,12 +105,6 @@ class HubClip(Backbone):
             prompt, truncation=True, max_length=self.tokens, return_tensors="pt"
         ).to(self.place.device)
         return self.network.get_text_features(input_ids=inputs.input_ids).pooler_output
-
-
-def _load(where: str) -> tuple[Any, dict[str, Any]]:
-    """The network, and what was missing in its file."""
-    loaded: Any = CLIPModel.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
-    return loaded
 
 
 def backbone(model: str, place: Place) -> HubClip:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
+from dojo import loaded
 from dojo.cli import UserError
 from dojo.rewards import preprocess, weights
 from dojo.rewards.scorer import Metadata, Place, Scorer
@@ -108,13 +109,12 @@ class ImageReward(Scorer):
         tensors = renamed(weights.read(weights.file(model)))
         try:
             network = _Network({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        except (KeyError, ValueError) as error:
+        except Exception as error:  # whatever the classes say to sizes that they cannot have
             raise UserError(f"--reward: {model} is no ImageReward ({error})") from error
         weights.fill(network, tensors, model)
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(weights.locate(tokenizer))
-        except (OSError, ValueError) as error:
-            raise weights.missing(tokenizer, error) from error
+        self.tokenizer: Any = loaded.tokenizer(
+            AutoTokenizer, weights.locate(tokenizer), flag="--reward", encoder=network.text
+        )
         self.network = network.requires_grad_(False).eval().to(place.device, place.dtype)
         self.network.head.float()
 

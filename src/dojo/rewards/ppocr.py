@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForTextRecognition,
 )
 
+from dojo import loaded
 from dojo.cli import UserError
 from dojo.rewards import weights
 from dojo.rewards.scorer import Place
@@ -95,19 +96,16 @@ class _Network:
             if not re.fullmatch(rf"pp_ocrv\d+_\w+_{kind}", config.model_type):
                 raise ValueError(f"it is a {config.model_type}, not a {kind} of PP-OCR")
             self.processor: Any = AutoImageProcessor.from_pretrained(where, trust_remote_code=False)
-            network, report = _KINDS[kind].from_pretrained(
-                where,
-                config=config,
-                dtype=place.dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
         except Exception as error:  # the libraries have many kinds of them
             raise weights.missing(model, error) from error
-        if report["missing_keys"]:  # transformers would fill them with noise
-            absent = ", ".join(sorted(report["missing_keys"])[:3])
-            raise UserError(f"--reward: {model} is incomplete: it has no {absent}")
+        network = loaded.network(
+            *(_KINDS[kind], where),
+            flag="--reward",
+            config=config,
+            dtype=place.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
         self.network: Any = network.requires_grad_(False).eval().to(place.device)
         self.place = place
 

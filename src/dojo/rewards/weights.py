@@ -6,7 +6,6 @@ by "owner/name/file". What `python -m dojo.download` has put into models/ is tak
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dojo import loaded
 from dojo.cli import UserError
 
 MODELS = Path("models")
@@ -89,10 +89,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and the tensors of a folder in the layout of transformers."""
-    try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise missing(str(path), error) from error
+    config = loaded.read_json(path / "config.json", f"--reward: {path}")
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return config, read(path / name)
@@ -100,11 +97,12 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def fill(module: torch.nn.Module, tensors: dict[str, Tensor], name: str) -> None:
-    """Puts tensors into a network; every weight must be there, and nothing over.
+    """Puts tensors into a network; every weight must be there, finite, and nothing over.
 
     Raises:
         UserError: naming what does not fit.
     """
+    loaded.check_finite(tensors, f"--reward: {name}")
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,13 +107,26 @@ def open_model(args: ModelArgs) -> Config:
         scheduler=pipelines.read_config(folder, FLAG, "scheduler", "scheduler_config.json"),
         text_encoder=pipelines.read_config(folder, FLAG, "text_encoder"),
     )
-    pipelines.check_channels(folder, config.vae, config.unet["in_channels"], "UNet")
-    _check_unet(folder, config.unet)
+    _check_unet(folder, config)
     _check_scheduler(folder, config)
     return config
 
 
-def _check_unet(folder: Path, unet: Mapping[str, Any]) -> None:
+def _check_unet(folder: Path, config: Config) -> None:
+    unet, where = config.unet, f"{FLAG}: {folder}/{UNET}/config.json"
+    channels, width, _ = pipelines.whole_numbers(
+        unet, where, "in_channels", "cross_attention_dim", "sample_size"
+    )
+    if not isinstance(unet.get("block_out_channels"), list):
+        raise UserError(f"{where} has no list of block_out_channels")
+    pipelines.check_channels(folder, config.vae, channels, "UNet")
+    text = config.text_encoder.get("hidden_size", 512)
+    if text != width:
+        raise UserError(
+            f"{FLAG}: {folder} does not fit together: the text encoder gives {text} numbers per "
+            f"token, the UNet reads {width} (cross_attention_dim)"
+        )
+    pipelines.check_tokens(config, FLAG, {"text_encoder": config.text_encoder})
     for name, what in _FOREIGN.items():
         if unet.get(name) is not None:
             raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from dojo import pipelines
+from dojo import loaded, pipelines
 from dojo.sd15.config import Config, ModelArgs
 
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
@@ -29,8 +29,13 @@ def copy_parts(config: Config, args: ModelArgs, folder: Path, parts: Sequence[st
     def load(part: str) -> Any:
         if not (config.folder / part).is_dir():
             return None  # listed, but never downloaded
-        pipeline: Any = StableDiffusionPipeline.from_pretrained(
-            config.folder, dtype=torch.float32, variant=args.variant, unet=None
+        pipeline = loaded.pipeline(
+            config.folder,
+            flag=config.flag,
+            kind=StableDiffusionPipeline,
+            dtype=torch.float32,
+            variant=args.variant,
+            unet=None,
         )
         return getattr(pipeline, part)
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-from dojo import cost, pipelines
+from dojo import cost, loaded, pipelines
 from dojo.pipelines import UNET
 from dojo.sd15.config import Config, ModelArgs
 
@@ -18,8 +18,12 @@ def load_unet(
     config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
 ) -> UNet2DConditionModel:
     """The frozen UNet in `dtype`."""
-    unet: Any = UNet2DConditionModel.from_pretrained(
-        config.folder, subfolder=UNET, dtype=dtype, variant=args.variant
+    unet = loaded.network(
+        UNet2DConditionModel,
+        *(config.folder, UNET),
+        flag=config.flag,
+        dtype=dtype,
+        variant=args.variant,
     )
     unet.requires_grad_(False)
     if args.gradient_checkpointing:
@@ -35,9 +39,10 @@ def load_vae(
     Args:
         checkpointing: recompute the decoder's activations when a gradient goes back through it.
     """
-    vae: Any = AutoencoderKL.from_pretrained(
-        *(config.folder,),
-        subfolder="vae",
+    vae = loaded.network(
+        AutoencoderKL,
+        *(config.folder, "vae"),
+        flag=config.flag,
         dtype=pipelines.DTYPES[args.vae_dtype],
         variant=args.variant,
     )

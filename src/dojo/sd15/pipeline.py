@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import StableDiffusionPipeline
 
+from dojo import loaded
 from dojo.sd15.config import Config, ModelArgs
 
 
@@ -14,8 +13,10 @@ def load_pipeline(
     config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
 ) -> StableDiffusionPipeline:
     """The model as it was, every part in `dtype`, with its own scheduler and no safety checker."""
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(
-        *(config.folder,),
+    pipeline = loaded.pipeline(
+        config.folder,
+        flag=config.flag,
+        kind=StableDiffusionPipeline,
         dtype=dtype,
         variant=args.variant,
         safety_checker=None,

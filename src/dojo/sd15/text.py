@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dojo import loaded
 from dojo.pipelines import Embeds
 from dojo.sd15.config import Config, ModelArgs
 
@@ -40,8 +41,14 @@ def load_text_encoder(
     config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
 ) -> TextEncoder:
     """The frozen encoder of a model."""
-    encoder: Any = CLIPTextModel.from_pretrained(
-        config.folder, subfolder="text_encoder", dtype=dtype, variant=args.variant
+    encoder = loaded.network(
+        CLIPTextModel,
+        *(config.folder, "text_encoder"),
+        flag=config.flag,
+        dtype=dtype,
+        variant=args.variant,
     )
-    tokenizer = CLIPTokenizer.from_pretrained(config.folder, subfolder="tokenizer")
+    tokenizer = loaded.tokenizer(
+        CLIPTokenizer, config.folder, "tokenizer", flag=config.flag, encoder=encoder
+    )
     return TextEncoder(tokenizer, encoder.requires_grad_(False).eval().to(device), device)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dojo import flow, pipelines
+from dojo import flow, loaded, pipelines
 from dojo.cli import UserError
 from dojo.pipelines import FLAG, PipelineArgs, PipelineConfig
 from dojo.sd3 import single_file
@@ -21,6 +21,11 @@ from dojo.sd3.single_file import SingleFile
 
 TEXT_FOLDERS = tuple(
     f"{part}{i}" for part in ("tokenizer", "text_encoder") for i in ("", "_2", "_3")
+)
+# What is read of the transformer's configuration here.
+_NEEDED = (
+    *("in_channels", "patch_size", "sample_size", "pos_embed_max_size"),
+    *("joint_attention_dim", "pooled_projection_dim"),
 )
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -104,6 +109,11 @@ class Config(PipelineConfig):
     transformer: dict[str, Any]
     checkpoint: SingleFile | None = None
     """the single file that some parts come from, instead of `folder`"""
+
+    @property
+    def flag(self) -> str:
+        """What the user named the folder with."""
+        return FLAG if self.checkpoint is None else "--single_file_config"
 
     def text_numbers(self, max_sequence_length: int) -> int:
         """Numbers in the embeddings of one caption."""
@@ -199,7 +209,7 @@ def open_model(args: ModelArgs) -> Config:
     config = replace(
         _read_folder(pipelines.find_folder(name, flag, args, passed), flag), checkpoint=checkpoint
     )
-    checkpoint.check(config.transformer)
+    checkpoint.check(config.transformer, config.vae)
     return config
 
 
@@ -211,6 +221,38 @@ def _read_folder(folder: Path, flag: str) -> Config:
         vae=pipelines.read_config(folder, flag, "vae"),
         scheduler=pipelines.read_config(folder, flag, "scheduler", "scheduler_config.json"),
     )
-    channels = config.transformer["in_channels"]
+    where = f"{flag}: {folder}/transformer/config.json"
+    channels, *_ = pipelines.whole_numbers(config.transformer, where, *_NEEDED)
     pipelines.check_channels(folder, config.vae, channels, "transformer")
+    for name in ("scaling_factor", "shift_factor"):
+        if not isinstance(config.vae.get(name), float | int):
+            raise UserError(f"{flag}: {folder}/vae/config.json has no number for {name}")
+    _check_texts(config, flag)
     return config
+
+
+def _check_texts(config: Config, flag: str) -> None:
+    """Refuses text encoders of other widths than the transformer reads."""
+    clips = {part: pipelines.read_config(config.folder, flag, part) for part in TEXT_ENCODERS[:2]}
+    pipelines.check_tokens(config, flag, clips)
+    has_t5 = (config.folder / TEXT_ENCODERS[2] / "config.json").is_file()
+    if has_t5:
+        where = loaded.subject(config.folder, "tokenizer_3", flag)
+        loaded.check_vocabulary_files(config.folder / "tokenizer_3", where)
+    sizes = config.transformer
+    pooled = sum(settings.get("projection_dim", 512) for settings in clips.values())
+    rows = sum(settings.get("hidden_size", 512) for settings in clips.values())
+    wrong = None
+    if pooled != sizes["pooled_projection_dim"]:
+        wrong = f"{pooled} pooled numbers from the CLIPs", "pooled_projection_dim"
+    if rows > sizes["joint_attention_dim"]:
+        wrong = f"{rows} numbers per token from the CLIPs", "joint_attention_dim"
+    if has_t5:
+        t5 = pipelines.read_config(config.folder, flag, TEXT_ENCODERS[2])
+        if t5.get("d_model", 512) != sizes["joint_attention_dim"]:
+            wrong = f"{t5.get('d_model', 512)} numbers per token from T5", "joint_attention_dim"
+    if wrong is not None:
+        raise UserError(
+            f"{flag}: {config.folder} does not fit together: {wrong[0]}, where the transformer "
+            f"reads {sizes[wrong[1]]} ({wrong[1]})"
+        )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from dojo import cost, pipelines
+from dojo import cost, loaded, pipelines
 from dojo.cli import UserError
-from dojo.sd3.config import TEXT_ENCODERS, Config, ModelArgs
+from dojo.pipelines import FLAG
+from dojo.sd3.config import Config, ModelArgs
 from dojo.sd3.single_file import load_encoder
 
 
@@ -40,21 +41,33 @@ def load_vae(config: Config, args: ModelArgs, device: torch.device) -> Autoencod
 
 
 def load_part(kind: Any, part: str, config: Config, args: ModelArgs, dtype: torch.dtype) -> Any:
-    """A part in diffusers' own class, from the single file if it has it, else from the folder."""
+    """A part in diffusers' own class, from the single file if it has it, else from the folder.
+
+    Raises:
+        UserError: it is damaged, incomplete, or other than its configuration.
+    """
     if config.checkpoint is not None and part in config.checkpoint:
+        where = f"{FLAG}: {part} of {config.checkpoint.path}"
         level = diffusers_logging.get_verbosity()
         diffusers_logging.set_verbosity_error()  # it warns of an empty list of float32 modules
         try:
-            return kind.from_single_file(
+            # Names and sizes were compared when the model was opened.
+            made = kind.from_single_file(
                 str(config.checkpoint.path),
                 config=str(config.folder),
                 subfolder=part,
                 local_files_only=True,
                 dtype=dtype,
             )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{where} cannot be read ({error})") from error
         finally:
             diffusers_logging.set_verbosity(level)
-    return kind.from_pretrained(config.folder, subfolder=part, dtype=dtype, variant=args.variant)
+        loaded.check_finite(made.state_dict(), where)
+        return made
+    return loaded.network(
+        kind, config.folder, part, flag=config.flag, dtype=dtype, variant=args.variant
+    )
 
 
 def load_text_pipeline(
@@ -68,34 +81,64 @@ def load_text_pipeline(
     Args:
         with_t5: False leaves the largest of the three unread.
     Raises:
-        UserError: a CLIP's weights are neither in the single file nor in the folder.
+        UserError: a CLIP's weights are neither in the single file nor in the folder, or a part is
+            damaged, incomplete, or does not fit another.
     """
-    index = json.loads((config.folder / "model_index.json").read_text())
+    index = loaded.read_index(config.folder, config.flag)
     parts: dict[str, Any] = {"transformer": None, "vae": None}
-    for part in TEXT_ENCODERS:
-        if part == "text_encoder_3" and not with_t5:
+    for part, kind in _KINDS.items():
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        if part == "text_encoder_3" and _lacks_t5(config, index):
             parts[part] = None
-        elif config.checkpoint is not None and part in config.checkpoint:
-            parts[part] = load_encoder(config.checkpoint, part, config.folder, dtype)
-        elif any((config.folder / part).glob("*.safetensors")):
-            continue  # from the folder
-        elif part != "text_encoder_3":
-            if config.checkpoint is not None:
-                raise UserError(
-                    f"--single_file_config: neither {config.checkpoint.path.name} nor "
-                    f"{config.folder / part} has the weights of CLIP"
-                )
-            continue  # diffusers says what is missing, or reads another format
-        elif config.checkpoint is not None or index.get(part, [None])[0] is None:
-            parts[part] = None
-            if not (config.folder / "tokenizer_3").is_dir():
-                parts["tokenizer_3"] = None
             if os.environ.get("RANK", "0") == "0":
                 print("this model has no T5: zeros take its place")
-    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
-        config.folder, dtype=dtype, variant=args.variant, **parts
-    )
-    return pipeline
+        elif part == "text_encoder_3" and not with_t5:
+            parts[part] = None
+        else:
+            parts[part] = _load_encoder(kind, part, config, args, dtype)
+        if parts[part] is None and not (config.folder / tokenizer).is_dir():
+            parts[tokenizer] = None
+        else:
+            parts[tokenizer] = loaded.tokenizer(
+                loaded.class_of(index, tokenizer, config.folder, config.flag),
+                *(config.folder, tokenizer),
+                flag=config.flag,
+                encoder=parts[part],
+            )
+    scheduler = config.make_scheduler(config.scheduler.get("shift", 1.0))
+    return StableDiffusion3Pipeline(**parts, scheduler=scheduler)
+
+
+_KINDS: dict[str, Any] = {
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}
+
+
+def _lacks_t5(config: Config, index: Mapping[str, Any]) -> bool:
+    """Whether a model says that it has no T5, or a single file comes without it."""
+    part = "text_encoder_3"
+    if config.checkpoint is not None and part in config.checkpoint:
+        return False
+    if any((config.folder / part).glob("*.safetensors")):
+        return False
+    return config.checkpoint is not None or index.get(part, [None])[0] is None
+
+
+def _load_encoder(kind: Any, part: str, config: Config, args: ModelArgs, dtype: torch.dtype) -> Any:
+    """One text encoder, from the single file if it has it, else from the folder."""
+    if config.checkpoint is not None:
+        if part in config.checkpoint:
+            return load_encoder(config.checkpoint, part, config.folder, dtype)
+        if not any((config.folder / part).glob("*.safetensors")):
+            raise UserError(
+                f"--single_file_config: neither {config.checkpoint.path.name} nor "
+                f"{config.folder / part} has the weights of CLIP"
+            )
+    return loaded.network(
+        kind, config.folder, part, flag=config.flag, dtype=dtype, variant=args.variant
+    ).eval()
 
 
 def velocity(

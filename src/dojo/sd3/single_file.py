@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from dojo import tensors
+from dojo import classic, loaded, tensors
 from dojo.cli import UserError
 from dojo.pipelines import FLAG
 from dojo.sd3 import keys
@@ -60,22 +60,35 @@ class SingleFile:
             return "stabilityai/stable-diffusion-3.5-medium"
         return "stabilityai/stable-diffusion-3.5-large" if large else None
 
-    def check(self, config: Mapping[str, Any]) -> None:
-        """Compares the transformer's names and sizes with those of a configuration.
+    def check(self, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+        """Compares names and sizes of transformer and autoencoder with their configurations.
 
         Raises:
             UserError: they differ.
         """
-        with torch.device("meta"):
-            model: Any = SD3Transformer2DModel.from_config(dict(config))
+        try:
+            with torch.device("meta"):
+                model: Any = SD3Transformer2DModel.from_config(dict(transformer))
+                coder: Any = AutoencoderKL.from_config(dict(vae))
+        except Exception as error:  # whatever a class says to sizes that it cannot have
+            raise UserError(f"--single_file_config: it makes no network ({error})") from error
         wanted = {
             name: list(make("meta").shape)
             for name, make in keys.transformer_to_original(model.state_dict()).items()
         }
+        self._compare(self.prefix, wanted)
+        if "vae" in self:
+            original = keys.vae_to_original(coder.state_dict())
+            self._compare(
+                keys.PREFIXES["vae"], {name: list(value.shape) for name, value in original.items()}
+            )
+
+    def _compare(self, prefix: str, wanted: Mapping[str, list[int]]) -> None:
+        """Compares the tensors whose names begin with `prefix` with those of a configuration."""
         there = {
-            name.removeprefix(self.prefix): entry["shape"]
+            name.removeprefix(prefix): entry["shape"]
             for name, entry in self.header.items()
-            if (name.startswith(self.prefix) if self.prefix else name in wanted)
+            if (name.startswith(prefix) if prefix else name in wanted)
         }
         wrong = sorted(
             name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)
@@ -144,7 +157,14 @@ def load_encoder(file: SingleFile, part: str, folder: Path, dtype: torch.dtype) 
         UserError: the file's tensors are not those of the configuration.
     """
     kind = T5EncoderModel if part == "text_encoder_3" else CLIPTextModelWithProjection
-    config: Any = kind.config_class.from_pretrained(folder, subfolder=part)  # pyright: ignore
+    try:
+        config: Any = kind.config_class.from_pretrained(folder, subfolder=part)  # pyright: ignore
+        with torch.device("meta"):
+            empty: dict[str, Tensor] = kind(config).state_dict()
+    except Exception as error:  # whatever the classes say to what they cannot have
+        raise UserError(
+            f"--single_file_config: {folder / part}/config.json makes no network ({error})"
+        ) from error
     prefix = keys.PREFIXES[part]
     with safe_open(file.path, framework="pt") as opened:
         state = {
@@ -152,14 +172,14 @@ def load_encoder(file: SingleFile, part: str, folder: Path, dtype: torch.dtype) 
             for name in file.header
             if name.startswith(prefix)
         }
+    if part != "text_encoder_3":
+        state = classic.rename(state)  # old merges leave text_model. out
     for useless in ("logit_scale", "text_model.embeddings.position_ids"):
         state.pop(useless, None)
     if part == "text_encoder":
         state["text_projection.weight"] = torch.eye(config.hidden_size)
-    if part == "text_encoder_3":
+    if part == "text_encoder_3" and "shared.weight" in state:
         state.setdefault("encoder.embed_tokens.weight", state["shared.weight"])
-    with torch.device("meta"):
-        empty: dict[str, Tensor] = kind(config).state_dict()
     wrong = sorted(
         name
         for name in empty.keys() | state.keys()
@@ -170,6 +190,7 @@ def load_encoder(file: SingleFile, part: str, folder: Path, dtype: torch.dtype) 
             f"--single_file_config: {part} of {file.path.name} is another model than this "
             f"configuration: {len(wrong)} tensors differ, such as {wrong[0]}"
         )
+    loaded.check_finite(state, f"{FLAG}: {part} of {file.path}")
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
 
 
@@ -237,4 +258,6 @@ def _original(part: str, state: Mapping[str, Tensor]) -> dict[str, tensors.Sourc
                 "CLIP-L's text projection is not the identity, which readers of single SD3 files "
                 "take it for: their pooled embeddings will differ from this model's"
             )
+    if part in ("text_encoder", "text_encoder_2"):
+        kept = classic.rename(kept)
     return {name: lambda device, tensor=tensor: tensor.to(device) for name, tensor in kept.items()}

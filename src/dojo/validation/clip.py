@@ -6,12 +6,11 @@ expects plain tensors where transformers 5 returns outputs, and cuts the end tok
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from PIL import Image
 from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
+from dojo import loaded
 from dojo.cli import UserError
 
 
@@ -23,7 +22,7 @@ def check(name: str) -> None:
     """
     try:
         kind = AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers has many kinds of them
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--validation_clip_model: {name} cannot be read ({reason})") from error
     if kind != "clip":
@@ -34,12 +33,9 @@ class ClipScore:
     """A CLIP in float32; it waits on the CPU and is on `device` only while it scores."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        try:
-            model: Any = CLIPModel.from_pretrained(name, dtype=torch.float32)
-            processor: Any = CLIPProcessor.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--validation_clip_model: {name} cannot be read ({reason})") from error
+        flag = "--validation_clip_model"
+        model = loaded.network(CLIPModel, name, flag=flag, dtype=torch.float32)
+        processor = loaded.tokenizer(CLIPProcessor, name, flag=flag, encoder=model)
         self.model = model.requires_grad_(False).eval()
         self.processor = processor
         self.max_length = int(model.config.text_config.max_position_embeddings)
