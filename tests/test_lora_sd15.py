@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dojo import lora, sd15
 from dojo.cli import UserError
-from dojo.lora import formats
+from dojo.lora import formats, reading
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0"
 
@@ -151,7 +151,7 @@ def test_the_other_programs_form_is_kohyas(
     # And through our own reader, to the bit.
     assert torch.equal(predict(fresh(tiny_sd15, path, lora_alpha=6.0)), expected)
     back = path.with_name("back.safetensors")
-    formats.write(back, formats.read(path)[0], "diffusers")
+    formats.write(back, reading.read(path)[0], "diffusers")
     torch.testing.assert_close(predict(plainly(tiny_sd15, back)), expected)
 
 
@@ -166,7 +166,7 @@ def test_every_name_of_a_unet_survives_kohyas_underscores(tiny_sd15: Path, tmp_p
     factors = formats.Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)
     path = tmp_path / "names.safetensors"
     formats.write(path, {"unet": dict.fromkeys(names, factors)}, "kohya")
-    lora_, left = formats.read(path)
+    lora_, left = reading.read(path)
     assert not left
     assert set(lora_["unet"]) == set(names)
 
