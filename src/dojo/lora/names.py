@@ -48,6 +48,7 @@ _PREFIXES = {
     "lycoris_": _NETWORK,
 }
 
+_BARE = ("text_model.", "encoder.layers.")  # beginnings that belong to the name
 # What wrappers put between a name's parts: peft's model, and a compiled module.
 _WRAPPERS = re.compile(r"base_model\.model\.|_orig_mod[._]")
 # How diffusers wrote an attention's layers once.
@@ -120,13 +121,9 @@ def resolve(layer: str) -> tuple[str, str] | None:
     A transformer's layer keeps the vocabulary it is written in, diffusers' or the original. None if
     there is no such layer in SD3 or SD1.
     """
-    for prefix, part in _PREFIXES.items():
-        if layer.startswith(prefix):
-            bare = prefix in ("text_model.", "encoder.layers.")
-            inside = layer if bare else layer.removeprefix(prefix)
-            break
-    else:
-        part, inside = _NETWORK, layer
+    prefix = next((start for start in _PREFIXES if layer.startswith(start)), "")
+    part = _PREFIXES.get(prefix, _NETWORK)
+    inside = layer if prefix in _BARE else layer.removeprefix(prefix)
     if part == "text_encoder_3":
         return None  # T5: neither diffusers nor the trainers here adapt it
     if part != _NETWORK:
