@@ -469,7 +469,7 @@ BAD: dict[str, tuple[Callable[[State], State], str]] = {
     "empty": (lambda _: {}, "there is no tensor in it"),
     "larger": (
         lambda s: {n: v.repeat(1, 2) if "lora_down" in n else v for n, v in s.items()},
-        r"to_q has another size in this model \(\[64, 64\], not \[64, 128\]\)",
+        r"to_k has another size in this model \(\[64, 64\], not \[64, 128\]\)",
     ),
     "mostly lost": (
         lambda s: {n.replace("blocks_0_att", "blocks_9_att"): v for n, v in s.items()},
