@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dojo import cli, inference, rewards, versus
+from dojo import cli, inference, rewards, sd3, versus
 from dojo.cli import UserError
 from dojo.pictures import labelled_grid
 from dojo.prompts import Prompt, read_file
@@ -49,8 +49,7 @@ class Args:
     negative_prompt: str | None = None
     """what the pictures should not show"""
     lora_weights_path: tuple[str, ...] = ()
-    """LoRA files, folders or hub ids, all active at once; those of SD3 also in kohya's or ComfyUI's
-    form"""
+    """LoRA files, folders or hub ids of any public trainer, all active at once"""
     lora_scale: tuple[float, ...] = (1.0,)
     """strength of each LoRA, or one for all"""
     compare: bool = False
@@ -197,17 +196,32 @@ def options_of(args: Args) -> dict[str, str]:
     return {name: str(value) for name, value in options.items() if value not in (None, ())}
 
 
+def check_skipping(pipeline: Any, args: Args) -> None:
+    """Refuses skip-layer guidance that would change nothing."""
+    reason = sd3.why_no_skipping(
+        args.skip_guidance_layers,
+        len(getattr(getattr(pipeline, "transformer", None), "transformer_blocks", ())),
+        guidance_scale=args.guidance_scale,
+        scale=args.skip_layer_guidance_scale,
+        num_steps=args.num_inference_steps,
+        start=args.skip_layer_guidance_start,
+        stop=args.skip_layer_guidance_stop,
+    )
+    if reason and hasattr(pipeline, "transformer"):
+        raise UserError(f"--skip_guidance_layers {reason}")
+
+
 def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image.Image]:
     """One picture per seed."""
+    if len(seeds) > 1 and inference.draws_noise(pipeline):  # each under its own seed
+        return [draw(pipeline, args, prompt, [seed])[0] for seed in seeds]
     options: dict[str, Any] = {"height": args.height, "width": args.width}
     optional = {
         "max_sequence_length": args.max_sequence_length,
         "negative_prompt": args.negative_prompt,
     }
     if args.skip_guidance_layers:
-        blocks = getattr(getattr(pipeline, "transformer", None), "transformer_blocks", ())
-        if blocks and max(args.skip_guidance_layers) >= len(blocks):
-            raise UserError(f"--skip_guidance_layers: the model has layers 0 to {len(blocks) - 1}")
+        check_skipping(pipeline, args)
         optional["skip_guidance_layers"] = list(args.skip_guidance_layers)
         for name in ("scale", "start", "stop"):
             option = f"skip_layer_guidance_{name}"
@@ -230,14 +244,15 @@ def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image
         if value is not None:
             options[name] = value
     try:
-        return pipeline(
-            **texts,
-            guidance_scale=args.guidance_scale,
-            num_inference_steps=args.num_inference_steps,
-            num_images_per_prompt=len(seeds) if "prompt" in texts else 1,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **options,
-        ).images
+        with inference.step_noise(pipeline, seeds):
+            return pipeline(
+                **texts,
+                guidance_scale=args.guidance_scale,
+                num_inference_steps=args.num_inference_steps,
+                num_images_per_prompt=len(seeds) if "prompt" in texts else 1,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                **options,
+            ).images
     except ValueError as error:  # a size or length that the model does not take
         raise UserError(str(error).strip().splitlines()[0]) from error
 

@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import demo
-from dojo import cli, lora, sd3
+from dojo import cli, inference, lora, sd3
 from dojo.cli import UserError
 
 
@@ -174,3 +177,64 @@ def test_skip_layer_guidance_reaches_the_pipeline(tiny_sd3: Path, tmp_path: Path
         demo.main(parse(*flags_for(tiny_sd3, tmp_path / name, *prompt, *more)))
         pictures.append(Image.open(tmp_path / name / "0000-a_star-seed1.png").tobytes())
     assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num_inference_steps", "5"), "no effect: with 5 steps none lies between"),
+        (("--num_inference_steps", "9", "--guidance_scale", "1"), "no effect without guidance"),
+        (("--num_inference_steps", "9", "--skip_layer_guidance_scale", "0"), "no effect"),
+        (("--num_inference_steps", "9", "--skip_guidance_layers", "-1"), "-1: the model's layers"),
+        (("--num_inference_steps", "9", "--skip_guidance_layers", "4"), "4: the model's layers"),
+    ],
+)
+def test_skip_layer_guidance_that_would_change_nothing_is_refused(
+    tiny_sd3: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    layers = () if "--skip_guidance_layers" in flags else ("--skip_guidance_layers", "1")
+    args = parse(*flags_for(tiny_sd3, tmp_path), "--prompt", "x", *layers, *flags)
+    pipeline = demo.load(args, str(tiny_sd3), torch.device("cpu"))
+    with pytest.raises(UserError, match="--skip_guidance_layers") as refused:
+        demo.draw(pipeline, args, "x", [0])
+    assert message in str(refused.value)
+
+
+def drawn(pipeline: Any, flags: list[str], seeds: list[int]) -> list[bytes]:
+    args = parse(*flags, "--prompt", "x")
+    return [picture.tobytes() for picture in demo.draw(pipeline, args, "x", seeds)]
+
+
+def test_the_seed_fixes_a_picture_whose_steps_add_noise(tiny_sd3: Path, tmp_path: Path) -> None:
+    flags = flags_for(tiny_sd3, tmp_path)
+    pipeline = demo.load(parse(*flags, "--prompt", "x"), str(tiny_sd3), torch.device("cpu"))
+    plain = drawn(pipeline, flags, [4])
+    pipeline.scheduler.register_to_config(stochastic_sampling=True)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = drawn(pipeline, flags, [4, 5])
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's noise has changed
+    torch.manual_seed(2)
+    assert drawn(pipeline, flags, [5]) + drawn(pipeline, flags, [4]) == first[::-1]
+    assert first[0] != plain[0]
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_lora_brings_its_shift_to_any_scheduler_of_a_flow(
+    tiny_sd3: Path, adapter: Path, name: str
+) -> None:
+    kind = getattr(diffusers, name)
+    own = kind(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
+        tiny_sd3,
+        scheduler=own,
+        **dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3")),
+    )
+    scheduler = inference.load_loras(pipeline, [str(adapter)], [1.0])
+    assert type(scheduler) is kind
+    assert scheduler.config.flow_shift == 7
+    assert pipeline.scheduler.config.flow_shift == 3
+    scheduler.set_timesteps(2)
+    expected = kind.from_config({**own.config, "flow_shift": 7.0})
+    expected.set_timesteps(2)
+    assert torch.equal(scheduler.sigmas, expected.sigmas)

@@ -346,7 +346,7 @@ def test_a_file_without_metadata_is_loaded_too(
 ALIEN = {
     "kohya": ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", (2, 192)),
     "comfy": ("diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight", (2, 192)),
-    "peft": ("base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight", (2, 192)),
+    "peft": ("base_model.model.layers.0.self_attn.q_proj.lora_A.weight", (2, 192)),
     "unet": ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", (2, 64)),
     "flux": ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", (2, 192)),
     "wider": ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", (2, 1536)),

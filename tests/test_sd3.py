@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -483,3 +484,34 @@ def test_the_scheduler_of_a_config_is_not_changed(config: sd3.Config) -> None:
     config.make_scheduler(7.0)
     assert config.scheduler["shift"] == 3.0
     assert replace(config, scheduler={}).shift(None, 64, 64) == 1.0
+
+
+FLOWS = {
+    "DPMSolverMultistepScheduler": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    "UniPCMultistepScheduler": {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_another_scheduler_of_the_flow_keeps_class_and_shift(
+    config: sd3.Config, tmp_path: Path, name: str
+) -> None:
+    kind = getattr(diffusers, name)
+    kind(**FLOWS[name], flow_shift=5.0).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    other = replace(config, scheduler=saved)
+    assert other.shift(None, 64, 64) == 5
+    assert other.shift("auto", 32, 32) == pytest.approx(config.shift("auto", 32, 32) * 5 / 3)
+    made = other.make_scheduler(7.0)
+    assert type(made) is kind
+    made.set_timesteps(4)
+    expected = kind(**FLOWS[name], flow_shift=7.0)
+    expected.set_timesteps(4)
+    assert torch.equal(made.sigmas, expected.sigmas)
+
+
+def test_a_scheduler_that_follows_no_flow_is_refused(tmp_path: Path, tiny_sd3: Path) -> None:
+    folder = Path(shutil.copytree(tiny_sd3, tmp_path / "euler"))
+    diffusers.DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
+    said = refusal(folder)
+    assert "its scheduler, a DPMSolverMultistepScheduler, follows no rectified flow" in said

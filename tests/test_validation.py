@@ -312,6 +312,10 @@ def test_file_names_are_safe_and_differ_whatever_the_prompts(tmp_path: Path) -> 
         ({"validation_resolution": ("64x100000",)}, "larger than this model's positions"),
         ({"validation_skip_guidance_layers": (0, 99)}, "--validation_skip_guidance_layers 99"),
         ({"validation_skip_guidance_layers": (-1,)}, "--validation_skip_guidance_layers -1"),
+        (
+            {"validation_skip_guidance_layers": (1,), "validation_inference_steps": 5},
+            "--validation_skip_guidance_layers has no effect: with 5 steps none lies between",
+        ),
         ({"validation_clip_model": "models/none"}, "--validation_clip_model: models/none"),
     ],
 )

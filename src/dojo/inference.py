@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ def is_lora(name: str, flag: str) -> bool:
     Raises:
         UserError: it is neither; it names `flag`.
     """
-    path, parts = Path(name), ("model_index.json", lora.WEIGHTS)
+    path, parts = Path(name), ("model_index.json", lora.WEIGHTS, lora.PEFT_WEIGHTS)
     if path.is_dir():
         there = [part for part in parts if (path / part).is_file()]
         files = list(path.glob("*.safetensors"))  # one under another name is taken for a LoRA
@@ -60,10 +61,11 @@ def is_lora(name: str, flag: str) -> bool:
             return there[:1] != ["model_index.json"]
         raise UserError(f"{flag}: {name} has neither {' nor '.join(parts)}")
     if path.is_file():
+        if path.suffix in lora.PICKLES:
+            return True  # the reader of LoRA says what is wrong with it
         try:
             with safe_open(path, framework="pt") as file:
-                names: list[str] = file.keys()
-                return any("lora" in key.lower() for key in names)
+                return lora.is_lora(file.keys())
         except (OSError, SafetensorError) as error:
             raise UserError(f"{flag}: {name} cannot be read ({error})") from error
     if not _may_be_on_hub(name):
@@ -73,7 +75,7 @@ def is_lora(name: str, flag: str) -> bool:
             hf_hub_download(name, part)
         except (OSError, ValueError):
             continue
-        return part == lora.WEIGHTS
+        return part != "model_index.json"
     raise UserError(
         f"{flag}: {name} is neither a file, a folder nor a reachable hub repository with "
         f"{' or '.join(parts)}"
@@ -99,10 +101,33 @@ def load_loras(pipeline: Any, paths: Sequence[str], scales: Sequence[float]) -> 
         arrived = lora.load(pipeline, path, name)
         print(f"{path}: {arrived} tensors")
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        if (folder / "scheduler").is_dir():
-            scheduler = type(scheduler).from_pretrained(folder, subfolder="scheduler")
+        scheduler = _trained_with(scheduler, folder)
     if names:
         pipeline.set_adapters(names, list(scales) * (len(names) if len(scales) == 1 else 1))
+    return scheduler
+
+
+def _trained_with(scheduler: Any, folder: Path) -> Any:
+    """A scheduler with the shift of the one that is saved in `folder`, if that follows a flow too.
+
+    Of one class with it, it becomes that one; else it keeps its class: each class has a name of its
+    own for the shift, and reads over the others'.
+
+    Raises:
+        UserError: the saved scheduler is broken.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return scheduler
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        own = sd3.scheduler_config(scheduler)
+        if saved.get("_class_name") == own["_class_name"]:
+            return type(scheduler).from_config(saved)
+        if sd3.shift_name(saved) and sd3.shift_name(own):
+            return sd3.with_shift(own, sd3.own_shift(saved))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--lora_weights_path: {path} is broken ({error})") from error
     return scheduler
 
 
@@ -120,6 +145,17 @@ def choose_device(name: str, offload: str) -> torch.device:
     if offload != "none" and name != "cuda":
         raise UserError(f"--offload {offload} needs a CUDA device")
     return torch.device(name)
+
+
+def draws_noise(pipeline: Any) -> bool:
+    """Whether the steps add noise that the pipeline's generators do not give: so do SD3's."""
+    is_sd3 = isinstance(pipeline, StableDiffusion3Pipeline)
+    return is_sd3 and sd3.draws_noise(sd3.scheduler_config(pipeline.scheduler))
+
+
+def step_noise(pipeline: Any, seeds: Sequence[int]) -> AbstractContextManager[None]:
+    """For a while such noise hangs on the first seed; draw one picture at a time."""
+    return sd3.step_noise(seeds[0]) if draws_noise(pipeline) else nullcontext()
 
 
 def place(pipeline: Any, device: torch.device, offload: str) -> None:

@@ -1,7 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on SD3 and SD1: added, saved, loaded.
 
 peft computes them; this package decides which layers get one, keeps them in float32, and makes sure
-that what is saved says its alpha and that what is loaded arrives, in three public formats.
+that what is saved says its alpha, in three public formats, and that what is loaded, from any public
+trainer, arrives at the strength that it was made with.
 """
 
 from dojo.lora.adapter import (
@@ -15,9 +16,12 @@ from dojo.lora.adapter import (
     target_layers,
 )
 from dojo.lora.files import WEIGHTS, export, find, load, restore, save, start_from
+from dojo.lora.reading import PEFT_WEIGHTS, PICKLES, is_lora
 
 __all__ = [
     "ADAPTER",
+    "PEFT_WEIGHTS",
+    "PICKLES",
     "PRESETS",
     "WEIGHTS",
     "LoraArgs",
@@ -26,6 +30,7 @@ __all__ = [
     "disabled",
     "export",
     "find",
+    "is_lora",
     "load",
     "restore",
     "save",

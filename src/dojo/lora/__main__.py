@@ -12,8 +12,9 @@ from pathlib import Path
 
 from dojo import cli
 from dojo.cli import UserError
-from dojo.lora import formats
+from dojo.lora import formats, reading
 from dojo.lora.files import find
+from dojo.lora.placing import check_lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +22,14 @@ class Args:
     """What to convert, and into what."""
 
     input: str
-    """LoRA file, folder or hub id in any of the three formats"""
+    """LoRA file, folder or hub id of any public trainer"""
     output: Path
     """the .safetensors file to write"""
     lora_format: formats.Format
     """its format"""
+    partial: bool = False
+    """leave out layers that cannot be taken over as they were meant (LoHa, LoKr, whole
+    differences, a missing half) in place of refusing the file"""
     overwrite: bool = False
     """replace the output if it is there"""
 
@@ -39,12 +43,15 @@ def main(args: Args) -> None:
     if args.output.exists() and not args.overwrite:
         raise UserError(f"--output: {args.output} is there already (--overwrite replaces it)")
     source = find(args.input, "--input")
-    adapters, lost = formats.read(source)
-    if not adapters:
-        raise UserError(f"--input: {source} has no layer of Stable Diffusion 3 or 1")
+    where = f"--input: {args.input}"
+    adapters, lost = reading.read(source, where, partial=args.partial)
+    if not args.partial:
+        check_lost(adapters, lost, where)
+    elif not adapters:
+        raise UserError(f"{where} has no layer of Stable Diffusion 3 or 1")
     formats.write(args.output, adapters, args.lora_format)
     for name in lost:
-        print(f"left out, as the model has no place for it: {name}")
+        print(f"left out: {name}")
     layers = {part: len(there) for part, there in adapters.items()}
     print(f"{args.output}: {layers} layers in {args.lora_format}'s format")
 

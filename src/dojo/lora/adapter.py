@@ -46,8 +46,8 @@ class LoraArgs:
     use_dora: bool = False
     """decompose weights into magnitude and direction (DoRA, arXiv:2402.09353)"""
     init_lora_weights_path: str | None = None
-    """start from this LoRA (file, folder or hub id; diffusers', kohya's or ComfyUI's format): its
-    layers must be adapted here too, its rank may be smaller"""
+    """start from this LoRA (file, folder or hub id of any public trainer): its layers must be
+    adapted here too, its rank may be smaller"""
     lora_format: Format = "diffusers"
     """write the result in this format too, beside diffusers' file, which resuming needs; for SD1
     ComfyUI reads kohya's"""

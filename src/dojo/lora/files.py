@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dojo import tensors
 from dojo.cli import UserError
-from dojo.lora import formats
+from dojo.lora import formats, reading
 from dojo.lora.adapter import ADAPTER, LoraArgs, state
-from dojo.lora.formats import METADATA, Format
+from dojo.lora.formats import Format
+from dojo.lora.layers import Factors, Layers, Lora, is_dora
+from dojo.lora.placing import add_loaded, base_layer, check_lost, fit, in_file
+from dojo.lora.reading import METADATA, PEFT_CONFIG, PEFT_WEIGHTS
 from dojo.pipelines import UNET, part_of
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -42,10 +41,12 @@ def save(
     weights: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for part, model in _models(network, text_encoder, text_encoder_2).items():
-        weights |= {f"{part}.{name}": value for name, value in state(model).items()}
+        weights |= _named(part, model)
         for name, value in model.peft_config[ADAPTER].to_dict().items():  # pyright: ignore
             if name == "base_model_name_or_path":
                 continue  # a path of this machine
+            if name == "target_modules":
+                value = sorted(map(formats.any_release, value))
             config[f"{part}.{name}"] = sorted(value) if isinstance(value, set) else value
     metadata = {METADATA: json.dumps(config, indent=2, sort_keys=True)}
     tensors.save(folder / WEIGHTS, weights, metadata)
@@ -61,8 +62,13 @@ def export(folder: Path, form: Format) -> Path:
     if form == "diffusers":
         return source
     target = source.with_name(f"{source.stem}_{form}.safetensors")
-    formats.write(target, formats.read(source)[0], form)
+    formats.write(target, reading.read(source)[0], form)
     return target
+
+
+def _named(part: str, model: nn.Module) -> dict[str, Tensor]:
+    """An adapter's tensors by their names in a file."""
+    return {f"{part}.{in_file(part, name)}": value for name, value in state(model).items()}
 
 
 def restore(
@@ -78,11 +84,9 @@ def restore(
     """
     models = _models(network, text_encoder, text_encoder_2)
     saved = load_file(folder / WEIGHTS)
-    own = {
-        f"{part}.{name}": value
-        for part, model in models.items()
-        for name, value in state(model).items()
-    }
+    own: dict[str, Tensor] = {}
+    for part, model in models.items():
+        own |= _named(part, model)
     wrong = sorted(
         name
         for name in own.keys() | saved.keys()
@@ -94,7 +98,7 @@ def restore(
             f"--train_text_encoder?): {', '.join(wrong[:4])}"
         )
     for part, model in models.items():
-        mine = {n.removeprefix(f"{part}."): v for n, v in saved.items() if n.startswith(f"{part}.")}
+        mine = {name: saved[f"{part}.{in_file(part, name)}"] for name in state(model)}
         set_peft_model_state_dict(model, mine, adapter_name=ADAPTER)
 
 
@@ -112,31 +116,33 @@ def start_from(
     said.
 
     Raises:
-        UserError: the file has other layers than the adapters, or a larger rank.
+        UserError: the file has other layers than the adapters, or a larger rank, or is a DoRA.
     """
     if args.init_lora_weights_path is None:
         return
     flag = "--init_lora_weights_path"
     path = find(args.init_lora_weights_path, flag)
+    where = f"{flag}: {path}"
     models = _models(network, text_encoder, text_encoder_2)
-    lora, unknown = formats.read(path)
+    lora, unknown = reading.read(path, where)
+    if any(map(is_dora, lora.values())):
+        raise UserError(f"{where} is a DoRA, which training cannot start from")
+    _check_parts(lora, models, where)
+    fitted, left = fit(lora, models, where)
+    left = [*unknown, *left]
+    check_lost(fitted, left, where)
     if UNET in models:
-        lora = _of_unet(lora, unknown, models, f"{flag}: {path}")
-    elif UNET in lora:
-        raise UserError(f"{flag}: {path} is a LoRA for Stable Diffusion 1")
-    elif unknown:
-        raise UserError(f"{flag}: {path} has tensors that SD3 has no place for: {unknown[0]}")
-    for part, layers in lora.items():
-        if part not in models:
-            raise UserError(
-                f"{flag}: {path} adapts {part}, which is not trained here (--train_text_encoder)"
-            )
-        modules: dict[str, Any] = dict(models[part].named_modules())
+        fitted[UNET] = _linear(models[UNET], fitted.get(UNET, {}), left)
+        if not fitted[UNET]:
+            raise UserError(f"{where} has no linear layer of this UNet")
+    for part, layers in fitted.items():
         for name, factors in layers.items():
-            module = modules.get(name)
+            module: Any = models[part].get_submodule(name)
             if not hasattr(module, "lora_A"):
-                raise UserError(f"{flag}: {path} adapts {name}, which --lora_layers does not")
+                raise UserError(f"{where} adapts {name}, which --lora_layers does not")
             _fill(module, factors, f"{path}: {name}")
+    if left and os.environ.get("RANK", "0") == "0":
+        print(f"{where}: {len(left)} layers are not trained here and left out, such as {left[0]}")
 
 
 def _models(
@@ -151,39 +157,37 @@ def _models(
     return {part: model for part, model in models.items() if model is not None}
 
 
-def _of_unet(
-    lora: formats.Lora, unknown: Sequence[str], models: Mapping[str, nn.Module], where: str
-) -> formats.Lora:
-    """The layers of a file that may be adapted in these models; says which others there are.
+def _check_parts(lora: Lora, models: Mapping[str, nn.Module], where: str) -> None:
+    """Refuses a file for another network, or for text encoders that an SD3 run does not train."""
+    if UNET in models:
+        return
+    if UNET in lora:
+        raise UserError(f"{where} is a LoRA for Stable Diffusion 1")
+    for part in lora:
+        if part not in models:
+            raise UserError(
+                f"{where} adapts {part}, which is not trained here (--train_text_encoder)"
+            )
 
-    Raises:
-        UserError: none of them is in the UNet.
-    """
-    found: formats.Lora = {}
-    left = list(unknown)
-    for part, layers in lora.items():
-        modules = dict(models[part].named_modules()) if part in models else {}
-        for name, factors in layers.items():
-            if name not in modules or isinstance(modules[name], nn.Conv2d):
-                left.append(f"{part}.{name}")
-            else:
-                found.setdefault(part, {})[name] = factors
-    if UNET not in found:
-        raise UserError(f"{where} has no linear layer of this UNet")
-    if left and os.environ.get("RANK", "0") == "0":
-        print(f"{where}: {len(left)} layers are not trained here and left out, such as {left[0]}")
+
+def _linear(unet: nn.Module, layers: Layers, left: list[str]) -> Layers:
+    """The layers that are no convolutions; these are added to `left`."""
+    found: Layers = {}
+    for name, factors in layers.items():
+        if isinstance(base_layer(unet.get_submodule(name)), nn.Conv2d):
+            left.append(f"{UNET}.{name}")
+        else:
+            found[name] = factors
     return found
 
 
-def _fill(module: Any, factors: formats.Factors, where: str) -> None:
+def _fill(module: Any, factors: Factors, where: str) -> None:
     down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
     if factors.rank > len(down):
         raise UserError(
             f"--rank {len(down)} is smaller than the rank {factors.rank} of "
             f"--init_lora_weights_path {where}"
         )
-    if down.shape[1:] != factors.down.shape[1:] or len(up) != len(factors.up):
-        raise UserError(f"--init_lora_weights_path: {where} has another size in this model")
     ratio = factors.scale / module.scaling[ADAPTER]
     with torch.no_grad():
         down[: factors.rank] = factors.down.to(down)
@@ -194,71 +198,45 @@ def _fill(module: Any, factors: formats.Factors, where: str) -> None:
 def load(pipeline: Any, path: Path | str, name: str) -> int:
     """Loads a LoRA file, folder or hub id into a pipeline and returns how many tensors arrived.
 
-    SD3 takes diffusers', kohya's and ComfyUI's format, other pipelines what diffusers knows. What
-    found no place is said on the screen.
+    The file is read by `reading` and given to peft layer by layer, each at its own strength:
+    diffusers' own way loses alphas and whole layers without a word. What found no place is said on
+    the screen.
 
     Raises:
-        UserError: the file is missing or unreadable, or not one of its tensors found a place:
-            diffusers loads several public formats as a silent no-op.
+        UserError: the file is missing or unreadable, has layers that cannot be taken over, does not
+            fit, or most of its layers of the network find no place.
     """
     flag = "--lora_weights_path"
-    file = find(path, flag)
-    lost: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            names = _names(file)
-            start = min(names, default="")
-            if isinstance(pipeline, StableDiffusion3Pipeline) and formats.detect(names) in (
-                "kohya",
-                "comfyui",
-            ):
-                adapters, lost = formats.read(file)
-                file = Path(folder) / WEIGHTS
-                formats.write(file, adapters, "diffusers")
-                names = _names(file)
-            level = diffusers_logging.get_verbosity()
-            diffusers_logging.set_verbosity_error()  # it warns of each encoder without an adapter
-            try:
-                pipeline.load_lora_weights(str(file), adapter_name=name)
-            finally:
-                diffusers_logging.set_verbosity(level)
-        except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"{flag}: {path} could not be loaded ({str(error).splitlines()[0]})"
-            ) from error
-    arrived = 0
-    there = set()
-    for part, component in pipeline.components.items():
-        if name in getattr(component, "peft_config", {}):
-            for key, value in get_peft_model_state_dict(component, adapter_name=name).items():
-                # Older files are renamed on the way; their up-projection is then not zero.
-                moved = "lora_B" in key and bool(value.any())
-                arrived += f"{part}.{key}" in names or moved
-                there.add(f"{part}.{key}")
-    if arrived == 0:
-        raise UserError(
-            f"{flag}: not one tensor of {path} fits this model (its names begin with {start!r})"
-        )
-    if there & names:
-        lost += sorted(names - there)
-    if lost:
-        print(f"{path}: {len(lost)} tensors have no place in this model, such as {lost[0]}")
-    return arrived
-
-
-def _names(file: Path) -> set[str]:
-    with safe_open(file, framework="pt") as opened:
-        return set(opened.keys())
+    where = f"{flag}: {path}"
+    lora, unknown = reading.read(find(path, flag), where)
+    models = {
+        part: model
+        for part in lora
+        if isinstance(model := getattr(pipeline, part, None), nn.Module)
+    }
+    fitted, left = fit(lora, models, where)
+    left = [*unknown, *left]
+    check_lost(fitted, left, where)
+    for part, layers in fitted.items():
+        add_loaded(models[part], layers, name)
+    if left:
+        print(f"{path}: {len(left)} layers have no place in this model, such as {left[0]}")
+    return sum(
+        2 + (factors.magnitude is not None)
+        for layers in fitted.values()
+        for factors in layers.values()
+    )
 
 
 def find(path: Path | str, flag: str) -> Path:
-    """The safetensors file that an option means."""
+    """The safetensors file that an option means; of a hub repository the local copy.
+
+    Raises:
+        UserError: there is none, or several that might be meant.
+    """
     location = Path(path)
     if location.is_dir():
-        files = sorted(location.glob("*.safetensors"))
-        if (location / WEIGHTS) in files or len(files) == 1:
-            return location / WEIGHTS if (location / WEIGHTS) in files else files[0]
-        raise UserError(f"{flag}: {path} has no {WEIGHTS}")
+        return _in_folder(location, flag)
     if location.is_file():
         return location
     if location.suffix or str(path).count("/") != 1:
@@ -266,7 +244,26 @@ def find(path: Path | str, flag: str) -> Path:
     try:
         return Path(hf_hub_download(str(path), WEIGHTS))
     except OSError as error:
-        raise UserError(
-            f"{flag}: {path} is neither a file, a folder nor a reachable hub "
-            f"repository with {WEIGHTS}"
-        ) from error
+        try:
+            hf_hub_download(str(path), PEFT_CONFIG)
+            return Path(hf_hub_download(str(path), PEFT_WEIGHTS))
+        except OSError:
+            raise UserError(
+                f"{flag}: {path} is neither a file, a folder nor a reachable hub "
+                f"repository with {WEIGHTS} or {PEFT_WEIGHTS}"
+            ) from error
+
+
+def _in_folder(folder: Path, flag: str) -> Path:
+    for name in (WEIGHTS, PEFT_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        names = ", ".join(file.name for file in files[:4])
+        raise UserError(f"{flag}: {folder} has no {WEIGHTS} but several others: name one ({names})")
+    pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in reading.PICKLES]
+    only = f", only {pickles[0]}, a pickle, which is not read here" if pickles else ""
+    raise UserError(f"{flag}: {folder} has no {WEIGHTS}{only}")

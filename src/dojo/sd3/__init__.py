@@ -14,6 +14,7 @@ from dojo.sd3.config import (
     open_model,
 )
 from dojo.sd3.folder import copy_parts
+from dojo.sd3.guidance import why_no_skipping
 from dojo.sd3.models import (
     decode,
     load_text_pipeline,
@@ -23,6 +24,14 @@ from dojo.sd3.models import (
     velocity,
 )
 from dojo.sd3.pipeline import load_pipeline
+from dojo.sd3.schedule import (
+    draws_noise,
+    own_shift,
+    scheduler_config,
+    shift_name,
+    step_noise,
+    with_shift,
+)
 from dojo.sd3.single_file import save_single_file
 from dojo.sd3.text import (
     EMBEDS,
@@ -47,15 +56,22 @@ __all__ = [
     "TextEncoders",
     "copy_parts",
     "decode",
+    "draws_noise",
     "fingerprint",
     "load_pipeline",
     "load_text_pipeline",
     "load_transformer",
     "load_vae",
     "open_model",
+    "own_shift",
     "posterior",
     "save_single_file",
+    "scheduler_config",
+    "shift_name",
+    "step_noise",
     "training_cost",
     "velocity",
+    "why_no_skipping",
     "with_live_clip",
+    "with_shift",
 ]

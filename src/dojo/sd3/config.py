@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from dojo import flow, loaded, pipelines
 from dojo.cli import UserError
 from dojo.pipelines import FLAG, PipelineArgs, PipelineConfig
-from dojo.sd3 import single_file
+from dojo.sd3 import schedule, single_file
 from dojo.sd3.keys import PREFIXES
 from dojo.sd3.single_file import SingleFile
 
@@ -149,21 +148,18 @@ class Config(PipelineConfig):
         `auto` keeps the scheduler's shift at the model's native size and follows the square root of
         the token count elsewhere (arXiv:2403.03206, Equation 23).
         """
-        own = self.scheduler.get("shift", 1.0)
-        assert isinstance(own, float | int)
+        own = schedule.own_shift(self.scheduler)
         if choice is None:
-            return float(own)
+            return own
         if choice == "auto":
             tokens = (height // self.pixel_step) * (width // self.pixel_step)
             native = (self._int("sample_size") // self._int("patch_size")) ** 2
-            return float(own) * math.sqrt(tokens / native)
+            return own * math.sqrt(tokens / native)
         return choice
 
-    def make_scheduler(self, shift: float) -> FlowMatchEulerDiscreteScheduler:
-        """The model's scheduler with another shift."""
-        config = {**self.scheduler, "shift": shift}
-        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
-        return scheduler
+    def make_scheduler(self, shift: float) -> Any:
+        """The model's scheduler, of its own class, with another shift."""
+        return schedule.with_shift(self.scheduler, shift)
 
     def scaled(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """A draw from the autoencoder's posterior, as the transformer sees it: [B, C, h, w]."""
@@ -221,6 +217,7 @@ def _read_folder(folder: Path, flag: str) -> Config:
         vae=pipelines.read_config(folder, flag, "vae"),
         scheduler=pipelines.read_config(folder, flag, "scheduler", "scheduler_config.json"),
     )
+    schedule.check_flow(config.scheduler, f"{flag}: {folder}")
     where = f"{flag}: {folder}/transformer/config.json"
     channels, *_ = pipelines.whole_numbers(config.transformer, where, *_NEEDED)
     pipelines.check_channels(folder, config.vae, channels, "transformer")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from dojo.sd3 import schedule
 from dojo.sd3.config import Config, ModelArgs
 from dojo.sd3.models import load_text_pipeline, load_transformer, load_vae
 
@@ -19,5 +20,5 @@ def load_pipeline(
     parts["transformer"] = load_transformer(config, args, dtype, device)
     vae: Any = load_vae(config, args, device)
     parts["vae"] = vae.to(dtype)
-    parts["scheduler"] = config.make_scheduler(config.scheduler.get("shift", 1.0))
+    parts["scheduler"] = config.make_scheduler(schedule.own_shift(config.scheduler))
     return StableDiffusion3Pipeline(**parts).to(device)

@@ -164,15 +164,29 @@ class ValidationArgs:
                 # The options of training that it names are not to blame here.
                 reason = re.sub(r"--(height|width) \(or --resolution\)", r"\1", str(error))
                 raise UserError(f"{source} {width}x{height}: {reason}") from error
-        num_layers = config.transformer["num_layers"]
-        for layer in self.validation_skip_guidance_layers:
-            if not 0 <= layer < num_layers:
-                raise UserError(
-                    f"--validation_skip_guidance_layers {layer}: the model's layers are 0 to "
-                    f"{num_layers - 1}"
-                )
+        self._check_skipping(config.transformer["num_layers"])
         if self.validation_clip_model and self.entries:
             clip.check(self.validation_clip_model)
+
+    def _check_skipping(self, num_layers: int) -> None:
+        """Refuses skip-layer guidance that would change no picture."""
+        if not self.validation_skip_guidance_layers:
+            return
+        own = {(entry.guidance_scale, entry.num_inference_steps) for entry in self.entries}
+        reasons = [
+            sd3.why_no_skipping(
+                self.validation_skip_guidance_layers,
+                num_layers,
+                guidance_scale=self.validation_guidance_scale if scale is None else scale,
+                scale=self.validation_skip_layer_guidance_scale,
+                num_steps=self.validation_inference_steps if steps is None else steps,
+                start=self.validation_skip_layer_guidance_start,
+                stop=self.validation_skip_layer_guidance_stop,
+            )
+            for scale, steps in own
+        ]
+        if own and all(reasons):
+            raise UserError(f"--validation_skip_guidance_layers {reasons[0]}")
 
     def due(self, step: int, num_steps: int) -> bool:
         """Whether a validation belongs after this step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,9 @@ class Validator:
             for name in ("scale", "start", "stop"):
                 option = f"skip_layer_guidance_{name}"
                 skip[option] = getattr(args, f"validation_{option}")
-        with self.run.accelerator.autocast():
+        noisy = sd3.draws_noise(sd3.scheduler_config(pipeline.scheduler))
+        noise = sd3.step_noise(picture.seed) if noisy else nullcontext()
+        with self.run.accelerator.autocast(), noise:
             latents = pipeline(
                 **{name: value.to(dtype) for name, value in embeds.items()},
                 **{f"negative_{name}": value.to(dtype) for name, value in negative.items()},

@@ -1,0 +1,78 @@
+"""What a scheduler's configuration says of the rectified flow: its shift, and noise of its own.
+
+FlowMatchEuler and its kin call the shift `shift`; DPMSolver, UniPC and others follow a flow with
+`use_flow_sigmas`, and call it `flow_shift`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+
+from dojo import rng
+from dojo.cli import UserError
+
+_DEFAULT = "FlowMatchEulerDiscreteScheduler"
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's configuration with its class, which one that was never saved does not say."""
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}
+
+
+def shift_name(config: Mapping[str, Any]) -> str | None:
+    """What a scheduler's configuration calls the shift; None if it follows no rectified flow."""
+    if str(config.get("_class_name", _DEFAULT)).startswith("FlowMatch"):
+        return "shift"
+    flows = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+    return "flow_shift" if flows else None
+
+
+def check_flow(config: Mapping[str, Any], where: str) -> None:
+    """Refuses a scheduler that SD3 cannot be drawn with.
+
+    Raises:
+        UserError: naming its class.
+    """
+    kind = str(config.get("_class_name", _DEFAULT))
+    if shift_name(config) is None or not hasattr(diffusers, kind):
+        raise UserError(
+            f"{where}: its scheduler, a {kind}, follows no rectified flow (a FlowMatch... does, or "
+            "one with use_flow_sigmas true and prediction_type flow_prediction)"
+        )
+
+
+def own_shift(config: Mapping[str, Any]) -> float:
+    """The shift of sigma that a scheduler's configuration says; 1 if it says none."""
+    return float(config.get(shift_name(config) or "shift", 1.0))
+
+
+def with_shift(config: Mapping[str, Any], shift: float) -> Any:
+    """The scheduler of a configuration, of its own class, with another shift."""
+    kind: Any = getattr(diffusers, str(config.get("_class_name", _DEFAULT)))
+    return kind.from_config({**config, shift_name(config) or "shift": shift})
+
+
+def draws_noise(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's steps add noise, which SD3's pipeline leaves to torch's generator."""
+    kind = str(config.get("_class_name", _DEFAULT))
+    return (
+        bool(config.get("stochastic_sampling"))
+        or kind in ("FlowMatchLCMScheduler", "SASolverScheduler")
+        or str(config.get("algorithm_type", "")).startswith("sde-")
+    )
+
+
+@contextmanager
+def step_noise(seed: int) -> Iterator[None]:
+    """For a while the noise of the scheduler's steps hangs on `seed`; afterwards all is as before.
+
+    Under another stream than the seed's own: else the first step's noise were the latents.
+    """
+    with torch.random.fork_rng():
+        rng.seed_global("step noise", seed)
+        yield
