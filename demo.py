@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from dojo import cli, inference, rewards, versus
 from dojo.cli import UserError
+from dojo.masking import hide
 from dojo.pictures import labelled_grid
 from dojo.prompts import Prompt, read_file
 from dojo.rewards import RewardArgs
@@ -194,7 +195,7 @@ def load(args: Args, name: str, device: torch.device) -> Any:
 def options_of(args: Args) -> dict[str, str]:
     """What was set, as it is written down; the rewards' options where they have a part in it."""
     options = vars(args) | (vars(args.reward) if args.versus else {"reward": None})
-    return {name: str(value) for name, value in options.items() if value not in (None, ())}
+    return {name: hide(str(value)) for name, value in options.items() if value not in (None, ())}
 
 
 def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image.Image]:

@@ -5,12 +5,16 @@ The only file that knows tyro; it also says how a mistake of the user's ends a s
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+
+from dojo.masking import hide
 
 ArgsT = TypeVar("ArgsT")
 
@@ -34,7 +38,13 @@ def parse(args_type: type[ArgsT], doc: str | None, argv: Sequence[str] | None = 
     checks.
     """
     words = _joined(args_type, list(sys.argv[1:] if argv is None else argv))
-    return tyro.cli(args_type, description=doc, args=words, use_underscores=True, config=_CONFIG)
+
+    def read(words: list[str]) -> ArgsT:
+        return tyro.cli(
+            args_type, description=doc, args=words, use_underscores=True, config=_CONFIG
+        )
+
+    return _without_secrets(read, words)
 
 
 def run(
@@ -56,11 +66,28 @@ def run(
     try:
         main(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(hide(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     except TrainingStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        print(hide(f"stopped: {error}"), file=sys.stderr)
         sys.exit(1)
+
+
+def _without_secrets(read: Callable[[list[str]], ArgsT], words: list[str]) -> ArgsT:
+    """`read(words)`, whose complaint repeats no password of an address among the words.
+
+    tyro shows the words that it does not take, broken into lines; so it is asked again with masked
+    ones when it has refused those that were given.
+    """
+    shown = [hide(word) for word in words]
+    if shown == words:
+        return read(words)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return read(words)
+    except SystemExit:
+        read(shown)
+        raise
 
 
 def _joined(args_type: type, words: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from dojo.cli import UserError
+from dojo.masking import hide
 from dojo.pictures import contact_sheet
 from dojo.report.curves import charts
 from dojo.report.html import file_size, picture, table
@@ -187,7 +188,7 @@ def _options(groups: Row) -> str:
 def _value(value: Any) -> str:
     if value is None:
         return "unset"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return hide(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _secret(name: str) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dojo.cli import TrainingStopped, UserError
+from dojo.masking import hide
 from dojo.rewards import Reward, load, table
 from dojo.rewards.scorer import DTYPES
 from dojo.rewards.server import Server
@@ -68,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _serve(flags)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(hide(f"error: {error}"), file=sys.stderr)
         return 2
     except TrainingStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        print(hide(f"stopped: {error}"), file=sys.stderr)
         return 1
     return 0
 

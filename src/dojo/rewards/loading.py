@@ -141,8 +141,9 @@ def scorer_class(source: str) -> Callable[..., Scorer]:
     """What makes the scorer of a name, an address or a function's place."""
     if spec.is_address(source):
         from dojo.rewards.remote import Remote
+        from dojo.rewards.wire import RETRIES
 
-        return lambda place, *, timeout="60", retries="5": Remote(
+        return lambda place, *, timeout="60", retries=str(RETRIES): Remote(
             place, address=source, timeout=timeout, retries=retries
         )
     if source in SCORERS:

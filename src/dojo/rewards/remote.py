@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dojo.cli import UserError
-from dojo.rewards import spec, wire
+from dojo.masking import hide
+from dojo.rewards import wire
 from dojo.rewards.scorer import Metadata, Place, Scorer
 
 TOKEN = "DOJO_REWARD_TOKEN"  # environment variable with the server's bearer token
@@ -26,23 +27,17 @@ class Remote(Scorer):
     def __init__(self, place: Place, *, address: str, timeout: str, retries: str) -> None:
         super().__init__(place)
         self.url, _, self.name = address.partition("#")
-        self.url = self.url.rstrip("/")
-        try:
-            self.limits: dict[str, Any] = {
-                "timeout": spec.number(timeout, address),
-                "retries": int(retries),
-            }
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        self.limits = wire.limits(timeout, retries, hide(address))
         served = self._ask("/info")["rewards"]
         if self.name and self.name not in served:
             raise UserError(
-                f"--reward: {self.url} does not serve {self.name} (it serves {', '.join(served)})"
+                f"--reward: {hide(self.url)} does not serve {self.name} "
+                f"(it serves {', '.join(served)})"
             )
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         token = os.environ.get(TOKEN)
-        return wire.request(f"{self.url}{path}", body, token=token, **self.limits)
+        return wire.request(wire.joined(self.url, path), body, token=token, **self.limits)
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
