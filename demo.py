@@ -162,7 +162,9 @@ def judge(
         raise UserError(f"{flag}: {base} is a LoRA; --versus takes it")
     is_lora = inference.is_lora(tuned, "--versus")
     # Loaded and let go: what a reward lacks is said before hours of drawing, not after.
-    replace(args.reward, reward_device="cpu").load(torch.device("cpu"))
+    (reward,) = replace(args.reward, reward_device="cpu").load(torch.device("cpu"))
+    rewards.check_prompts(print, reward, prompts)
+    del reward
 
     def opened(model: str, loras: tuple[str, ...]) -> versus.Draw:
         pipeline = load(args, model, device)

@@ -526,6 +526,38 @@ def test_too_many_pictures_without_a_score_stop_the_run(tmp_path: Path, tiny_sd3
     assert row["loss"] == row["grad_norm"] == 0
 
 
+def breaking(folder: Path, at_call: int, how: str) -> str:
+    """The text of a reward that goes wrong at the so-many-th call."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "breaks.py").write_text(
+        f"import itertools, sys\ncalls = itertools.count(1)\n"
+        f"def score(images, prompts, metadata):\n"
+        f"    if next(calls) == {at_call}:\n        {how}\n"
+        f"    return images.mean(dim=(1, 2, 3))\nscore.differentiable = True\n"
+    )
+    return f"{folder}/breaks.py:score"
+
+
+def test_a_reward_of_ones_own_that_breaks_loses_nothing(tmp_path: Path, tiny_sd3: Path) -> None:
+    own = (*SMALL, *NO_EVALUATION, "--reward")
+    # Two batches of pictures an epoch.
+    with pytest.raises(UserError, match=r"score \(breaks.py, line 5\) raised SystemExit"):
+        train(tmp_path / "first", tiny_sd3, *own, breaking(tmp_path, 2, "sys.exit(0)"))
+    with pytest.raises(TrainingStopped, match=r"score \(breaks.py, line 3\) returned None"):
+        train(tmp_path / "later", tiny_sd3, *own, breaking(tmp_path, 3, "return None"))
+    kept = [path.name for path in (tmp_path / "later" / "run").glob("checkpoint-*")]
+    assert kept == ["checkpoint-2"]  # not due
+
+
+def test_prompts_that_the_reward_cannot_score_are_refused_before_anything_is_drawn(
+    tmp_path: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "sample", lambda *_, **__: pytest.fail("drawn"))
+    animals = ("--prompt_set", "animals", "--reward", "pocket")
+    with pytest.raises(UserError, match="pocket cannot score 6 of 6 prompts, such as 'cat'"):
+        train(tmp_path, tiny_sd3, *animals)
+
+
 # -- what it refuses, and what it only prints ---------------------------------------------------
 
 

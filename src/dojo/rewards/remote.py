@@ -28,16 +28,27 @@ class Remote(Scorer):
         super().__init__(place)
         self.url, _, self.name = address.partition("#")
         self.limits = wire.limits(timeout, retries, hide(address))
-        served = self._ask("/info")["rewards"]
+        served = self._list("/info", "rewards")
         if self.name and self.name not in served:
             raise UserError(
                 f"--reward: {hide(self.url)} does not serve {self.name} "
-                f"(it serves {', '.join(served)})"
+                f"(it serves {', '.join(map(str, served))})"
             )
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _list(self, path: str, name: str, body: dict[str, Any] | None = None) -> list[Any]:
+        """The list of this name in the server's answer."""
         token = os.environ.get(TOKEN)
-        return wire.request(wire.joined(self.url, path), body, token=token, **self.limits)
+        answer = wire.request(wire.joined(self.url, path), body, token=token, **self.limits)
+        found = answer.get(name) if isinstance(answer, dict) else None
+        if not isinstance(found, list):
+            raise self._strange(f"a list of {name}")
+        return found
+
+    def _strange(self, wanted: str) -> UserError:
+        return UserError(
+            f"--reward: {hide(self.url)} answers something else than {wanted}: is it a server of "
+            "`python -m dojo.rewards serve`?"
+        )
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
@@ -47,5 +58,11 @@ class Remote(Scorer):
             body["reward"] = self.name
         if metadata is not None:
             body["metadata"] = [dict(row) for row in metadata]
-        answer = self._ask("/v1/score", body)
-        return [torch.nan if score is None else float(score) for score in answer["scores"]]
+        scores = self._list("/v1/score", "scores", body)
+        try:
+            found = [torch.nan if score is None else float(score) for score in scores]
+        except (TypeError, ValueError):
+            found = []
+        if len(found) != len(images):
+            raise self._strange(f"scores of {len(images)} pictures")
+        return found
