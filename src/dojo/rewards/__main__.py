@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,6 @@ from dojo.cli import TrainingStopped, UserError
 from dojo.masking import hide
 from dojo.rewards import Reward, load, table
 from dojo.rewards.scorer import DTYPES
-from dojo.rewards.server import Server
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -91,15 +91,27 @@ def _load(flags: argparse.Namespace, batch_size: int = 1) -> Reward:
 
 
 def _serve(flags: argparse.Namespace) -> None:
-    reward = _load(flags, flags.batch_size)
-    with Server(reward, (flags.host, flags.port)) as server:
-        host, port = server.server_address[:2]
+    try:
+        from dojo.rewards.server import Server
+    except ImportError as error:
+        raise UserError(
+            f"serve needs the packages uvicorn and starlette ({error}); install them with "
+            '`pip install "sd-dojo[serve]"`'
+        ) from error
+    # A server is ended by either signal, once its last answer is out.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        reward = _load(flags, flags.batch_size)
+        server = Server(reward, (flags.host, flags.port))
+        host, port = server.server_address
         names = ", ".join(server.alone)
-        print(f"serving {names} on http://{host}:{port} (Ctrl-C ends it)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("ended")
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {names} on http://{shown}:{port} (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("ended", flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # -- score ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import http.client
 import io
 import ipaddress
 import json
+import struct
 import time
 import urllib.error
 import urllib.parse
@@ -26,6 +27,7 @@ from dojo.pictures import to_pil
 from dojo.rewards import spec
 
 MAX_PIXELS = 4096 * 4096  # of one picture
+_HEAD = 44  # characters of base64 that hold the 33 bytes of a PNG's signature and header
 MAX_ANSWER = 64 * 2**20  # bytes
 LONGEST_WAIT = 30.0  # seconds between two tries
 RETRIES = 8  # two minutes: a server that is started again loads its networks in that time
@@ -41,14 +43,38 @@ def encode(images: Tensor) -> list[str]:
     return texts
 
 
-def decode(texts: Sequence[Any], max_pixels: int = MAX_PIXELS) -> Tensor:
+def size_of(number: int, text: Any) -> tuple[int, int]:
+    """Width and height of a PNG file in base64; only its first bytes are looked at.
+
+    Args:
+        number: of the picture, for the error.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        head = base64.b64decode(text[:_HEAD], validate=True)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise ValueError(f"image {number} is no PNG in base64: {error}") from None
+    if head[:8] != b"\x89PNG\r\n\x1a\n" or head[12:16] != b"IHDR" or len(head) < 24:
+        raise ValueError(f"image {number} is no PNG in base64")
+    width, height = struct.unpack(">II", head[16:24])
+    if not width or not height:
+        raise ValueError(f"image {number} has no pixels")
+    return width, height
+
+
+def decode(texts: Sequence[Any], max_pixels: int = MAX_PIXELS, *, first: int = 0) -> Tensor:
     """The way back: float32 [B, 3, H, W].
+
+    Args:
+        first: number of the first picture, for the error.
 
     Raises:
         ValueError: something is no PNG, too large, or of another size than the first.
     """
     pictures = []
-    for i, text in enumerate(texts):
+    for i, text in enumerate(texts, first):
         try:
             data = base64.b64decode(text, validate=True)
             # Only PNG's decoder is let near data from outside; the size is read before the pixels.
@@ -63,7 +89,7 @@ def decode(texts: Sequence[Any], max_pixels: int = MAX_PIXELS) -> Tensor:
             raise ValueError(f"image {i} is no PNG in base64 that is read here: {error}") from None
     if len({picture.shape for picture in pictures}) > 1:
         raise ValueError("the images of one request must have one size")
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(255)
 
 
 def is_loopback(host: str) -> bool:
