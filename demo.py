@@ -141,7 +141,8 @@ def main(args: Args) -> None:
         for k, picture in enumerate(columns[-1]):
             file = versus.file_name(i, prompt.text, seeds[k])
             picture.save(args.output_dir / file)
-            records.append({"file": file, "prompt": prompt.text, "seed": seeds[k]})
+            about = {"file": file, "prompt": prompt.text, "seed": seeds[k]}
+            records.append({**prompt.metadata, **about})
             rows.append([column[k] for column in columns])
     summary = {"options": options_of(args), "pictures": records}
     text = json.dumps(summary, indent=1, ensure_ascii=False)

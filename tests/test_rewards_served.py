@@ -569,10 +569,90 @@ def test_a_jsonl_file_names_its_pictures_and_brings_metadata(folder: Path) -> No
     assert [row["score"] for row in rows] == ["3.0", "nan"]
 
 
+PROMPTS = {
+    "prompts.json": '{"options": {}, "pictures": [{"file": "1.png", "prompt": "b", "seed": 7}, '
+    '{"file": "0.png", "prompt": "a | `c`", "seed": 8}]}',
+    "metadata.jsonl": '{"file_name": "1.png", "text": "b"}\n'
+    '{"file_name": "0.png", "text": "a | `c`"}',
+    "metadata.csv": 'file_name,text\n1.png,b\n0.png,"a | `c`"\n',
+    "../prompts.json": '{"pictures": [{"file": "1.png", "label": "x", "prompt": "b"}, '
+    '{"file": "0.png", "label": "y", "prompt": "a | `c`"}]}',
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_folder_that_knows_its_prompts_needs_no_other_file(folder: Path, name: str) -> None:
+    inside = folder / "step-3"
+    inside.mkdir()
+    for i in (0, 1):
+        (folder / f"{i}.png").rename(inside / f"{i}.png")
+    (inside / name).write_text(PROMPTS[name])
+    assert command.main(["score", "jpeg_compressibility", "--images", str(inside)]) == 0
+    rows = read_csv(inside / "scores.csv")
+    assert [(row["file_name"], row["prompt"]) for row in rows] == [
+        ("1.png", "b"),
+        ("0.png", "a | `c`"),
+    ]
+
+
+def test_both_sides_of_a_comparison_are_scored(folder: Path) -> None:
+    for side, i in (("base", 0), ("tuned", 1)):
+        (folder / side).mkdir()
+        (folder / f"{i}.png").rename(folder / side / "x.png")
+    (folder / "versus.csv").write_text("prompt,seed,file,base/clip\na star,4,x.png,0.5\n")
+    assert command.main(["score", "jpeg_compressibility", "--images", str(folder)]) == 0
+    rows = read_csv(folder / "scores.csv")
+    assert [(row["file_name"], row["prompt"]) for row in rows] == [
+        ("base/x.png", "a star"),
+        ("tuned/x.png", "a star"),
+    ]
+
+
+def test_a_reward_that_breaks_leaves_the_earlier_scores(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "prompts.txt").write_text("one\ntwo\nthree\n")
+    (folder / "scores.csv").write_text("of before")
+    (folder / "mine.py").write_text(
+        "def score(images, prompts, metadata):\n    return [{'one': 1.0}[prompts[0]]]\n"
+    )
+    words = ["--images", str(folder), "--prompts", str(folder / "prompts.txt")]
+    assert command.main(["score", f"{folder}/mine.py:score", *words]) == 2
+    said = capsys.readouterr().err
+    assert "score (mine.py, line 2) raised KeyError: 'two'" in said
+    assert "scores.csv.partial" in said
+    assert (folder / "scores.csv").read_text() == "of before"
+    assert [row["prompt"] for row in read_csv(folder / "scores.csv.partial")] == ["one"]
+
+
+def test_prompts_that_cannot_be_scored_are_said_before_any_is(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "prompts.txt").write_text("one\na red star\nthree\n")
+    words = ["--images", str(folder), "--prompts", str(folder / "prompts.txt")]
+    assert command.main(["score", "pocket", *words]) == 0
+    assert "pocket cannot score 2 of 3 prompts, such as 'one'" in capsys.readouterr().out
+    assert [row["valid"] for row in read_csv(folder / "scores.csv")] == ["False", "True", "False"]
+    (folder / "prompts.txt").write_text("one\ntwo\nthree\n")
+    assert command.main(["score", "pocket", *words, "--output", str(folder / "new.csv")]) == 2
+    assert "3 of 3 prompts" in capsys.readouterr().err
+    assert not (folder / "new.csv").exists()
+
+
+def test_a_folder_that_says_nothing_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["score", "pocket", "--images", str(folder)]) == 2
+    assert "has none of prompts.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
         ("one\n", "p.txt", "1 prompts"),
+        ('{"options": 1}', "p.json", "no list of pictures"),
+        ("[3]", "p.json", "entry 1 has no file_name"),
+        ("{", "p.json", "cannot be read"),
         ('{"text": "a"}', "p.jsonl", "entry 1 has no file_name"),
         ('{"file_name": "0.png"}', "p.jsonl", "entry 1 has no text"),
         ('{"file_name": "9.png", "text": "a"}', "p.jsonl", "9.png"),

@@ -120,6 +120,7 @@ def numbers(output: Any, count: int) -> Tensor:
 def _stacked(items: Sequence[Any]) -> Tensor:
     """A list of numbers, or of lists, arrays and tensors of one number each: [len]."""
     columns: list[Tensor | float] = []
+    item: Any
     for item in items:
         while isinstance(item, list | tuple) and len(item) == 1:
             (item,) = item
@@ -173,7 +174,7 @@ def _find(source: str) -> tuple[Callable[..., Any], Path | None]:
     """
     home, _, name = source.rpartition(":")
     module = _from_file(Path(home)) if home.endswith(".py") else _from_path(home, source)
-    file = Path(module.__file__) if getattr(module, "__file__", None) else None
+    file = Path(module.__file__) if module.__file__ else None
     function = getattr(module, name, None)
     if not callable(function):
         own = [
