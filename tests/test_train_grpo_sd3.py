@@ -586,8 +586,8 @@ def test_a_password_in_an_address_is_written_nowhere_and_may_change(
             flags += ("--resume_from_checkpoint", "latest")
             train(tmp_path, tiny_sd3, *own, *flags, "--dry_run")
             folder = train(tmp_path, tiny_sd3, *own, *flags)
+    broken = spec.replace("model=m", "model=m,retries=0,timeout=1")
     with pytest.raises(TrainingStopped, match=r"http://\*\*\*@127"):
-        broken = spec.replace("model=m", "model=m,retries=0,timeout=1")
         train(tmp_path / "broken", tiny_sd3, *own, "--reward", broken, *NO_EVALUATION)
     assert len(set(asked)) == 1  # it was sent; the second run was finished already
     said = "".join(capfd.readouterr())

@@ -357,6 +357,15 @@ def test_options_that_contradict_each_other(
     assert message in shown
 
 
+def test_a_password_in_a_rewards_address_is_not_written_down(tmp_path: Path) -> None:
+    spec = "vlm[url=http://me:hidden@host/v1?key=hidden,model=m]"
+    words = ("--prompt", "a star", "--versus", "x", "--reward", spec)
+    args = cli.parse(demo.Args, None, flags_for(tmp_path, tmp_path / "out", *words))
+    options = demo.options_of(args)
+    assert options["reward"] == "vlm[url=http://***@host/v1?key=***,model=m]"
+    assert "hidden" not in json.dumps(options)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
