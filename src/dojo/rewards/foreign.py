@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -120,7 +120,6 @@ def numbers(output: Any, count: int) -> Tensor:
 def _stacked(items: Sequence[Any]) -> Tensor:
     """A list of numbers, or of lists, arrays and tensors of one number each: [len]."""
     columns: list[Tensor | float] = []
-    item: Any
     for item in items:
         while isinstance(item, list | tuple) and len(item) == 1:
             (item,) = item
@@ -131,7 +130,7 @@ def _stacked(items: Sequence[Any]) -> Tensor:
         elif item is None:
             columns.append(math.nan)
         elif _is_number(item):
-            columns.append(float(item))
+            columns.append(float(cast(float, item)))
         else:
             raise ValueError(f"a list with {_described(item)} in it")
     if any(isinstance(one, Tensor) for one in columns):
