@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from dojo import cli, inference, rewards, sd3, versus
 from dojo.cli import UserError
+from dojo.masking import hide
 from dojo.pictures import labelled_grid
 from dojo.prompts import Prompt, read_file
 from dojo.rewards import RewardArgs
@@ -139,7 +140,8 @@ def main(args: Args) -> None:
         for k, picture in enumerate(columns[-1]):
             file = versus.file_name(i, prompt.text, seeds[k])
             picture.save(args.output_dir / file)
-            records.append({"file": file, "prompt": prompt.text, "seed": seeds[k]})
+            about = {"file": file, "prompt": prompt.text, "seed": seeds[k]}
+            records.append({**prompt.metadata, **about})
             rows.append([column[k] for column in columns])
     summary = {"options": options_of(args), "pictures": records}
     text = json.dumps(summary, indent=1, ensure_ascii=False)
@@ -160,7 +162,9 @@ def judge(
         raise UserError(f"{flag}: {base} is a LoRA; --versus takes it")
     is_lora = inference.is_lora(tuned, "--versus")
     # Loaded and let go: what a reward lacks is said before hours of drawing, not after.
-    replace(args.reward, reward_device="cpu").load(torch.device("cpu"))
+    (reward,) = replace(args.reward, reward_device="cpu").load(torch.device("cpu"))
+    rewards.check_prompts(print, reward, prompts)
+    del reward
 
     def opened(model: str, loras: tuple[str, ...]) -> versus.Draw:
         pipeline = load(args, model, device)
@@ -193,7 +197,7 @@ def load(args: Args, name: str, device: torch.device) -> Any:
 def options_of(args: Args) -> dict[str, str]:
     """What was set, as it is written down; the rewards' options where they have a part in it."""
     options = vars(args) | (vars(args.reward) if args.versus else {"reward": None})
-    return {name: str(value) for name, value in options.items() if value not in (None, ())}
+    return {name: hide(str(value)) for name, value in options.items() if value not in (None, ())}
 
 
 def check_skipping(pipeline: Any, args: Args) -> None:

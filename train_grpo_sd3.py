@@ -119,6 +119,7 @@ def main(args: Args) -> None:
     if not run.begin(args, rl.result_name(is_lora=args.finetune.is_lora)):
         return None
     reward, *watched = args.reward.load(run.device, *args.evaluation.held_out_rewards)
+    rewards.check_prompts(run.say, reward, source.train, args.sample.max_invalid)
     words = [*source.texts, args.sample.negative_prompt]
     embed = texts.prepare(run, config, args.model, args.text, args.cache, [words])
 

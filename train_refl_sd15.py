@@ -29,6 +29,7 @@ from dojo import (
     data,
     denoising,
     direct,
+    evaluation,
     full,
     lora,
     optim,
@@ -104,6 +105,7 @@ def main(args: Args) -> None:
         return None
     reward, *watched = args.reward.load(run.device, *args.evaluation.held_out_rewards)
     reward.require_differentiable()
+    rewards.check_prompts(run.say, reward, source.train)
     margin = reward.good_enough if args.refl.margin is None else args.refl.margin
     run.say(f"margin: {'none, the score is maximised' if margin is None else f'{margin:g}'}")
 
@@ -161,7 +163,8 @@ def main(args: Args) -> None:
                 grad_steps=args.refl.grad_steps,
             )
             images = sd15.decode(vae, config, clean)  # [B, 3, H, W]
-            with run.phase("reward", wait=True):
+            stopping = run.kept_when_stopped(partial(keep, now=True))
+            with stopping, run.phase("reward", wait=True), evaluation.together(run):
                 output = reward(images, captions, [prompt.metadata for prompt in batch])
             direct.pull_only(images, output.valid)
             missing = preference.shortfall(output.scores, margin)  # [B]

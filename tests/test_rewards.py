@@ -13,7 +13,9 @@ from torch import Tensor
 from dojo import rewards
 from dojo.cli import UserError
 from dojo.pocket import scenes
-from dojo.rewards import RewardArgs, loading, spec
+from dojo.prompts import Prompt
+from dojo.rewards import RewardArgs, check_prompts, loading, spec
+from dojo.rewards.ocr import Ocr
 from dojo.rewards.reward import Component, Reward
 from dojo.rewards.scorer import Metadata, Place, Scorer
 
@@ -79,6 +81,11 @@ def test_a_reward_text_is_read_term_by_term() -> None:
         ("clip[model=a", "form"),
         ("clip[model=a]2", "form"),
         ("clip=1,clip[model=b]=2", r"clip\[name=other\]"),
+        ("aesthetic=0,clip=0", "aesthetic=0,clip=0: every weight is 0"),
+        ("aesthetic[scale=0]", "every weight is 0"),
+        ("aesthetic[scale=1e308]=1e308", "no number"),
+        ("vlm[url=http://me:hidden@host", r"http://\*\*\*@host"),
+        ("vlm[url=http://host/?key=hidden]=x", r"key=\*\*\*"),
     ],
 )
 def test_a_wrong_text_is_refused_with_its_place(text: str, message: str) -> None:
@@ -205,7 +212,7 @@ def test_a_function_from_a_file_is_a_scorer(tmp_path: Path) -> None:
     rewards.load(f"{path}:redness").require_differentiable()
     with pytest.raises(UserError, match="told"):
         reward.require_differentiable()
-    with pytest.raises(ValueError, match="short gave"):
+    with pytest.raises(UserError, match=r"short .*shape"):
         rewards.load(f"{path}:short")(images, ["a", "b"])
 
 
@@ -271,8 +278,40 @@ def test_the_pocket_rewards_know_a_true_caption() -> None:
     assert right.components["pocket_strict"].tolist() == [1.0] * 4
     assert (right.components["pocket"] > 0.9).all()
     assert wrong.scores.mean() < right.scores.mean() - 0.5
-    with pytest.raises(UserError, match="pocket"):
-        reward(images[:1], ["a photograph of an astronaut"])
+    mixed = reward(images, ["a photograph of an astronaut", *prompts[1:]])
+    assert mixed.valid.tolist() == [False, True, True, True]
+    assert torch.equal(mixed.scores[1:], right.scores[1:])
+
+
+FREE, GRAMMAR, QUOTED = (
+    Prompt(text="a photograph of an astronaut"),
+    Prompt(text="a red star"),
+    Prompt(text='a sign that says "open"', metadata={"task": "text"}),
+)
+
+
+class Reads(Ocr):
+    """Without the packages that read."""
+
+    def __init__(self) -> None:
+        self.place = Place()
+
+
+def test_prompts_that_cannot_be_scored_are_refused_or_counted() -> None:
+    said: list[str] = []
+    pocket, reads = rewards.load("pocket"), Reward([Component(name="text", scorer=Reads())])
+    check_prompts(said.append, pocket, [GRAMMAR])
+    check_prompts(said.append, reads, [QUOTED, Prompt(text="x", metadata={"ocr_text": "y"})])
+    check_prompts(said.append, rewards.load("jpeg_compressibility"), [FREE])
+    assert said == []
+    with pytest.raises(UserError, match=r"pocket cannot score 1 of 1 prompts.*'a photograph of an"):
+        check_prompts(said.append, pocket, [FREE])
+    check_prompts(said.append, pocket, [GRAMMAR, FREE, QUOTED], most=0.7)
+    assert "pocket cannot score 2 of 3 prompts, such as 'a photograph of an astronaut'" in said[0]
+    with pytest.raises(UserError, match="2 of 3 prompts"):
+        check_prompts(said.append, pocket, [GRAMMAR, FREE, QUOTED], most=0.5)
+    with pytest.raises(UserError, match=r"text cannot score 1 of 1 .*double quotes"):
+        check_prompts(said.append, reads, [GRAMMAR])
 
 
 def test_the_table_lists_every_scorer() -> None:

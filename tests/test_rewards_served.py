@@ -8,15 +8,18 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,10 +31,10 @@ from torch import Tensor
 from dojo import rewards
 from dojo.cli import TrainingStopped, UserError
 from dojo.rewards import __main__ as command
-from dojo.rewards import vlm, wire
+from dojo.rewards import server, vlm, wire
 from dojo.rewards.reward import Component, Reward
 from dojo.rewards.scorer import Metadata, Place, Scorer
-from dojo.rewards.server import Server
+from dojo.rewards.server import Limits, Server
 
 
 class Told(Scorer):
@@ -55,14 +58,15 @@ class Brightness(Scorer):
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """No waiting between tries; the list of what would have been waited."""
     waits: list[float] = []
-    monkeypatch.setattr(wire.time, "sleep", waits.append)
+    monkeypatch.setattr(wire, "time", SimpleNamespace(sleep=waits.append))
     monkeypatch.delenv("DOJO_REWARD_TOKEN", raising=False)
     return waits
 
 
 @contextmanager
-def running(server: HTTPServer) -> Iterator[str]:
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+def running(server: HTTPServer | Server) -> Iterator[str]:
+    own = {} if isinstance(server, Server) else {"poll_interval": 0.01}
+    thread = threading.Thread(target=server.serve_forever, kwargs=own)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -72,12 +76,12 @@ def running(server: HTTPServer) -> Iterator[str]:
         thread.join()
 
 
-def make_server(**limits: int) -> Server:
+def make_server(**limits: float) -> Server:
     parts = [
         Component(name="told", scorer=Told(Place()), weight=2.0),
         Component(name="bright", scorer=Brightness(Place()), weight=0.5),
     ]
-    return Server(Reward(parts, batch_size=2), ("127.0.0.1", 0), **limits)
+    return Server(Reward(parts, batch_size=2), ("127.0.0.1", 0), Limits(**limits))  # pyright: ignore[reportArgumentType]
 
 
 def pictures(count: int = 3) -> Tensor:
@@ -147,7 +151,7 @@ def png(width: int, height: int, form: str = "PNG") -> str:
         ({"images": [png(4, 4, "JPEG")]}, 400, "image 0 is no PNG"),
         ({"images": ["not base64"]}, 400, "image 0"),
         ({"images": [7]}, 400, "image 0"),
-        ({"images": [png(200, 200)]}, 400, "more than 10000 pixels"),
+        ({"images": [png(200, 200)]}, 413, "more than 10000 pixels"),
         (
             {"images": [png(4, 4), png(4, 5)], "prompts": ["a", "b"], "metadata": None},
             400,
@@ -164,7 +168,7 @@ def png(width: int, height: int, form: str = "PNG") -> str:
 )
 def test_wrong_requests_are_refused(change: dict, status: int, message: str) -> None:
     body = {"images": [png(4, 4)], "prompts": ["a"], "metadata": [{"score": 1}], **change}
-    with running(make_server(max_body=50_000, max_pixels=10_000)) as url:
+    with running(make_server(body=50_000, picture_pixels=10_000)) as url:
         code, answer = post(f"{url}/v1/score", json.dumps(body).encode())
     assert code == status
     assert message in answer["error"]
@@ -194,6 +198,151 @@ def post(url: str, data: bytes, kind: str = "application/json") -> tuple[int, An
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.load(error)
+
+
+# -- what a request may cost ------------------------------------------------------------------
+
+
+def ask(url: str, **change: Any) -> tuple[int, Any]:
+    body = {"images": [png(4, 4)], "prompts": ["a"], "metadata": [{"score": 1}], **change}
+    return post(f"{url}/v1/score", json.dumps(body).encode())
+
+
+def test_pixels_are_counted_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire.Image, "open", lambda *_, **__: pytest.fail("decoded"))
+    wide = base64.b64decode(png(4, 4))
+    wide = wide[:16] + (4096).to_bytes(4, "big") * 2 + wide[24:]  # a header that says more
+    many = {"images": [base64.b64encode(wide).decode()] * 40, "prompts": ["a"] * 40}
+    with running(make_server()) as url:
+        status, answer = ask(url, **many, metadata=None)
+        assert (status, "send 8 at a time (--reward_batch_size)" in answer["error"]) == (413, True)
+    with running(make_server(pictures=39)) as url:
+        assert ask(url, **many, metadata=None)[0] == 413
+
+
+def test_a_body_of_endless_small_things_is_refused() -> None:
+    with running(make_server(values=1000)) as url:
+        status, answer = ask(url, metadata=[{"score": 1, "list": [[]] * 1000}])
+    assert (status, "more than 1000 values" in answer["error"]) == (413, True)
+
+
+def test_large_pictures_are_decoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    decode = wire.decode
+
+    def counted(texts: Sequence[Any], *args: Any, **options: Any) -> Tensor:
+        seen.append(len(texts))
+        return decode(texts, *args, **options)
+
+    monkeypatch.setattr(wire, "decode", counted)
+    monkeypatch.setattr(server, "AT_ONCE", 2 * 12 * 20 + 1)
+    reward = Reward([Component(name="bright", scorer=Brightness(Place()))], batch_size=16)
+    with running(Server(reward, ("127.0.0.1", 0))) as url:
+        output = rewards.load(f"{url}#bright")(pictures(5), ["a"] * 5)
+    assert seen == [2, 2, 1]
+    torch.testing.assert_close(output.scores, pictures(5).mean((1, 2, 3)))
+
+
+def test_a_refusal_reaches_a_client_that_is_still_sending() -> None:
+    with running(make_server(body=1000)) as url:
+        status, answer = post(f"{url}/v1/score", b" " * 5_000_000)
+    assert (status, answer["error"]) == (413, "the body is larger than 1000 bytes")
+
+
+def slowly(url: str, data: bytes) -> bytes:
+    """What a client hears that sends some data and no more."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as one:
+        one.sendall(data)
+        heard = b""
+        while part := one.recv(4096):
+            heard += part
+    return heard
+
+
+BEGUN = b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "limits"),
+    [
+        (b"", {"header_seconds": 0.1}),
+        (b"POST /v1/sc", {"header_seconds": 0.1}),
+        (BEGUN + b'Content-Length: 9\r\n\r\n{"a"', {"body_seconds": 0.1}),
+    ],
+    ids=["silence", "half a header", "half a body"],
+)
+def test_a_client_that_stops_sending_is_cut_off(data: bytes, limits: dict[str, float]) -> None:
+    with running(make_server(**limits)) as url:
+        heard = slowly(url, data)
+        assert heard.startswith(b"HTTP/1.1 408 ")
+        assert b'"error"' in heard
+        assert ask(url)[0] == 200
+
+
+class Held(Scorer):
+    """Scores when it is let, one request at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(Place())
+        self.asked, self.let, self.inside = threading.Event(), threading.Event(), 0
+
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
+    ) -> list[float]:
+        self.inside += 1
+        assert self.inside == 1
+        self.asked.set()
+        assert self.let.wait(30)
+        self.inside -= 1
+        return [1.0] * len(images)
+
+
+def test_who_cannot_be_served_in_time_is_told_to_come_again(quick: list[float]) -> None:
+    held = Held()
+    reward = Reward([Component(name="held", scorer=held)])
+    busy = Server(reward, ("127.0.0.1", 0), Limits(wait_seconds=0.05))
+    with running(busy) as url, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, url)
+        assert held.asked.wait(30)
+        request = urllib.request.Request(
+            f"{url}/v1/score",
+            json.dumps({"images": [png(4, 4)], "prompts": ["a"]}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=30)
+        with caught.value as error:
+            assert (error.code, error.headers["Retry-After"]) == (503, "5")
+        held.let.set()
+        assert first.result(30)[0] == 200
+        assert ask(url)[0] == 200
+
+
+def test_those_that_wait_are_scored_one_after_the_other() -> None:
+    held = Held()
+    with (
+        running(Server(Reward([Component(name="held", scorer=held)]), ("127.0.0.1", 0))) as url,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        answers = [pool.submit(ask, url) for _ in range(4)]
+        assert held.asked.wait(30)
+        held.let.set()
+        assert [answer.result(30)[0] for answer in answers] == [200] * 4
+
+
+def test_a_reward_that_breaks_does_not_end_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import sys\ndef score(images, prompts, metadata):\n    sys.exit(0)\n"
+    )
+    served = Server(rewards.load(f"{tmp_path}/mine.py:score"), ("127.0.0.1", 0))
+    with running(served) as url:
+        for _ in range(2):
+            status, answer = ask(url)
+            assert (status, answer["error"]) == (500, "scoring failed; the server's log says why")
+    assert "score (mine.py, line 3) raised SystemExit" in capsys.readouterr().err
 
 
 # -- trouble ----------------------------------------------------------------------------------
@@ -229,6 +378,50 @@ def test_a_server_that_stumbles_is_asked_again(quick: list[float]) -> None:
     with running(fake(lambda path, seen: next(tries))) as url:
         assert wire.request(url, {"a": 1}, retries=3) == [1]
     assert quick == [1, 2, 4]
+
+
+def test_the_server_says_how_long_to_wait(quick: list[float]) -> None:
+    tries = iter([(503, {"Retry-After": "7"}, b""), (408, {}, b""), (200, {}, b"[1]")])
+    with running(fake(lambda path, seen: next(tries))) as url:
+        assert wire.request(url, {"a": 1}) == [1]
+    assert quick == [7, 2]
+
+
+def test_a_name_and_password_in_an_address_reach_the_server_and_nobody_else(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[Any] = []
+
+    def refuse(path: str, request: Any) -> Answer:
+        seen.append((path, request["headers"].get("Authorization")))
+        return 403, {}, b'{"error": "me:s@cret, your key hidden is not known"}'
+
+    with running(fake(refuse)) as url:
+        own = url.replace("http://", "http://me:s%40cret@")
+        for text in (f"{own}/?key=hidden#x", f"vlm[url={own}/v1?key=hidden,model=m]"):
+            with pytest.raises(UserError, match=r"http://\*\*\*@127") as caught:
+                rewards.load(text)(pictures(1), ["a"])
+            for secret in ("s@cret", "s%40cret", "hidden"):
+                assert secret not in str(caught.value)
+    basic = "Basic " + base64.b64encode(b"me:s@cret").decode()
+    assert seen == [("/info?key=hidden", basic), ("/v1/chat/completions?key=hidden", basic)]
+
+
+@pytest.mark.parametrize("text", ["http://host:x#a", "http://me:hidden@host:x", "https://#a"])
+def test_what_is_no_address_is_refused_at_once(text: str, quick: list[float]) -> None:
+    with pytest.raises(UserError, match="no address") as caught:
+        rewards.load(text)
+    assert "hidden" not in str(caught.value)
+    assert quick == []
+
+
+@pytest.mark.parametrize("answer", [b"[]", b'{"rewards": 3}', b"{}"])
+def test_a_server_of_another_kind_is_named(answer: bytes) -> None:
+    with (
+        running(fake(lambda path, seen: (200, {}, answer))) as url,
+        pytest.raises(UserError, match="is it a server of"),
+    ):
+        rewards.load(url)
 
 
 def test_a_refusal_is_not_repeated(quick: list[float]) -> None:
@@ -376,10 +569,90 @@ def test_a_jsonl_file_names_its_pictures_and_brings_metadata(folder: Path) -> No
     assert [row["score"] for row in rows] == ["3.0", "nan"]
 
 
+PROMPTS = {
+    "prompts.json": '{"options": {}, "pictures": [{"file": "1.png", "prompt": "b", "seed": 7}, '
+    '{"file": "0.png", "prompt": "a | `c`", "seed": 8}]}',
+    "metadata.jsonl": '{"file_name": "1.png", "text": "b"}\n'
+    '{"file_name": "0.png", "text": "a | `c`"}',
+    "metadata.csv": 'file_name,text\n1.png,b\n0.png,"a | `c`"\n',
+    "../prompts.json": '{"pictures": [{"file": "1.png", "label": "x", "prompt": "b"}, '
+    '{"file": "0.png", "label": "y", "prompt": "a | `c`"}]}',
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_folder_that_knows_its_prompts_needs_no_other_file(folder: Path, name: str) -> None:
+    inside = folder / "step-3"
+    inside.mkdir()
+    for i in (0, 1):
+        (folder / f"{i}.png").rename(inside / f"{i}.png")
+    (inside / name).write_text(PROMPTS[name])
+    assert command.main(["score", "jpeg_compressibility", "--images", str(inside)]) == 0
+    rows = read_csv(inside / "scores.csv")
+    assert [(row["file_name"], row["prompt"]) for row in rows] == [
+        ("1.png", "b"),
+        ("0.png", "a | `c`"),
+    ]
+
+
+def test_both_sides_of_a_comparison_are_scored(folder: Path) -> None:
+    for side, i in (("base", 0), ("tuned", 1)):
+        (folder / side).mkdir()
+        (folder / f"{i}.png").rename(folder / side / "x.png")
+    (folder / "versus.csv").write_text("prompt,seed,file,base/clip\na star,4,x.png,0.5\n")
+    assert command.main(["score", "jpeg_compressibility", "--images", str(folder)]) == 0
+    rows = read_csv(folder / "scores.csv")
+    assert [(row["file_name"], row["prompt"]) for row in rows] == [
+        ("base/x.png", "a star"),
+        ("tuned/x.png", "a star"),
+    ]
+
+
+def test_a_reward_that_breaks_leaves_the_earlier_scores(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "prompts.txt").write_text("one\ntwo\nthree\n")
+    (folder / "scores.csv").write_text("of before")
+    (folder / "mine.py").write_text(
+        "def score(images, prompts, metadata):\n    return [{'one': 1.0}[prompts[0]]]\n"
+    )
+    words = ["--images", str(folder), "--prompts", str(folder / "prompts.txt")]
+    assert command.main(["score", f"{folder}/mine.py:score", *words]) == 2
+    said = capsys.readouterr().err
+    assert "score (mine.py, line 2) raised KeyError: 'two'" in said
+    assert "scores.csv.partial" in said
+    assert (folder / "scores.csv").read_text() == "of before"
+    assert [row["prompt"] for row in read_csv(folder / "scores.csv.partial")] == ["one"]
+
+
+def test_prompts_that_cannot_be_scored_are_said_before_any_is(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "prompts.txt").write_text("one\na red star\nthree\n")
+    words = ["--images", str(folder), "--prompts", str(folder / "prompts.txt")]
+    assert command.main(["score", "pocket", *words]) == 0
+    assert "pocket cannot score 2 of 3 prompts, such as 'one'" in capsys.readouterr().out
+    assert [row["valid"] for row in read_csv(folder / "scores.csv")] == ["False", "True", "False"]
+    (folder / "prompts.txt").write_text("one\ntwo\nthree\n")
+    assert command.main(["score", "pocket", *words, "--output", str(folder / "new.csv")]) == 2
+    assert "3 of 3 prompts" in capsys.readouterr().err
+    assert not (folder / "new.csv").exists()
+
+
+def test_a_folder_that_says_nothing_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["score", "pocket", "--images", str(folder)]) == 2
+    assert "has none of prompts.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
         ("one\n", "p.txt", "1 prompts"),
+        ('{"options": 1}', "p.json", "no list of pictures"),
+        ("[3]", "p.json", "entry 1 has no file_name"),
+        ("{", "p.json", "cannot be read"),
         ('{"text": "a"}', "p.jsonl", "entry 1 has no file_name"),
         ('{"file_name": "0.png"}', "p.jsonl", "entry 1 has no text"),
         ('{"file_name": "9.png", "text": "a"}', "p.jsonl", "9.png"),
@@ -406,24 +679,50 @@ def test_the_list_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "DOJO_REWARD_TOKEN" in capsys.readouterr().err
 
 
-def test_a_server_process_serves_until_it_is_killed() -> None:
-    words = [sys.executable, "-m", "dojo.rewards", "serve", "jpeg_compressibility", "--port", "0"]
+def serve(port: str) -> tuple[subprocess.Popen[str], str]:
+    """A server in a process of its own, and its address."""
+    words = [sys.executable, "-m", "dojo.rewards", "serve", "jpeg_compressibility", "--port", port]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*words, "--device", "cpu"], stdout=subprocess.PIPE, text=True, env=environment
     )
+    assert process.stdout is not None
+    match = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+    assert match is not None
+    return process, match[0]
+
+
+def test_a_client_survives_the_servers_death_and_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = [serve("0")]
+    (first, url) = processes[0]
     try:
-        assert process.stdout is not None
-        match = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
-        assert match is not None
-        reward = rewards.load(f"{match[0]}#jpeg_compressibility[retries=1]")
+        reward = rewards.load(f"{url}#jpeg_compressibility[retries=1]")
         here = rewards.load("jpeg_compressibility")(pictures(), ["a"] * 3)
-        there = reward(pictures(), ["a"] * 3)
-        assert torch.equal(here.scores, there.scores)
-        process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        assert torch.equal(reward.submit(pictures(), ["a"] * 3).result(60).scores, here.scores)
+        first.send_signal(signal.SIGKILL)
+        first.wait(10)
         with pytest.raises(TrainingStopped, match="refused"):
-            reward(pictures(), ["a"] * 3)
+            reward.submit(pictures(), ["a"] * 3).result(60)
+        # It is back before the second try.
+        port = url.rpartition(":")[2]
+        back = SimpleNamespace(sleep=lambda _: processes.append(serve(port)))
+        monkeypatch.setattr(wire, "time", back)
+        assert torch.equal(reward.submit(pictures(), ["a"] * 3).result(60).scores, here.scores)
+        (last, _) = processes[1]
+        last.send_signal(signal.SIGTERM)
+        assert last.wait(30) == 0
+        assert last.stdout is not None
+        assert last.stdout.read() == "ended\n"
     finally:
-        process.kill()
-        process.wait(10)
+        for process, _ in processes:
+            process.kill()
+            process.wait(10)
+
+
+def test_without_its_packages_serving_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "dojo.rewards.server")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert command.main(["serve", "jpeg_compressibility", "--port", "0"]) == 2
+    assert 'pip install "sd-dojo[serve]"' in capsys.readouterr().err

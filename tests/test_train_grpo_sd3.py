@@ -526,6 +526,88 @@ def test_too_many_pictures_without_a_score_stop_the_run(tmp_path: Path, tiny_sd3
     assert row["loss"] == row["grad_norm"] == 0
 
 
+def breaking(folder: Path, at_call: int, how: str) -> str:
+    """The text of a reward that goes wrong at the so-many-th call."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "breaks.py").write_text(
+        f"import itertools, sys\ncalls = itertools.count(1)\n"
+        f"def score(images, prompts, metadata):\n"
+        f"    if next(calls) == {at_call}:\n        {how}\n"
+        f"    return images.mean(dim=(1, 2, 3))\nscore.differentiable = True\n"
+    )
+    return f"{folder}/breaks.py:score"
+
+
+def test_a_reward_of_ones_own_that_breaks_loses_nothing(tmp_path: Path, tiny_sd3: Path) -> None:
+    own = (*SMALL, *NO_EVALUATION, "--reward")
+    # Two batches of pictures an epoch.
+    with pytest.raises(UserError, match=r"score \(breaks.py, line 5\) raised SystemExit"):
+        train(tmp_path / "first", tiny_sd3, *own, breaking(tmp_path, 2, "sys.exit(0)"))
+    with pytest.raises(TrainingStopped, match=r"score \(breaks.py, line 3\) returned None"):
+        train(tmp_path / "later", tiny_sd3, *own, breaking(tmp_path, 3, "return None"))
+    kept = [path.name for path in (tmp_path / "later" / "run").glob("checkpoint-*")]
+    assert kept == ["checkpoint-2"]  # not due
+
+
+def files_with(folder: Path, *secrets: str) -> list[str]:
+    """Files below a folder that hold one of these words."""
+    return [
+        path.name
+        for path in folder.rglob("*")
+        if path.is_file() and any(secret.encode() in path.read_bytes() for secret in secrets)
+    ]
+
+
+def test_a_password_in_an_address_is_written_nowhere_and_may_change(
+    tmp_path: Path, tiny_sd3: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a judge: a real server would be asked with the password."""
+    from .test_rewards_served import fake, logprobs, running
+
+    asked: list[str] = []
+
+    def judge(path: str, request: Any) -> tuple[int, dict[str, str], bytes]:
+        asked.append(request["headers"]["Authorization"])
+        return 200, {}, json.dumps(logprobs(yes=0.5 + len(asked) % 3 / 10, no=0.2)).encode()
+
+    own = (
+        *SMALL,
+        "--max_train_steps",
+        "2",
+        "--report_to",
+        "tensorboard",
+        "--num_saved_images",
+        "1",
+    )
+    with running(fake(judge)) as url:
+        for word in ("first-secret", "other-secret"):
+            spec = f"vlm[url={url.replace('://', f'://me-{word}:{word}@')}/v1?key={word},model=m]"
+            flags = ("--reward", spec, "--eval_reward", f"{spec}=2".replace("]=", ",name=again]="))
+            flags += ("--resume_from_checkpoint", "latest")
+            train(tmp_path, tiny_sd3, *own, *flags, "--dry_run")
+            folder = train(tmp_path, tiny_sd3, *own, *flags)
+    broken = spec.replace("model=m", "model=m,retries=0,timeout=1")
+    with pytest.raises(TrainingStopped, match=r"http://\*\*\*@127"):
+        train(tmp_path / "broken", tiny_sd3, *own, "--reward", broken, *NO_EVALUATION)
+    assert len(set(asked)) == 1  # it was sent; the second run was finished already
+    said = "".join(capfd.readouterr())
+    assert "nothing to do" in said
+    assert "http://***@127" in said
+    assert "secret" not in said
+    assert files_with(tmp_path, "first-secret", "other-secret") == []
+    args = json.loads((folder / "args.json").read_text())["args"]
+    assert args["reward"]["reward"].startswith("vlm[url=http://***@127.0.0.1")
+
+
+def test_prompts_that_the_reward_cannot_score_are_refused_before_anything_is_drawn(
+    tmp_path: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "sample", lambda *_, **__: pytest.fail("drawn"))
+    animals = ("--prompt_set", "animals", "--reward", "pocket")
+    with pytest.raises(UserError, match="pocket cannot score 6 of 6 prompts, such as 'cat'"):
+        train(tmp_path, tiny_sd3, *animals)
+
+
 # -- what it refuses, and what it only prints ---------------------------------------------------
 
 

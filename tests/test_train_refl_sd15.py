@@ -42,7 +42,7 @@ from .test_train_dpo_sd15 import (
     unet_of,
 )
 from .test_train_dpo_sd15 import train as train_script
-from .test_train_grpo_sd3 import Death, evaluated, metrics, scores, spawn, timeless
+from .test_train_grpo_sd3 import Death, breaking, evaluated, metrics, scores, spawn, timeless
 
 SCRIPT = "train_refl_sd15.py"
 NO_EVALUATION = ("--num_eval_prompts", "0")
@@ -445,6 +445,16 @@ def test_a_reward_without_a_gradient_is_refused_by_its_name(
         with pytest.raises(UserError, match=rf"no gradient .* through {name}; see --list_rewards"):
             train(tmp_path, tiny_sd15, "--reward", text)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_reward_of_ones_own_that_breaks_loses_nothing(tmp_path: Path, tiny_sd15: Path) -> None:
+    own = (*NO_EVALUATION, *LORA, "--max_train_steps", "3", "--reward")
+    with pytest.raises(UserError, match=r"score \(breaks.py, line 5\) raised ZeroDivisionError"):
+        train(tmp_path / "first", tiny_sd15, *own, breaking(tmp_path, 1, "1 / 0"))
+    with pytest.raises(TrainingStopped, match=r"score \(breaks.py, line 5\) raised SystemExit"):
+        train(tmp_path / "later", tiny_sd15, *own, breaking(tmp_path, 3, "sys.exit(0)"))
+    kept = [path.name for path in (tmp_path / "later" / "run").glob("checkpoint-*")]
+    assert kept == ["checkpoint-2"]  # not due
 
 
 @pytest.mark.parametrize(

@@ -357,6 +357,15 @@ def test_options_that_contradict_each_other(
     assert message in shown
 
 
+def test_a_password_in_a_rewards_address_is_not_written_down(tmp_path: Path) -> None:
+    spec = "vlm[url=http://me:hidden@host/v1?key=hidden,model=m]"
+    words = ("--prompt", "a star", "--versus", "x", "--reward", spec)
+    args = cli.parse(demo.Args, None, flags_for(tmp_path, tmp_path / "out", *words))
+    options = demo.options_of(args)
+    assert options["reward"] == "vlm[url=http://***@host/v1?key=***,model=m]"
+    assert "hidden" not in json.dumps(options)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -371,10 +380,11 @@ def test_options_that_contradict_each_other(
         (("--reward", "jpeg_compressibility[quality=3]"), "jpeg_compressibility has no option"),
         (("--reward", "clip[model=nowhere/clip]"), "nowhere/clip"),
         (("--reward", "none.py:f"), "there is no file none.py"),
+        (("--prompt", "a sentence of my own", "--reward", "pocket"), "'a sentence of my own'"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_drawn(
-    more: tuple[str, str],
+    more: tuple[str, ...],
     message: str,
     tiny_sd15: Path,
     sd15_lora: Path,
@@ -393,9 +403,10 @@ def test_mistakes_are_told_before_anything_is_drawn(
         "{lora}": sd15_lora,
     }
     value = str(places.get(more[1], more[1]))
-    usual = ("--prompt", "a star", "--versus", str(sd15_lora), "--reward", "jpeg_compressibility")
+    usual = ("--versus", str(sd15_lora), "--reward", "jpeg_compressibility")
+    usual += () if "--prompt" in more else ("--prompt", "a star")
     with pytest.raises(UserError, match=message):
-        run(tiny_sd15, tmp_path / "out", *usual, more[0], value)
+        run(tiny_sd15, tmp_path / "out", *usual, more[0], value, *more[2:])
 
 
 def test_a_hub_id_is_a_pipeline_or_a_lora_by_the_files_it_has(

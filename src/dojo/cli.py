@@ -5,6 +5,8 @@ The only file that knows tyro; it also says how a mistake of the user's ends a s
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
 import sys
@@ -16,6 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from dojo import foreign
+from dojo.masking import hide
 
 ArgsT = TypeVar("ArgsT")
 
@@ -43,14 +46,18 @@ def parse(args_type: type[ArgsT], doc: str | None, argv: Sequence[str] | None = 
     own checks.
     """
     words = _settled(args_type, list(sys.argv[1:] if argv is None else argv))
-    return tyro.cli(
-        args_type,
-        description=doc,
-        args=words,
-        use_underscores=True,
-        config=_CONFIG,
-        registry=_REGISTRY,
-    )
+
+    def read(words: list[str]) -> ArgsT:
+        return tyro.cli(
+            args_type,
+            description=doc,
+            args=words,
+            use_underscores=True,
+            config=_CONFIG,
+            registry=_REGISTRY,
+        )
+
+    return _without_secrets(read, words)
 
 
 def run(
@@ -81,8 +88,25 @@ def _end(message: str, code: int) -> None:
     """Ends the process with a message on a line of its own, also behind a half-drawn bar."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    print(message, file=sys.stderr)
+    print(hide(message), file=sys.stderr)
     sys.exit(code)
+
+
+def _without_secrets(read: Callable[[list[str]], ArgsT], words: list[str]) -> ArgsT:
+    """`read(words)`, whose complaint repeats no password of an address among the words.
+
+    tyro shows the words that it does not take, broken into lines; so it is asked again with masked
+    ones when it has refused those that were given.
+    """
+    shown = [hide(word) for word in words]
+    if shown == words:
+        return read(words)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return read(words)
+    except SystemExit:
+        read(shown)
+        raise
 
 
 @_REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType]
@@ -154,8 +178,10 @@ def _refuse_foreign(flag: str, name: str, hints: Mapping[str, Any]) -> None:
 def _say_replaced(before: list[str], after: list[str]) -> None:
     if before[1:] != after[1:] and os.environ.get("RANK", "0") == "0":
         print(
-            f"{after[0]} is given twice: {' '.join(after[1:])} counts, not {' '.join(before[1:])} "
-            "(several values stand behind one flag)",
+            hide(
+                f"{after[0]} is given twice: {' '.join(after[1:])} counts, not "
+                f"{' '.join(before[1:])} (several values stand behind one flag)"
+            ),
             file=sys.stderr,
         )
 

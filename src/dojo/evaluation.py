@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from dojo.cli import TrainingStopped, UserError
 from dojo.pictures import contact_sheet, slug, to_pil
 from dojo.prompts import Prompt
-from dojo.rewards import Reward, RewardOutput
+from dojo.rewards import Reward, RewardOutput, check_prompts
 from dojo.training import Run
 from dojo.validation import log_pictures, write_prompts
 
@@ -85,16 +87,26 @@ class StepEvalArgs(EvalArgs):
         return step % self.validation_steps == 0 or step == num_steps
 
 
-def stop_together(run: Run, trouble: str) -> None:
-    """Stops all processes when one has trouble, so that none waits for it: a collective.
+@contextmanager
+def together(run: Run) -> Iterator[None]:
+    """Stops all processes when one cannot score, so that none waits for it: a collective.
 
     Raises:
-        TrainingStopped: with what was in the way.
+        UserError: what was in the way, before the first step: there is nothing yet to be kept.
+        TrainingStopped: the same, later (see `Run.kept_when_stopped`), or in another process.
     """
-    failed = torch.tensor([bool(trouble)], device=run.device)
-    anywhere: Tensor = run.accelerator.gather(failed)  # pyright: ignore[reportAssignmentType]
-    if bool(anywhere.any()):
-        raise TrainingStopped(trouble or "another process had to stop")
+    error: TrainingStopped | UserError | None = None
+    try:
+        yield
+    except (TrainingStopped, UserError) as caught:
+        error = caught
+    failed = torch.tensor([error is not None], device=run.device)
+    anywhere: Any = run.accelerator.gather(failed) if run.share["num_processes"] > 1 else failed
+    if not bool(anywhere.any()):
+        return
+    if isinstance(error, UserError) and run.step == 0:
+        raise error
+    raise TrainingStopped(str(error or "another process had to stop")) from error
 
 
 class Evaluator:
@@ -103,7 +115,7 @@ class Evaluator:
     Args:
         prompts: those that are held out.
         rewards: the one that is trained on first, if there is one, then those that are not; without
-            any there are pictures only.
+            any there are pictures only. One that can score none of the prompts is a UserError.
         draw: asks the model as it is at that moment.
         batch_size: pictures per process at a time.
     """
@@ -118,6 +130,8 @@ class Evaluator:
         batch_size: int,
     ) -> None:
         self.run, self.args, self.rewards, self.draw = run, args, rewards, draw
+        for reward in rewards:
+            check_prompts(run.say, reward, prompts)
         self.batch_size = args.eval_batch_size or batch_size
         # All prompts once, then all again: what is kept has many prompts. No two pictures share
         # their noise, or the mean of the scores would hang on it.
@@ -187,9 +201,8 @@ class Evaluator:
         table = torch.zeros(len(self.pictures), len(columns), dtype=torch.float64)
         moved = torch.zeros(len(self.pictures), dtype=torch.float64)
         knows = torch.zeros(1, dtype=torch.float64)
-        trouble = ""
         bar = tqdm(total=len(mine), desc="evaluation", disable=not run.main, leave=False)
-        try:
+        with together(run), bar:
             for start in range(0, len(mine), self.batch_size):
                 some = mine[start : start + self.batch_size]
                 texts = [self.pictures[i][0].text for i in some]
@@ -203,10 +216,6 @@ class Evaluator:
                     if i < len(self.files):
                         picture.save(folder / self.files[i])
                 bar.update(len(some))
-        except (TrainingStopped, UserError) as error:
-            trouble = str(error)
-        bar.close()
-        stop_together(run, trouble)
         if num_processes > 1:  # zero where another process has it: exact
             table, moved, knows = self._sum(table), self._sum(moved), self._sum(knows)
         if run.main:

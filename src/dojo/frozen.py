@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dojo import checkpoint, data, rng, sd3, texts
 from dojo.cli import UserError
-from dojo.training import Run
+from dojo.training import Run, arithmetic
 
 
 class Options(Protocol):
@@ -378,7 +378,7 @@ def latents_of(
         plan.needed(),
         lambda pixels: sd3.posterior(vae, pixels),
         cache.latent_cache_dir,
-        {"vae": config.fingerprint(["vae"]), "dtype": vae_dtype},
+        {"vae": config.fingerprint(["vae"]), "dtype": vae_dtype, **arithmetic(run.device)},
         latent_channels=config.vae["latent_channels"],
         **run.share,
     )

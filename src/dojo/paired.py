@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from dojo import checkpoint, data, ddpm, direct, frozen, preference, rewards, rng, sd15
 from dojo.cli import UserError
+from dojo.masking import hide
 from dojo.rewards import spec
 from dojo.texts import Texts
 from dojo.trained import Trained
-from dojo.training import Key, Run
+from dojo.training import Key, Run, arithmetic
 
 
 class Options(Protocol):
@@ -109,7 +110,11 @@ def chosen(run: Run, sources: Sources, args: Options) -> Sources:
 
         return score
 
-    settings = {"reward": text, "dtype": args.scorers.reward_dtype, **_own_code(text)}
+    shown = hide(text)
+    settings = {"reward": shown, "dtype": args.scorers.reward_dtype, **_own_code(text)}
+    settings |= arithmetic(run.device)
+    if shown != text:  # a query may choose what is served: no secret is kept, but its hash
+        settings["address"] = data.digest([text])
     tables: dict[str, Path] = {}
 
     def choose(pairs: data.Pairs, name: str) -> data.Pairs:
@@ -119,7 +124,7 @@ def chosen(run: Run, sources: Sources, args: Options) -> Sources:
             **run.share,
             wait=run.accelerator.wait_for_everyone,
         )
-        run.say(f"{text}: {choice.description}")
+        run.say(f"{shown}: {choice.description}")
         return choice.pairs
 
     train = choose(sources.train, "choices.csv")
@@ -161,7 +166,10 @@ def prepare(
         return data.prepare_pairs(
             *(pairs, args.data, args.cache),
             lambda pixels: sd15.posterior(vae, pixels),
-            {"vae": config.fingerprint(["vae"]), "dtype": args.model.vae_dtype},
+            {
+                **{"vae": config.fingerprint(["vae"]), "dtype": args.model.vae_dtype},
+                **arithmetic(run.device),
+            },
             seed=run.seed,
             latent_channels=config.vae["latent_channels"],
             pixel_step=config.pixel_step,

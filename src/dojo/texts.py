@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dojo import data, sd3, sd15
 from dojo.pipelines import Embeds
-from dojo.training import Run, used_memory_gib
+from dojo.training import Run, arithmetic, used_memory_gib
 
 Lookup = Callable[[Sequence[str]], Mapping[str, Tensor]]
 EncoderT = TypeVar("EncoderT", bound=Lookup)
@@ -150,7 +150,7 @@ def _fill(
                 groups,
                 load,
                 cache.latent_cache_dir,
-                settings,
+                {**settings, **arithmetic(run.device)},
                 sample_bytes=numbers * run.dtype.itemsize,
                 **run.share,
             )

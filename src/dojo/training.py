@@ -44,6 +44,7 @@ from tqdm import tqdm
 from dojo import checkpoint
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
+from dojo.masking import hide
 from dojo.optim import OptimArgs
 
 Item = TypeVar("Item")
@@ -317,12 +318,12 @@ class Run:
         logs = folder / "logs"
         if self.main and self.args.report_to in ("wandb", "all"):
             (logs / "wandb").mkdir(parents=True, exist_ok=True)  # it would go elsewhere without
+        places = {"wandb": {"dir": logs}, "swanlab": {"logdir": str(logs / "swanlab")}}
         try:
-            self.accelerator.init_trackers(
-                self.args.tracker_project_name,
-                config=_flat(args),
-                init_kwargs={"wandb": {"dir": logs}, "swanlab": {"logdir": str(logs / "swanlab")}},
-            )
+            with _masked_command_line():
+                self.accelerator.init_trackers(
+                    self.args.tracker_project_name, config=_flat(args), init_kwargs=places
+                )
         except Exception as error:  # each has its own kind: no key, no network
             raise UserError(
                 f"--report_to {self.args.report_to}: the tracker did not start "
@@ -694,7 +695,7 @@ def _settle_seed(args: RunArgs, resumed: Path | None) -> int:
 
 
 def options(args: Any) -> dict[str, Any]:
-    """The resolved options by group, ready for JSON; tokens stay out."""
+    """The resolved options by group, ready for JSON; tokens and secrets of addresses stay out."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -702,9 +703,20 @@ def options(args: Any) -> dict[str, Any]:
             return {k: plain(item) for k, item in value.items() if not k.endswith("_token")}
         if isinstance(value, tuple | list):
             return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
+        return hide(str(value)) if isinstance(value, str | Path) else value
 
     return plain(asdict(args))
+
+
+@contextmanager
+def _masked_command_line() -> Iterator[None]:
+    """Trackers store the command line: they find it without the secrets of its addresses."""
+    words = sys.argv
+    sys.argv = [hide(word) for word in words]
+    try:
+        yield
+    finally:
+        sys.argv = words
 
 
 def _flat(args: Any) -> dict[str, Any]:
@@ -764,7 +776,7 @@ def _changed_options(folder: Path, args: Any, mixed_precision: str) -> list[str]
             if name not in _INCIDENTAL.split()
         }
 
-    record = json.loads(path.read_text())
+    record = json.loads(hide(path.read_text()))  # an older run wrote passwords down
     # As accelerate resolved it: its configuration may have changed while the flag did not.
     then = {**essential(record["args"]), "mixed_precision": record["mixed_precision"]}
     now = {**essential(options(args)), "mixed_precision": mixed_precision}
@@ -874,6 +886,18 @@ def used_memory_gib(device: torch.device) -> float:
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the device's type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def arithmetic(device: torch.device) -> dict[str, str]:
+    """What, besides a network and its input, decides the last bits of what is computed here.
+
+    On a CPU the threads share a sum out among them, so their number decides how it is rounded. It
+    belongs into the fingerprint of every cache: a run of one thread would leave numbers that a run
+    of two does not make.
+    """
+    if device.type == "cuda":
+        return {}
+    return {"device": device.type, "threads": str(torch.get_num_threads())}
 
 
 def device_peak_flops(device: torch.device) -> float | None:

@@ -13,6 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from dojo.checkpoint import write_file
+from dojo.masking import hide
+from dojo.publish import markdown
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name for a LoRA
 DEFAULT_TEXT_TOKENS = 256  # what a StableDiffusion3Pipeline pads T5 to when it is not told
@@ -72,7 +74,7 @@ def write_card(
         repo_id: the repository that the card is for; unset: the folder's name, to be replaced.
     """
     values = {
-        name: value
+        name: hide(value) if isinstance(value, str) else value  # of an older run's record
         for group in options.values()
         if isinstance(group, dict)
         for name, value in group.items()
@@ -101,21 +103,21 @@ def write_card(
             {"text": prompt or trigger or " ", "output": {"url": url}} for prompt, url in gallery
         ]
 
-    made_of = f" from `{base}`" if base else ""
+    made_of = f" from {markdown.code(base)}" if base else ""
     data = dataset if _is_hub_id(dataset) else Path(dataset).name
-    trained_on = f" on `{data}`" if data else ""
+    trained_on = f" on {markdown.code(data)}" if data else ""
     rows = [
-        f"| `{name}` | {json.dumps(values[name], ensure_ascii=False)} |"
+        f"| `{name}` | {markdown.plain(json.dumps(values[name], ensure_ascii=False))} |"
         for name in _SHOWN
         if values.get(name) is not None
     ]
-    body = [f"# {title}", ""]
+    body = [f"# {markdown.plain(title)}", ""]
     if steps:
         body += [f"Trained with SD Dojo for {steps} steps{made_of}{trained_on}.", ""]
     if gallery:
-        body += [f"![{_one_line(prompt)}]({url})" for prompt, url in gallery] + [""]
+        body += [markdown.picture(prompt, url) for prompt, url in gallery] + [""]
     if trigger:
-        body += ["## Trigger words", "", f"Use `{_one_line(trigger)}` in the prompt.", ""]
+        body += ["## Trigger words", "", f"Use {markdown.code(trigger)} in the prompt.", ""]
     prompt = (prompts or [*drawn.values(), trigger or "a photo"])[0]
     body += ["## Use", "", _usage(folder, base, weights, prompt, values, repo_id), ""]
     if rows:
@@ -147,11 +149,6 @@ def _prompt_of(picture: Path, prompts: Sequence[str]) -> str:
     if index.isdigit() and int(index) < len(prompts):
         return prompts[int(index)]
     return re.sub(r"-seed\d+$", "", rest).replace("_", " ")
-
-
-def _one_line(text: str) -> str:
-    """A text that may stand between the brackets of Markdown."""
-    return re.sub(r"[\[\]\s]+", " ", text).strip()
 
 
 def _usage(
@@ -213,7 +210,7 @@ def _usage(
     if len(call[0]) > 88:
         call = ["image = pipe(", *[f"    {argument}," for argument in arguments], ").images[0]"]
     lines += ['pipe.to("cuda")', *call, 'image.save("image.png")']
-    return "\n".join(["```python", *lines, "```"])
+    return markdown.block(lines, "python")
 
 
 def _base(name: str) -> str:

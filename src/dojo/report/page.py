@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from dojo.cli import UserError
+from dojo.masking import hide
 from dojo.pictures import contact_sheet
 from dojo.report.curves import charts
 from dojo.report.html import file_size, picture, table
@@ -33,7 +34,11 @@ def write(folder: Path) -> Path:
     rows = _read_rows(folder / "metrics.jsonl")
     card = _read_text(folder / "README.md")
     heading = re.search(r"^# (.+)$", card, re.M)
-    title = heading[1] if heading else f"Run {folder.resolve().name}"
+    title = (
+        re.sub(r"\\(\W)", r"\1", unescape(heading[1]))
+        if heading
+        else f"Run {folder.resolve().name}"
+    )
     sections = {
         "Curves": charts(rows),
         "Pictures": _pictures(folder),
@@ -136,8 +141,8 @@ def _data(report: Row) -> str:
 
 def _code(card: str) -> str:
     """The first block of Python in the model card."""
-    block = re.search(r"^```python\n(.*?)^```", card, re.M | re.S)
-    return f"<pre><code>{escape(block[1])}</code></pre>" if block else ""
+    block = re.search(r"^(```+)python\n(.*?)^\1$", card, re.M | re.S)
+    return f"<pre><code>{escape(block[2])}</code></pre>" if block else ""
 
 
 def _time(rows: Sequence[Row]) -> str:
@@ -187,7 +192,7 @@ def _options(groups: Row) -> str:
 def _value(value: Any) -> str:
     if value is None:
         return "unset"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return hide(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _secret(name: str) -> bool:

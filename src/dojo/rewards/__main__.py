@@ -1,6 +1,7 @@
 """Scores pictures, and serves scorers to other processes.
 
 python -m dojo.rewards list
+python -m dojo.rewards score aesthetic,pickscore --images outputs/demo
 python -m dojo.rewards score aesthetic,pickscore --images outputs/grid --prompts prompts.txt
 python -m dojo.rewards serve pickscore,hpsv2.1 --port 8000
 """
@@ -9,23 +10,20 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from dojo.cli import TrainingStopped, UserError
-from dojo.rewards import Reward, load, table
+from dojo.masking import hide
+from dojo.rewards import Reward, check_prompts, load, table
+from dojo.rewards.folder import RECORDS, read_picture, read_rows
 from dojo.rewards.scorer import DTYPES
-from dojo.rewards.server import Server
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     score.add_argument(
         "--prompts",
         type=Path,
-        required=True,
         metavar="FILE",
-        help="text with a line per picture in the order of their names, or .jsonl with file_name "
-        "and text (or prompt); its other columns are metadata",
+        help="text with a line per picture in the order of their names, or .jsonl, .json or .csv "
+        "with file_name and text (or prompt, caption), whose other columns are metadata; by "
+        f"default what lies in DIR: {', '.join(RECORDS)}",
     )
     score.add_argument(
         "--output", type=Path, metavar="FILE", help="the CSV; DIR/scores.csv by default"
@@ -68,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _serve(flags)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(hide(f"error: {error}"), file=sys.stderr)
         return 2
     except TrainingStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        print(hide(f"stopped: {error}"), file=sys.stderr)
         return 1
     return 0
 
@@ -90,15 +88,27 @@ def _load(flags: argparse.Namespace, batch_size: int = 1) -> Reward:
 
 
 def _serve(flags: argparse.Namespace) -> None:
-    reward = _load(flags, flags.batch_size)
-    with Server(reward, (flags.host, flags.port)) as server:
-        host, port = server.server_address[:2]
+    try:
+        from dojo.rewards.server import Server
+    except ImportError as error:
+        raise UserError(
+            f"serve needs the packages uvicorn and starlette ({error}); install them with "
+            '`pip install "sd-dojo[serve]"`'
+        ) from error
+    # A server is ended by either signal, once its last answer is out.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        reward = _load(flags, flags.batch_size)
+        server = Server(reward, (flags.host, flags.port))
+        host, port = server.server_address
         names = ", ".join(server.alone)
-        print(f"serving {names} on http://{host}:{port} (Ctrl-C ends it)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("ended")
+        shown = f"[{host}]" if ":" in host else host
+        print(f"serving {names} on http://{shown}:{port} (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("ended", flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # -- score ------------------------------------------------------------------------------------
@@ -107,77 +117,32 @@ def _serve(flags: argparse.Namespace) -> None:
 def _score(flags: argparse.Namespace) -> None:
     rows = read_rows(flags.images, flags.prompts)
     reward = _load(flags)
+    check_prompts(print, reward, rows)
     output = flags.output or flags.images / "scores.csv"
     columns: dict[str, list[float]] = {name: [] for name in reward.weights}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="", encoding="utf-8") as file, torch.no_grad():
-        writer = csv.writer(file)
-        writer.writerow(["file_name", "prompt", "score", "valid", *columns])
-        for row in tqdm(rows, desc="scoring", unit="picture"):
-            # One at a time: sizes may differ, and a score must not hang on the others.
-            result = reward(read_picture(row["path"]), [row["prompt"]], [row["metadata"]])
-            values = {name: float(column) for name, column in result.components.items()}
-            for name, value in values.items():
-                columns[name].append(value)
-            score = float(result.scores) if bool(result.valid) else float("nan")
-            writer.writerow(
-                [row["path"].name, row["prompt"], score, bool(result.valid), *values.values()]
-            )
+    # Whole or not at all: what a reward that breaks has scored until then stays beside it.
+    partial = output.with_name(f"{output.name}.partial")
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as file, torch.no_grad():
+            writer = csv.writer(file)
+            writer.writerow(["file_name", "prompt", "score", "valid", *columns])
+            for row in tqdm(rows, desc="scoring", unit="picture"):
+                # One at a time: sizes may differ, and a score must not hang on the others.
+                result = reward(read_picture(row.path), [row.text], [row.metadata])
+                values = {name: float(column) for name, column in result.components.items()}
+                for name, value in values.items():
+                    columns[name].append(value)
+                score = float(result.scores) if bool(result.valid) else float("nan")
+                writer.writerow([row.name, row.text, score, bool(result.valid), *values.values()])
+    except (UserError, TrainingStopped) as error:
+        raise type(error)(f"{error}; the scores until then are in {partial}") from error
+    partial.replace(output)
     for name, values in columns.items():
         known = np.array([value for value in values if value == value])
         summary = f"{known.mean():.4f} +- {known.std():.4f}" if len(known) else "no score"
         print(f"{name}: {summary} over {len(known)} of {len(values)} pictures")
     print(output)
-
-
-def read_rows(folder: Path, prompts: Path) -> list[dict]:
-    """The pictures of a folder with their prompts and metadata.
-
-    Raises:
-        UserError: something is missing, or the numbers differ.
-    """
-    if not folder.is_dir():
-        raise UserError(f"--images: there is no folder {folder}")
-    if not prompts.is_file():
-        raise UserError(f"--prompts: there is no file {prompts}")
-    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
-    lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if prompts.suffix != ".jsonl":
-        if len(lines) != len(pictures) or not lines:
-            raise UserError(
-                f"{prompts} has {len(lines)} prompts, {folder} {len(pictures)} pictures"
-            )
-        return [
-            {"path": path, "prompt": line.strip(), "metadata": {}}
-            for path, line in zip(pictures, lines, strict=True)
-        ]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            name, prompt = Path(row["file_name"]), row.get("text", row.get("prompt"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{prompts}: entry {number} has no file_name") from None
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{prompts}: entry {number} leads out of the folder: {name}")
-        path = folder / name
-        if not isinstance(prompt, str) or not path.is_file():
-            missing = "no text" if path.is_file() else f"a picture that is not there, {path}"
-            raise UserError(f"{prompts}: entry {number} has {missing}")
-        rows.append({"path": path, "prompt": prompt, "metadata": row})
-    if not rows:
-        raise UserError(f"{prompts} is empty")
-    return rows
-
-
-def read_picture(path: Path) -> Tensor:
-    """float32 [1, 3, H, W] in [0, 1]."""
-    try:
-        with Image.open(path) as picture:
-            pixels = np.array(picture.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--images: {path} cannot be read ({error})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
 
 if __name__ == "__main__":

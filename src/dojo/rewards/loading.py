@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.rewards import spec
-from dojo.rewards.reward import Component, Reward, RewardOutput
-from dojo.rewards.scorer import DTYPES, Metadata, Place, Scorer
+from dojo.rewards.foreign import Function
+from dojo.rewards.reward import Component, Reward
+from dojo.rewards.scorer import DTYPES, Place, Scorer
 
 # Imported when it is asked for: a scorer's libraries are loaded with it.
 SCORERS = {
@@ -141,8 +138,9 @@ def scorer_class(source: str) -> Callable[..., Scorer]:
     """What makes the scorer of a name, an address or a function's place."""
     if spec.is_address(source):
         from dojo.rewards.remote import Remote
+        from dojo.rewards.wire import RETRIES
 
-        return lambda place, *, timeout="60", retries="5": Remote(
+        return lambda place, *, timeout="60", retries=str(RETRIES): Remote(
             place, address=source, timeout=timeout, retries=retries
         )
     if source in SCORERS:
@@ -150,50 +148,7 @@ def scorer_class(source: str) -> Callable[..., Scorer]:
         return getattr(importlib.import_module(module), name)
     if ":" not in source:
         raise UserError(f"--reward: there is no scorer {source} (there are {', '.join(SCORERS)})")
-    function = _function(source)
-    return lambda place: _Function(place, function)
-
-
-def _function(source: str) -> Callable[..., Any]:
-    """A user's function, `package.module:function` or `file.py:function`."""
-    home, _, name = source.rpartition(":")
-    path = Path(home)
-    if home.endswith(".py"):
-        if not path.is_file():
-            raise UserError(f"--reward: there is no file {home}")
-        file = importlib.util.spec_from_file_location(f"dojo_reward_{path.stem}", path)
-        if file is None or file.loader is None:
-            raise UserError(f"--reward: {home} cannot be imported")
-        module = importlib.util.module_from_spec(file)
-        sys.modules[file.name] = module  # dataclasses and pickles look their module up there
-        file.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(home)
-        except ModuleNotFoundError as error:
-            raise UserError(f"--reward: {source}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"--reward: {home} has no function {name}")
-    return function
-
-
-class _Function(Scorer):
-    """A user's function; it says `function.differentiable = True` if gradients pass it."""
-
-    def __init__(self, place: Place, function: Callable[..., Any]) -> None:
-        super().__init__(place)
-        self.function = function
-        # An instance's own value in place of the class's.
-        vars(self)["differentiable"] = bool(getattr(function, "differentiable", False))
-
-    def score(
-        self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
-    ) -> Tensor | Sequence[float]:
-        output = self.function(images, prompts, metadata)
-        if isinstance(output, RewardOutput):
-            return torch.where(output.valid, output.scores, torch.nan)
-        return output
+    return lambda place: Function(place, source)
 
 
 def table() -> str:

@@ -53,6 +53,11 @@ class Ocr(Scorer):
         else:
             self.read = _rapidocr()
 
+    def cannot_score(self, prompt: str, row: Mapping[str, Any]) -> str:
+        if wanted(prompt, row):
+            return ""
+        return "it names no text to read: put it in double quotes, or into a column ocr_text"
+
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
     ) -> list[float]:

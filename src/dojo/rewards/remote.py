@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dojo.cli import UserError
-from dojo.rewards import spec, wire
+from dojo.masking import hide
+from dojo.rewards import wire
 from dojo.rewards.scorer import Metadata, Place, Scorer
 
 TOKEN = "DOJO_REWARD_TOKEN"  # environment variable with the server's bearer token
@@ -26,23 +27,28 @@ class Remote(Scorer):
     def __init__(self, place: Place, *, address: str, timeout: str, retries: str) -> None:
         super().__init__(place)
         self.url, _, self.name = address.partition("#")
-        self.url = self.url.rstrip("/")
-        try:
-            self.limits: dict[str, Any] = {
-                "timeout": spec.number(timeout, address),
-                "retries": int(retries),
-            }
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        served = self._ask("/info")["rewards"]
+        self.limits = wire.limits(timeout, retries, hide(address))
+        served = self._list("/info", "rewards")
         if self.name and self.name not in served:
             raise UserError(
-                f"--reward: {self.url} does not serve {self.name} (it serves {', '.join(served)})"
+                f"--reward: {hide(self.url)} does not serve {self.name} "
+                f"(it serves {', '.join(map(str, served))})"
             )
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _list(self, path: str, name: str, body: dict[str, Any] | None = None) -> list[Any]:
+        """The list of this name in the server's answer."""
         token = os.environ.get(TOKEN)
-        return wire.request(f"{self.url}{path}", body, token=token, **self.limits)
+        answer = wire.request(wire.joined(self.url, path), body, token=token, **self.limits)
+        found = answer.get(name) if isinstance(answer, dict) else None
+        if not isinstance(found, list):
+            raise self._strange(f"a list of {name}")
+        return found
+
+    def _strange(self, wanted: str) -> UserError:
+        return UserError(
+            f"--reward: {hide(self.url)} answers something else than {wanted}: is it a server of "
+            "`python -m dojo.rewards serve`?"
+        )
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
@@ -52,5 +58,11 @@ class Remote(Scorer):
             body["reward"] = self.name
         if metadata is not None:
             body["metadata"] = [dict(row) for row in metadata]
-        answer = self._ask("/v1/score", body)
-        return [torch.nan if score is None else float(score) for score in answer["scores"]]
+        scores = self._list("/v1/score", "scores", body)
+        try:
+            found = [torch.nan if score is None else float(score) for score in scores]
+        except (TypeError, ValueError):
+            found = []
+        if len(found) != len(images):
+            raise self._strange(f"scores of {len(images)} pictures")
+        return found

@@ -17,19 +17,9 @@ import torch
 from torch import Tensor
 
 from dojo.cli import UserError
-from dojo.rewards.scorer import Metadata, Scorer
+from dojo.rewards.scorer import Metadata, RewardOutput, Scorer
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RewardOutput:
-    """The scores of B pictures, on the pictures' device."""
-
-    scores: Tensor
-    """float32 [B]: the weighted sum; 0 where it is not valid"""
-    valid: Tensor
-    """bool [B]: every component has a finite score"""
-    components: dict[str, Tensor]
-    """float32 [B] by name: each scorer's own numbers, unweighted; NaN where there is none"""
+__all__ = ["Component", "Reward", "RewardOutput"]
 
 
 @dataclass(frozen=True, kw_only=True)

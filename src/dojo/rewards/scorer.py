@@ -12,10 +12,28 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from dojo.cli import UserError
+
 Metadata = Sequence[Mapping[str, Any]]
 SharedT = TypeVar("SharedT")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class RewardFailed(UserError):
+    """A scorer that is not ours went wrong: its code is to be mended, not what was asked."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RewardOutput:
+    """The scores of B pictures, on the pictures' device."""
+
+    scores: Tensor
+    """float32 [B]: the weighted sum; 0 where it is not valid"""
+    valid: Tensor
+    """bool [B]: every component has a finite score"""
+    components: dict[str, Tensor]
+    """float32 [B] by name: each scorer's own numbers, unweighted; NaN where there is none"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +77,14 @@ class Scorer:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+
+    def cannot_score(self, prompt: str, row: Mapping[str, Any]) -> str:
+        """Why a prompt can have no score, whatever the picture; "" where it may have one.
+
+        Args:
+            row: its metadata.
+        """
+        return ""
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None

@@ -6,7 +6,7 @@
     my_package.rewards:redness=2         a function `fn(images, prompts, metadata)`
     rewards/mine.py:redness              the same, from a file
     http://localhost:8000#pickscore=1    one that `python -m dojo.rewards serve` serves
-    aesthetic,clip=0                     a weight of 0 scores and records, no more
+    aesthetic,clip=0                     a weight of 0 scores and records, no more; not all are 0
 
 Four options go with every scorer: `name` (of the component, to tell two of a kind apart), `scale`
 (a second factor beside the weight), `device` and `dtype` (fp32, fp16, bf16).
@@ -19,7 +19,15 @@ import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-_TERM = re.compile(r"(?P<source>[^\[\]=]+)(\[(?P<options>[^\[\]]*)\])?(=(?P<weight>[^\[\]=]+))?")
+from dojo.masking import hide
+
+# An address may have a query, with its own "=" in it; a weight after one needs a "#".
+_TERM = re.compile(
+    r"""(?P<source>https?://[^\[\]=?\#]+(\?[^\[\]\#]*)?(\#[^\[\]=]*)?|[^\[\]=]+)
+        (\[(?P<options>[^\[\]]*)\])?
+        (=(?P<weight>[^\[\]=]+))?""",
+    re.VERBOSE,
+)
 _COMMA_OUTSIDE_BRACKETS = re.compile(r",(?![^\[\]]*\])")
 
 
@@ -41,7 +49,8 @@ def parse(text: str) -> tuple[Term, ...]:
     """Reads a reward's text.
 
     Raises:
-        ValueError: it is not of the form above, or two components have the same name.
+        ValueError: it is not of the form above, two components have the same name, or all weights
+            are 0.
     """
     terms = tuple(_term(part.strip()) for part in _COMMA_OUTSIDE_BRACKETS.split(text))
     names = [term.name for term in terms]
@@ -50,21 +59,31 @@ def parse(text: str) -> tuple[Term, ...]:
             raise ValueError(
                 f"--reward has two components named {name}: tell them apart, as {name}[name=other]"
             )
+    if not any(term.weight for term in terms):
+        raise ValueError(
+            f"--reward {hide(text)}: every weight is 0, so every score would be; give one of them "
+            "another weight"
+        )
     return terms
 
 
 def _term(text: str) -> Term:
     match = _TERM.fullmatch(text)
     if match is None:
-        raise ValueError(f"--reward: {text!r} is not of the form name[option=value,...]=weight")
+        raise ValueError(
+            f"--reward: {hide(text)!r} is not of the form name[option=value,...]=weight"
+        )
     options: dict[str, str] = {}
     for pair in filter(None, (match["options"] or "").split(",")):
         key, equals, value = (word.strip() for word in pair.partition("="))
         if not (key and equals and value):
-            raise ValueError(f"--reward: {pair!r} in {text!r} is not of the form option=value")
+            words = f"{hide(pair)!r} in {hide(text)!r}"
+            raise ValueError(f"--reward: {words} is not of the form option=value")
         options[key] = value
     source = match["source"].strip()
     weight = number(match["weight"] or "1", text) * number(options.pop("scale", "1"), text)
+    if not math.isfinite(weight):
+        raise ValueError(f"--reward: weight times scale in {hide(text)!r} is no number")
     name = options.pop("name", _name(source))
     return Term(source=source, name=name, weight=weight, options=options)
 
@@ -88,5 +107,5 @@ def number(text: str, where: str) -> float:
     except (ValueError, ZeroDivisionError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"--reward: {text!r} in {where!r} is no number")
+        raise ValueError(f"--reward: {hide(text)!r} in {hide(where)!r} is no number")
     return value

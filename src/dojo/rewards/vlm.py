@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from dojo.cli import UserError
-from dojo.rewards import spec, wire
+from dojo.rewards import wire
 from dojo.rewards.scorer import Metadata, Place, Scorer
 
 KEY = "DOJO_VLM_API_KEY"  # environment variable with the server's key, if it wants one
@@ -47,18 +47,15 @@ class Vlm(Scorer):
         url: str | None = None,
         model: str | None = None,
         timeout: str = "60",
-        retries: str = "5",
+        retries: str = str(wire.RETRIES),
         workers: str = "8",
     ) -> None:
         super().__init__(place)
         if not url or not model:
             raise UserError("--reward: write vlm[url=http://host:port/v1,model=NAME]")
-        self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
+        self.url, self.model = wire.joined(url, "/chat/completions"), model
+        self.limits = wire.limits(timeout, retries, "vlm")
         try:
-            self.limits: dict[str, Any] = {
-                "timeout": spec.number(timeout, "vlm"),
-                "retries": int(retries),
-            }
             self.pool = ThreadPoolExecutor(int(workers), thread_name_prefix="vlm")
         except ValueError as error:
             raise UserError(f"--reward: vlm: {error}") from None

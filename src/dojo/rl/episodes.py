@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dojo import policy, rng, rollout, samplers, sd3
-from dojo.cli import TrainingStopped, UserError
-from dojo.evaluation import stop_together
+from dojo.cli import TrainingStopped
+from dojo.evaluation import together
 from dojo.prompts import Prompt
 from dojo.rewards import Reward, RewardOutput
 from dojo.rl.args import SampleArgs
@@ -255,16 +255,13 @@ class Scoring:
         """Waits for all scores and gathers them: a collective.
 
         Raises:
-            TrainingStopped: on all processes, when a reward of one has given up (a server that does
-                not answer), or too many pictures have no valid score.
+            UserError, TrainingStopped: on all processes, when a reward of one has given up (see
+                `evaluation.together`).
+            TrainingStopped: too many pictures have no valid score.
         """
         outputs: list[RewardOutput] = []
-        trouble = ""
-        try:
+        with together(self.run):
             outputs = [future.result() for _, future, _ in self.pending]
-        except (TrainingStopped, UserError) as error:  # a user's error in one process, too
-            trouble = str(error)
-        stop_together(self.run, trouble)
         columns = {
             "scores": [output.scores for output in outputs],
             "valid": [output.valid for output in outputs],
