@@ -26,6 +26,7 @@ from dojo import (
     cli,
     data,
     full,
+    interrupt,
     optim,
     policy,
     prompts,
@@ -205,7 +206,7 @@ def main(args: Args) -> None:
                 averaged.update(run.step)
                 run.log_step(optim.learning_rate(optimizer), grad_norm)
         run.log_rest()
-        if args.evaluation.due(epoch + 1) or run.step >= run.num_steps:
+        if run.pictures_due(args.evaluation.due(epoch + 1) or run.step >= run.num_steps):
             with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
                 evaluate()
         keep(since=began)
@@ -235,4 +236,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.watch()
     cli.run(main, Args, __doc__, {"--list_rewards": rewards.table})

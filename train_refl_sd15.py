@@ -30,6 +30,7 @@ from dojo import (
     denoising,
     direct,
     full,
+    interrupt,
     lora,
     optim,
     preference,
@@ -181,7 +182,7 @@ def main(args: Args) -> None:
             continue
         averaged.update(run.step)
         run.log_step(optim.learning_rate(optimizer), grad_norm)
-        if args.evaluation.due(run.step, run.num_steps):
+        if run.pictures_due(args.evaluation.due(run.step, run.num_steps)):
             with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
                 evaluate()
         keep()
@@ -211,4 +212,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.watch()
     cli.run(main, Args, __doc__, {"--list_rewards": rewards.table})

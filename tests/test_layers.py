@@ -43,11 +43,13 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"cli", "pictures"},
     "bench": {"cli", "cost", "lora", "sd3", "tensors", "checkpoint", "full", "rollout"},
     "optim": {"cli"},
-    "training": {"cli", "rng", "checkpoint", "cost", "optim"},
+    "launch": set(),
+    "interrupt": {"cli", "launch"},
+    "training": {"cli", "rng", "checkpoint", "cost", "optim", "interrupt", "launch"},
     "sd3": {"cli", "flow", "rng", "cost", "tensors", "pipelines"},
     "sd15": {"cli", "ddpm", "rng", "cost", "pipelines"},
     "texts": {"cli", "data", "pipelines", "sd3", "sd15", "training"},
-    "frozen": {"cli", "checkpoint", "data", "rng", "sd3", "texts", "training"},
+    "frozen": {"cli", "checkpoint", "data", "interrupt", "rng", "sd3", "texts", "training"},
     "full": {"cli", "pipelines", "sd3", "sd15", "tensors"},
     "trained": {
         *("cli", "rng", "pipelines", "sd3", "sd15", "lora", "full", "averaging", "optim"),
@@ -75,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "paired": {
         *("cli", "rng", "ddpm", "preference", "sd15", "checkpoint", "data", "direct", "frozen"),
-        *("rewards", "texts", "trained", "training"),
+        *("interrupt", "rewards", "texts", "trained", "training"),
     },
 }
 GROUND = {"gaussian", "rng"}

@@ -25,6 +25,8 @@ class UserError(ValueError):
 class TrainingStopped(RuntimeError):
     """A run that had to stop (a loss that is not finite): one message, exit code 1."""
 
+    exit_code = 1
+
 
 def parse(args_type: type[ArgsT], doc: str | None, argv: Sequence[str] | None = None) -> ArgsT:
     """Parses `argv` (the process's own when None) into `args_type`; `doc` heads the help.
@@ -59,8 +61,12 @@ def run(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except TrainingStopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(1)
+        if text := str(error):
+            print(f"stopped: {text}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _joined(args_type: type, words: list[str]) -> list[str]:

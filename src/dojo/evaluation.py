@@ -149,6 +149,7 @@ class Evaluator:
         """
         step = self.run.step
         done = step > 0 and (self.folder / f"step-{step}" / SCORES).is_file()
+        done = done and (not self.rewards or self.run.has_logged("eval_invalid_share"))
         if due and not done:
             self()
 
@@ -160,6 +161,7 @@ class Evaluator:
 
         Raises:
             TrainingStopped: a reward has given up.
+            Interrupted: the run was asked to stop.
         """
         if not self.pictures:
             return
@@ -173,8 +175,8 @@ class Evaluator:
         folder = self.folder / f"step-{run.step}"
         if run.main:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob("*.png"):  # of a branch of the run that was left
-                path.unlink()
+            for path in [*folder.glob("*.png"), folder / SCORES]:  # of a branch that was left
+                path.unlink(missing_ok=True)
         run.accelerator.wait_for_everyone()
         process, num_processes = run.share["process"], run.share["num_processes"]
         mine = list(range(process, len(self.pictures), num_processes))
@@ -185,10 +187,12 @@ class Evaluator:
         moved = torch.zeros(len(self.pictures), dtype=torch.float64)
         knows = torch.zeros(1, dtype=torch.float64)
         trouble = ""
-        bar = tqdm(total=len(mine), desc="evaluation", disable=not run.main, leave=False)
-        try:
-            for start in range(0, len(mine), self.batch_size):
-                some = mine[start : start + self.batch_size]
+        share = run.paused(mine, len(self.pictures), self.batch_size)
+        total = -(-len(mine) // self.batch_size)
+        for some in tqdm(share, "evaluation", total, disable=not run.main, leave=False):
+            if trouble:  # comes along, as the others still go on
+                continue
+            try:
                 texts = [self.pictures[i][0].text for i in some]
                 keys = [(self.pictures[i][1], "evaluation", self.pictures[i][0].text) for i in some]
                 images, far = self.draw(texts, keys)
@@ -200,10 +204,8 @@ class Evaluator:
                 for i, picture in zip(some, to_pil(images), strict=True):
                     if i < len(self.files):
                         picture.save(folder / self.files[i])
-                bar.update(len(some))
-        except (TrainingStopped, UserError) as error:
-            trouble = str(error)
-        bar.close()
+            except (TrainingStopped, UserError) as error:
+                trouble = str(error)
         stop_together(run, trouble)
         if num_processes > 1:  # zero where another process has it: exact
             table, moved, knows = self._sum(table), self._sum(moved), self._sum(knows)
@@ -222,7 +224,7 @@ class Evaluator:
             row["eval_kl"] = moved.mean().item()
         return {name: value for name, value in row.items() if math.isfinite(value)}
 
-    def _score(self, images: Tensor, some: list[int]) -> Tensor:
+    def _score(self, images: Tensor, some: Sequence[int]) -> Tensor:
         """[B, columns]: the first reward's sum, then every component of every reward."""
         texts = [self.pictures[i][0].text for i in some]
         metadata = [self.pictures[i][0].metadata for i in some]

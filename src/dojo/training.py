@@ -41,7 +41,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dojo import checkpoint
+from dojo import checkpoint, interrupt
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
 from dojo.optim import OptimArgs
@@ -69,6 +69,8 @@ class RunArgs:
     """latest, checkpoint-N or a path; latest in an empty folder starts from zero"""
     checkpointing_steps: int = 500
     """optimizer steps between checkpoints; there is one at the end too"""
+    checkpointing_minutes: float | None = None
+    """minutes after which there is one besides"""
     checkpoints_total_limit: int | None = None
     """keep only this many checkpoints, the newest"""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -89,6 +91,9 @@ class RunArgs:
         for name in ("checkpointing_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1")
+        minutes = self.checkpointing_minutes
+        if minutes is not None and not 0 < minutes < math.inf:
+            raise ValueError("--checkpointing_minutes must be positive")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError("--checkpoints_total_limit must be at least 1")
 
@@ -108,7 +113,13 @@ class Run:
         self.flops_per_sample = 0.0
         self.samples = 0  # used so far, over all processes
         self._samples_per_epoch = 1
+        self.requests = interrupt.Requests(
+            args.output_dir, main=self.main, minutes=args.checkpointing_minutes
+        )
         self._resumed: Path | None = None
+        self._whole_epochs = False
+        self._began = 0  # the step at which the epoch began, where epochs are whole
+        self._told = False  # that an epoch is finished first
         self._skipped = 0
         self._data = ""
         self._loss = torch.zeros((), device=accelerator.device)
@@ -120,6 +131,7 @@ class Run:
         self._last = (0.0, 0.0)  # learning rate and gradient norm of the last step
         self._mark = 0.0
         self._marked = 0.0  # seconds of phases until then
+        self._step_seconds = 0.0  # of the last step
         self._row_began = time.perf_counter()  # of the steps that the next row averages
         self._bar: Any = tqdm(disable=True)  # until the loop begins
         self._loss_count = 0
@@ -197,11 +209,13 @@ class Run:
         The waiting for a batch is phase `data`; what follows, until `update`, is phase `train`.
         """
         iterator = iter(loader)
-        with self._loop():
+        with self._loop("the run stops after this optimizer step, with a checkpoint"):
             while self.step < self.num_steps:
+                self._end_if_kept()
                 with self.phase("data"):
                     batch = next(iterator)
                 yield batch
+            self._end_if_kept()
 
     @property
     def epoch(self) -> int:
@@ -210,9 +224,12 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs from where the run stands until the last step is done."""
-        with self._loop():
+        with self._loop("the run stops soon, with the last whole epoch kept"):
             while self.step < self.num_steps:
+                self._end_if_kept()
+                self._began = self.step
                 yield self.epoch
+            self._end_if_kept()
 
     @contextmanager
     def kept_when_stopped(self, save: Callable[[], None]) -> Iterator[None]:
@@ -224,8 +241,103 @@ class Run:
             save()
             raise
 
+    # -- what is asked of it -----------------------------------------------------------------
+
+    def stop_if_asked(self) -> None:
+        """Ends the loop on all processes where one was asked to stop: a collective.
+
+        Only where `kept_when_stopped` keeps what was learned, or nothing was.
+
+        Raises:
+            Interrupted: one was.
+        """
+        self._hear(self._together(self.requests.local()))
+        if self.requests.stop:
+            raise self._interrupted()
+
+    def paused(self, mine: Sequence[Item], total: int, size: int = 1) -> Iterator[Sequence[Item]]:
+        """This process's share of `total` items, `size` at a time; the run may stop before each.
+
+        A collective, and as often on every process: see `stop_if_asked`.
+        """
+        for start in range(0, -(-total // self.accelerator.num_processes), size):
+            self.stop_if_asked()
+            if some := mine[start : start + size]:
+                yield some
+
+    def pictures_due(self, due: bool) -> bool:
+        """Whether a validation comes now: it is its turn or was asked for, and nobody waits.
+
+        One whose turn it is when the run stops is made up for when it goes on.
+        """
+        wanted = due or self.requests.sample
+        self.requests.sample = False
+        return wanted and not self.requests.stop
+
+    def has_logged(self, name: str) -> bool:
+        """Whether metrics.jsonl has such a number at the run's step."""
+        path = self.output_dir / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return any(row["step"] == self.step and name in row for row in rows)
+
+    def _together(self, numbers: Sequence[float]) -> list[float]:
+        """Their means over all processes: a collective."""
+        if self.accelerator.num_processes == 1:
+            return [*numbers]
+        own = torch.tensor(numbers, device=self.device)
+        return self.accelerator.reduce(own, "mean").tolist()  # pyright: ignore
+
+    def _hear(self, numbers: Sequence[float]) -> None:
+        before = self.requests.stop, self.requests.save, self.requests.sample
+        self.requests.agree(numbers)
+        stop, save, sample = self.requests.stop, self.requests.save, self.requests.sample
+        if stop and not before[0]:
+            self.say(f"step {self.step}: stopping ({stop})")
+        if save and not before[1]:
+            self.say(f"step {self.step}: a checkpoint is due")
+        if sample and not before[2]:
+            self.say(f"step {self.step}: pictures were asked for")
+
+    def _end_if_kept(self) -> None:
+        if self.requests.stop and (self.output_dir / f"checkpoint-{self.step}").exists():
+            raise self._interrupted()
+
+    def _end_within_epoch(self) -> None:
+        """Between two steps of an epoch that cannot be kept in part: ends where its beginning is
+        kept, and says how long it takes where it is not."""
+        left = round(self.epoch_length) - (self.step - self._began)
+        if not self.requests.stop or left <= 0:
+            return
+        if not self._began or (self.output_dir / f"checkpoint-{self._began}").exists():
+            raise self._interrupted()
+        if not self._told:
+            self._told = True
+            self.say(
+                f"no checkpoint has the beginning of this epoch: its last {left} optimizer steps "
+                f"are done first, about {left * self._step_seconds:.0f} s; a second signal ends "
+                "the run at once"
+            )
+
+    def _interrupted(self) -> interrupt.Interrupted:
+        self._bar.close()  # the message gets a line of its own
+        asked, step = self.requests.stop, self.step
+
+        def farewell() -> str:
+            if not self.main:
+                return ""
+            whole = checkpoint.existing(self.output_dir)
+            kept = "no step is kept yet"
+            if whole:
+                again = "" if whole[-1][0] == step else "; the steps after it are done again"
+                kept = f"{whole[-1][1]} is kept{again}"
+            return f"{asked} at step {step}: {kept}. To go on:\n{interrupt.command()}"
+
+        return interrupt.Interrupted(self.requests.exit_code, farewell)
+
     @contextmanager
-    def _loop(self) -> Iterator[None]:
+    def _loop(self, promise: str) -> Iterator[None]:
+        for text in self.requests.begin():
+            self.say(text)
         self._bar = tqdm(
             desc="steps",
             total=self.num_steps,
@@ -235,7 +347,7 @@ class Run:
         )
         self._row_began = time.perf_counter() - self._pauses()
         self._mark_now()
-        with self._bar:
+        with self._bar, interrupt.patience(promise):
             yield
 
     # -- length and resume --------------------------------------------------------------------
@@ -251,6 +363,7 @@ class Run:
         Raises:
             UserError: it would end elsewhere.
         """
+        self._whole_epochs = whole_epochs
         processes = self.accelerator.num_processes
         self.num_steps = optim.num_steps(num_samples, processes)
         self._samples_per_epoch = num_samples
@@ -379,7 +492,8 @@ class Run:
         since: int | None = None,
         now: bool = False,
     ) -> None:
-        """Writes `checkpoint-<step>` when it is due: every `checkpointing_steps`, and the last.
+        """Writes `checkpoint-<step>` when it is due: every `checkpointing_steps`, the last, and
+        when one was asked for.
 
         Args:
             since: where steps come several at a time, the step before them: it is due when one of
@@ -387,7 +501,8 @@ class Run:
             now: it is due, unless it is there already or nothing has been learned yet.
         """
         every, before = self.args.checkpointing_steps, self.step - 1 if since is None else since
-        due = self.step // every > before // every or self.step == self.num_steps
+        asked = self.requests.save or bool(self.requests.stop)
+        due = self.step // every > before // every or self.step == self.num_steps or asked
         if now:
             written = (self.output_dir / f"checkpoint-{self.step}").exists()
             due = self.step > 0 and not written
@@ -405,6 +520,9 @@ class Run:
                 checkpoint.write_whole(self.output_dir / f"checkpoint-{self.step}", write)
                 checkpoint.rotate(self.output_dir, self.args.checkpoints_total_limit)
             self.accelerator.wait_for_everyone()
+            self.requests.saved()
+            # A signal that came meanwhile need not wait for another step.
+            self._hear(self._together(self.requests.local()))
 
     def watch_flops(self, cost: Callable[[], Cost], batch_size: int) -> None:
         """Logs the utilisation of a known GPU from here on; `cost` is that of a micro-batch."""
@@ -436,6 +554,7 @@ class Run:
             the fp16 scaler skipped.
         Raises:
             TrainingStopped: loss or gradients are not finite.
+            Interrupted: the run was asked to stop within an epoch that cannot be kept in part.
         """
         self.accelerator.backward(loss)
         self._micro_loss += loss.detach()
@@ -444,10 +563,12 @@ class Run:
         self.samples += self.samples_per_step
         norm = self.accelerator.clip_grad_norm_(params, max_grad_norm)
         assert norm is not None  # DeepSpeed alone keeps it to itself
+        asked = self.requests.local()
         numbers = torch.stack([norm.float(), self._micro_loss])
         if self.accelerator.num_processes > 1:  # all stop, or none
+            numbers = torch.cat([numbers, numbers.new_tensor(asked)])
             numbers = self.accelerator.reduce(numbers, "mean")
-        grad_norm, micro_loss = numbers.tolist()  # pyright: ignore
+        grad_norm, micro_loss, *heard = numbers.tolist()  # pyright: ignore
         finite = math.isfinite(grad_norm) and math.isfinite(micro_loss)
         if not finite and self.accelerator.scaler is None:
             self._stop(f"loss {micro_loss:g}, gradient norm {grad_norm:g}")
@@ -468,12 +589,16 @@ class Run:
             self._samples += self.samples_per_step
         self._micro_loss.zero_()
         self._end_step()
+        self._hear(heard or asked)
+        if self._whole_epochs:
+            self._end_within_epoch()
         return grad_norm if finite else None
 
     def _end_step(self) -> None:
         """What the loop did since the last step, outside all phases, was training."""
         spent = time.perf_counter() - self._mark - (self._phased - self._marked)
         self._add_seconds("train", spent)
+        self._step_seconds = spent
         self._mark_now()
         self._bar.update(self.step - self._bar.n)
 
@@ -721,7 +846,8 @@ def _flat(args: Any) -> dict[str, Any]:
 # things. Data, seed and samples per step have checks of their own.
 _INCIDENTAL = """
     resume_from_checkpoint overwrite_output_dir dry_run output_dir checkpointing_steps
-    checkpoints_total_limit report_to tracker_project_name logging_steps max_train_steps
+    checkpointing_minutes checkpoints_total_limit report_to tracker_project_name logging_steps
+    max_train_steps
     num_train_epochs steps_per_epoch train_batch_size gradient_accumulation_steps
     gradient_checkpointing torch_compile dataset_name train_data_dir instance_data_dir data_config
     class_data_dir pretrain_data_dir pretrain_dataset_name
