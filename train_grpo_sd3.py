@@ -103,7 +103,8 @@ def main(args: Args) -> None:
     shift = config.shift(args.sample.flow_shift, *args.sample.size)
     batch_size, train_batch_size = args.sample.batch_size(args.optim), args.optim.train_batch_size
     uses = args.sample.samples * args.grpo.num_inner_epochs
-    run.plan(args.optim, uses, source.fingerprint, whole_epochs=True)
+    together = {"train_batch_size": train_batch_size, "sample_batch_size": batch_size}
+    run.plan(args.optim, uses, source.fingerprint, whole_epochs=True, together=together)
     args.ema.check(args.optim.kind, run.num_steps)
     cost = partial(
         rl.episode_cost,

@@ -86,7 +86,8 @@ def main(args: Args) -> None:
     if not args.run.dry_run:
         pictures = pretraining.open_pictures(run, config, args.pretrain, args.cache, size)
     known = source.fingerprint + (pictures.fingerprint if pictures else "")
-    run.plan(args.optim, len(source.train), known)
+    together = {"train_batch_size": batch_size}
+    run.plan(args.optim, len(source.train), known, together=together)
     args.ema.check(args.optim.kind, run.num_steps)
     cost = partial(
         direct.reward_cost,

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,12 @@ def _short(program: str) -> str:
 
 def asked_processes() -> int | None:
     """How many processes the launcher's command line asks for, or None where it says nothing."""
-    words = shlex.split(os.environ.get(COMMAND, "")) or parent()
-    numbers = re.findall(
-        r"--(?:num[-_]processes|nproc[-_]per[-_]node)[ =](\d+)(?= |$)", " ".join(words)
-    )
+    words = " ".join(shlex.split(os.environ.get(COMMAND, "")) or parent())
+    numbers = re.findall(r"--(?:num[-_]processes|nproc[-_]per[-_]node)[ =](\d+)(?= |$)", words)
+    for name in re.findall(r"--config[-_]file[ =](\S+)", words)[-1:]:
+        with suppress(OSError):
+            text = Path(name).read_text(encoding="utf-8")
+            numbers = re.findall(r"^num_processes: *(\d+)", text, re.MULTILINE) + numbers
     return int(numbers[-1]) if numbers else None
 
 
@@ -99,6 +102,10 @@ def main() -> None:
     os.environ.setdefault(GRACE, "600")
 
     def become(args: Any) -> None:
+        if (args.num_processes or 1) > 1:  # without a GPU accelerate would start one
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+            launch.multi_gpu_launcher(args)
+            return
         words, environment = prepare_simple_launcher_cmd_env(args)
         sys.stdout.flush()
         os.execvpe(words[0], words, environment)

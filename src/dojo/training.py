@@ -33,7 +33,6 @@ import torch
 import transformers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
@@ -41,7 +40,8 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dojo import checkpoint, interrupt
+from dojo import checkpoint, interrupt, launch
+from dojo import optim as optimizers
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
 from dojo.optim import OptimArgs
@@ -122,6 +122,10 @@ class Run:
         self._told = False  # that an epoch is finished first
         self._skipped = 0
         self._data = ""
+        self._optim = OptimArgs()
+        self._micro_batch = 0
+        self._batches: dict[str, int] = {}
+        self._span = optimizers.Span(0, 0)
         self._loss = torch.zeros((), device=accelerator.device)
         self._micro_loss = torch.zeros((), device=accelerator.device)
         self._sums: dict[str, Tensor] = {}
@@ -353,13 +357,23 @@ class Run:
     # -- length and resume --------------------------------------------------------------------
 
     def plan(
-        self, optim: OptimArgs, num_samples: int, fingerprint: str, *, whole_epochs: bool = False
+        self,
+        optim: OptimArgs,
+        num_samples: int,
+        fingerprint: str,
+        *,
+        whole_epochs: bool = False,
+        together: Mapping[str, int] | None = None,
     ) -> None:
         """Fixes the length of the run; `fingerprint` identifies the samples and their order.
+
+        A length that nobody gave is rounded up to whole epochs where they matter, and said.
 
         Args:
             num_samples: uses of samples in an epoch.
             whole_epochs: the run can only end, and be resumed, where an epoch does.
+            together: the sizes of batches (of a process, by option) on which the numbers hang, so
+                that over all processes they must stay when the run goes on.
         Raises:
             UserError: it would end elsewhere.
         """
@@ -370,7 +384,17 @@ class Run:
         self.samples_per_step = optim.samples_per_step(processes)
         self.epoch_length = optim.epoch_length(num_samples, processes)
         self._data = fingerprint
+        self._optim = optim
+        self._micro_batch = optim.train_batch_size * processes
+        self._batches = {name: size * processes for name, size in (together or {}).items()}
         steps = round(self.epoch_length)
+        if whole_epochs and self.num_steps % steps and not optim.has_length:
+            self.num_steps += steps - self.num_steps % steps
+            self.say(
+                f"no --max_train_steps: {self.num_steps} optimizer steps, which are "
+                f"{self.num_steps // steps} whole epochs of {steps}"
+            )
+        self._span = optimizers.Span(0, self.num_steps)
         if whole_epochs and self.num_steps % steps:
             below = self.num_steps // steps * steps
             nearest = " or ".join(str(n) for n in (below, below + steps) if n)
@@ -413,6 +437,7 @@ class Run:
             )
             self.accelerator.end_training()
             return False
+        self._check_resumed()
         self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
         if occupied and (overwrite or resume is None):
             if not overwrite:
@@ -444,6 +469,66 @@ class Run:
             ) from error
         return True
 
+    def _check_resumed(self) -> None:
+        """Refuses before the work what could not go on exactly after it.
+
+        Raises:
+            UserError: saying with which options it could.
+        """
+        if self._resumed is None:
+            return
+        state = checkpoint.read_state(self._resumed)
+        self._check_batches(self._resumed, state)
+        made = optimizers.Span(state.lr_start, state.lr_steps)
+        self._span = optimizers.new_span(self._optim, made, state.step, self.num_steps)
+        if made.steps and self._span != made:
+            begun = f"from step {self._span.start} " if self._span.start else ""
+            self.say(
+                f"the run was {made.start + made.steps} steps long and is {self.num_steps} now; "
+                f"--lr_scheduler {self._optim.lr_scheduler} runs {begun}over {self._span.steps}"
+            )
+
+    def _check_batches(self, folder: Path, saved: checkpoint.State) -> None:
+        whole = saved.batch_size
+        if whole != self.samples_per_step:
+            raise UserError(
+                f"{folder} was made with another number of samples per step (batch size, "
+                f"accumulation, processes): {whole}, now {self.samples_per_step}; "
+                f"{self._batches_of(saved)}"
+            )
+        wrong = {
+            name: (size, self._batches[name])
+            for name, size in saved.together.items()
+            if self._batches.get(name, size) != size
+        }
+        for name, (then, now) in wrong.items():
+            raise UserError(
+                f"{folder} was made with batches of {then} samples over all processes "
+                f"(--{name}), now {now}: other numbers would come out; {self._batches_of(saved)}"
+            )
+        if saved.data != self._data and saved.micro_batch not in (0, self._micro_batch):
+            raise UserError(
+                f"{folder} was made from other data, or its pictures of several sizes were dealt "
+                f"into batches of {saved.micro_batch} over all processes, now {self._micro_batch}; "
+                f"with the same data, {self._batches_of(saved)}"
+            )
+
+    def _batches_of(self, saved: checkpoint.State) -> str:
+        """The options with which a checkpoint goes on with as many processes as there are now."""
+        processes, whole = self.accelerator.num_processes, saved.batch_size
+        together = {"train_batch_size": saved.micro_batch or whole, **saved.together}
+        if any(size % processes for size in together.values()):
+            fitting = [
+                n for n in range(1, whole + 1) if not any(size % n for size in together.values())
+            ]
+            return (
+                f"with {processes} processes it cannot go on exactly, with "
+                f"{' or '.join(map(str, fitting))} it can"
+            )
+        flags = [f"--{name} {size // processes}" for name, size in together.items()]
+        flags.append(f"--gradient_accumulation_steps {whole // together['train_batch_size']}")
+        return f"{' '.join(flags)} on {processes} process(es) goes on exactly"
+
     def resume(
         self,
         load_weights: Callable[[Path], None],
@@ -457,6 +542,10 @@ class Run:
             checkpoint.check_same_run(folder, state, self._state())
             load_weights(folder)
             checkpoint.load_training(folder, optimizer, schedule, self.accelerator.scaler)
+            if self._span != optimizers.Span(0, self.num_steps) or (
+                state.lr_steps and state.lr_start + state.lr_steps != self.num_steps
+            ):
+                optimizers.respan(optimizer, schedule, self._optim, self._span)
             self.step, self.samples = state.step, state.samples
             self._loss.fill_(state.loss_sum)
             self._loss_count = state.loss_count
@@ -481,6 +570,10 @@ class Run:
             loss_count=self._loss_count,
             means={name: (total, self._counts[name]) for name, total in sums.items()},
             peaks=self._reduced("max", self._peaks),
+            micro_batch=self._micro_batch,
+            together=self._batches,
+            lr_start=self._span.start,
+            lr_steps=self._span.steps,
         )
 
     def save_checkpoint(
@@ -723,6 +816,13 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         UserError: a tracker is not installed, a checkpoint is not there, or the processes are
             sharded (FSDP, DeepSpeed) or not joined.
     """
+    for kind in ("FSDP", "DEEPSPEED"):  # on a CPU accelerate would only not do it
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true"):
+            raise UserError(
+                f"{kind} is not supported yet: a run could not be resumed exactly; use "
+                "scripts/accelerate/multi_gpu.yaml (for less memory see --train_dtype, "
+                "--optimizer adamw8bit, --freeze, --gradient_checkpointing)"
+            )
     accelerator = accelerate.Accelerator(
         mixed_precision=run_args.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -747,13 +847,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         # would write into one folder.
         raise UserError(
             f"{started} processes were started that know nothing of each other; without a GPU, "
-            "use accelerate launch --cpu, or set ACCELERATE_USE_CPU=true"
-        )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError(
-            f"{accelerator.distributed_type.value} is not supported yet: a run could not be "
-            "resumed exactly; use scripts/accelerate/multi_gpu.yaml (for less memory see "
-            "--train_dtype, --optimizer adamw8bit, --freeze, --gradient_checkpointing)"
+            f"{_together_on_cpu(started)}"
         )
     if not accelerator.is_main_process:
         for library in (transformers, diffusers):
@@ -770,9 +864,20 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
     seed = _settle_seed(run_args, resumed)
     run = Run(accelerator, run_args, seed)
     run._resumed = resumed
+    asked, processes = launch.asked_processes() or 1, accelerator.num_processes
+    if asked > processes:
+        run.say(
+            f"{asked} processes were asked for and this run has {processes}: without a GPU "
+            f"accelerate launch starts one; {_together_on_cpu(asked)}"
+        )
     if run_args.resume_from_checkpoint == "latest" and resumed is None:
         run.say(f"no checkpoint in {folder} yet: starting from zero")
     return run
+
+
+def _together_on_cpu(processes: int) -> str:
+    script = Path(sys.argv[0]).name
+    return f"start it with ACCELERATE_USE_CPU=true torchrun --nproc_per_node {processes} {script}"
 
 
 # Everything but checkpoints that a run may leave in its folder.
@@ -843,18 +948,24 @@ def _flat(args: Any) -> dict[str, Any]:
 
 
 # Options that a run may be continued with another value of: how far, how to show, where to keep
-# things. Data, seed and samples per step have checks of their own.
+# things. By group, since two groups may have an option of one name that means two things. Data,
+# seed, the schedule's length and the sizes of batches have checks of their own.
 _INCIDENTAL = """
-    resume_from_checkpoint overwrite_output_dir dry_run output_dir checkpointing_steps
-    checkpointing_minutes checkpoints_total_limit report_to tracker_project_name logging_steps
-    max_train_steps
-    num_train_epochs steps_per_epoch train_batch_size gradient_accumulation_steps
-    gradient_checkpointing torch_compile dataset_name train_data_dir instance_data_dir data_config
-    class_data_dir pretrain_data_dir pretrain_dataset_name
-    sample_batch_size cache_dir dataloader_num_workers on_bad_sample eval_fraction
-    eval_data_dir max_train_samples latent_cache_dir no_cache_latents no_cache_text_embeddings
-    prompt_file prompt_dataset_name eval_prompt_file reward_device reward_batch_size list_rewards
-    max_invalid offload_ema save_dtype max_shard_size single_file single_file_without_t5 lora_format
+    run.resume_from_checkpoint run.overwrite_output_dir run.dry_run run.output_dir
+    run.checkpointing_steps run.checkpointing_minutes run.checkpoints_total_limit run.report_to
+    run.tracker_project_name run.logging_steps optim.max_train_steps optim.num_train_epochs
+    optim.steps_per_epoch optim.train_batch_size optim.gradient_accumulation_steps
+    optim.lr_when_length_changes model.gradient_checkpointing model.torch_compile
+    data.dataset_name data.train_data_dir data.instance_data_dir data.data_config data.cache_dir
+    data.dataloader_num_workers data.on_bad_sample data.eval_fraction data.eval_data_dir
+    data.max_train_samples prior.class_data_dir prior.sample_batch_size
+    pretrain.pretrain_data_dir pretrain.pretrain_dataset_name sample.sample_batch_size
+    sample.max_invalid cache.latent_cache_dir cache.no_cache_latents
+    cache.no_cache_text_embeddings prompts.prompt_file prompts.prompt_dataset_name
+    prompts.eval_prompt_file reward.reward_device reward.reward_batch_size reward.list_rewards
+    scorers.reward_device scorers.reward_batch_size scorers.list_rewards ema.offload_ema
+    full.save_dtype full.max_shard_size full.single_file full.single_file_without_t5
+    lora.lora_format
 """
 
 
@@ -887,7 +998,7 @@ def _changed_options(folder: Path, args: Any, mixed_precision: str) -> list[str]
             for group, values in groups.items()
             if isinstance(values, dict) and group not in ("validation", "evaluation", "publish")
             for name, value in values.items()
-            if name not in _INCIDENTAL.split()
+            if f"{group}.{name}" not in _INCIDENTAL.split()
         }
 
     record = json.loads(path.read_text())
@@ -895,11 +1006,28 @@ def _changed_options(folder: Path, args: Any, mixed_precision: str) -> list[str]
     then = {**essential(record["args"]), "mixed_precision": record["mixed_precision"]}
     now = {**essential(options(args)), "mixed_precision": mixed_precision}
     names = sorted(then.keys() | now.keys())
+    changed = {name: (then.get(name), now.get(name)) for name in names}
+    whence = {"mixed_precision": (_whence(record), f" ({_precision_from(args)})")}
     return [
-        f"--{name} was {then.get(name)}, now {now.get(name)}"
-        for name in names
-        if then.get(name) != now.get(name)
+        f"--{name} was {old}{whence.get(name, ('', ''))[0]}, now {new}"
+        f"{whence.get(name, ('', ''))[1]}"
+        for name, (old, new) in changed.items()
+        if old != new
     ]
+
+
+def _precision_from(args: Any) -> str:
+    """What settled the precision: the flag, or what accelerate launch puts into the environment."""
+    if args.run.mixed_precision is not None:
+        return "by the flag"
+    if os.environ.get("ACCELERATE_MIXED_PRECISION"):
+        return "by accelerate's configuration"
+    return "by default: python and torchrun read no configuration of accelerate's"
+
+
+def _whence(record: Mapping[str, Any]) -> str:
+    words = record.get("mixed_precision_from")
+    return f" ({words})" if words else ""
 
 
 def record(args: Any, run: Run) -> dict[str, Any]:
@@ -911,6 +1039,7 @@ def record(args: Any, run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "num_processes": run.accelerator.num_processes,
         "mixed_precision": run.accelerator.mixed_precision,
+        "mixed_precision_from": _precision_from(args),
         "device": device_name(run.device),
         "git_revision": _git_revision(),
         "versions": {"python": platform.python_version(), **_versions()},
