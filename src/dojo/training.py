@@ -527,7 +527,8 @@ class Run:
             )
         flags = [f"--{name} {size // processes}" for name, size in together.items()]
         flags.append(f"--gradient_accumulation_steps {whole // together['train_batch_size']}")
-        return f"{' '.join(flags)} on {processes} process(es) goes on exactly"
+        several = "1 process" if processes == 1 else f"{processes} processes"
+        return f"{' '.join(flags)} on {several} goes on exactly"
 
     def resume(
         self,
