@@ -16,6 +16,7 @@ import pytest
 import train_grpo_sd3
 import train_lora_sd3
 from dojo import cli, interrupt, launch, lora, training
+from dojo.validation import loss as eval_loss
 
 from .conftest import ROOT, lora_flags, reset_accelerate, rl_flags
 from .test_training import metrics
@@ -361,7 +362,7 @@ def test_a_validation_is_broken_off_and_made_up_for(
     whole: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = [*flags, "--output_dir", str(tmp_path)]
-    real, calls = train_lora_sd3.validation.loss._errors, []
+    real, calls = eval_loss._errors, []
 
     def errors(*args: Any) -> Any:
         calls.append(1)
@@ -370,7 +371,7 @@ def test_a_validation_is_broken_off_and_made_up_for(
         return real(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_lora_sd3.validation.loss, "_errors", errors)
+        patched.setattr(eval_loss, "_errors", errors)
         with pytest.raises(interrupt.Interrupted, match=r"at step 2: .*checkpoint-2 is kept"):
             start(train_lora_sd3, *mine)
     assert len(calls) == 3
@@ -469,3 +470,34 @@ def test_sampling_stops_and_keeps_the_state_from_which_the_epoch_began(
     start(train_grpo_sd3, *mine)
     assert (tmp_path / lora.WEIGHTS).read_bytes() == (whole_epochs / lora.WEIGHTS).read_bytes()
     assert rows(tmp_path) == rows(whole_epochs)
+
+
+# Through a launcher
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_launcher_hands_a_signal_to_every_process_and_its_code_to_the_shell(
+    flags: list[str], tmp_path: Path, processes: int, number: int, code: int
+) -> None:
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "dojo.launch", "--quiet", "--cpu"]
+    words += ["--num_processes", str(processes), str(ROOT / "train_lora_sd3.py"), *flags]
+    words += ["--output_dir", str(run), "--max_train_steps", "5000", "--logging_steps", "1"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            words, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        while process.poll() is None and not (run / "validation" / "step-2").exists():
+            time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(timeout=300) == code
+    said = log.read_text()
+    assert "Traceback" not in said
+    [kept] = run.glob("checkpoint-*")
+    assert kept.name == f"checkpoint-{metrics(run)[-1]['step']}"
+    command = said[said.index("To go on:") :].splitlines()[1]
+    assert command.startswith("python -m dojo.launch --quiet --cpu --num_processes")
+    assert command.endswith(" --resume_from_checkpoint latest")
