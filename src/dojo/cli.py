@@ -65,8 +65,20 @@ def run(
             print(f"stopped: {text}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_interrupted())
+
+
+def ended(main: Callable[[], int | None]) -> int:
+    """The exit code of a command with a parser of its own, that of Ctrl-C without a traceback."""
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        return _interrupted()
+
+
+def _interrupted() -> int:
+    print("\ninterrupted", file=sys.stderr)
+    return 130
 
 
 def _joined(args_type: type, words: list[str]) -> list[str]:

@@ -427,4 +427,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(cli.parse(Args, __doc__))
+    cli.run(main, Args, __doc__)

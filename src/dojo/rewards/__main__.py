@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dojo.cli import TrainingStopped, UserError
+from dojo.cli import TrainingStopped, UserError, ended
 from dojo.rewards import Reward, load, table
 from dojo.rewards.scorer import DTYPES
 from dojo.rewards.server import Server
@@ -181,4 +181,4 @@ def read_picture(path: Path) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))
