@@ -43,7 +43,8 @@ from .test_train_refl_sd15 import PROMPTS
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 IN_A_ROW = 4  # kills of one run before it is let to its end
 PATIENCE = 120.0  # seconds after which a run hangs
-CODES = {signal.SIGKILL: {-9}, signal.SIGINT: {130, 143}, signal.SIGTERM: {143}}
+# -15: before the script's first line.
+CODES = {signal.SIGKILL: {-9}, signal.SIGINT: {130}, signal.SIGTERM: {143, -15}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,9 +317,9 @@ def _killed(
     run.end()
     said = log.read_text(errors="replace") if log.exists() else ""
     outcome.kept += "is kept" in said
-    # 0: in its last moment; 143: the other process; 70: that one, when it missed the killed one.
+    # 0: in its last moment; 143, -15: the other process; 70: that one, when it missed the killed one.
     alone = number == signal.SIGKILL or not everybody
-    allowed = CODES[number] | {0, 143} | ({70} if alone else set())
+    allowed = CODES[number] | {0, 143, -15} | ({70} if alone else set())
     unusual = [code for code in run.codes.values() if code not in allowed]
     for trouble in (hangs and "hangs", unusual and f"ends with {unusual}"):
         if trouble:
