@@ -317,7 +317,7 @@ def _killed(
     run.end()
     said = log.read_text(errors="replace") if log.exists() else ""
     outcome.kept += "is kept" in said
-    # 0: in its last moment; 143, -15: the other process; 70: that one, when it missed the killed one.
+    # 0: in its last moment; 143, -15: the other process; 70: that one, missing the killed one.
     alone = number == signal.SIGKILL or not everybody
     allowed = CODES[number] | {0, 143, -15} | ({70} if alone else set())
     unusual = [code for code in run.codes.values() if code not in allowed]
