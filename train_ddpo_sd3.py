@@ -27,6 +27,7 @@ from dojo import (
     cli,
     data,
     full,
+    interrupt,
     optim,
     policy,
     prompts,
@@ -109,7 +110,8 @@ def main(args: Args) -> None:
     shift = config.shift(args.sample.flow_shift, *args.sample.size)
     batch_size, train_batch_size = args.sample.batch_size(args.optim), args.optim.train_batch_size
     uses = args.sample.samples * args.ddpo.num_inner_epochs
-    run.plan(args.optim, uses, source.fingerprint, whole_epochs=True)
+    together = {"train_batch_size": train_batch_size, "sample_batch_size": batch_size}
+    run.plan(args.optim, uses, source.fingerprint, whole_epochs=True, together=together)
     args.ema.check(args.optim.kind, run.num_steps)
     cost = partial(
         rl.episode_cost,
@@ -202,7 +204,7 @@ def main(args: Args) -> None:
                 averaged.update(run.step)
                 run.log_step(optim.learning_rate(optimizer), grad_norm)
         run.log_rest()
-        if args.evaluation.due(epoch + 1) or run.step >= run.num_steps:
+        if run.pictures_due(args.evaluation.due(epoch + 1) or run.step >= run.num_steps):
             with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
                 evaluate()
         keep(since=began)
@@ -232,4 +234,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.watch()
     cli.run(main, Args, __doc__, {"--list_rewards": rewards.table})

@@ -26,6 +26,7 @@ from dojo import (
     data,
     direct,
     full,
+    interrupt,
     lora,
     optim,
     paired,
@@ -134,9 +135,8 @@ def main(args: Args) -> None:
     draw = direct.evaluator(run, config, vae, args, shown, watched, embed, policy, args.data.size)
 
     # --------------------------------------------------------------------------------- loop
-    if run.step == 0:
-        judge(policy)
     with averaged.applied():
+        judge.catch_up(policy, due=args.evaluation.due(run.step, run.num_steps))
         draw.catch_up(due=args.evaluation.due(run.step, run.num_steps))
     for batch in run.batches(paired.loader(run, pairs, batch_size)):
         captions = [*batch["caption"], *batch["caption"]]
@@ -167,7 +167,7 @@ def main(args: Args) -> None:
             continue
         averaged.update(run.step)
         run.log_step(optim.learning_rate(optimizer), grad_norm)
-        if args.evaluation.due(run.step, run.num_steps):
+        if run.pictures_due(args.evaluation.due(run.step, run.num_steps)):
             with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
                 judge(policy)
                 draw()
@@ -198,4 +198,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.watch()
     cli.run(main, Args, __doc__, {"--list_rewards": rewards.table})

@@ -29,6 +29,7 @@ from dojo import (
     data,
     flow,
     frozen,
+    interrupt,
     lora,
     optim,
     prior,
@@ -148,11 +149,12 @@ def main(args: Args) -> None:
     if fixed.text.encoders:
         fixed.text.encoders.clips = trained_clips
     model.train()
+    keep = partial(run.save_checkpoint, save, optimizer, schedule)
     validate = validation.Validator(run, fixed, config, args.noise, args.validation, shift, size)
 
     # --------------------------------------------------------------------------------- loop
-    if run.step == 0:
-        validate(model)
+    with averaged.applied():
+        validate.catch_up(model, due=args.validation.due(run.step, run.num_steps))
     for batch in run.batches(fixed.loader(batch_size)):
         places = batch["place"]
         rng.seed_global(run.seed, "dropout", places[0])
@@ -182,10 +184,10 @@ def main(args: Args) -> None:
             continue
         averaged.update(run.step)
         run.log_step(optim.learning_rate(optimizer), grad_norm)
-        if args.validation.due(run.step, run.num_steps):
-            with averaged.applied():
+        if run.pictures_due(args.validation.due(run.step, run.num_steps)):
+            with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
                 validate(model)
-        run.save_checkpoint(save, optimizer, schedule)
+        keep()
 
     # ------------------------------------------------------------------------------- result
     if run.main:
@@ -214,4 +216,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.watch()
     cli.run(main, Args, __doc__)

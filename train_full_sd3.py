@@ -27,6 +27,7 @@ from dojo import (
     flow,
     frozen,
     full,
+    interrupt,
     optim,
     publish,
     report,
@@ -109,11 +110,12 @@ def main(args: Args) -> None:
     run.resume(restore, optimizer, schedule)
     model, optimizer = run.accelerator.prepare(transformer, optimizer)
     model.train()
+    keep = partial(run.save_checkpoint, save, optimizer, schedule)
     validate = validation.Validator(run, fixed, config, args.noise, args.validation, shift, size)
 
     # --------------------------------------------------------------------------------- loop
-    if run.step == 0:
-        validate(model)
+    with averaged.applied():
+        validate.catch_up(model, due=args.validation.due(run.step, run.num_steps))
     for batch in run.batches(fixed.loader(batch_size)):
         places = batch["place"]
         with run.accelerator.accumulate(model):
@@ -141,10 +143,10 @@ def main(args: Args) -> None:
             continue
         averaged.update(run.step)
         run.log_step(optim.learning_rate(optimizer), grad_norm)
-        if args.validation.due(run.step, run.num_steps):
-            with averaged.applied():
+        if run.pictures_due(args.validation.due(run.step, run.num_steps)):
+            with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
                 validate(model)
-        run.save_checkpoint(save, optimizer, schedule)
+        keep()
 
     # ------------------------------------------------------------------------------- result
     if run.main:
@@ -171,4 +173,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.watch()
     cli.run(main, Args, __doc__)

@@ -31,6 +31,7 @@ from dojo import (
     direct,
     evaluation,
     full,
+    interrupt,
     lora,
     optim,
     preference,
@@ -86,7 +87,8 @@ def main(args: Args) -> None:
     if not args.run.dry_run:
         pictures = pretraining.open_pictures(run, config, args.pretrain, args.cache, size)
     known = source.fingerprint + (pictures.fingerprint if pictures else "")
-    run.plan(args.optim, len(source.train), known)
+    together = {"train_batch_size": batch_size}
+    run.plan(args.optim, len(source.train), known, together=together)
     args.ema.check(args.optim.kind, run.num_steps)
     cost = partial(
         direct.reward_cost,
@@ -184,7 +186,7 @@ def main(args: Args) -> None:
             continue
         averaged.update(run.step)
         run.log_step(optim.learning_rate(optimizer), grad_norm)
-        if args.evaluation.due(run.step, run.num_steps):
+        if run.pictures_due(args.evaluation.due(run.step, run.num_steps)):
             with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
                 evaluate()
         keep()
@@ -214,4 +216,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    interrupt.watch()
     cli.run(main, Args, __doc__, {"--list_rewards": rewards.table})

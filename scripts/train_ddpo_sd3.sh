@@ -96,7 +96,7 @@ if [[ " $* " == *" --prompt_"* ]]; then
 fi
 
 # `${array[@]+...}` is how bash before 4.4 takes an empty array under `set -u`.
-exec accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" \
+exec python -m dojo.launch --quiet --config_file "$ACCELERATE_CONFIG" \
     ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} \
     train_ddpo_sd3.py \
     --pretrained_model_name_or_path "$MODEL_NAME" \

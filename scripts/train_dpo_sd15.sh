@@ -93,7 +93,7 @@ if [[ " $* " == *" --validation_prompts_file"* ]]; then
 fi
 
 # `${array[@]+...}` is how bash before 4.4 takes an empty array under `set -u`.
-exec accelerate launch --quiet --config_file "$ACCELERATE_CONFIG" \
+exec python -m dojo.launch --quiet --config_file "$ACCELERATE_CONFIG" \
     ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} \
     train_dpo_sd15.py \
     --pretrained_model_name_or_path "$MODEL_NAME" \

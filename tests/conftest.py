@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before any import that reads them. The claims about equal bits are claims about the CPU.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -48,26 +48,27 @@ def reset_accelerate() -> None:
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an untrained pocket SD3 whose latents are shifted and scaled as the real ones."""
-    from dojo.pocket import models
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
-    torch.manual_seed(0)
-    pipeline = models.sd3_pipeline()
-    # The pocket autoencoder's own 0 and 1 would hide a factor that is forgotten.
-    pipeline.vae.register_to_config(shift_factor=0.0609, scaling_factor=1.5305)
-    pipeline.save_pretrained(folder)
-    return folder
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-sd3", "sd3")
 
 
 @pytest.fixture(scope="session")
 def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an untrained pocket SD1.5 whose latents are scaled as the real ones."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-sd15", "sd15")
+
+
+def make_tiny(folder: Path, family: str) -> Path:
+    """Writes an untrained pocket model of a family, sd3 or sd15."""
     from dojo.pocket import models
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-sd15"
     torch.manual_seed(0)
-    pipeline = models.sd15_pipeline()
-    pipeline.vae.register_to_config(scaling_factor=0.18215)
+    if family == "sd3":
+        pipeline: Any = models.sd3_pipeline()
+        # The pocket autoencoder's own 0 and 1 would hide a factor that is forgotten.
+        pipeline.vae.register_to_config(shift_factor=0.0609, scaling_factor=1.5305)
+    else:
+        pipeline = models.sd15_pipeline()
+        pipeline.vae.register_to_config(scaling_factor=0.18215)
     pipeline.save_pretrained(folder)
     return folder
 
@@ -75,11 +76,15 @@ def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scene_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imagefolder with ten pocket scenes and metadata.jsonl; no two captions are equal."""
+    return make_scenes(tmp_path_factory.mktemp("datas") / "scenes")
+
+
+def make_scenes(folder: Path) -> Path:
+    """Draws them."""
     from PIL import Image
 
     from dojo.pocket import scenes
 
-    folder = tmp_path_factory.mktemp("datas") / "scenes"
     folder.mkdir()
     rng = random.Random(0)
     drawn: dict[str, scenes.Scene] = {}

@@ -299,3 +299,18 @@ def test_help_works_from_the_shell_in_any_folder(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "--pretrained_model_name_or_path" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["command", "--output_dir", "out"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main, Args, None)
+    assert stopped.value.code == cli.ended(main) == 130
+    assert cli.ended(lambda: 2) == 2
+    assert cli.ended(lambda: None) == 0
+    assert capsys.readouterr().err == "\ninterrupted\n" * 2

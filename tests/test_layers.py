@@ -48,11 +48,15 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"cli", "masking", "pictures"},
     "bench": {"cli", "cost", "lora", "sd3", "tensors", "checkpoint", "full", "rollout"},
     "optim": {"cli"},
-    "training": {"cli", "masking", "rng", "checkpoint", "cost", "optim"},
+    "launch": set(),
+    "interrupt": {"cli", "launch"},
+    "training": {
+        *("cli", "masking", "rng", "checkpoint", "cost", "optim", "interrupt", "launch"),
+    },
     "sd3": {"cli", "flow", "rng", "cost", "tensors", "pipelines", "loaded", "classic"},
     "sd15": {"cli", "ddpm", "rng", "cost", "pipelines", "loaded"},
     "texts": {"cli", "data", "pipelines", "sd3", "sd15", "training"},
-    "frozen": {"cli", "checkpoint", "data", "rng", "sd3", "texts", "training"},
+    "frozen": {"cli", "checkpoint", "data", "interrupt", "rng", "sd3", "texts", "training"},
     "full": {"cli", "pipelines", "sd3", "sd15", "tensors"},
     "trained": {
         *("cli", "rng", "pipelines", "sd3", "sd15", "lora", "full", "averaging", "optim"),
@@ -88,7 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         *("averaging", "optim", "pictures", "prompts", "rewards", "texts", "training"),
         *("evaluation", "trained"),
     },
-    "evaluation": {"cli", "pictures", "prompts", "rewards", "training", "validation"},
+    "evaluation": {"cli", "interrupt", "pictures", "prompts", "rewards", "training", "validation"},
     "pretraining": {"cli", "data", "frozen", "training"},
     "direct": {
         *("cli", "rng", "ddpm", "denoising", "drawing", "samplers", "sd15", "cost", "data"),
@@ -97,7 +101,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "paired": {
         *("cli", "rng", "ddpm", "preference", "sd15", "checkpoint", "data", "direct", "frozen"),
-        *("masking", "rewards", "texts", "trained", "training"),
+        *("interrupt", "masking", "rewards", "texts", "trained", "training"),
     },
 }
 GROUND = {"gaussian", "rng", "masking"}

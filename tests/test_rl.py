@@ -52,6 +52,7 @@ class Team:
             seed=3,
             device=torch.device("cpu"),
             accelerator=SimpleNamespace(num_processes=self.size, gather=gather),
+            stop_if_asked=lambda: None,
         )
 
 

@@ -47,6 +47,14 @@ class State:
     """the other averages likewise: sum and count by name"""
     peaks: dict[str, float] = field(default_factory=dict)
     """the largest values likewise"""
+    micro_batch: int = 0
+    """samples of a micro-batch over all processes; 0 is unknown, below likewise"""
+    together: dict[str, int] = field(default_factory=dict)
+    """batches, over all processes, on whose size the numbers hang: by option"""
+    lr_start: int = 0
+    """optimizer step at which the learning rate's schedule began"""
+    lr_steps: int = 0
+    """optimizer steps that it spans"""
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:

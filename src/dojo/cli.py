@@ -35,6 +35,8 @@ class UserError(ValueError):
 class TrainingStopped(RuntimeError):
     """A run that had to stop (a loss that is not finite): one message, exit code 1."""
 
+    exit_code = 1
+
 
 def parse(args_type: type[ArgsT], doc: str | None, argv: Sequence[str] | None = None) -> ArgsT:
     """Parses `argv` (the process's own when None) into `args_type`; `doc` heads the help.
@@ -81,14 +83,31 @@ def run(
     except UserError as error:
         _end(f"error: {error}", 2)
     except TrainingStopped as error:
-        _end(f"stopped: {error}", 1)
+        text = str(error)
+        _end(f"stopped: {text}" if text else "", error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
+
+
+def ended(main: Callable[[], int | None]) -> int:
+    """The exit code of a command with a parser of its own, that of Ctrl-C without a traceback."""
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        return _interrupted()
+
+
+def _interrupted() -> int:
+    print("\ninterrupted", file=sys.stderr)
+    return 130
 
 
 def _end(message: str, code: int) -> None:
     """Ends the process with a message on a line of its own, also behind a half-drawn bar."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    print(hide(message), file=sys.stderr)
+    if message:
+        print(hide(message), file=sys.stderr)
     sys.exit(code)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dojo.cli import TrainingStopped, UserError
+from dojo.interrupt import Interrupted
 from dojo.pictures import contact_sheet, slug, to_pil
 from dojo.prompts import Prompt
 from dojo.rewards import Reward, RewardOutput, check_prompts
@@ -87,19 +88,39 @@ class StepEvalArgs(EvalArgs):
         return step % self.validation_steps == 0 or step == num_steps
 
 
+class Trouble:
+    """What keeps this process from going on, until all know of it."""
+
+    def __init__(self) -> None:
+        self.error: TrainingStopped | UserError | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keeps what is raised inside, where the process has to come along to further collectives
+        before it may stop."""
+        try:
+            yield
+        except (TrainingStopped, UserError) as error:
+            self.error = self.error or error
+
+
 @contextmanager
-def together(run: Run) -> Iterator[None]:
+def together(run: Run) -> Iterator[Trouble]:
     """Stops all processes when one cannot score, so that none waits for it: a collective.
 
     Raises:
+        Interrupted: the run was asked to stop, which all know.
         UserError: what was in the way, before the first step: there is nothing yet to be kept.
         TrainingStopped: the same, later (see `Run.kept_when_stopped`), or in another process.
     """
-    error: TrainingStopped | UserError | None = None
+    trouble = Trouble()
     try:
-        yield
+        yield trouble
+    except Interrupted:
+        raise
     except (TrainingStopped, UserError) as caught:
-        error = caught
+        trouble.error = trouble.error or caught
+    error = trouble.error
     failed = torch.tensor([error is not None], device=run.device)
     anywhere: Any = run.accelerator.gather(failed) if run.share["num_processes"] > 1 else failed
     if not bool(anywhere.any()):
@@ -166,6 +187,7 @@ class Evaluator:
         """
         step = self.run.step
         done = step > 0 and (self.folder / f"step-{step}" / SCORES).is_file()
+        done = done and (not self.rewards or self.run.has_logged("eval_invalid_share"))
         if due and not done:
             self()
 
@@ -177,6 +199,7 @@ class Evaluator:
 
         Raises:
             TrainingStopped: a reward has given up.
+            Interrupted: the run was asked to stop.
         """
         if not self.pictures:
             return
@@ -190,8 +213,8 @@ class Evaluator:
         folder = self.folder / f"step-{run.step}"
         if run.main:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob("*.png"):  # of a branch of the run that was left
-                path.unlink()
+            for path in [*folder.glob("*.png"), folder / SCORES]:  # of a branch that was left
+                path.unlink(missing_ok=True)
         run.accelerator.wait_for_everyone()
         process, num_processes = run.share["process"], run.share["num_processes"]
         mine = list(range(process, len(self.pictures), num_processes))
@@ -201,21 +224,23 @@ class Evaluator:
         table = torch.zeros(len(self.pictures), len(columns), dtype=torch.float64)
         moved = torch.zeros(len(self.pictures), dtype=torch.float64)
         knows = torch.zeros(1, dtype=torch.float64)
-        bar = tqdm(total=len(mine), desc="evaluation", disable=not run.main, leave=False)
-        with together(run), bar:
-            for start in range(0, len(mine), self.batch_size):
-                some = mine[start : start + self.batch_size]
-                texts = [self.pictures[i][0].text for i in some]
-                images, far = self.draw(texts, [self.pictures[i][1] for i in some])
-                if far is not None:
-                    moved[some] = far.double().cpu()
-                    knows += 1
-                if self.rewards:
-                    table[some] = self._score(images, some)
-                for i, picture in zip(some, to_pil(images), strict=True):
-                    if i < len(self.files):
-                        picture.save(folder / self.files[i])
-                bar.update(len(some))
+        share = run.paused(mine, len(self.pictures), self.batch_size)
+        total = -(-len(mine) // self.batch_size)
+        with together(run) as trouble:
+            for some in tqdm(share, "evaluation", total, disable=not run.main, leave=False):
+                if trouble.error is not None:  # comes along, as the others still go on
+                    continue
+                with trouble.kept():
+                    texts = [self.pictures[i][0].text for i in some]
+                    images, far = self.draw(texts, [self.pictures[i][1] for i in some])
+                    if far is not None:
+                        moved[some] = far.double().cpu()
+                        knows += 1
+                    if self.rewards:
+                        table[some] = self._score(images, some)
+                    for i, picture in zip(some, to_pil(images), strict=True):
+                        if i < len(self.files):
+                            picture.save(folder / self.files[i])
         if num_processes > 1:  # zero where another process has it: exact
             table, moved, knows = self._sum(table), self._sum(moved), self._sum(knows)
         if run.main:
@@ -233,7 +258,7 @@ class Evaluator:
             row["eval_kl"] = moved.mean().item()
         return {name: value for name, value in row.items() if math.isfinite(value)}
 
-    def _score(self, images: Tensor, some: list[int]) -> Tensor:
+    def _score(self, images: Tensor, some: Sequence[int]) -> Tensor:
         """[B, columns]: the first reward's sum, then every component of every reward."""
         texts = [self.pictures[i][0].text for i in some]
         metadata = [self.pictures[i][0].metadata for i in some]

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dojo import checkpoint, data, rng, sd3, texts
+from dojo import checkpoint, data, interrupt, rng, sd3, texts
 from dojo.cli import UserError
 from dojo.training import Run, arithmetic
 
@@ -169,6 +169,7 @@ class Frozen:
             batch_sampler=batches,
             collate_fn=data.collate,
             num_workers=self.options.data.dataloader_num_workers,
+            worker_init_fn=interrupt.stand_apart,
             pin_memory=run.device.type == "cuda",
         )
 

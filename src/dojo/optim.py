@@ -6,7 +6,7 @@ the same options and makes sure that each can be resumed exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol
@@ -70,6 +70,10 @@ class OptimArgs:
     """hard restarts of cosine_with_restarts"""
     lr_power: float = 1.0
     """power of polynomial"""
+    lr_when_length_changes: Literal["stretch", "restart", "keep"] | None = None
+    """a run that goes on with another length, where the shape hangs on it: stretch takes the rate
+    of a run that was so long from the start, restart begins the shape anew over the steps that are
+    left, keep leaves it as it was; unset refuses"""
     adam_beta1: float = 0.9
     """decay of the first moment"""
     adam_beta2: float = 0.999
@@ -134,6 +138,11 @@ class OptimArgs:
         samples = self.num_train_epochs * num_samples
         return -(-samples // self.samples_per_step(num_processes))  # rounded up, in integers
 
+    @property
+    def has_length(self) -> bool:
+        """Whether the user said how long to train."""
+        return self.max_train_steps is not None or self.num_train_epochs is not None
+
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes per trained weight: weight, gradient, optimizer state."""
         return (STATE_BYTES if dtype == torch.float32 else KAHAN_BYTES).get(self.kind, 16)
@@ -172,15 +181,90 @@ def make(
     if not isinstance(params[0], dict):
         groups = [{"params": list(params), "lr": args.learning_rate * scale}]
     optimizer = _optimizer(groups, args, run.device)
-    schedule = get_scheduler(
+    return optimizer, _shape(optimizer, args, run.num_steps)
+
+
+def _shape(
+    optimizer: torch.optim.Optimizer, args: OptimArgs, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    return get_scheduler(
         "constant" if args.kind == "schedulefree" else args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=run.num_steps,
+        num_training_steps=num_steps,
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    return optimizer, schedule
+
+
+@dataclass(frozen=True)
+class Span:
+    """The optimizer steps that a schedule runs over; past its end the rate stays."""
+
+    start: int
+    steps: int
+
+    def at(self, step: int) -> int:
+        """The schedule's own step."""
+        return min(max(step - self.start, 0), self.steps)
+
+
+def new_span(args: OptimArgs, made: Span, step: int, num_steps: int) -> Span:
+    """The schedule's span when a run goes on.
+
+    Args:
+        made: that of the checkpoint.
+        step: optimizer steps done.
+        num_steps: the run's length now.
+    Raises:
+        UserError: the length is another one, the rate hangs on it, and nothing says how.
+    """
+    if args.kind == "schedulefree" or args.lr_scheduler in ("constant", "constant_with_warmup"):
+        return Span(0, num_steps)
+    end = made.start + made.steps
+    if not made.steps or end == num_steps:
+        return made if made.steps else Span(0, num_steps)
+    spans = {
+        "stretch": Span(0, num_steps),
+        "restart": Span(step, max(1, num_steps - step)),
+        "keep": made,
+    }
+    if args.lr_when_length_changes is None:
+        then, *now = (
+            args.learning_rate * _factor(args, span)(step) for span in (made, *spans.values())
+        )
+        rates = dict(zip(spans, now, strict=True))
+        raise UserError(
+            f"--max_train_steps: the run's --lr_scheduler {args.lr_scheduler} was made for {end} "
+            f"optimizer steps and stands at {step} with a learning rate of {then:.3g}; for "
+            f"{num_steps} steps choose --lr_when_length_changes stretch (as if it had been so long "
+            f"from the start: goes on at {rates['stretch']:.3g}), restart (anew over the steps "
+            f"that are left: {rates['restart']:.3g}) or keep (as it was: {rates['keep']:.3g})"
+        )
+    return spans[args.lr_when_length_changes]
+
+
+def _factor(args: OptimArgs, span: Span) -> Callable[[int], float]:
+    """What the rate is multiplied by at a step of the run."""
+    weight = nn.Parameter(torch.zeros(1))
+    plain = torch.optim.SGD([weight], lr=args.learning_rate)
+    shape = _shape(plain, args, span.steps).lr_lambdas[0]
+    return lambda step: shape(span.at(step))
+
+
+def respan(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    args: OptimArgs,
+    span: Span,
+) -> None:
+    """Lets a schedule that was read back run over a span, from its step on."""
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+    schedule.lr_lambdas = [_factor(args, span)] * len(schedule.lr_lambdas)
+    factor = schedule.lr_lambdas[0](schedule.last_epoch)
+    schedule._last_lr = [base * factor for base in schedule.base_lrs]
+    for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def check(args: OptimArgs, dtype: torch.dtype) -> None:

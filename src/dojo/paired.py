@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dojo import checkpoint, data, ddpm, direct, frozen, preference, rewards, rng, sd15
+from dojo import checkpoint, data, ddpm, direct, frozen, interrupt, preference, rewards, rng, sd15
 from dojo.cli import UserError
 from dojo.masking import hide
 from dojo.rewards import spec
@@ -200,6 +200,7 @@ def loader(run: Run, pairs: data.PairSet, batch_size: int) -> DataLoader[data.Ba
         ),
         collate_fn=data.collate,
         num_workers=pairs.args.dataloader_num_workers,
+        worker_init_fn=interrupt.stand_apart,
         pin_memory=run.device.type == "cuda",
     )
 
@@ -275,9 +276,22 @@ class Judge:
         self.pairs, self.beta, self.batch_size = pairs, beta, batch_size
         self.num_timesteps = num_timesteps
 
+    def catch_up(self, policy: Trained, *, due: bool) -> None:
+        """The look before the first step, or the one that a run did not stay for.
+
+        Args:
+            due: whether one belongs where the run stands.
+        """
+        if due and not (self.run.step and self.run.has_logged("eval_accuracy")):
+            self(policy)
+
     @torch.no_grad()
     def __call__(self, policy: Trained) -> None:
-        """Loss, accuracy and drifts into metrics.jsonl: a collective."""
+        """Loss, accuracy and drifts into metrics.jsonl: a collective.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
         if self.pairs is None:
             return
         run = self.run
@@ -285,12 +299,13 @@ class Judge:
         middles = [
             (2 * k + 1) * total // (2 * self.num_timesteps) for k in range(self.num_timesteps)
         ]
-        draws = self.pairs.draws()[run.share["process"] :: run.share["num_processes"]]
+        draws = self.pairs.draws()
+        mine = draws[run.share["process"] :: run.share["num_processes"]]
         sums = torch.zeros(5, dtype=torch.float64)
-        starts = range(0, len(draws), self.batch_size)
+        share = run.paused(mine, len(draws), self.batch_size)
+        total = -(-len(mine) // self.batch_size)
         with run.phase("validation"):
-            for start in tqdm(starts, desc="held-out pairs", disable=not run.main, leave=False):
-                some = draws[start : start + self.batch_size]
+            for some in tqdm(share, "held-out pairs", total, disable=not run.main, leave=False):
                 rows = data.collate([self.pairs[draw] for draw in some])
                 for timestep in middles:
                     sums += self._look(policy, rows, timestep)

@@ -33,7 +33,6 @@ import torch
 import transformers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
-    DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     broadcast_object_list,
@@ -41,7 +40,8 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dojo import checkpoint
+from dojo import checkpoint, interrupt, launch
+from dojo import optim as optimizers
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
 from dojo.masking import hide
@@ -70,6 +70,8 @@ class RunArgs:
     """latest, checkpoint-N or a path; latest in an empty folder starts from zero"""
     checkpointing_steps: int = 500
     """optimizer steps between checkpoints; there is one at the end too"""
+    checkpointing_minutes: float | None = None
+    """minutes after which there is one besides"""
     checkpoints_total_limit: int | None = None
     """keep only this many checkpoints, the newest"""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -90,6 +92,9 @@ class RunArgs:
         for name in ("checkpointing_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1")
+        minutes = self.checkpointing_minutes
+        if minutes is not None and not 0 < minutes < math.inf:
+            raise ValueError("--checkpointing_minutes must be positive")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError("--checkpoints_total_limit must be at least 1")
 
@@ -109,9 +114,19 @@ class Run:
         self.flops_per_sample = 0.0
         self.samples = 0  # used so far, over all processes
         self._samples_per_epoch = 1
+        self.requests = interrupt.Requests(
+            args.output_dir, main=self.main, minutes=args.checkpointing_minutes
+        )
         self._resumed: Path | None = None
+        self._whole_epochs = False
+        self._began = 0  # the step at which the epoch began, where epochs are whole
+        self._told = False  # that an epoch is finished first
         self._skipped = 0
         self._data = ""
+        self._optim = OptimArgs()
+        self._micro_batch = 0
+        self._batches: dict[str, int] = {}
+        self._span = optimizers.Span(0, 0)
         self._loss = torch.zeros((), device=accelerator.device)
         self._micro_loss = torch.zeros((), device=accelerator.device)
         self._sums: dict[str, Tensor] = {}
@@ -121,6 +136,7 @@ class Run:
         self._last = (0.0, 0.0)  # learning rate and gradient norm of the last step
         self._mark = 0.0
         self._marked = 0.0  # seconds of phases until then
+        self._step_seconds = 0.0  # of the last step
         self._row_began = time.perf_counter()  # of the steps that the next row averages
         self._bar: Any = tqdm(disable=True)  # until the loop begins
         self._loss_count = 0
@@ -198,11 +214,13 @@ class Run:
         The waiting for a batch is phase `data`; what follows, until `update`, is phase `train`.
         """
         iterator = iter(loader)
-        with self._loop():
+        with self._loop("the run stops after this optimizer step, with a checkpoint"):
             while self.step < self.num_steps:
+                self._end_if_kept()
                 with self.phase("data"):
                     batch = next(iterator)
                 yield batch
+            self._end_if_kept()
 
     @property
     def epoch(self) -> int:
@@ -211,9 +229,12 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """The numbers of the epochs from where the run stands until the last step is done."""
-        with self._loop():
+        with self._loop("the run stops soon, with the last whole epoch kept"):
             while self.step < self.num_steps:
+                self._end_if_kept()
+                self._began = self.step
                 yield self.epoch
+            self._end_if_kept()
 
     @contextmanager
     def kept_when_stopped(self, save: Callable[[], None]) -> Iterator[None]:
@@ -225,8 +246,103 @@ class Run:
             save()
             raise
 
+    # -- what is asked of it -----------------------------------------------------------------
+
+    def stop_if_asked(self) -> None:
+        """Ends the loop on all processes where one was asked to stop: a collective.
+
+        Only where `kept_when_stopped` keeps what was learned, or nothing was.
+
+        Raises:
+            Interrupted: one was.
+        """
+        self._hear(self._together(self.requests.local()))
+        if self.requests.stop:
+            raise self._interrupted()
+
+    def paused(self, mine: Sequence[Item], total: int, size: int = 1) -> Iterator[Sequence[Item]]:
+        """This process's share of `total` items, `size` at a time; the run may stop before each.
+
+        A collective, and as often on every process: see `stop_if_asked`.
+        """
+        for start in range(0, -(-total // self.accelerator.num_processes), size):
+            self.stop_if_asked()
+            if some := mine[start : start + size]:
+                yield some
+
+    def pictures_due(self, due: bool) -> bool:
+        """Whether a validation comes now: it is its turn or was asked for, and nobody waits.
+
+        One whose turn it is when the run stops is made up for when it goes on.
+        """
+        wanted = due or self.requests.sample
+        self.requests.sample = False
+        return wanted and not self.requests.stop
+
+    def has_logged(self, name: str) -> bool:
+        """Whether metrics.jsonl has such a number at the run's step."""
+        path = self.output_dir / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return any(row["step"] == self.step and name in row for row in rows)
+
+    def _together(self, numbers: Sequence[float]) -> list[float]:
+        """Their means over all processes: a collective."""
+        if self.accelerator.num_processes == 1:
+            return [*numbers]
+        own = torch.tensor(numbers, device=self.device)
+        return self.accelerator.reduce(own, "mean").tolist()  # pyright: ignore
+
+    def _hear(self, numbers: Sequence[float]) -> None:
+        before = self.requests.stop, self.requests.save, self.requests.sample
+        self.requests.agree(numbers)
+        stop, save, sample = self.requests.stop, self.requests.save, self.requests.sample
+        if stop and not before[0]:
+            self.say(f"step {self.step}: stopping ({stop})")
+        if save and not before[1]:
+            self.say(f"step {self.step}: a checkpoint is due")
+        if sample and not before[2]:
+            self.say(f"step {self.step}: pictures were asked for")
+
+    def _end_if_kept(self) -> None:
+        if self.requests.stop and (self.output_dir / f"checkpoint-{self.step}").exists():
+            raise self._interrupted()
+
+    def _end_within_epoch(self) -> None:
+        """Between two steps of an epoch that cannot be kept in part: ends where its beginning is
+        kept, and says how long it takes where it is not."""
+        left = round(self.epoch_length) - (self.step - self._began)
+        if not self.requests.stop or left <= 0:
+            return
+        if not self._began or (self.output_dir / f"checkpoint-{self._began}").exists():
+            raise self._interrupted()
+        if not self._told:
+            self._told = True
+            self.say(
+                f"no checkpoint has the beginning of this epoch: its last {left} optimizer steps "
+                f"are done first, about {left * self._step_seconds:.0f} s; a second signal ends "
+                "the run at once"
+            )
+
+    def _interrupted(self) -> interrupt.Interrupted:
+        self._bar.close()  # the message gets a line of its own
+        asked, step = self.requests.stop, self.step
+
+        def farewell() -> str:
+            if not self.main:
+                return ""
+            whole = checkpoint.existing(self.output_dir)
+            kept = "no step is kept yet"
+            if whole:
+                again = "" if whole[-1][0] == step else "; the steps after it are done again"
+                kept = f"{whole[-1][1]} is kept{again}"
+            return f"{asked} at step {step}: {kept}. To go on:\n{interrupt.command()}"
+
+        return interrupt.Interrupted(self.requests.exit_code, farewell)
+
     @contextmanager
-    def _loop(self) -> Iterator[None]:
+    def _loop(self, promise: str) -> Iterator[None]:
+        for text in self.requests.begin():
+            self.say(text)
         self._bar = tqdm(
             desc="steps",
             total=self.num_steps,
@@ -236,29 +352,50 @@ class Run:
         )
         self._row_began = time.perf_counter() - self._pauses()
         self._mark_now()
-        with self._bar:
+        with self._bar, interrupt.patience(promise):
             yield
 
     # -- length and resume --------------------------------------------------------------------
 
     def plan(
-        self, optim: OptimArgs, num_samples: int, fingerprint: str, *, whole_epochs: bool = False
+        self,
+        optim: OptimArgs,
+        num_samples: int,
+        fingerprint: str,
+        *,
+        whole_epochs: bool = False,
+        together: Mapping[str, int] | None = None,
     ) -> None:
         """Fixes the length of the run; `fingerprint` identifies the samples and their order.
+
+        A length that nobody gave is rounded up to whole epochs where they matter, and said.
 
         Args:
             num_samples: uses of samples in an epoch.
             whole_epochs: the run can only end, and be resumed, where an epoch does.
+            together: the sizes of batches (of a process, by option) on which the numbers hang, so
+                that over all processes they must stay when the run goes on.
         Raises:
             UserError: it would end elsewhere.
         """
+        self._whole_epochs = whole_epochs
         processes = self.accelerator.num_processes
         self.num_steps = optim.num_steps(num_samples, processes)
         self._samples_per_epoch = num_samples
         self.samples_per_step = optim.samples_per_step(processes)
         self.epoch_length = optim.epoch_length(num_samples, processes)
         self._data = fingerprint
+        self._optim = optim
+        self._micro_batch = optim.train_batch_size * processes
+        self._batches = {name: size * processes for name, size in (together or {}).items()}
         steps = round(self.epoch_length)
+        if whole_epochs and self.num_steps % steps and not optim.has_length:
+            self.num_steps += steps - self.num_steps % steps
+            self.say(
+                f"no --max_train_steps: {self.num_steps} optimizer steps, which are "
+                f"{self.num_steps // steps} whole epochs of {steps}"
+            )
+        self._span = optimizers.Span(0, self.num_steps)
         if whole_epochs and self.num_steps % steps:
             below = self.num_steps // steps * steps
             nearest = " or ".join(str(n) for n in (below, below + steps) if n)
@@ -301,6 +438,7 @@ class Run:
             )
             self.accelerator.end_training()
             return False
+        self._check_resumed()
         self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
         if occupied and (overwrite or resume is None):
             if not overwrite:
@@ -332,6 +470,67 @@ class Run:
             ) from error
         return True
 
+    def _check_resumed(self) -> None:
+        """Refuses before the work what could not go on exactly after it.
+
+        Raises:
+            UserError: saying with which options it could.
+        """
+        if self._resumed is None:
+            return
+        state = checkpoint.read_state(self._resumed)
+        self._check_batches(self._resumed, state)
+        made = optimizers.Span(state.lr_start, state.lr_steps)
+        self._span = optimizers.new_span(self._optim, made, state.step, self.num_steps)
+        if made.steps and self._span != made:
+            begun = f"from step {self._span.start} " if self._span.start else ""
+            self.say(
+                f"the run was {made.start + made.steps} steps long and is {self.num_steps} now; "
+                f"--lr_scheduler {self._optim.lr_scheduler} runs {begun}over {self._span.steps}"
+            )
+
+    def _check_batches(self, folder: Path, saved: checkpoint.State) -> None:
+        whole = saved.batch_size
+        if whole != self.samples_per_step:
+            raise UserError(
+                f"{folder} was made with another number of samples per step (batch size, "
+                f"accumulation, processes): {whole}, now {self.samples_per_step}; "
+                f"{self._batches_of(saved)}"
+            )
+        wrong = {
+            name: (size, self._batches[name])
+            for name, size in saved.together.items()
+            if self._batches.get(name, size) != size
+        }
+        for name, (then, now) in wrong.items():
+            raise UserError(
+                f"{folder} was made with batches of {then} samples over all processes "
+                f"(--{name}), now {now}: other numbers would come out; {self._batches_of(saved)}"
+            )
+        if saved.data != self._data and saved.micro_batch not in (0, self._micro_batch):
+            raise UserError(
+                f"{folder} was made from other data, or its pictures of several sizes were dealt "
+                f"into batches of {saved.micro_batch} over all processes, now {self._micro_batch}; "
+                f"with the same data, {self._batches_of(saved)}"
+            )
+
+    def _batches_of(self, saved: checkpoint.State) -> str:
+        """The options with which a checkpoint goes on with as many processes as there are now."""
+        processes, whole = self.accelerator.num_processes, saved.batch_size
+        together = {"train_batch_size": saved.micro_batch or whole, **saved.together}
+        if any(size % processes for size in together.values()):
+            fitting = [
+                n for n in range(1, whole + 1) if not any(size % n for size in together.values())
+            ]
+            return (
+                f"with {processes} processes it cannot go on exactly, with "
+                f"{' or '.join(map(str, fitting))} it can"
+            )
+        flags = [f"--{name} {size // processes}" for name, size in together.items()]
+        flags.append(f"--gradient_accumulation_steps {whole // together['train_batch_size']}")
+        several = "1 process" if processes == 1 else f"{processes} processes"
+        return f"{' '.join(flags)} on {several} goes on exactly"
+
     def resume(
         self,
         load_weights: Callable[[Path], None],
@@ -345,6 +544,10 @@ class Run:
             checkpoint.check_same_run(folder, state, self._state())
             load_weights(folder)
             checkpoint.load_training(folder, optimizer, schedule, self.accelerator.scaler)
+            if self._span != optimizers.Span(0, self.num_steps) or (
+                state.lr_steps and state.lr_start + state.lr_steps != self.num_steps
+            ):
+                optimizers.respan(optimizer, schedule, self._optim, self._span)
             self.step, self.samples = state.step, state.samples
             self._loss.fill_(state.loss_sum)
             self._loss_count = state.loss_count
@@ -369,6 +572,10 @@ class Run:
             loss_count=self._loss_count,
             means={name: (total, self._counts[name]) for name, total in sums.items()},
             peaks=self._reduced("max", self._peaks),
+            micro_batch=self._micro_batch,
+            together=self._batches,
+            lr_start=self._span.start,
+            lr_steps=self._span.steps,
         )
 
     def save_checkpoint(
@@ -380,7 +587,8 @@ class Run:
         since: int | None = None,
         now: bool = False,
     ) -> None:
-        """Writes `checkpoint-<step>` when it is due: every `checkpointing_steps`, and the last.
+        """Writes `checkpoint-<step>` when it is due: every `checkpointing_steps`, the last, and
+        when one was asked for.
 
         Args:
             since: where steps come several at a time, the step before them: it is due when one of
@@ -388,7 +596,8 @@ class Run:
             now: it is due, unless it is there already or nothing has been learned yet.
         """
         every, before = self.args.checkpointing_steps, self.step - 1 if since is None else since
-        due = self.step // every > before // every or self.step == self.num_steps
+        asked = self.requests.save or bool(self.requests.stop)
+        due = self.step // every > before // every or self.step == self.num_steps or asked
         if now:
             written = (self.output_dir / f"checkpoint-{self.step}").exists()
             due = self.step > 0 and not written
@@ -406,6 +615,9 @@ class Run:
                 checkpoint.write_whole(self.output_dir / f"checkpoint-{self.step}", write)
                 checkpoint.rotate(self.output_dir, self.args.checkpoints_total_limit)
             self.accelerator.wait_for_everyone()
+            self.requests.saved()
+            # A signal that came meanwhile need not wait for another step.
+            self._hear(self._together(self.requests.local()))
 
     def watch_flops(self, cost: Callable[[], Cost], batch_size: int) -> None:
         """Logs the utilisation of a known GPU from here on; `cost` is that of a micro-batch."""
@@ -437,6 +649,7 @@ class Run:
             the fp16 scaler skipped.
         Raises:
             TrainingStopped: loss or gradients are not finite.
+            Interrupted: the run was asked to stop within an epoch that cannot be kept in part.
         """
         self.accelerator.backward(loss)
         self._micro_loss += loss.detach()
@@ -445,10 +658,12 @@ class Run:
         self.samples += self.samples_per_step
         norm = self.accelerator.clip_grad_norm_(params, max_grad_norm)
         assert norm is not None  # DeepSpeed alone keeps it to itself
+        asked = self.requests.local()
         numbers = torch.stack([norm.float(), self._micro_loss])
         if self.accelerator.num_processes > 1:  # all stop, or none
+            numbers = torch.cat([numbers, numbers.new_tensor(asked)])
             numbers = self.accelerator.reduce(numbers, "mean")
-        grad_norm, micro_loss = numbers.tolist()  # pyright: ignore
+        grad_norm, micro_loss, *heard = numbers.tolist()  # pyright: ignore
         finite = math.isfinite(grad_norm) and math.isfinite(micro_loss)
         if not finite and self.accelerator.scaler is None:
             self._stop(f"loss {micro_loss:g}, gradient norm {grad_norm:g}")
@@ -469,12 +684,16 @@ class Run:
             self._samples += self.samples_per_step
         self._micro_loss.zero_()
         self._end_step()
+        self._hear(heard or asked)
+        if self._whole_epochs:
+            self._end_within_epoch()
         return grad_norm if finite else None
 
     def _end_step(self) -> None:
         """What the loop did since the last step, outside all phases, was training."""
         spent = time.perf_counter() - self._mark - (self._phased - self._marked)
         self._add_seconds("train", spent)
+        self._step_seconds = spent
         self._mark_now()
         self._bar.update(self.step - self._bar.n)
 
@@ -599,6 +818,13 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         UserError: a tracker is not installed, a checkpoint is not there, or the processes are
             sharded (FSDP, DeepSpeed) or not joined.
     """
+    for kind in ("FSDP", "DEEPSPEED"):  # on a CPU accelerate would only not do it
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true"):
+            raise UserError(
+                f"{kind} is not supported yet: a run could not be resumed exactly; use "
+                "scripts/accelerate/multi_gpu.yaml (for less memory see --train_dtype, "
+                "--optimizer adamw8bit, --freeze, --gradient_checkpointing)"
+            )
     accelerator = accelerate.Accelerator(
         mixed_precision=run_args.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -623,13 +849,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         # would write into one folder.
         raise UserError(
             f"{started} processes were started that know nothing of each other; without a GPU, "
-            "use accelerate launch --cpu, or set ACCELERATE_USE_CPU=true"
-        )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError(
-            f"{accelerator.distributed_type.value} is not supported yet: a run could not be "
-            "resumed exactly; use scripts/accelerate/multi_gpu.yaml (for less memory see "
-            "--train_dtype, --optimizer adamw8bit, --freeze, --gradient_checkpointing)"
+            f"{_together_on_cpu(started)}"
         )
     if not accelerator.is_main_process:
         for library in (transformers, diffusers):
@@ -646,9 +866,20 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
     seed = _settle_seed(run_args, resumed)
     run = Run(accelerator, run_args, seed)
     run._resumed = resumed
+    asked, processes = launch.asked_processes() or 1, accelerator.num_processes
+    if asked > processes:
+        run.say(
+            f"{asked} processes were asked for and this run has {processes}: without a GPU "
+            f"accelerate launch starts one; {_together_on_cpu(asked)}"
+        )
     if run_args.resume_from_checkpoint == "latest" and resumed is None:
         run.say(f"no checkpoint in {folder} yet: starting from zero")
     return run
+
+
+def _together_on_cpu(processes: int) -> str:
+    script = Path(sys.argv[0]).name
+    return f"start it with ACCELERATE_USE_CPU=true torchrun --nproc_per_node {processes} {script}"
 
 
 # Everything but checkpoints that a run may leave in its folder.
@@ -730,17 +961,24 @@ def _flat(args: Any) -> dict[str, Any]:
 
 
 # Options that a run may be continued with another value of: how far, how to show, where to keep
-# things. Data, seed and samples per step have checks of their own.
+# things. By group, since two groups may have an option of one name that means two things. Data,
+# seed, the schedule's length and the sizes of batches have checks of their own.
 _INCIDENTAL = """
-    resume_from_checkpoint overwrite_output_dir dry_run output_dir checkpointing_steps
-    checkpoints_total_limit report_to tracker_project_name logging_steps max_train_steps
-    num_train_epochs steps_per_epoch train_batch_size gradient_accumulation_steps
-    gradient_checkpointing torch_compile dataset_name train_data_dir instance_data_dir data_config
-    class_data_dir pretrain_data_dir pretrain_dataset_name
-    sample_batch_size cache_dir dataloader_num_workers on_bad_sample eval_fraction
-    eval_data_dir max_train_samples latent_cache_dir no_cache_latents no_cache_text_embeddings
-    prompt_file prompt_dataset_name eval_prompt_file reward_device reward_batch_size list_rewards
-    max_invalid offload_ema save_dtype max_shard_size single_file single_file_without_t5 lora_format
+    run.resume_from_checkpoint run.overwrite_output_dir run.dry_run run.output_dir
+    run.checkpointing_steps run.checkpointing_minutes run.checkpoints_total_limit run.report_to
+    run.tracker_project_name run.logging_steps optim.max_train_steps optim.num_train_epochs
+    optim.steps_per_epoch optim.train_batch_size optim.gradient_accumulation_steps
+    optim.lr_when_length_changes model.gradient_checkpointing model.torch_compile
+    data.dataset_name data.train_data_dir data.instance_data_dir data.data_config data.cache_dir
+    data.dataloader_num_workers data.on_bad_sample data.eval_fraction data.eval_data_dir
+    data.max_train_samples prior.class_data_dir prior.sample_batch_size
+    pretrain.pretrain_data_dir pretrain.pretrain_dataset_name sample.sample_batch_size
+    sample.max_invalid cache.latent_cache_dir cache.no_cache_latents
+    cache.no_cache_text_embeddings prompts.prompt_file prompts.prompt_dataset_name
+    prompts.eval_prompt_file reward.reward_device reward.reward_batch_size reward.list_rewards
+    scorers.reward_device scorers.reward_batch_size scorers.list_rewards ema.offload_ema
+    full.save_dtype full.max_shard_size full.single_file full.single_file_without_t5
+    lora.lora_format
 """
 
 
@@ -773,7 +1011,7 @@ def _changed_options(folder: Path, args: Any, mixed_precision: str) -> list[str]
             for group, values in groups.items()
             if isinstance(values, dict) and group not in ("validation", "evaluation", "publish")
             for name, value in values.items()
-            if name not in _INCIDENTAL.split()
+            if f"{group}.{name}" not in _INCIDENTAL.split()
         }
 
     record = json.loads(hide(path.read_text()))  # an older run wrote passwords down
@@ -781,11 +1019,28 @@ def _changed_options(folder: Path, args: Any, mixed_precision: str) -> list[str]
     then = {**essential(record["args"]), "mixed_precision": record["mixed_precision"]}
     now = {**essential(options(args)), "mixed_precision": mixed_precision}
     names = sorted(then.keys() | now.keys())
+    changed = {name: (then.get(name), now.get(name)) for name in names}
+    whence = {"mixed_precision": (_whence(record), f" ({_precision_from(args)})")}
     return [
-        f"--{name} was {then.get(name)}, now {now.get(name)}"
-        for name in names
-        if then.get(name) != now.get(name)
+        f"--{name} was {old}{whence.get(name, ('', ''))[0]}, now {new}"
+        f"{whence.get(name, ('', ''))[1]}"
+        for name, (old, new) in changed.items()
+        if old != new
     ]
+
+
+def _precision_from(args: Any) -> str:
+    """What settled the precision: the flag, or what accelerate launch puts into the environment."""
+    if args.run.mixed_precision is not None:
+        return "by the flag"
+    if os.environ.get("ACCELERATE_MIXED_PRECISION"):
+        return "by accelerate's configuration"
+    return "by default: python and torchrun read no configuration of accelerate's"
+
+
+def _whence(record: Mapping[str, Any]) -> str:
+    words = record.get("mixed_precision_from")
+    return f" ({words})" if words else ""
 
 
 def record(args: Any, run: Run) -> dict[str, Any]:
@@ -797,6 +1052,7 @@ def record(args: Any, run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "num_processes": run.accelerator.num_processes,
         "mixed_precision": run.accelerator.mixed_precision,
+        "mixed_precision_from": _precision_from(args),
         "device": device_name(run.device),
         "git_revision": _git_revision(),
         "versions": {"python": platform.python_version(), **_versions()},

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dojo.cli import UserError
+from dojo.cli import UserError, ended
 from dojo.publish.card import WEIGHTS, read_json, write_card
 from dojo.publish.hubs import PublishArgs, find_result, upload
 
@@ -89,4 +89,4 @@ def _write_card(folder: Path, weights: str, repo_id: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

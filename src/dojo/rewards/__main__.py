@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dojo.cli import TrainingStopped, UserError
+from dojo.cli import TrainingStopped, UserError, ended
 from dojo.masking import hide
 from dojo.rewards import Reward, check_prompts, load, table
 from dojo.rewards.folder import RECORDS, read_picture, read_rows
@@ -146,4 +146,4 @@ def _score(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

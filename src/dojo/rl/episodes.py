@@ -247,9 +247,23 @@ class Scoring:
         self.pending: list[tuple[Batch, Future[RewardOutput], Tensor]] = []
 
     def submit(self, batch: Batch, images: Tensor) -> None:
-        """Hands over the pictures [B, 3, H, W] in [0, 1] of a batch."""
+        """Hands over the pictures [B, 3, H, W] in [0, 1] of a batch.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
         small = F.adaptive_avg_pool2d(images, _THUMB).cpu()
         self.pending.append((batch, self.reward.submit(images, batch.texts, batch.metadata), small))
+        self._pause()
+
+    def _pause(self) -> None:
+        """All processes have equally many batches, and come here equally often."""
+        try:
+            self.run.stop_if_asked()
+        except TrainingStopped:
+            for _, future, _ in self.pending:
+                future.cancel()  # the process would not end before they are scored
+            raise
 
     def collect(self) -> Scores:
         """Waits for all scores and gathers them: a collective.
@@ -258,10 +272,16 @@ class Scoring:
             UserError, TrainingStopped: on all processes, when a reward of one has given up (see
                 `evaluation.together`).
             TrainingStopped: too many pictures have no valid score.
+            Interrupted: the run was asked to stop.
         """
         outputs: list[RewardOutput] = []
-        with together(self.run):
-            outputs = [future.result() for _, future, _ in self.pending]
+        with together(self.run) as trouble:
+            for _, future, _ in self.pending:
+                self._pause()
+                if trouble.error is not None:  # comes along, as the others still go on
+                    continue
+                with trouble.kept():  # a user's error in one process, too
+                    outputs.append(future.result())
         columns = {
             "scores": [output.scores for output in outputs],
             "valid": [output.valid for output in outputs],

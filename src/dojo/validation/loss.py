@@ -65,7 +65,8 @@ def _errors(
     process, num_processes = run.share["process"], run.share["num_processes"]
     table = torch.zeros(len(part.draws), levels)
     mine = range(process, len(part.draws), num_processes)
-    for i in tqdm(mine, desc=f"{part.name} loss", disable=not run.main, leave=False):
+    share = run.paused(mine, len(part.draws))
+    for (i,) in tqdm(share, f"{part.name} loss", len(mine), disable=not run.main, leave=False):
         batch = collate([part.dataset[part.draws[i]]])
         mean, std = fixed.latents(batch)
         clean = config.scaled(mean, std, torch.zeros_like(mean)).expand(levels, -1, -1, -1)

@@ -60,12 +60,32 @@ class Validator:
         if self.pictures and run.main:
             write_prompts(self.folder, [asdict(picture) for picture in self.pictures])
 
+    def catch_up(self, model: nn.Module, *, due: bool) -> None:
+        """The validation before the first step, or the one that a run did not stay for.
+
+        Args:
+            due: whether one belongs where the run stands.
+        """
+        if due and (self.run.step == 0 or not self._done()):
+            self(model)
+
+    def _done(self) -> bool:
+        names = ["eval_loss"] if self.fixed.evaluation else []
+        names += ["clip_score"] if self.pictures and self.args.validation_clip_model else []
+        folder = self.folder / f"step-{self.run.step}"
+        return all(self.run.has_logged(name) for name in names) and all(
+            (folder / picture.file).is_file() for picture in self.pictures
+        )
+
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> None:
         """Eval losses into metrics.jsonl and pictures into `validation/step-N/`, at the run's step.
 
         A collective: all processes call it. It draws from no global generator, so that a run with
         validations learns what one without them learns.
+
+        Raises:
+            Interrupted: the run was asked to stop.
         """
         # Past DDP: the processes need not have equally many pictures.
         network: nn.Module = self.run.accelerator.unwrap_model(model)
@@ -102,7 +122,8 @@ class Validator:
         run.accelerator.wait_for_everyone()
         pipeline = self._pipeline(network)
         drawn: list[Image.Image] = []
-        for i in tqdm(self.mine, desc="validation", disable=not run.main, leave=False):
+        share = run.paused(self.mine, len(self.pictures))
+        for (i,) in tqdm(share, "validation", len(self.mine), disable=not run.main, leave=False):
             drawn.append(self._draw(pipeline, self.pictures[i]))
             drawn[-1].save(folder / self.pictures[i].file)
         row: dict[str, float] = {}
