@@ -106,7 +106,7 @@ def main(args: Args) -> None:
         averaged.restore(folder, lambda: full.restore(folder / full.AVERAGE, transformer))
         full.restore(folder / full.TRANSFORMER, transformer)
 
-    run.resume(restore, optimizer, schedule)
+    run.resume(restore, optimizer, schedule, averaged.shadows)
     model, optimizer = run.accelerator.prepare(transformer, optimizer)
     model.train()
     validate = validation.Validator(run, fixed, config, args.noise, args.validation, shift, size)

@@ -15,7 +15,6 @@ with --beta; all of them twice with guidance.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from dojo.bench import supervised
 from dojo.bench.supervised import Rows, Trace
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped
+from dojo.records import read_table
 
 SCRIPTS = {"grpo": "train_grpo_sd3.py", "ddpo": "train_ddpo_sd3.py"}
 PHASES = ("sample", "decode", "reward", "train", "reference")
@@ -171,7 +171,7 @@ def measure(args: RlArgs, model: Path, extra: Sequence[str]) -> dict[str, Any]:
     words = command(args, model, run, extra)
     goal = args.warmup_epochs + args.num_epochs
     trace = supervised.follow(words, run / "metrics.jsonl", goal, epochs_done, "epochs")
-    result = summarise(args, trace, json.loads((run / "args.json").read_text()))
+    result = summarise(args, trace, read_table(run / "args.json"))
     return {**result, "extra": list(extra)}
 
 

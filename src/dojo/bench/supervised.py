@@ -36,6 +36,7 @@ from dojo.bench import limits, models
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
+from dojo.records import read_rows, read_table
 
 Rows = list[dict[str, float]]
 
@@ -149,7 +150,7 @@ def main(args: SupervisedArgs, extra: Sequence[str] = ()) -> None:
     run = work_dir / "runs" / f"{args.model}-{args.method}"
     words = command(args, model, _make_data(args, work_dir / "datas"), run, extra)
     trace = follow(words, run / "metrics.jsonl", args.warmup_steps + args.num_steps)
-    result = summarise(args, trace, json.loads((run / "args.json").read_text()))
+    result = summarise(args, trace, read_table(run / "args.json"))
     result["extra"] = list(extra)
     write_numbers(args, result)
     print(markdown([table_row(result)]))
@@ -292,7 +293,7 @@ def follow(
     try:
         while done(rows) < goal:
             running = process.poll() is None
-            rows = _whole_rows(metrics)
+            rows = read_rows(metrics)[0]
             now = time.perf_counter() - started
             arrivals += [now] * (len(rows) - len(arrivals))
             if not running and done(rows) < goal:
@@ -317,13 +318,6 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
     process.wait()
-
-
-def _whole_rows(metrics: Path) -> Rows:
-    if not metrics.is_file():
-        return []
-    lines = metrics.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def summarise(args: SupervisedArgs, trace: Trace, record: Mapping[str, Any]) -> dict[str, Any]:
