@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from dojo.cli import TrainingStopped, UserError
-from dojo.records import read_table
+from dojo.records import DamagedFile, read_table
 from dojo.tensors import obey_umask
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -255,9 +255,11 @@ def reading(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, TrainingStopped, torch.OutOfMemoryError, MemoryError):
+    except (TrainingStopped, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # every reader has its own kinds
+        if isinstance(error, UserError) and not isinstance(error, DamagedFile):
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise damaged(folder, f"it cannot be read ({lines[0][:300]})") from error
 

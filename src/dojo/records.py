@@ -13,22 +13,26 @@ from typing import Any
 from dojo.cli import UserError
 
 
+class DamagedFile(UserError):
+    """A file that was whole once."""
+
+
 def read_table(path: Path, instead: str = "") -> dict[str, Any]:
     """The table that a JSON file holds; an empty one where there is no such file.
 
     Args:
         instead: what to do about a file that is damaged, as the end of a sentence.
     Raises:
-        UserError: the file cannot be read, or holds something else.
+        DamagedFile: the file cannot be read, or holds something else.
     """
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}){instead}") from error
+        raise DamagedFile(f"{path} is damaged ({error}){instead}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (no table of names and values){instead}")
+        raise DamagedFile(f"{path} is damaged (no table of names and values){instead}")
     return content
 
 
@@ -36,7 +40,7 @@ def read_if_whole(path: Path) -> dict[str, Any]:
     """The same for what can be done without: an empty table where the file is damaged too."""
     try:
         return read_table(path)
-    except UserError:
+    except DamagedFile:
         return {}
 
 

@@ -117,8 +117,8 @@ class Shards:
                 return {name: file.get_slice(name)[(row, *view)] for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, IndexError) as error:
             raise UserError(
-                f"{self.path(shard)}, a file of the cache, cannot be read any more ({error}): start "
-                "the same command again with --resume_from_checkpoint latest, which makes it anew"
+                f"{self.path(shard)}, a file of the cache, cannot be read any more ({error}): "
+                "the same command with --resume_from_checkpoint latest makes it again"
             ) from error
 
 
