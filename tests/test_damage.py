@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 import train_lora_sd3 as script
-from dojo import checkpoint, cli, finite, lora, records, report, training
+from dojo import checkpoint, cli, finite, full, lora, records, report, training
 from dojo import optim as optimizers
 from dojo.cli import TrainingStopped, UserError
 from dojo.pictures import contact_sheet
@@ -124,6 +125,18 @@ def test_a_run_whose_weights_overflow_ends_without_checkpoint_and_result(
     assert not list(folder.glob("*checkpoint*"))
     assert not (folder / lora.WEIGHTS).exists()
     assert not (folder / "finished.json").exists()
+
+
+def test_a_result_that_its_precision_cannot_hold_is_not_written(
+    tiny_sd3: Path, tmp_path: Path
+) -> None:
+    network = SD3Transformer2DModel.from_pretrained(tiny_sd3, subfolder="transformer")
+    network.proj_out.bias.data[0] = 7e4  # fp16 ends at 65504
+    with pytest.raises(TrainingStopped, match=r"--save_dtype fp16.*--save_dtype bf16"):
+        full._save_network(tmp_path, network, full.WholeArgs(save_dtype="fp16"))
+    assert not list(tmp_path.iterdir())
+    full._save_network(tmp_path, network, full.WholeArgs(save_dtype="bf16"))
+    assert (tmp_path / "transformer").is_dir()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

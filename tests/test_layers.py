@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "sd15": {"cli", "ddpm", "rng", "cost", "pipelines"},
     "texts": {"cli", "data", "pipelines", "sd3", "sd15", "training"},
     "frozen": {"cli", "checkpoint", "data", "rng", "sd3", "texts", "training"},
-    "full": {"cli", "pipelines", "sd3", "sd15", "tensors"},
+    "full": {"cli", "finite", "pipelines", "sd3", "sd15", "tensors"},
     "trained": {
         *("cli", "rng", "pipelines", "sd3", "sd15", "lora", "full", "averaging", "optim"),
         "training",

@@ -118,6 +118,7 @@ class Run:
         self._counts: dict[str, int] = {}
         self._peaks: dict[str, Tensor] = {}
         self._notes: dict[str, float] = {}
+        self._said: set[str] = set()
         self._last = (0.0, 0.0)  # learning rate and gradient norm of the last step
         self._mark = 0.0
         self._marked = 0.0  # seconds of phases until then
@@ -159,6 +160,12 @@ class Run:
         if self.main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def say_once(self, topic: str, text: str) -> None:
+        """Prints on one process only, what belongs to a topic a single time."""
+        if topic not in self._said:
+            self._said.add(topic)
+            self.say(text)
 
     def keys(self, stream: str, places: Iterable[int]) -> list[Key]:
         """Keys of one random stream for samples at these places."""
