@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "gaussian": set(),
     "rng": set(),
     "cli": set(),
+    "ranges": set(),
     # maths
     "flow": {"gaussian", "rng"},
     "samplers": {"gaussian", "rng"},
@@ -42,13 +43,16 @@ ALLOWED: dict[str, set[str]] = {
     "publish": {"cli", "checkpoint", "records"},
     "report": {"cli", "pictures", "records"},
     "bench": {
-        *("cli", "cost", "lora", "sd3", "tensors", "checkpoint", "full", "records", "rollout"),
+        *("cli", "cost", "lora", "sd3", "tensors", "checkpoint", "full", "ranges", "records"),
+        "rollout",
     },
     "split": {"cli"},
     "finite": set(),
     "records": {"cli"},
-    "optim": {"cli", "split"},
-    "training": {"cli", "rng", "checkpoint", "cost", "finite", "optim", "records"},
+    "optim": {"cli", "ranges", "split"},
+    "training": {
+        *("cli", "rng", "checkpoint", "cost", "finite", "optim", "ranges", "records"),
+    },
     "sd3": {"cli", "flow", "rng", "cost", "tensors", "pipelines"},
     "sd15": {"cli", "ddpm", "rng", "cost", "pipelines"},
     "texts": {"cli", "data", "pipelines", "sd3", "sd15", "training"},
@@ -60,12 +64,14 @@ ALLOWED: dict[str, set[str]] = {
     },
     "inference": {"cli", "lora", "sd3"},
     "prompts": {"cli", "rng", "data", "pocket.scenes"},
-    "prior": {"cli", "rng", "data", "frozen", "sd3", "training"},
+    "prior": {"cli", "rng", "data", "frozen", "ranges", "sd3", "training"},
     "validation": {
-        *("cli", "flow", "rng", "checkpoint", "data", "frozen", "pictures", "sd3", "training"),
+        *("cli", "flow", "rng", "checkpoint", "data", "frozen", "pictures", "ranges", "sd3"),
+        "training",
     },
     "pocket": {
-        *("cli", "flow", "ddpm", "rng", "lora", "pictures", "records", "statistics", "tensors"),
+        *("cli", "flow", "ddpm", "rng", "lora", "pictures", "ranges", "records", "statistics"),
+        "tensors",
     },
     "rewards": {"cli", "pictures", "pocket.verifier"},
     "versus": {"cli", "pictures", "prompts", "rewards", "statistics"},
@@ -74,7 +80,9 @@ ALLOWED: dict[str, set[str]] = {
         *("averaging", "optim", "pictures", "prompts", "rewards", "texts", "training"),
         *("evaluation", "trained"),
     },
-    "evaluation": {"cli", "pictures", "prompts", "rewards", "training", "validation"},
+    "evaluation": {
+        *("cli", "pictures", "prompts", "ranges", "rewards", "training", "validation"),
+    },
     "pretraining": {"cli", "data", "frozen", "training"},
     "direct": {
         *("cli", "rng", "ddpm", "denoising", "samplers", "sd15", "cost", "data", "evaluation"),

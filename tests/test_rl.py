@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import accelerate
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel

@@ -15,7 +15,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from dojo import split
+from dojo import ranges, split
 from dojo.cli import UserError
 
 Groups = Sequence[nn.Parameter] | Sequence[dict[str, Any]]
@@ -84,18 +84,12 @@ class OptimArgs:
     """gradients are scaled down to this norm"""
 
     def __post_init__(self) -> None:
-        for name in (
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "max_train_steps",
-            "num_train_epochs",
-            "steps_per_epoch",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1")
-        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
-            raise ValueError("--learning_rate and --max_grad_norm must be positive")
+        counts = "train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs"
+        ranges.check(self, f"{counts} steps_per_epoch lr_num_cycles", least=1)
+        # Without an epsilon the first step of a weight whose gradient is zero would be 0 / 0.
+        ranges.check(self, "learning_rate max_grad_norm lr_power adam_epsilon", above=0)
+        ranges.check(self, "adam_beta1 adam_beta2", least=0, below=1)
+        ranges.check(self, "adam_weight_decay lr_warmup_steps", least=0)
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
             raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}")
         if self.use_adafactor and self.optimizer not in ("adamw", "adafactor"):

@@ -41,7 +41,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dojo import checkpoint, finite, records
+from dojo import checkpoint, finite, ranges, records
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
 from dojo.optim import OptimArgs
@@ -86,11 +86,8 @@ class RunArgs:
     """print the resolved options, sizes, steps and estimates, and exit"""
 
     def __post_init__(self) -> None:
-        for name in ("checkpointing_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ValueError("--checkpoints_total_limit must be at least 1")
+        ranges.check(self, "checkpointing_steps logging_steps checkpoints_total_limit", least=1)
+        ranges.check_seed(self, "seed")
 
 
 class Run:

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from dojo import rollout
+from dojo import ranges, rollout
 from dojo.bench import supervised
 from dojo.bench.supervised import Rows, Trace
 from dojo.bench.table import markdown
@@ -88,6 +88,8 @@ class RlArgs(supervised.CaseArgs):
             *("resolution", "num_prompts", "group_size", "batch_size", "sample_batch_size"),
             *("sample_steps", "window_size", "num_epochs"),
         )
+        ranges.check(self, "guidance_scale", least=1)
+        ranges.check(self, "beta", least=0)
         if self.warmup_epochs < 1:
             raise ValueError("--warmup_epochs must be at least 1: the first is never typical")
         if self.beta and self.method == "ddpo":

@@ -31,7 +31,7 @@ import psutil
 import torch
 from PIL import Image
 
-from dojo import checkpoint, full, lora, sd3
+from dojo import checkpoint, full, lora, ranges, sd3
 from dojo.bench import limits, models
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError
@@ -112,7 +112,8 @@ class SupervisedArgs(CaseArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("resolution", "batch_size", "gradient_accumulation_steps", "num_steps")
+        ranges.check(self, "resolution batch_size gradient_accumulation_steps rank", least=1)
+        ranges.check(self, "num_steps", least=1)
         if self.warmup_steps < 1:
             raise ValueError("--warmup_steps must be at least 1: the first step is never typical")
 
