@@ -30,8 +30,9 @@ _ZERO = """
     validation_skip_layer_guidance_start validation_skip_layer_guidance_stop window_first
 """
 ZERO = _ZERO.split()
-# Options that may be negative: means of normal distributions, scores, LoRAs turned round.
-NEGATIVE = ["logit_mean", "margin", "mode_scale", "lora_scale"]
+# Options that may be negative: means of normal distributions, scores, LoRAs turned round; and one
+# that is refused a little later, by the number of the model's layers.
+NEGATIVE = ["logit_mean", "margin", "mode_scale", "lora_scale", "validation_skip_guidance_layers"]
 
 
 def groups() -> Iterator[type]:

@@ -73,10 +73,9 @@ class ValidationArgs:
         counts = "num_validation_images validation_steps validation_inference_steps eval_sigmas"
         ranges.check(self, counts, least=1)
         ranges.check_seed(self, "validation_seed")
-        layers = "validation_skip_guidance_layers validation_skip_layer_guidance_scale"
-        ranges.check(self, f"validation_guidance_scale {layers}", least=0)
-        share = "validation_skip_layer_guidance"
-        ranges.check(self, f"{share}_start {share}_stop", least=0, most=1)
+        skip = "validation_skip_layer_guidance"
+        ranges.check(self, f"validation_guidance_scale {skip}_scale", least=0)
+        ranges.check(self, f"{skip}_start {skip}_stop", least=0, most=1)
         for text in self.validation_resolution:
             try:
                 parse_size(text)
