@@ -153,7 +153,7 @@ def coarse(scores: Tensor, prompt_ids: Tensor, valid: Tensor) -> list[int]:
     are lost.
     """
     scores, prompt_ids, valid = _checked(scores, prompt_ids, valid)
-    grouped = len(prompt_ids[valid].unique()) < int(valid.sum())
+    grouped = any((members & valid).sum() > 1 for _, members in _groups(prompt_ids))
     std = _within(scores, prompt_ids, valid) if grouped else _stds(scores[valid])
     noise = _noise(scores[valid])
     few = (std < _COARSE * noise) & ((std > 0) | (noise > 0.1))
