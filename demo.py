@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dojo import cli, inference, rewards, sd3, versus
+from dojo import cli, inference, ranges, rewards, sd3, versus
 from dojo.cli import UserError
 from dojo.masking import hide
 from dojo.pictures import labelled_grid
@@ -106,8 +106,12 @@ class Args:
             raise ValueError("--versus takes the LoRA itself, in place of --lora_weights_path")
         if self.versus is None and self.reward != RewardArgs():
             raise ValueError("--reward and its options need --versus")
-        if self.num_images_per_prompt < 1 or self.num_inference_steps < 1:
-            raise ValueError("--num_images_per_prompt and --num_inference_steps: at least 1")
+        counts = "num_images_per_prompt num_inference_steps height width max_sequence_length"
+        ranges.check(self, counts, least=1)
+        ranges.check_seed(self, "seed")
+        layers = "skip_guidance_layers skip_layer_guidance_scale"
+        ranges.check(self, f"guidance_scale {layers}", least=0)
+        ranges.check(self, "skip_layer_guidance_start skip_layer_guidance_stop", least=0, most=1)
 
 
 def main(args: Args) -> None:

@@ -147,7 +147,7 @@ def main(args: Args) -> None:
         trained.restore(folder, averaged)
         buffer.load_state_dict(checkpoint.load_part(folder, BUFFER))
 
-    run.resume(restore, optimizer, schedule)
+    run.resume(restore, optimizer, schedule, averaged.shadows)
     network = trained.network
     model, optimizer = run.accelerator.prepare(network, optimizer)
     # A batch is learned from in all its trained steps, a backward pass each.

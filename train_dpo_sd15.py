@@ -128,7 +128,7 @@ def main(args: Args) -> None:
     def restore(folder: Path) -> None:
         policy.restore(folder, averaged)
 
-    run.resume(restore, optimizer, schedule)
+    run.resume(restore, optimizer, schedule, averaged.shadows)
     model, optimizer = run.accelerator.prepare(policy.network, optimizer)
     keep = partial(run.save_checkpoint, save, optimizer, schedule)
     judge = paired.Judge(run, config, vae, embed, held_out, args.dpo.beta_dpo, batch_size)

@@ -144,7 +144,7 @@ def main(args: Args) -> None:
         averaged.restore(folder, lambda: lora.restore(average, transformer, *clips))
         lora.restore(folder, transformer, *clips)
 
-    run.resume(restore, optimizer, schedule)
+    run.resume(restore, optimizer, schedule, averaged.shadows)
     model, optimizer, *trained_clips = run.accelerator.prepare(transformer, optimizer, *clips)
     if fixed.text.encoders:
         fixed.text.encoders.clips = trained_clips

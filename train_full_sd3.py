@@ -6,8 +6,8 @@ al. 2024, arXiv:2403.03206, Equations 13 to 23):
     z = (1 - sigma) x0 + sigma eps,    loss = w(sigma) |v(z, sigma, caption) - (eps - x0)|^2
 
 The weights are float32 while they train and the arithmetic follows `--mixed_precision`;
-`--train_dtype bf16` trains bfloat16 weights with Kahan compensation instead. With `--use_ema` an
-average of the weights is validated and saved. The result is a whole pipeline folder.
+`--train_dtype bf16` trains bfloat16 weights whose other halves the optimizer keeps. With
+`--use_ema` an average of the weights is validated and saved. The result is a whole pipeline folder.
 
     accelerate launch train_full_sd3.py --pretrained_model_name_or_path models/pocket-sd3 \
         --dataset_name datas/pocket-hearts --resolution 64 --output_dir outputs/hearts-full
@@ -107,7 +107,7 @@ def main(args: Args) -> None:
         averaged.restore(folder, lambda: full.restore(folder / full.AVERAGE, transformer))
         full.restore(folder / full.TRANSFORMER, transformer)
 
-    run.resume(restore, optimizer, schedule)
+    run.resume(restore, optimizer, schedule, averaged.shadows)
     model, optimizer = run.accelerator.prepare(transformer, optimizer)
     model.train()
     keep = partial(run.save_checkpoint, save, optimizer, schedule)

@@ -138,7 +138,7 @@ def main(args: Args) -> None:
     def restore(folder: Path) -> None:
         trained.restore(folder, averaged)
 
-    run.resume(restore, optimizer, schedule)
+    run.resume(restore, optimizer, schedule, averaged.shadows)
     network = trained.network
     model, optimizer = run.accelerator.prepare(network, optimizer)
     # A batch is learned from in all its trained steps, a backward pass each.

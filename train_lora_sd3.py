@@ -109,7 +109,7 @@ def main(args: Args) -> None:
         averaged.restore(folder, lambda: lora.restore(average, transformer))
         lora.restore(folder, transformer)
 
-    run.resume(restore, optimizer, schedule)
+    run.resume(restore, optimizer, schedule, averaged.shadows)
     model, optimizer = run.accelerator.prepare(transformer, optimizer)
     model.train()
     keep = partial(run.save_checkpoint, save, optimizer, schedule)

@@ -132,7 +132,7 @@ def main(args: Args) -> None:
     def restore(folder: Path) -> None:
         policy.restore(folder, averaged)
 
-    run.resume(restore, optimizer, schedule)
+    run.resume(restore, optimizer, schedule, averaged.shadows)
     model, optimizer = run.accelerator.prepare(policy.network, optimizer)
     way = denoising.Way.of(
         *(config.schedule, args.refl.sample_steps),

@@ -425,6 +425,25 @@ def test_an_autoencoder_of_any_dtype_encodes_with_and_without_a_cache(
         torch.testing.assert_close(cached["std"], std.float(), rtol=off, atol=off)
 
 
+def test_numbers_that_are_none_are_not_cached(tmp_path: Path) -> None:
+    pictures, plan = pictures_of()
+
+    def encode(pixels: Tensor) -> Posterior:
+        mean = pixels[:, :1, ::8, ::8] / 0  # fp16 does so beyond 65504
+        return mean, torch.ones_like(mean)
+
+    with pytest.raises(UserError, match=r"latents of .*not finite.*--vae_dtype"):
+        filled(pictures, plan, tmp_path, encode)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+    def embed(captions: Sequence[str]) -> dict[str, Tensor]:
+        return {"embeds": torch.full((len(captions), 3, 4), torch.nan)}
+
+    with pytest.raises(UserError, match=r"embeddings of 'a'.*not finite"):
+        cache_text([["a", "b"]], lambda: embed, tmp_path, {})
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_nothing_of_another_making_is_used(tmp_path: Path) -> None:
     # kohya_ss #3157: cached latents of another model were mixed in.
     pictures, plan = pictures_of()
@@ -815,6 +834,20 @@ def test_a_checked_data_set_is_not_decoded_again(
     assert all(getattr(again, name) == getattr(good, name) for name in fields)
     assert all(isinstance(size, tuple) for size in again.sizes)
     assert bad_again == bad
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"good": [99], "bad": [], "sizes": [[1, 1]]}'])
+def test_a_damaged_memory_of_the_check_is_made_again_and_said(
+    copied: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, _ = check(source_of(copied), tmp_path / "cache")
+    (memory,) = (tmp_path / "cache").glob("checked-*.json")
+    remembered = memory.read_text()
+    memory.write_text(content)
+    again, bad = check(source_of(copied), tmp_path / "cache")
+    assert (again.ids, again.sizes, bad) == (whole.ids, whole.sizes, [])
+    assert f"{memory} is damaged" in capsys.readouterr().out
+    assert memory.read_text() == remembered
 
 
 def test_files_and_captions_that_changed_since_are_noticed(copied: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "drawing": set(),
     # parts
     "cost": set(),
-    "pictures": set(),
+    "pictures": {"cli", "records"},
     "data": {"cli", "rng", "tensors"},
     "tensors": set(),
     "loaded": {"cli", "tensors"},
@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "statistics": set(),
     "pipelines": {"cli", "loaded", "classic"},
     "lora": {"cli", "tensors", "pipelines", "sd3.keys"},
-    "checkpoint": {"cli", "tensors"},
+    "checkpoint": {"cli", "tensors", "records"},
     "download": {"cli"},
     "averaging": {"cli", "tensors"},
     "publish": {"cli", "checkpoint", "masking"},
@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "inference": {"cli", "lora", "sd3", "loaded"},
     "prompts": {"cli", "rng", "data", "pocket.scenes"},
-    "prior": {"cli", "rng", "data", "frozen", "sd3", "training"},
+    "prior": {"cli", "rng", "data", "frozen", "ranges", "sd3", "training"},
     "validation": {
         *("cli", "flow", "rng", "checkpoint", "data", "frozen", "pictures", "sd3", "training"),
         "loaded",

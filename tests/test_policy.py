@@ -34,8 +34,8 @@ def test_an_advantage_is_the_distance_from_the_groups_mean_in_stds(spread: polic
     for i, score in enumerate(scores.tolist()):
         group = scores[ids == ids[i]].tolist()
         std = statistics.pstdev(group if spread == "group" else scores.tolist())
-        expected = (score - statistics.fmean(group)) / (std + GROUP_FLOOR)
-        assert ours.values[i].item() == pytest.approx(expected, rel=1e-5)
+        expected = (score - statistics.fmean(group)) / (std * (1 + GROUP_FLOOR))
+        assert ours.values[i].item() == pytest.approx(expected, rel=1e-4)
     assert (ours.groups, ours.flat_groups, ours.invalid) == (3, 0, 0)
     assert torch.equal(ours.weights, torch.ones(12))
 
@@ -163,6 +163,63 @@ def test_one_reward_without_variance_leaves_the_others() -> None:
     ours = policy.decoupled_advantages(rewards, torch.tensor([1.0, 5.0]), ids, valid)
     alone = policy.group_advantages(scores, ids, valid).values
     torch.testing.assert_close(ours.values, alone, rtol=1e-3, atol=1e-3)
+
+
+# Any scale
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-4, 2.0**-10, 1e6, 1e20])
+def test_advantages_do_not_hang_on_the_scale_of_a_reward(scale: float) -> None:
+    # std + 1e-4 shrinks rewards at 1e-4 of their scale to a fraction, down to nothing.
+    scores, ids, valid = epoch()
+    rewards = torch.stack([scores, draw(12, seed=5) + 3], 1).double()
+    weights = torch.tensor([1.0, 0.7])
+    scaled = rewards * torch.tensor([scale, 1.0], dtype=torch.float64)
+    whole = policy.decoupled_advantages(rewards, weights, ids, valid)
+    torch.testing.assert_close(
+        policy.decoupled_advantages(scaled, weights, ids, valid).values, whole.values
+    )
+    torch.testing.assert_close(
+        policy.decoupled_advantages(rewards, weights * scale, ids, valid).values, whole.values
+    )
+    for spread in ("group", "global"):
+        one = policy.group_advantages(rewards[:, 0], ids, valid, spread).values
+        other = policy.group_advantages(rewards[:, 0] * scale, ids, valid, spread).values
+        torch.testing.assert_close(one, other)
+    one, other = (
+        PromptBuffer(8, 2).advantages(rewards[:, 0] * factor, ids, valid).values
+        for factor in (1, scale)
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_what_float32_cannot_tell_apart_is_not_blown_up() -> None:
+    _, ids, valid = epoch()
+    scores = 0.5 + draw(12).sign() * 2.0**-24  # a reward that is constant but for its rounding
+    ours = policy.group_advantages(scores, ids, valid)
+    real = policy.group_advantages(0.5 + draw(12).sign() * 2.0**-10, ids, valid)
+    assert ours.values.abs().max() < 0.75 * real.values.abs().max()
+    opposed = torch.stack([draw(12), -draw(12)], 1)
+    none = policy.decoupled_advantages(opposed, torch.tensor([1.0, 1.0]), ids, valid)
+    assert none.values.abs().max() < 1e-6
+
+
+def test_columns_of_zeros_stay_zero() -> None:
+    scores, ids, valid = epoch()
+    rewards = torch.stack([scores, torch.zeros(12)], 1)
+    ours = policy.decoupled_advantages(rewards, torch.tensor([1.0, 1.0]), ids, valid)
+    assert ours.values.isfinite().all()
+    nothing = policy.decoupled_advantages(rewards, torch.zeros(2), ids, valid)
+    assert not nothing.values.any()
+
+
+def test_scores_that_float32_can_hardly_hold_are_told() -> None:
+    scores, ids, valid = epoch()
+    flat = torch.full((12,), 0.3)
+    table = torch.stack([scores, scores + 1e8, flat, flat * 0 + 1e8, scores * 1e8, flat * 0], 1)
+    assert policy.coarse(table, ids, valid) == [1, 3]
+    assert policy.coarse(table, torch.arange(12), valid) == [1, 3]
+    assert policy.coarse(table, ids, torch.zeros_like(valid)) == []
 
 
 # The buffer of DDPO

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import accelerate
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -247,6 +248,19 @@ def test_every_process_knows_all_scores_in_the_order_of_places(processes: int, s
         assert row["reward/first"] == pytest.approx(valid.mean().item() / 2)
         assert row["invalid_share"] == pytest.approx(1 / 12)
         assert row["diversity"] > 0
+
+
+def test_a_reward_that_float32_cannot_hold_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = training.Run(accelerate.Accelerator(), training.RunArgs(output_dir=tmp_path), 0)
+    for _ in range(2):
+        scoring: Any = rl.Scoring(run, Told(), 0.5)  # pyright: ignore[reportArgumentType]
+        table = {"far": 1e8 + torch.rand(8), "near": torch.rand(8)}
+        scoring._say_coarse(table, torch.arange(8) // 4, torch.ones(8, dtype=torch.bool))
+    said = capsys.readouterr().out
+    assert said.count("the scores of far are so large (1e+08)") == 1
+    assert "near" not in said
 
 
 def test_trouble_of_one_process_stops_all_of_them() -> None:

@@ -225,6 +225,48 @@ def test_shards_are_small_to_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # Folders
 
 
+def spoil(path: Path, how: str) -> None:
+    """Damages a file as a full disk or a failing one would."""
+    content = path.read_bytes()
+    spoiled = {
+        "empty": b"",
+        "cut off": content[: len(content) // 2],
+        "cut by a byte": content[:-1],
+        "zeros": bytes(len(content)),
+        "garbage": random.Random(0).randbytes(len(content)),
+    }
+    path.write_bytes(spoiled[how])
+
+
+@pytest.mark.parametrize("how", ["empty", "cut off", "cut by a byte", "zeros", "garbage"])
+def test_a_damaged_shard_is_made_again_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    shards = Shards(tmp_path, IDS)
+    shards.fill(make, title="test")
+    spoil(shards.path(1), how)
+    again = Shards(tmp_path, IDS)
+    assert again.missing() == [1]
+    again.fill(make, title="test")
+    assert f"1 damaged files are made again ({shards.path(1).name})" in capsys.readouterr().out
+    assert values(again) == list(range(10))
+
+
+def test_a_shard_with_other_rows_than_its_samples_is_made_again(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, IDS)
+    shards.fill(make, title="test")
+    disk.tensors.save(shards.path(0), {"value": torch.zeros(len(shards.members[0]) + 1, 2)})
+    assert Shards(tmp_path, IDS).missing() == [0]
+
+
+def test_a_shard_that_is_damaged_meanwhile_is_named(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, IDS)
+    shards.fill(make, title="test")
+    spoil(shards.path(1), "cut off")
+    with pytest.raises(UserError, match=f"{shards.names[1]}.*--resume_from_checkpoint latest"):
+        shards.read(shards.members[1][0])
+
+
 def test_other_settings_lie_in_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,10 @@ class Averaged:
         for shadow, value in zip(self.ema.shadow_params, values, strict=True):
             shadow.copy_(value)
 
+    def shadows(self) -> Sequence[torch.Tensor]:
+        """The average's tensors, wherever they are now; none where there is no moving average."""
+        return self.ema.shadow_params if self.ema is not None else ()
+
     @property
     def _rounded(self) -> bool:
         """Whether the model, in bfloat16, cannot hold the float32 average exactly."""

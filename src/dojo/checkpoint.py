@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent, and everything a run needs to go on exactly.
 
 A checkpoint is a folder `checkpoint-N`. It is written under another name, flushed and renamed, so
-that a process killed while writing leaves nothing that could be taken for whole. Draws derive from
-the seed and the position, so no generator is saved.
+that a process killed while writing leaves nothing that could be taken for whole. It carries the
+checksums of its files, so that what a disk did to it later is noticed before a run goes on from it.
+Draws derive from the seed and the position, so no generator is saved.
 """
 
 from __future__ import annotations
@@ -11,20 +12,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from dojo.cli import UserError
+from dojo.cli import TrainingStopped, UserError
+from dojo.records import DamagedFile, read_table
 from dojo.tensors import obey_umask
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+CHECKSUMS = "checksums.json"
+_CHUNK = 2**24  # bytes that are hashed at a time
 
 
 @dataclass(frozen=True)
@@ -164,12 +170,17 @@ def read_state(folder: Path) -> State:
     """Reads where a checkpoint stands.
 
     Raises:
-        UserError: a part is missing.
+        UserError: a part is missing or damaged.
     """
     for part in ("state.json", "optimizer.pt", "schedule.pt"):
         if not (folder / part).is_file():
-            raise UserError(f"{folder} is no complete checkpoint: {part} is missing")
-    return State(**json.loads((folder / "state.json").read_text()))
+            raise damaged(folder, f"{part} is missing")
+    with reading(folder):
+        table = read_table(folder / "state.json")
+        whole = [field.name for field in fields(State) if field.type in ("int", int)]
+        if any(type(table.get(name)) is not int for name in whole):
+            raise ValueError(f"state.json lacks one of {', '.join(whole)}")
+        return State(**table)
 
 
 def load_part(folder: Path, name: str) -> dict[str, Tensor]:
@@ -179,7 +190,7 @@ def load_part(folder: Path, name: str) -> dict[str, Tensor]:
         UserError: it is missing.
     """
     if not (folder / name).is_file():
-        raise UserError(f"{folder} is no complete checkpoint: {name} is missing")
+        raise damaged(folder, f"{name} is missing")
     return load_file(folder / name)
 
 
@@ -201,7 +212,96 @@ def load_training(
     if saved.is_file() != (scaler is not None):
         raise UserError(f"{folder}: --mixed_precision fp16 must be the same when a run goes on")
     if scaler is not None:
-        scaler.load_state_dict(json.loads(saved.read_text()))
+        scaler.load_state_dict(read_table(saved))
+
+
+# -- damage -----------------------------------------------------------------------------------
+
+
+def add_checksums(folder: Path) -> None:
+    """Writes the checksums of all files of a checkpoint beside them, as its last part.
+
+    xxHash's 128 bits tell a flipped bit, not a forger, and cost little beside the writing.
+    """
+    sums = {str(path.relative_to(folder)): _checksum(path) for path in _files(folder)}
+    text = json.dumps({"xxh3_128": sums}, indent=1)
+    (folder / CHECKSUMS).write_text(text, encoding="utf-8")
+
+
+def check_whole(folder: Path) -> bool:
+    """Reads a checkpoint and compares it with its checksums; files beside these are not minded.
+
+    Returns:
+        False where it carries none: it was made before there were any.
+    Raises:
+        UserError: it is not as it was written; the message names the one before it.
+    """
+    fault = _fault(folder)
+    if fault:
+        raise damaged(folder, fault)
+    return (folder / CHECKSUMS).is_file()
+
+
+def damaged(folder: Path, why: str) -> UserError:
+    """What is wrong with a checkpoint, and the last one before it that is whole, as an error."""
+    name = _NAME.fullmatch(folder.name)
+    step = int(name[1]) if name else 0
+    before = [path for number, path in existing(folder.parent) if number < step]
+    whole = next((path for path in reversed(before) if not _fault(path)), None)
+    advice = "there is none before it: start again with --overwrite_output_dir"
+    if whole is not None:
+        advice = f"go on from the one before it: --resume_from_checkpoint {whole}"
+    return UserError(f"{folder} is no complete checkpoint: {why}; {advice}")
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """What goes wrong inside, while a checkpoint is read, is laid to its damage.
+
+    Raises:
+        UserError: naming the checkpoint and the one before it.
+    """
+    try:
+        yield
+    except (TrainingStopped, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # every reader has its own kinds
+        if isinstance(error, UserError) and not isinstance(error, DamagedFile):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise damaged(folder, f"it cannot be read ({lines[0][:300]})") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in found if path != folder / CHECKSUMS]
+
+
+def _checksum(path: Path) -> str:
+    total = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            total.update(chunk)
+    return total.hexdigest()
+
+
+def _fault(folder: Path) -> str:
+    """What is not as it was written, in words; nothing where all is, or nothing is known."""
+    if not (folder / CHECKSUMS).is_file():
+        return ""
+    try:
+        sums = read_table(folder / CHECKSUMS)["xxh3_128"]
+        for name, expected in sums.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _checksum(folder / name) != expected:
+                return f"{name} is not as it was written (its checksum differs)"
+    except (OSError, UserError, KeyError, AttributeError) as error:
+        return f"it cannot be read ({error})"
+    return ""
+
+
+# -- the same run -----------------------------------------------------------------------------
 
 
 def check_same_run(folder: Path, saved: State, now: State) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dojo import ranges
 from dojo.cli import TrainingStopped, UserError
 from dojo.interrupt import Interrupted
 from dojo.pictures import contact_sheet, slug, to_pil
@@ -64,6 +65,8 @@ class EvalArgs:
             raise ValueError("--eval_guidance_scale must be at least 1, which is no guidance")
         if self.num_saved_images < 0:
             raise ValueError("--num_saved_images must not be negative")
+
+        ranges.check_seed(self, "eval_seed")
 
     @property
     def held_out_rewards(self) -> list[str]:

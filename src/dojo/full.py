@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dojo import sd3, sd15
-from dojo.cli import UserError
+from dojo import finite, sd3, sd15
+from dojo.cli import TrainingStopped, UserError
 from dojo.pipelines import TRANSFORMER, part_of
 from dojo.tensors import obey_umask
 
@@ -35,8 +35,8 @@ class WholeArgs:
     """What is trained, and in which form the result is saved."""
 
     train_dtype: Literal["fp32", "bf16"] = "fp32"
-    """the trained weights: fp32 masters (with autocast by --mixed_precision), or bf16 with Kahan
-    compensation in the optimizer (adamw, lion), for less memory"""
+    """the trained weights: fp32 masters (with autocast by --mixed_precision), or bf16 whose lower
+    16 bits the optimizer keeps (adamw, lion, adafactor): float32's steps, a fifth less memory"""
     freeze: tuple[str, ...] = ()
     """weights that stay as they are: adaln (SD3's modulation layers, a third of SD3.5-Medium's
     weights), parts of names (pos_embed, context_embedder, transformer_blocks.0, conv_in), or re:
@@ -187,6 +187,11 @@ def _save_network(folder: Path, network: Any, args: WholeArgs) -> dict[str, Tens
         twin: Any = type(network).from_config(network.config)
     dtype = DTYPES[args.save_dtype]
     cast = {name: value.to("cpu", dtype) for name, value in network.state_dict().items()}
+    if finite.not_finite({"weights": cast.values()}):
+        raise TrainingStopped(
+            f"the result's weights are too large for --save_dtype {args.save_dtype}: it was not "
+            "written; give --resume_from_checkpoint latest --save_dtype bf16 (or fp32)"
+        )
     twin.load_state_dict(cast, assign=True)
     # Of a longer run's shorter past: its shards and its index would stand beside the new files.
     shutil.rmtree(place, ignore_errors=True)

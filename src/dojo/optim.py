@@ -15,6 +15,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from dojo import ranges, split
 from dojo.cli import UserError
 
 Groups = Sequence[nn.Parameter] | Sequence[dict[str, Any]]
@@ -28,7 +29,8 @@ STATE_BYTES = {
     "prodigy": 24,
     "schedulefree": 16,
 }
-KAHAN_BYTES = {"adamw": 10, "lion": 8}  # bfloat16 weights with a compensation each
+# The same of bfloat16 weights and gradients: `dojo.split` keeps each weight's lower half beside it.
+SPLIT_BYTES = {"adamw": 14, "lion": 10, "adafactor": 6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +88,12 @@ class OptimArgs:
     """gradients are scaled down to this norm"""
 
     def __post_init__(self) -> None:
-        for name in (
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "max_train_steps",
-            "num_train_epochs",
-            "steps_per_epoch",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1")
-        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
-            raise ValueError("--learning_rate and --max_grad_norm must be positive")
+        counts = "train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs"
+        ranges.check(self, f"{counts} steps_per_epoch lr_num_cycles", least=1)
+        # Without an epsilon the first step of a weight whose gradient is zero would be 0 / 0.
+        ranges.check(self, "learning_rate max_grad_norm lr_power adam_epsilon", above=0)
+        ranges.check(self, "adam_beta1 adam_beta2", least=0, below=1)
+        ranges.check(self, "adam_weight_decay lr_warmup_steps", least=0)
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
             raise ValueError(f"--use_8bit_adam contradicts --optimizer {self.optimizer}")
         if self.use_adafactor and self.optimizer not in ("adamw", "adafactor"):
@@ -145,7 +141,7 @@ class OptimArgs:
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes per trained weight: weight, gradient, optimizer state."""
-        return (STATE_BYTES if dtype == torch.float32 else KAHAN_BYTES).get(self.kind, 16)
+        return (STATE_BYTES if dtype == torch.float32 else SPLIT_BYTES).get(self.kind, 16)
 
 
 class Length(Protocol):
@@ -273,10 +269,10 @@ def check(args: OptimArgs, dtype: torch.dtype) -> None:
     Raises:
         UserError: the optimizer's package is missing, or it cannot train weights of this dtype.
     """
-    if dtype != torch.float32 and args.kind not in KAHAN_BYTES:
+    if dtype != torch.float32 and args.kind not in SPLIT_BYTES:
         raise UserError(
-            f"--optimizer {args.kind} loses small updates of bfloat16 weights; with --train_dtype "
-            "bf16 use adamw or lion, which compensate (Kahan), or leave --train_dtype at fp32"
+            f"--optimizer {args.kind} cannot train bfloat16 weights: with --train_dtype bf16 use "
+            f"{', '.join(SPLIT_BYTES)}, or leave --train_dtype at fp32"
         )
     if args.kind == "adamw8bit":
         _require("bitsandbytes", args)
@@ -287,6 +283,14 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     low = any(param.dtype != torch.float32 for group in groups for param in group["params"])
     check(args, torch.bfloat16 if low else torch.float32)
+    if low:
+        return split.SplitOptimizer(groups, lambda whole: _float32_optimizer(whole, args, device))
+    return _float32_optimizer(groups, args, device)
+
+
+def _float32_optimizer(
+    groups: list[dict[str, Any]], args: OptimArgs, device: torch.device
+) -> torch.optim.Optimizer:
     common: dict[str, Any] = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -313,13 +317,11 @@ def _optimizer(
         )
         optimizer.train()
         return optimizer
-    if args.kind == "lion" or low:
+    if args.kind == "lion":
         import optimi
 
-        if args.kind == "lion":
-            common.pop("eps")
-            return optimi.Lion(groups, kahan_sum=low, **common)
-        return optimi.AdamW(groups, kahan_sum=True, **common)
+        common.pop("eps")
+        return optimi.Lion(groups, **common)
     return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **common)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from dojo.records import read_pictures
 
 _MARGIN = 6  # pixels between the cells of a grid
 _LABEL_WIDTH = 170  # pixels of the column with the rows' labels
@@ -113,11 +115,7 @@ def contact_sheet(
     if not steps:
         return None
     there = {name for step in steps for name in files[step]}
-    record = folder / "prompts.json"
-    known: dict[str, str] = {}
-    if record.is_file():
-        pictures = json.loads(record.read_text(encoding="utf-8"))["pictures"]
-        known = {row["file"]: row["label"] for row in pictures}
+    known = {row["file"]: row["label"] for row in read_pictures(folder)}
     names = ([name for name in known if name in there] or sorted(there))[:max_rows]
     scores = {step: _scores(found[step] / "scores.csv") for step in steps}
     return labelled_grid(
@@ -141,16 +139,19 @@ def _scores(path: Path) -> dict[str, str]:
     """The reward of each picture file, with three digits, where there is one."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if "reward" in row]
-    return {row["file"]: f"{float(row['reward']):.3g}" for row in rows}
+    found = {}
+    with path.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
+        for row in csv.DictReader(file):
+            with suppress(KeyError, TypeError, ValueError):  # a line that is damaged
+                found[row["file"]] = f"{float(row['reward']):.3g}"
+    return found
 
 
 def _read(path: Path) -> Image.Image | None:
-    if not path.is_file():
-        return None
-    with Image.open(path) as picture:
+    """A picture; None where there is none, or its file is damaged."""
+    with suppress(OSError, SyntaxError, ValueError), Image.open(path) as picture:
         return picture.convert("RGB")
+    return None
 
 
 # -- letters ----------------------------------------------------------------------------------

@@ -26,9 +26,13 @@ Ratio = Literal["exact", "unscaled", "guard"]
 """how far the policy has moved at a sample: by the log-probability, by CPS's unscaled one, or as
 GRPO-Guard measures it"""
 
-# What is added to a standard deviation before dividing: scores that differ by less are noise.
+# What is added to a standard deviation before dividing, so that noise is not blown up: a part of
+# the std within groups, so that rewards may have any scale (the papers' codes add 1e-4 and 1e-6
+# themselves), and what float32 can tell apart at the size of the scores.
 GROUP_FLOOR = 1e-4
 BUFFER_FLOOR = 1e-6
+RESOLUTION = 2.0**-23  # of a float32 number, relative to it
+_COARSE = 20  # scores whose std is below so many of these steps are coarse
 
 # ---------------------------------------------------------------------------------- advantages
 
@@ -108,6 +112,7 @@ def _advantages(
     device = scores.device
     scores, prompt_ids, valid = _checked(scores, prompt_ids, valid)
     everything = _stds(scores[valid])  # [R]
+    floor = _floor(scores, prompt_ids, valid, GROUP_FLOOR)  # [R]
     values = torch.zeros_like(scores)
     alive = torch.zeros_like(valid)
     groups = flat = 0
@@ -124,12 +129,14 @@ def _advantages(
             continue
         std = _stds(scores[own]) if spread == "group" else everything
         centred = scores[own] - _means(scores[own])
-        values[own] = centred / (std + GROUP_FLOOR)
+        values[own] = _divided(centred, std + floor)
         alive[own] = True
-    total = (values * reward_weights.cpu().double()).sum(1)  # [N, R] -> [N]
+    reward_weights = reward_weights.cpu().double()
+    total = (values * reward_weights).sum(1)  # [N, R] -> [N]
     if whiten and alive.any():
-        # Its mean is zero already: every group's is.
-        total = total / (_stds(total[alive][:, None]) + GROUP_FLOOR)
+        # Its mean is zero already: every group's is. What is summed has a std of about 1.
+        std = _stds(total[alive][:, None])
+        total = _divided(total, std + GROUP_FLOOR * reward_weights.abs().sum())
     return Advantages(
         values=total.float().to(device),
         weights=alive.float().to(device),
@@ -137,6 +144,20 @@ def _advantages(
         flat_groups=flat,
         invalid=int((~valid).sum()),
     )
+
+
+def coarse(scores: Tensor, prompt_ids: Tensor, valid: Tensor) -> list[int]:
+    """Which rewards' scores [N, R] are so large that float32 can hardly tell the pictures apart.
+
+    Scores that are all alike say nothing of that, unless they are so large that steps of a tenth
+    are lost.
+    """
+    scores, prompt_ids, valid = _checked(scores, prompt_ids, valid)
+    grouped = any((members & valid).sum() > 1 for _, members in _groups(prompt_ids))
+    std = _within(scores, prompt_ids, valid) if grouped else _stds(scores[valid])
+    noise = _noise(scores[valid])
+    few = (std < _COARSE * noise) & ((std > 0) | (noise > 0.1))
+    return [int(number) for number in few.nonzero()]
 
 
 class PromptBuffer:
@@ -171,6 +192,7 @@ class PromptBuffer:
         scores, prompt_ids, valid = _checked(scores[:, None], prompt_ids, valid)
         values = torch.zeros(len(scores), dtype=torch.float64)
         alive = torch.zeros_like(valid)
+        floor = _floor(scores, prompt_ids, valid, BUFFER_FLOOR)  # [1]
         groups = flat = 0
         for prompt, members in _groups(prompt_ids):
             own = members & valid
@@ -183,7 +205,7 @@ class PromptBuffer:
                 flat += 1
                 continue
             centred = scores[own] - _means(peers)
-            values[own] = (centred / (_stds(peers) + BUFFER_FLOOR))[:, 0]
+            values[own] = _divided(centred, _stds(peers) + floor)[:, 0]
             alive[own] = True
         return Advantages(
             values=values.float().to(device),
@@ -271,6 +293,30 @@ def _stds(scores: Tensor) -> Tensor:
     if not len(scores):
         return scores.new_zeros(scores.shape[1])
     return scores.sort(0).values.std(0, correction=0)
+
+
+def _floor(scores: Tensor, prompt_ids: Tensor, valid: Tensor, share: float) -> Tensor:
+    """What is added to the std of a group: [N, R] -> [R]."""
+    return share * _within(scores, prompt_ids, valid) + _noise(scores[valid])
+
+
+def _within(scores: Tensor, prompt_ids: Tensor, valid: Tensor) -> Tensor:
+    """The std of the valid scores about their groups' means, [N, R] -> [R]."""
+    parts = [scores[members & valid] for _, members in _groups(prompt_ids)]
+    far = torch.cat([part - _means(part) for part in parts if len(part)] or [scores[:0]])
+    return _means(far.square()).sqrt() if len(far) else far.new_zeros(far.shape[1])
+
+
+def _noise(scores: Tensor) -> Tensor:
+    """The step between neighbouring float32 numbers of the scores' size: [n, R] -> [R]."""
+    if not len(scores):
+        return scores.new_zeros(scores.shape[1])
+    return scores.abs().amax(0) * RESOLUTION
+
+
+def _divided(scores: Tensor, std: Tensor) -> Tensor:
+    """Scores over a std; zeros stay zeros where that is zero."""
+    return scores / std.where(std > 0, 1.0)
 
 
 def _differs(scores: Tensor) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from dojo import data, frozen, rng, sd3
+from dojo import data, frozen, ranges, rng, sd3
 from dojo.cli import UserError
 from dojo.training import Run
 
@@ -52,11 +52,8 @@ class PriorArgs:
             raise ValueError(
                 "--class_data_dir and --class_prompt need --with_prior_preservation to be of use"
             )
-        for name in ("num_class_images", "sample_batch_size", "prior_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1")
-        if self.prior_loss_weight < 0:
-            raise ValueError("--prior_loss_weight must not be negative")
+        ranges.check(self, "num_class_images sample_batch_size prior_inference_steps", least=1)
+        ranges.check(self, "prior_loss_weight prior_guidance_scale", least=0)
 
     @property
     def folder(self) -> Path:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -40,7 +40,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dojo import checkpoint, interrupt, launch
+from dojo import checkpoint, finite, interrupt, launch, ranges, records
 from dojo import optim as optimizers
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
@@ -89,14 +89,10 @@ class RunArgs:
     """print the resolved options, sizes, steps and estimates, and exit"""
 
     def __post_init__(self) -> None:
-        for name in ("checkpointing_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1")
-        minutes = self.checkpointing_minutes
-        if minutes is not None and not 0 < minutes < math.inf:
+        ranges.check(self, "checkpointing_steps logging_steps checkpoints_total_limit", least=1)
+        ranges.check_seed(self, "seed")
+        if self.checkpointing_minutes is not None and self.checkpointing_minutes <= 0:
             raise ValueError("--checkpointing_minutes must be positive")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ValueError("--checkpoints_total_limit must be at least 1")
 
 
 class Run:
@@ -121,6 +117,7 @@ class Run:
         self._whole_epochs = False
         self._began = 0  # the step at which the epoch began, where epochs are whole
         self._told = False  # that an epoch is finished first
+        self._averages: Callable[[], Sequence[Tensor]] = tuple
         self._skipped = 0
         self._data = ""
         self._optim = OptimArgs()
@@ -133,6 +130,7 @@ class Run:
         self._counts: dict[str, int] = {}
         self._peaks: dict[str, Tensor] = {}
         self._notes: dict[str, float] = {}
+        self._said: set[str] = set()
         self._last = (0.0, 0.0)  # learning rate and gradient norm of the last step
         self._mark = 0.0
         self._marked = 0.0  # seconds of phases until then
@@ -175,6 +173,12 @@ class Run:
         if self.main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def say_once(self, topic: str, text: str) -> None:
+        """Prints on one process only, what belongs to a topic a single time."""
+        if topic not in self._said:
+            self._said.add(topic)
+            self.say(text)
 
     def keys(self, stream: str, places: Iterable[int]) -> list[Key]:
         """Keys of one random stream for samples at these places."""
@@ -281,8 +285,7 @@ class Run:
 
     def has_logged(self, name: str) -> bool:
         """Whether metrics.jsonl has such a number at the run's step."""
-        path = self.output_dir / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows, _ = records.read_rows(self.output_dir / "metrics.jsonl")
         return any(row["step"] == self.step and name in row for row in rows)
 
     def _together(self, numbers: Sequence[float]) -> list[float]:
@@ -418,7 +421,7 @@ class Run:
         folder = self.output_dir
         _refuse_own_sources(folder, args)
         marker = folder / "finished.json"
-        done = marker.is_file() and json.loads(marker.read_text())["step"] >= self.num_steps
+        done = self._finished_at(marker) >= self.num_steps
         overwrite, resume = self.args.overwrite_output_dir, self.args.resume_from_checkpoint
         occupied = marker.is_file() or bool(checkpoint.existing(folder))
         # A checkpoint may come from another folder: then that run's options count.
@@ -536,14 +539,24 @@ class Run:
         load_weights: Callable[[Path], None],
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
+        averages: Callable[[], Sequence[Tensor]] = tuple,
     ) -> None:
-        """Continues from the chosen checkpoint, if there is one; sets `step`."""
-        folder = self._resumed
+        """Continues from the chosen checkpoint, if there is one; sets `step`.
+
+        Args:
+            averages: the tensors of a moving average, which have to be finite like the weights.
+        Raises:
+            UserError: the checkpoint is damaged, or that of another run.
+        """
+        folder, self._averages = self._resumed, averages
         if folder is not None:
             state = checkpoint.read_state(folder)
             checkpoint.check_same_run(folder, state, self._state())
-            load_weights(folder)
-            checkpoint.load_training(folder, optimizer, schedule, self.accelerator.scaler)
+            with checkpoint.reading(folder):
+                load_weights(folder)
+                checkpoint.load_training(folder, optimizer, schedule, self.accelerator.scaler)
+            if broken := self._not_finite(optimizer):
+                raise checkpoint.damaged(folder, f"NaN or infinite numbers in {broken}")
             if self._span != optimizers.Span(0, self.num_steps) or (
                 state.lr_steps and state.lr_start + state.lr_steps != self.num_steps
             ):
@@ -556,6 +569,39 @@ class Run:
             self._peaks = self._tensors(state.peaks)
             self.say(f"resuming from {folder} at step {state.step}")
         self._forget_metrics_after(self.step)
+
+    def _finished_at(self, marker: Path) -> float:
+        """The step at which an earlier run was finished; -1 where none was."""
+        if not marker.is_file():
+            return -1
+        with suppress(UserError, KeyError, TypeError, ValueError):
+            return float(records.read_table(marker)["step"])
+        self.say(f"{marker} is damaged: the run is taken for unfinished")
+        return -1
+
+    def _check_resumed(self) -> None:
+        """Compares the checkpoint with its checksums, on one process for all: a collective."""
+        folder, trouble = self._resumed, ""
+        if folder is None:
+            return
+        if self.main:
+            try:
+                if not checkpoint.check_whole(folder):
+                    self.say(f"{folder} has no checksums yet: whether it is whole is not known")
+            except UserError as error:
+                trouble = str(error)
+        trouble = broadcast_object_list([trouble])[0]
+        if trouble:
+            raise UserError(trouble)
+
+    def _not_finite(self, optimizer: torch.optim.Optimizer) -> str:
+        """What holds NaN or infinite numbers, in words; nothing where all is well."""
+        groups = {
+            "the weights": [p for group in optimizer.param_groups for p in group["params"]],
+            "their moving average": self._averages(),
+            "the optimizer's state": finite.tensors_in(optimizer.state_dict()),
+        }
+        return ", ".join(finite.not_finite(groups))
 
     def _tensors(self, values: Mapping[str, float]) -> dict[str, Tensor]:
         return {name: torch.tensor(value, device=self.device) for name, value in values.items()}
@@ -590,6 +636,8 @@ class Run:
         """Writes `checkpoint-<step>` when it is due: every `checkpointing_steps`, the last, and
         when one was asked for.
 
+        Raises:
+            TrainingStopped: weights, average or optimizer are not finite; nothing is written.
         Args:
             since: where steps come several at a time, the step before them: it is due when one of
                 them was.
@@ -604,12 +652,17 @@ class Run:
         if not due:
             return
         with self.phase("checkpoint"):
+            # The result is written after the last one: it is of finite numbers too. Equal on all
+            # processes, so that all stop, or none.
+            if broken := self._not_finite(optimizer):
+                self._stop(f"NaN or infinite numbers in {broken}", self.step)
             state = self._state()  # a collective: on all processes
 
             def write(folder: Path) -> None:
                 save_weights(folder)
                 scaler = self.accelerator.scaler
                 checkpoint.save_training(folder, state, optimizer, schedule, scaler)
+                checkpoint.add_checksums(folder)
 
             if self.main:
                 checkpoint.write_whole(self.output_dir / f"checkpoint-{self.step}", write)
@@ -697,12 +750,13 @@ class Run:
         self._mark_now()
         self._bar.update(self.step - self._bar.n)
 
-    def _stop(self, what: str) -> None:
+    def _stop(self, what: str, step: int | None = None) -> None:
         self._bar.close()  # the message gets a line of its own
         whole = checkpoint.existing(self.output_dir)
         last = f"the last good checkpoint is {whole[-1][1]}" if whole else "there is no checkpoint"
+        number = self.step + 1 if step is None else step
         raise TrainingStopped(
-            f"step {self.step + 1} is not finite: {what}; {last}. Try a lower --learning_rate, "
+            f"step {number} is not finite: {what}; {last}. Try a lower --learning_rate, "
             "--lr_warmup_steps, a smaller --max_grad_norm, or bf16 instead of fp16"
         )
 
@@ -802,8 +856,10 @@ class Run:
         if self.main and self._resumed is not None:
             checkpoint.forget_after(self.output_dir, step)
         if self.main and path.is_file():
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step and step > 0]
+            rows, bad = records.read_rows(path)
+            if bad:
+                self.say(f"{path}: {bad} damaged lines are left out")
+            kept = [json.dumps(row) for row in rows if row["step"] <= step and step > 0]
             checkpoint.write_file(path, "".join(line + "\n" for line in kept))
         self.accelerator.wait_for_everyone()
 
@@ -920,8 +976,10 @@ def _settle_seed(args: RunArgs, resumed: Path | None) -> int:
         return checkpoint.read_state(resumed).seed
     recorded = args.output_dir / "args.json"
     resume = args.resume_from_checkpoint == "latest" and not args.overwrite_output_dir
-    if resume and recorded.is_file():
-        return int(json.loads(recorded.read_text())["seed"])  # killed before its first checkpoint
+    if resume and recorded.is_file():  # killed before its first checkpoint
+        seed = _options_of(recorded).get("seed")
+        if type(seed) is int:
+            return seed
     return int(broadcast_object_list([secrets.randbits(31)])[0])
 
 
@@ -1014,7 +1072,7 @@ def _changed_options(folder: Path, args: Any, mixed_precision: str) -> list[str]
             if f"{group}.{name}" not in _INCIDENTAL.split()
         }
 
-    record = json.loads(hide(path.read_text()))  # an older run wrote passwords down
+    record = _options_of(path)
     # As accelerate resolved it: its configuration may have changed while the flag did not.
     then = {**essential(record["args"]), "mixed_precision": record["mixed_precision"]}
     now = {**essential(options(args)), "mixed_precision": mixed_precision}
@@ -1041,6 +1099,22 @@ def _precision_from(args: Any) -> str:
 def _whence(record: Mapping[str, Any]) -> str:
     words = record.get("mixed_precision_from")
     return f" ({words})" if words else ""
+
+
+def _options_of(path: Path) -> dict[str, Any]:
+    """What args.json says.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    advice = (
+        ": whether the run's options are still the same cannot be told; remove it to go on with "
+        "those that are given now"
+    )
+    table = json.loads(hide(json.dumps(records.read_table(path, advice))))  # older: passwords
+    if not isinstance(table.get("args"), dict) or "mixed_precision" not in table:
+        raise UserError(f"{path} is damaged (it holds no options){advice}")
+    return table
 
 
 def record(args: Any, run: Run) -> dict[str, Any]:

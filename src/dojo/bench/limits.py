@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from dojo import full, lora, sd3
+from dojo import full, lora, ranges, sd3
 from dojo.bench import models
 from dojo.bench.table import markdown
 from dojo.cost import Cost
@@ -47,8 +47,8 @@ class LimitArgs:
     in the data sheets of H100 and H200"""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.tflops <= 0:
-            raise ValueError("--rank and --tflops must be positive")
+        ranges.check(self, "resolution max_sequence_length rank", least=1)
+        ranges.check(self, "tflops", above=0)
 
 
 def cost_per_image(

@@ -15,7 +15,6 @@ with --beta; all of them twice with guidance.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,11 +23,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from dojo import rollout
+from dojo import ranges, rollout
 from dojo.bench import supervised
 from dojo.bench.supervised import Rows, Trace
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped
+from dojo.records import read_table
 
 SCRIPTS = {"grpo": "train_grpo_sd3.py", "ddpo": "train_ddpo_sd3.py"}
 PHASES = ("sample", "decode", "reward", "train", "reference")
@@ -88,6 +88,8 @@ class RlArgs(supervised.CaseArgs):
             *("resolution", "num_prompts", "group_size", "batch_size", "sample_batch_size"),
             *("sample_steps", "window_size", "num_epochs"),
         )
+        ranges.check(self, "guidance_scale", least=1)
+        ranges.check(self, "beta", least=0)
         if self.warmup_epochs < 1:
             raise ValueError("--warmup_epochs must be at least 1: the first is never typical")
         if self.beta and self.method == "ddpo":
@@ -171,7 +173,7 @@ def measure(args: RlArgs, model: Path, extra: Sequence[str]) -> dict[str, Any]:
     words = command(args, model, run, extra)
     goal = args.warmup_epochs + args.num_epochs
     trace = supervised.follow(words, run / "metrics.jsonl", goal, epochs_done, "epochs")
-    result = summarise(args, trace, json.loads((run / "args.json").read_text()))
+    result = summarise(args, trace, read_table(run / "args.json"))
     return {**result, "extra": list(extra)}
 
 

@@ -31,11 +31,12 @@ import psutil
 import torch
 from PIL import Image
 
-from dojo import checkpoint, full, lora, sd3
+from dojo import checkpoint, full, lora, ranges, sd3
 from dojo.bench import limits, models
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
+from dojo.records import read_rows, read_table
 
 Rows = list[dict[str, float]]
 
@@ -111,7 +112,8 @@ class SupervisedArgs(CaseArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("resolution", "batch_size", "gradient_accumulation_steps", "num_steps")
+        ranges.check(self, "resolution batch_size gradient_accumulation_steps rank", least=1)
+        ranges.check(self, "num_steps", least=1)
         if self.warmup_steps < 1:
             raise ValueError("--warmup_steps must be at least 1: the first step is never typical")
 
@@ -149,7 +151,7 @@ def main(args: SupervisedArgs, extra: Sequence[str] = ()) -> None:
     run = work_dir / "runs" / f"{args.model}-{args.method}"
     words = command(args, model, _make_data(args, work_dir / "datas"), run, extra)
     trace = follow(words, run / "metrics.jsonl", args.warmup_steps + args.num_steps)
-    result = summarise(args, trace, json.loads((run / "args.json").read_text()))
+    result = summarise(args, trace, read_table(run / "args.json"))
     result["extra"] = list(extra)
     write_numbers(args, result)
     print(markdown([table_row(result)]))
@@ -292,7 +294,7 @@ def follow(
     try:
         while done(rows) < goal:
             running = process.poll() is None
-            rows = _whole_rows(metrics)
+            rows = read_rows(metrics)[0]
             now = time.perf_counter() - started
             arrivals += [now] * (len(rows) - len(arrivals))
             if not running and done(rows) < goal:
@@ -317,13 +319,6 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
     process.wait()
-
-
-def _whole_rows(metrics: Path) -> Rows:
-    if not metrics.is_file():
-        return []
-    lines = metrics.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def summarise(args: SupervisedArgs, trace: Trace, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,10 +78,9 @@ def checked(
     """
     words = ["sizes", on_bad_sample, *source.ids, *source.problems]
     path = root / f"checked-{digest(words)}.json"
-    if path.is_file():
-        kept = json.loads(path.read_text())
-        good, bad = kept["good"], [BadReport(**row) for row in kept["bad"]]
-        sizes = [(height, width) for height, width in kept["sizes"]]
+    found = _remembered(path, len(source.ids))
+    if found is not None:
+        good, bad, sizes = found
     else:
         good, bad, sizes = verify(
             source, on_bad_sample=on_bad_sample, num_threads=num_threads, progress=progress
@@ -92,6 +91,26 @@ def checked(
         temporary.write_text(json.dumps(kept))
         temporary.replace(path)
     return replace(source.select(good), sizes=sizes), bad
+
+
+Verdict = tuple[list[int], list[BadReport], list[Size]]
+
+
+def _remembered(path: Path, count: int) -> Verdict | None:
+    """What was found before; None where nothing was, or the file is damaged (which is said)."""
+    if not path.is_file():
+        return None
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        good = [int(index) for index in kept["good"]]
+        bad = [BadReport(**row) for row in kept["bad"]]
+        sizes = [(int(height), int(width)) for height, width in kept["sizes"]]
+        if len(sizes) == len(good) and all(0 <= index < count for index in good):
+            return good, bad, sizes
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass
+    print(f"{path} is damaged: the pictures are checked again", flush=True)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -195,9 +214,33 @@ def _encoded(
             columns["std"].append(std.float().cpu())
             columns["mask"] += [row["mask"][None] for row in some if "mask" in row]
     shape = (len(members), crops, flips)
-    return {
+    latents = {
         name: torch.cat(values).unflatten(0, shape) for name, values in columns.items() if values
     }
+    _refuse_no_numbers(
+        latents,
+        lambda row: f"the autoencoder's latents of {pictures.source.names[indices[members[row]]]}",
+        "give --vae_dtype another precision (no is float32), or mend the autoencoder",
+    )
+    return latents
+
+
+def _refuse_no_numbers(
+    tensors: Mapping[str, Tensor], name: Callable[[int], str], advice: str
+) -> None:
+    """Keeps NaN and infinite numbers out of a cache.
+
+    Args:
+        tensors: whose first axis is the sample.
+        name: of a sample, in words.
+    Raises:
+        UserError: there are some.
+    """
+    for values in tensors.values():
+        good = values.reshape(len(values), -1).isfinite().all(1)
+        if not good.all():
+            first = int((~good).nonzero()[0])
+            raise UserError(f"{name(first)} are not finite numbers: {advice}")
 
 
 def _ahead(pool: Executor, work: Callable[[S], T], jobs: Iterable[S]) -> Iterator[T]:
@@ -281,7 +324,14 @@ def cache_text(
     for captions, shards in text.groups:
 
         def make(members: Sequence[int], captions: list[str] = captions) -> Mapping[str, Tensor]:
-            return encoder()([captions[i] for i in members])
+            some = [captions[i] for i in members]
+            embeds = encoder()(some)
+            _refuse_no_numbers(
+                embeds,
+                lambda row: f"the text encoders' embeddings of {some[row][:60]!r}",
+                "give --mixed_precision bf16 or no, or mend the encoders",
+            )
+            return embeds
 
         shards.fill(
             make,

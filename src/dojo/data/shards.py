@@ -3,7 +3,8 @@
 A cache is a folder named by a fingerprint of everything its numbers depend on; a shard is a
 safetensors file named by the samples in it. A shard appears under its name only when it is whole,
 so a process that is killed loses at most the shard in its hands, and a sample that changed has
-another id and thereby another shard. What stays the same is shared by later runs.
+another id and thereby another shard. What stays the same is shared by later runs. A shard that is
+damaged is made again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,14 +46,29 @@ class Shards:
         self.starts = _starts(ids, max(1, SHARD_SIZE // views))
         self.members = [range(*pair) for pair in itertools.pairwise([*self.starts, len(ids)])]
         self.names = [digest([ids[i] for i in members]) for members in self.members]
+        self._whole: set[int] = set()  # shards that were looked at and are
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
         return self.folder / f"{self.names[shard]}.safetensors"
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not on disk yet."""
-        return [k for k in range(len(self.names)) if not self.path(k).is_file()]
+        """Numbers of the shards that are not on disk yet, or damaged there."""
+        found = [k for k in range(len(self.names)) if k not in self._whole and not self._check(k)]
+        self._whole.update(set(range(len(self.names))) - set(found))
+        return found
+
+    def _check(self, shard: int) -> bool:
+        """Whether the file of a shard is there, all its bytes, with a row for every sample.
+
+        Its header is read and not its numbers: a cache may be larger than the memory.
+        """
+        try:
+            with safe_open(self.path(shard), framework="pt") as file:
+                rows = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, IndexError):
+            return False
+        return rows == {len(self.members[shard])}
 
     def num_missing(self) -> int:
         """Samples in the missing shards."""
@@ -75,6 +91,12 @@ class Shards:
                 short lists do not all begin with process 0.
         """
         mine = [k for k in self.missing() if (first + k) % num_processes == process]
+        damaged = [self.path(k) for k in mine if self.path(k).exists()]
+        if damaged:
+            names = ", ".join(path.name for path in damaged[:3])
+            print(
+                f"{self.folder}: {len(damaged)} damaged files are made again ({names})", flush=True
+            )
         total = sum(len(self.members[k]) for k in mine)
         bar = tqdm(total=total, desc=title, disable=process != 0 or not mine, unit="sample")
         for k in mine:
@@ -83,11 +105,21 @@ class Shards:
         bar.close()
 
     def read(self, index: int, *view: int) -> dict[str, Tensor]:
-        """One sample's tensors, or what lies at `view` of them; nothing else is read."""
+        """One sample's tensors, or what lies at `view` of them; nothing else is read.
+
+        Raises:
+            UserError: the shard was removed or damaged since the run began.
+        """
         shard = bisect_right(self.starts, index) - 1
         row = index - self.starts[shard]
-        with safe_open(self.path(shard), framework="pt") as file:
-            return {name: file.get_slice(name)[(row, *view)] for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self.path(shard), framework="pt") as file:
+                return {name: file.get_slice(name)[(row, *view)] for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, IndexError) as error:
+            raise UserError(
+                f"{self.path(shard)}, a file of the cache, cannot be read any more ({error}): "
+                "the same command with --resume_from_checkpoint latest makes it again"
+            ) from error
 
 
 def _starts(ids: Sequence[str], size: int) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from dojo import cli
+from dojo import cli, ranges
 from dojo.pocket import scenes, style
 from dojo.pocket.score import shape_captions
 
@@ -40,6 +40,9 @@ class Args:
     outputs/pocket-framed or outputs/pocket-careless"""
     count: int = 64
     """pictures"""
+
+    def __post_init__(self) -> None:
+        ranges.check(self, "count", least=1)
 
 
 def hearts(count: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dojo import ranges
 from dojo.pocket import scenes
 
 SEED = 0
@@ -57,6 +58,10 @@ class Args:
     """captions that the report draws in each of its four settings"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """where to train"""
+
+    def __post_init__(self) -> None:
+        steps = "vae_steps sd3_steps vae4_steps sd15_steps clip_steps"
+        ranges.check(self, f"{steps} num_scenes sd15_scenes report_captions", least=1)
 
 
 def to_tensor(pictures: np.ndarray, device: str) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 
 from dojo.cli import UserError
 from dojo.pocket import likeness, scenes, style, verifier
+from dojo.records import read_rows
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,7 @@ def metrics(folder: Path, script: str) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"there is no {path}: bash scripts/{script} makes it")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return read_rows(path)[0]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,7 +19,7 @@ import torch
 import transformers
 from PIL import Image
 
-from dojo import cli, loaded
+from dojo import cli, loaded, ranges
 from dojo.pocket import scenes, score, verifier
 
 SEEDS = {"train": 21, "held_out": 22, "scenes": 23}  # of captions and scenes; others draw elsewhere
@@ -49,6 +49,9 @@ class Args:
     def __post_init__(self) -> None:
         if self.num_images < 2:
             raise ValueError("--num_images must be at least 2: one picture makes no pair")
+        ranges.check(self, "num_captions num_held_out num_inference_steps", least=1)
+        ranges.check(self, "guidance_scale", least=0)
+        ranges.check_seed(self, "seed")
 
 
 def captions(num_train: int, num_held_out: int) -> tuple[list[str], list[str]]:

@@ -21,7 +21,7 @@ import transformers
 from diffusers import SD3Transformer2DModel
 from PIL import Image
 
-from dojo import cli, loaded, lora, pictures
+from dojo import cli, loaded, lora, pictures, ranges
 from dojo.cli import UserError
 from dojo.pocket import build, judge, scenes, score, style, verifier
 
@@ -49,6 +49,9 @@ class Args:
     """captions of all six tasks, a picture of each"""
     num_pictures: int = 64
     """pictures of the dog's prompt, and as many of the class's"""
+
+    def __post_init__(self) -> None:
+        ranges.check(self, "num_captions num_pictures", least=1)
 
 
 # ---- Drawing ----

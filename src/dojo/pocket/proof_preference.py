@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from dojo import cli, loaded, lora, pictures
+from dojo import cli, loaded, lora, pictures, ranges
 from dojo.cli import UserError
 from dojo.pocket import judge, scenes, score, verifier
 from dojo.statistics import Comparison, Estimate, compare
@@ -56,6 +56,10 @@ class Args:
     """draw the first so many held-out captions only"""
     no_goals: bool = False
     """make no claim: the goals are not judged, and the exit code is 0"""
+
+    def __post_init__(self) -> None:
+        ranges.check(self, "num_inference_steps max_captions", least=1)
+        ranges.check(self, "guidance_scale", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ The exit code is 1 when a run has missed its goal.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from dojo import cli, pictures, statistics
 from dojo.cli import UserError
 from dojo.pocket import judge, scenes
 from dojo.pocket.judge import Measured
+from dojo.records import read_table
 
 SCRIPT = "prove_rl.sh"
 SEED = 0  # of the bootstrap
@@ -192,10 +192,10 @@ def read(folder: Path) -> Run | None:
         return None
     rows = judge.metrics(folder, SCRIPT)
     marker = folder / "finished.json"  # an older one where a finished run is made longer
-    end = json.loads(marker.read_text(encoding="utf-8"))["step"] if marker.is_file() else None
+    end = read_table(marker).get("step")
     run = Run(
         folder=folder,
-        args=json.loads((folder / "args.json").read_text(encoding="utf-8")),
+        args=read_table(folder / "args.json"),
         rows=rows,
         finished=bool(rows) and rows[-1]["step"] == end,
     )

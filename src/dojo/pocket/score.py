@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from dojo import cli, loaded, lora
+from dojo import cli, loaded, lora, ranges
 from dojo.pocket import scenes, verifier
 
 
@@ -45,6 +45,11 @@ class Args:
     """seed of captions and pictures"""
     output: Path | None = None
     """JSON file for the scores"""
+
+    def __post_init__(self) -> None:
+        ranges.check(self, "num_captions num_inference_steps max_sequence_length", least=1)
+        ranges.check(self, "guidance_scale", least=0)
+        ranges.check_seed(self, "seed")
 
 
 def shape_captions(shape: str, count: int, seed: int) -> list[str]:

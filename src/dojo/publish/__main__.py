@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dojo.cli import UserError, ended
-from dojo.publish.card import WEIGHTS, read_json, write_card
+from dojo.publish.card import WEIGHTS, write_card
 from dojo.publish.hubs import PublishArgs, find_result, upload
+from dojo.records import read_table
 
 _ON_THE_COMMAND_LINE = "rather set {}: every user of the machine sees this command"
 
@@ -70,9 +71,9 @@ def _write_card(folder: Path, weights: str, repo_id: str | None) -> None:
     """A card from what the folder, or the run that a checkpoint belongs to, tells of itself."""
     is_checkpoint = (folder / "state.json").is_file()
     run = folder.resolve().parent if is_checkpoint else folder
-    options = read_json(run / "args.json").get("args", {})
+    options = read_table(run / "args.json").get("args", {})
     model, data = options.get("model", {}), options.get("data", {})
-    state = read_json(folder / "state.json") or read_json(folder / "finished.json")
+    state = read_table(folder / "state.json") or read_table(folder / "finished.json")
     places = ("dataset_name", "train_data_dir", "instance_data_dir", "data_config")
     kind = {WEIGHTS: ("LoRA", "lora")}.get(weights, ("Fine-tuned model", "full-fine-tuning"))
     write_card(

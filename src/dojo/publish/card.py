@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from dojo.checkpoint import write_file
 from dojo.masking import hide
 from dojo.publish import markdown
+from dojo.records import read_pictures, read_table
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name for a LoRA
 DEFAULT_TEXT_TOKENS = 256  # what a StableDiffusion3Pipeline pads T5 to when it is not told
@@ -139,8 +140,8 @@ def last_pictures(folder: Path) -> list[Path]:
 
 def _drawn(folder: Path) -> dict[str, str]:
     """The prompt of each validation picture by its file name, as the run recorded them."""
-    record = read_json(folder / "validation" / "prompts.json")
-    return {picture["file"]: picture["prompt"] for picture in record.get("pictures", ())}
+    rows = read_pictures(folder / "validation")
+    return {row["file"]: row["prompt"] for row in rows if isinstance(row.get("prompt"), str)}
 
 
 def _prompt_of(picture: Path, prompts: Sequence[str]) -> str:
@@ -160,12 +161,12 @@ def _usage(
     repo_id: str | None,
 ) -> str:
     """Python that loads the result in diffusers and draws a picture as in training."""
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_table(folder / "scheduler" / "scheduler_config.json")
     if weights == "":  # a pipeline brings its scheduler along
         scheduler_class = part_class = None
     else:
         scheduler_class = scheduler.get("_class_name")
-        part_class = read_json(folder / weights / "config.json").get("_class_name")
+        part_class = read_table(folder / weights / "config.json").get("_class_name")
     names = sorted(filter(None, ["DiffusionPipeline", scheduler_class, part_class]))
     place = repo_id or folder.resolve().name
     comment = "" if repo_id else "  # this folder, or its repository"
@@ -251,11 +252,6 @@ def _licence_text(base: str) -> str:
     if found:
         return "The base model, and with it this result, is under CreativeML Open RAIL-M."
     return "The licence follows from that of the base model."
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing when there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _quoted(text: str) -> str:

@@ -27,7 +27,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from dojo.cli import UserError
-from dojo.publish.card import WEIGHTS, last_pictures, read_json
+from dojo.publish.card import WEIGHTS, last_pictures
+from dojo.records import read_table
 
 RECORDERS = ("wandb", "swanlab", "all")  # trackers that store the command line
 # What is sent, by name. Anything else in the folder stays: checkpoints, logs, caches, notes.
@@ -218,7 +219,7 @@ def result_files(folder: Path) -> list[str]:
     """
     find_result(folder)
     found = [path for pattern in _FILES for path in folder.glob(pattern)]
-    parts = read_json(folder / "model_index.json").keys()
+    parts = read_table(folder / "model_index.json").keys()
     for part in {"scheduler", *_PARTS, *(f"{part}_ema" for part in _PARTS), *parts}:
         found += (folder / part).rglob("*")
     found += last_pictures(folder)
@@ -238,7 +239,7 @@ def _stage(folder: Path, staged: Path, secrets: Sequence[str]) -> None:
     """
     names = result_files(folder)
     records = [folder / name for name in names if Path(name).name in _RECORDS]
-    private = {path for record in records for path in _paths(read_json(record))}
+    private = {path for record in records for path in _paths(read_table(record))}
     for name in names:
         source, target = folder / name, staged / name
         target.parent.mkdir(parents=True, exist_ok=True)

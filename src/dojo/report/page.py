@@ -15,6 +15,7 @@ from PIL import Image
 from dojo.cli import UserError
 from dojo.masking import hide
 from dojo.pictures import contact_sheet
+from dojo.records import read_if_whole, read_pictures, read_rows
 from dojo.report.curves import charts
 from dojo.report.html import file_size, picture, table
 from dojo.report.style import PAGE, STYLE
@@ -30,8 +31,8 @@ def write(folder: Path) -> Path:
     """
     if not any((folder / name).is_file() for name in ("args.json", "metrics.jsonl")):
         raise UserError(f"{folder} holds no run: there is neither args.json nor metrics.jsonl")
-    record = _read_json(folder / "args.json")
-    rows = _read_rows(folder / "metrics.jsonl")
+    record = read_if_whole(folder / "args.json")
+    rows, _ = read_rows(folder / "metrics.jsonl")
     card = _read_text(folder / "README.md")
     heading = re.search(r"^# (.+)$", card, re.M)
     title = (
@@ -42,7 +43,7 @@ def write(folder: Path) -> Path:
     sections = {
         "Curves": charts(rows),
         "Pictures": _pictures(folder),
-        "Data": _data(_read_json(folder / "data_report.json")),
+        "Data": _data(read_if_whole(folder / "data_report.json")),
         "How to load the result": _code(card),
         "Where the time went": _time(rows),
         "Files": _files(folder),
@@ -107,7 +108,7 @@ def _pictures(folder: Path) -> str:
     sheet = _open(sheet_file) if sheet_file.is_file() else contact_sheet(folder / "validation")
     if sheet is not None:
         parts.append(picture("Validation pictures by step", sheet))
-    drawn = _read_json(folder / "validation" / "prompts.json").get("pictures", [])
+    drawn = read_pictures(folder / "validation")
     columns = ("label", "prompt", "negative", "guidance_scale", "num_inference_steps")
     cells = [[str(row.get(name, "")) for name in columns] for row in drawn]
     if cells:
@@ -207,26 +208,4 @@ def _words(name: str) -> str:
 
 
 def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's table; an empty one where the file is missing or was cut off."""
-    try:
-        content = json.loads(_read_text(path) or "{}")
-    except json.JSONDecodeError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a last line that a kill cut off is passed over."""
-    rows = []
-    for line in _read_text(path).splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+    return path.read_text("utf-8", "replace") if path.is_file() else ""

@@ -301,13 +301,27 @@ class Scoring:
                 f"{invalid} of {len(whole['valid'])} pictures have no valid score "
                 f"(--max_invalid {self.max_invalid:g}): look at the reward"
             )
+        components = {name: whole[f"/{name}"] for name in names}
+        self._say_coarse(components, whole["prompt_ids"], whole["valid"])
         return Scores(
             scores=whole["scores"],
             valid=whole["valid"],
-            components={name: whole[f"/{name}"] for name in names},
+            components=components,
             prompt_ids=whole["prompt_ids"],
             diversity=diversity(whole["small"], whole["prompt_ids"]),
         )
+
+    def _say_coarse(self, components: dict[str, Tensor], prompt_ids: Tensor, valid: Tensor) -> None:
+        """Says once of a reward that float32 cannot hold what its scores differ by."""
+        table = torch.stack([*components.values()], dim=1)
+        for number in policy.coarse(table, prompt_ids, valid):
+            name = [*components][number]
+            largest = table[valid, number].abs().max().item()
+            self.run.say_once(
+                f"coarse {name}",
+                f"warning: the scores of {name} are so large ({largest:.3g}) that float32 can "
+                "hardly tell the pictures of a prompt apart: take off what all have in common",
+            )
 
 
 def record(run: Run, surrogate: policy.Surrogate, *, fresh: bool) -> None:

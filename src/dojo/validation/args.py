@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dojo import sd3
+from dojo import ranges, sd3
 from dojo.cli import UserError
 from dojo.pictures import slug
 from dojo.validation import clip
@@ -70,14 +70,12 @@ class ValidationArgs:
     """noise levels per picture of the eval loss"""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_validation_images",
-            "validation_steps",
-            "validation_inference_steps",
-            "eval_sigmas",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1")
+        counts = "num_validation_images validation_steps validation_inference_steps eval_sigmas"
+        ranges.check(self, counts, least=1)
+        ranges.check_seed(self, "validation_seed")
+        skip = "validation_skip_layer_guidance"
+        ranges.check(self, f"validation_guidance_scale {skip}_scale", least=0)
+        ranges.check(self, f"{skip}_start {skip}_stop", least=0, most=1)
         for text in self.validation_resolution:
             try:
                 parse_size(text)
