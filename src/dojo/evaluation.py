@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dojo.cli import TrainingStopped, UserError
+from dojo.outputs import clear, own
 from dojo.pictures import contact_sheet, slug, to_pil
 from dojo.prompts import Prompt
 from dojo.rewards import Reward, RewardOutput
@@ -172,9 +173,10 @@ class Evaluator:
         run = self.run
         folder = self.folder / f"step-{run.step}"
         if run.main:
+            clear(folder)  # what a branch of the run that was left drew
+            for file in self.files:
+                own(folder / file)
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob("*.png"):  # of a branch of the run that was left
-                path.unlink()
         run.accelerator.wait_for_everyone()
         process, num_processes = run.share["process"], run.share["num_processes"]
         mine = list(range(process, len(self.pictures), num_processes))
@@ -238,7 +240,7 @@ class Evaluator:
 
     def _write(self, path: Path, columns: Sequence[str], table: Tensor) -> None:
         """Every picture's scores, and the file of those that are kept."""
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with own(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["file", "prompt", "seed", *columns])
             for i, (prompt, seed) in enumerate(self.pictures):
@@ -250,4 +252,4 @@ class Evaluator:
         if self.run.main:
             sheet = contact_sheet(self.folder, last_step=self.run.step)
             if sheet is not None:
-                sheet.save(self.run.output_dir / "contact_sheet.png")
+                sheet.save(own(self.run.output_dir / "contact_sheet.png"))

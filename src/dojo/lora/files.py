@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dojo import tensors
+from dojo import outputs, tensors
 from dojo.cli import UserError
 from dojo.lora import formats
 from dojo.lora.adapter import ADAPTER, LoraArgs, state
@@ -48,7 +48,7 @@ def save(
                 continue  # a path of this machine
             config[f"{part}.{name}"] = sorted(value) if isinstance(value, set) else value
     metadata = {METADATA: json.dumps(config, indent=2, sort_keys=True)}
-    tensors.save(folder / WEIGHTS, weights, metadata)
+    tensors.save(outputs.own(folder / WEIGHTS), weights, metadata)
 
 
 def export(folder: Path, form: Format) -> Path:
@@ -61,7 +61,7 @@ def export(folder: Path, form: Format) -> Path:
     if form == "diffusers":
         return source
     target = source.with_name(f"{source.stem}_{form}.safetensors")
-    formats.write(target, formats.read(source)[0], form)
+    formats.write(outputs.own(target), formats.read(source)[0], form)
     return target
 
 

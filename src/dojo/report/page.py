@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from dojo import outputs
 from dojo.cli import UserError
 from dojo.pictures import contact_sheet
 from dojo.report.curves import charts
@@ -49,7 +50,7 @@ def write(folder: Path) -> Path:
     facts = _facts(folder, record, rows)
     path = folder / "report.html"
     page = PAGE.format(title=escape(title), style=STYLE, facts=facts, body=body)
-    path.write_text(page, encoding="utf-8")
+    outputs.own(path).write_text(page, encoding="utf-8")
     return path
 
 

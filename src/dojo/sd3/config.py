@@ -12,7 +12,7 @@ from typing import Any, Literal
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dojo import flow, pipelines
+from dojo import flow, outputs, pipelines
 from dojo.cli import UserError
 from dojo.pipelines import FLAG, PipelineArgs, PipelineConfig
 from dojo.sd3 import single_file
@@ -154,6 +154,10 @@ class Config(PipelineConfig):
         config = {**self.scheduler, "shift": shift}
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
         return scheduler
+
+    def save_scheduler(self, folder: Path, shift: float) -> None:
+        """Writes `scheduler/` into a folder, as diffusers reads it."""
+        outputs.fill(folder / "scheduler", self.make_scheduler(shift).save_pretrained)
 
     def scaled(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """A draw from the autoencoder's posterior, as the transformer sees it: [B, C, h, w]."""
