@@ -510,11 +510,21 @@ def test_processes_that_know_nothing_of_each_other_are_refused(
 
 def test_an_earlier_run_is_replaced_when_asked(lora_args: MakeArgs, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    (run / "checkpoint-7").mkdir(parents=True)
-    for name in ("metrics.jsonl", "finished.json", lora.WEIGHTS, "notes.txt"):
-        (run / name).write_text('{"step": 100}')
+    trained = toy(lora_args(tmp_path))
+    trained.step(1.0)
+    trained.run.log_step(1e-4, 1.0)
+    trained.run.save_checkpoint(lambda folder: None, trained.optimizer, trained.schedule, now=True)
+    trained.run.finish()
+    own = [run / "notes.txt", run / "validation" / "mine.png", run / "logs" / "mine.txt"]
+    own += [run / "checkpoint-1" / "notes.txt"]
+    for path in own:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    reset_accelerate()
     started(lora_args(tmp_path, "--overwrite_output_dir"))
-    assert {path.name for path in run.iterdir()} == {"args.json", "notes.txt"}
+    assert all(path.read_text() == "mine" for path in own)
+    there = {path for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert there == {*own, run / "args.json", run / "manifest.jsonl"}
 
 
 @dataclass(frozen=True)

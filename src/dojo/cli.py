@@ -5,6 +5,7 @@ The only file that knows tyro; it also says how a mistake of the user's ends a s
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -16,6 +17,11 @@ ArgsT = TypeVar("ArgsT")
 
 # Nested option groups become flat flags; a boolean is a bare flag without a negated twin.
 _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+
+
+# The disk is full or cannot be written, the user may not, a file is where a folder should be.
+_PLACES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_PLACES += (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):
@@ -58,9 +64,21 @@ def run(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if (text := trouble_with_place(error)) is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
     except TrainingStopped as error:
         print(f"stopped: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def trouble_with_place(error: OSError) -> str | None:
+    """A sentence, if an error is about where the user wants something; None if it may be ours."""
+    if error.errno not in _PLACES or error.filename is None:
+        return None
+    return f"{error.filename} cannot be written or read: {error.strerror}"
 
 
 def _joined(args_type: type, words: list[str]) -> list[str]:

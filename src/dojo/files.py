@@ -12,12 +12,12 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from dojo.cli import TrainingStopped
+from dojo.cli import TrainingStopped, UserError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _FULL = 16 << 20  # bytes: with less than this free, a writer that failed met the disk's end
@@ -126,6 +126,29 @@ def cache_root(root: Path) -> None:
         tag.write_text(_TAG)
     sweep(root.glob(".*"))
     sweep(root.glob("*/.*"))
+
+
+def check_output(
+    path: Path, flag: str, *, is_ours: Callable[[str], bool], overwrite: bool = False
+) -> None:
+    """Refuses a file to be written whose name is taken by something else.
+
+    Args:
+        is_ours: whether the beginning of a text is that of such a file: those are replaced.
+        overwrite: replace any file.
+    Raises:
+        UserError: naming the flag.
+    """
+    if path.is_dir():
+        raise UserError(f"{flag}: {path} is a folder; name a file in it")
+    if not path.exists() or overwrite:
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        if not is_ours(file.read(4096)):
+            raise UserError(
+                f"{flag}: {path} is there already and was not written by this command: name "
+                "another file, or remove it"
+            )
 
 
 @contextmanager

@@ -124,6 +124,7 @@ def main(args: RlArgs, extra: Sequence[str] = ()) -> None:
         UserError: an SD3.5 without CUDA, or no script to start.
         TrainingStopped: of at least one case, after the table of the others.
     """
+    supervised.check_numbers(args)
     model = supervised.model_folder(args)
     results: list[dict[str, Any]] = []
     failed: list[str] = []

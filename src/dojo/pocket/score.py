@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
-from dojo import cli, lora
+from dojo import cli, files, lora
 from dojo.pocket import scenes, verifier
 
 
@@ -96,8 +96,13 @@ def generate(
     return torch.cat(pictures)
 
 
+_HEAD = '{\n "base": {'  # how the file begins
+
+
 def main(args: Args) -> None:
     """Prints the scores as a table, base against LoRA."""
+    if args.output is not None:
+        files.check_output(args.output, "--output", is_ours=lambda text: text.startswith(_HEAD))
     captions = (
         shape_captions(args.shape, args.num_captions, args.seed)
         if args.shape

@@ -20,11 +20,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dojo import files
 from dojo.cli import TrainingStopped, UserError
 from dojo.rewards import Reward, load, table
 from dojo.rewards.scorer import DTYPES
 from dojo.rewards.server import Server
 
+_COLUMNS = ("file_name", "prompt", "score", "valid")  # of the table, before the components
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -106,13 +108,15 @@ def _serve(flags: argparse.Namespace) -> None:
 
 def _score(flags: argparse.Namespace) -> None:
     rows = read_rows(flags.images, flags.prompts)
-    reward = _load(flags)
     output = flags.output or flags.images / "scores.csv"
+    ours = ",".join(_COLUMNS)
+    files.check_output(output, "--output", is_ours=lambda text: text.startswith(ours))
+    reward = _load(flags)
     columns: dict[str, list[float]] = {name: [] for name in reward.weights}
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="", encoding="utf-8") as file, torch.no_grad():
         writer = csv.writer(file)
-        writer.writerow(["file_name", "prompt", "score", "valid", *columns])
+        writer.writerow([*_COLUMNS, *columns])
         for row in tqdm(rows, desc="scoring", unit="picture"):
             # One at a time: sizes may differ, and a score must not hang on the others.
             result = reward(read_picture(row["path"]), [row["prompt"]], [row["metadata"]])
