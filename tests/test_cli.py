@@ -208,3 +208,30 @@ def test_help_works_from_the_shell_in_any_folder(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "--pretrained_model_name_or_path" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+
+    def main(_: object) -> None:
+        (file / "deeper").write_text("x")
+
+    monkeypatch.setattr(cli, "parse", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, object, None)
+    assert ended.value.code == 2
+    assert f"error: {file}/deeper cannot be written or read: Not a dir" in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def main(_: object) -> None:
+        (tmp_path / "no").read_text()
+
+    monkeypatch.setattr(cli, "parse", lambda *_: None)
+    with pytest.raises(FileNotFoundError):
+        cli.run(main, object, None)

@@ -28,10 +28,10 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in found} - {outputs.LOCK}
 
 
-def again(folder: Path, **options: bool) -> outputs.Claim:
+def again(folder: Path, *, overwrite: bool = False) -> outputs.Claim:
     """What the next process gets."""
     outputs.release(folder)
-    return outputs.claim(folder, "run", **options)
+    return outputs.claim(folder, "run", overwrite=overwrite)
 
 
 def write(path: Path, text: str = "ours") -> None:

@@ -207,7 +207,7 @@ def test_a_captioned_class_folder_is_filled_up_with_captions(train: Any, tmp_pat
     texts = {path.stem: path.read_text() for path in folder.glob("class-*.txt")}
     assert texts == {"class-00007": "a white wall", "class-00001": "mine", "class-00000": CLASS}
     (folder / "metadata.csv").write_text("file_name,text\nclass-00007.png,a wall\n")
-    with pytest.raises(UserError, match="--num_class_images 1 takes"):
+    with pytest.raises(UserError, match="--num_class_images 3 takes"):
         train(tmp_path / "more", *prior(tmp_path), "--num_class_images", "9")
 
 

@@ -186,7 +186,8 @@ def join(folder: Path) -> None:
     folder = folder.absolute()
     head = _head(folder)
     if head is not None and folder not in _claims:
-        joined = Claim(folder, head[_MARK], None, adopted=bool(head.get("adopted")))
+        kind: Kind = "run" if head[_MARK] == "run" else "pictures"
+        joined = Claim(folder, kind, None, adopted=bool(head.get("adopted")))
         _read_list(joined)
         _claims[folder] = joined
 

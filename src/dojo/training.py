@@ -41,7 +41,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dojo import checkpoint, outputs
+from dojo import checkpoint, launcher, outputs
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
 from dojo.optim import OptimArgs
@@ -676,6 +676,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         outputs.check(folder, "run", overwrite=overwrite)
     else:
         _alone(accelerator, lambda: _take(folder, overwrite=overwrite))
+        launcher.watch()
     try:
         if not overwrite:
             resumed = checkpoint.choose(folder, run_args.resume_from_checkpoint)

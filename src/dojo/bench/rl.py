@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from dojo import rollout
+from dojo import outputs, rollout
 from dojo.bench import supervised
 from dojo.bench.supervised import Rows, Trace
 from dojo.bench.table import markdown
@@ -171,6 +171,7 @@ def measure(args: RlArgs, model: Path, extra: Sequence[str]) -> dict[str, Any]:
     run = args.work_dir.absolute() / "runs" / f"{args.model}-{args.method}"
     words = command(args, model, run, extra)
     goal = args.warmup_epochs + args.num_epochs
+    outputs.check(run, "run", overwrite=True, flag="--work_dir")
     trace = supervised.follow(words, run / "metrics.jsonl", goal, epochs_done, "epochs")
     result = summarise(args, trace, json.loads((run / "args.json").read_text()))
     return {**result, "extra": list(extra)}

@@ -149,6 +149,7 @@ def main(args: SupervisedArgs, extra: Sequence[str] = ()) -> None:
     model, work_dir = model_folder(args), args.work_dir.absolute()
     run = work_dir / "runs" / f"{args.model}-{args.method}"
     words = command(args, model, _make_data(args, work_dir / "datas"), run, extra)
+    outputs.check(run, "run", overwrite=True, flag="--work_dir")
     trace = follow(words, run / "metrics.jsonl", args.warmup_steps + args.num_steps)
     result = summarise(args, trace, json.loads((run / "args.json").read_text()))
     result["extra"] = list(extra)
@@ -293,7 +294,6 @@ def follow(
     Raises:
         TrainingStopped: it ended by itself before.
     """
-    outputs.check(metrics.parent, "run", overwrite=True, flag="--work_dir")
     metrics.unlink(missing_ok=True)  # of the run before
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not torch.cuda.is_available():
