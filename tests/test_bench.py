@@ -505,6 +505,7 @@ def test_a_case_that_fails_leaves_the_table_of_the_others(
         record = said(words)
         metrics.parent.mkdir(parents=True, exist_ok=True)
         metrics.with_name("args.json").write_text(json.dumps(record))
+        metrics.with_name("manifest.jsonl").write_text('{"sd_dojo": "run"}\n')
         if record["args"]["sample"]["guidance_scale"] > 1:
             raise TrainingStopped("out of memory")
         return epochs_of(*[{"sample": 1.0, "train": 1.0}] * 4)

@@ -166,6 +166,15 @@ def test_a_users_file_under_a_runs_name_gets_another_one(
     assert "README.kept.md" in capsys.readouterr().out
 
 
+def test_what_a_command_adds_to_a_run_later_is_the_runs(tmp_path: Path) -> None:
+    outputs.claim(tmp_path, "run")
+    write(tmp_path / "args.json")
+    outputs.release(tmp_path)
+    outputs.join(tmp_path)  # as dojo.publish and dojo.report do
+    checkpoint.write_file(tmp_path / "README.md", "the card")
+    assert again(tmp_path).listed == {"args.json", "README.md"}
+
+
 def test_a_part_of_the_result_is_made_anew_around_a_users_files(tmp_path: Path) -> None:
     outputs.claim(tmp_path, "run")
 

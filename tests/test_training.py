@@ -530,6 +530,19 @@ def test_an_earlier_run_is_replaced_when_asked(lora_args: MakeArgs, tmp_path: Pa
     assert there == {*own, run / "args.json", run / "manifest.jsonl"}
 
 
+def test_what_the_trackers_wrote_is_the_runs(lora_args: MakeArgs, tmp_path: Path) -> None:
+    tensorboard = ("--report_to", "tensorboard", "--tracker_project_name", "my [project]")
+    trained = toy(lora_args(tmp_path, *tensorboard))
+    trained.step(1.0)
+    trained.run.log_step(1e-4, 1.0)
+    trained.run.finish()
+    logs = tmp_path / "run" / "logs"
+    assert list(logs.rglob("events.out.tfevents.*"))
+    reset_accelerate()
+    started(lora_args(tmp_path, "--overwrite_output_dir"))
+    assert not logs.exists()
+
+
 @dataclass(frozen=True)
 class Hub:
     """A group with a secret."""

@@ -62,7 +62,8 @@ class RunArgs:
     output_dir: Path
     """folder of the result, checkpoints, metrics and validation pictures"""
     overwrite_output_dir: bool = False
-    """remove an earlier run in output_dir instead of refusing; wins over resuming"""
+    """remove what earlier runs wrote into output_dir (manifest.jsonl lists it) instead of refusing;
+    wins over resuming"""
     seed: int | None = None
     """seed of every random draw; unset is drawn once, stored and resumed"""
     resume_from_checkpoint: str | None = None
