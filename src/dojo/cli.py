@@ -20,8 +20,10 @@ _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 
 
 # The disk is full or cannot be written, the user may not, a file is where a folder should be.
-_PLACES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-_PLACES += (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_PLACES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
 
 
 class UserError(ValueError):

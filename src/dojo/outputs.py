@@ -36,8 +36,10 @@ MANIFEST = "manifest.jsonl"
 LOCK = ".lock"
 _MARK = "sd_dojo"  # key of the manifest's first line
 # What systems and editors leave in any folder; a folder with nothing else is empty.
-_NOTHING = ("desktop.ini", "thumbs.db", ".ds_store", ".localized", ".directory", ".gitkeep")
-_NOTHING += (".gitignore", ".ipynb_checkpoints", "lost+found", LOCK)
+_NOTHING = (
+    *("desktop.ini", "thumbs.db", ".ds_store", ".localized", ".directory", "lost+found"),
+    *(".gitkeep", ".gitignore", ".ipynb_checkpoints", LOCK),
+)
 _PARTIAL, _REMOVED = ".partial", ".removed"
 
 
