@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dojo import cli, inference, ranges, rewards, sd3, versus
+from dojo import cli, inference, outputs, ranges, rewards, sd3, versus
 from dojo.cli import UserError
 from dojo.masking import hide
 from dojo.pictures import labelled_grid
@@ -116,6 +116,15 @@ class Args:
 
 def main(args: Args) -> None:
     """Draws every prompt and writes pictures, prompts.json and, to compare, a grid."""
+    outputs.claim(args.output_dir, "pictures")
+    try:
+        write_pictures(args)
+    finally:
+        outputs.release(args.output_dir)
+
+
+def write_pictures(args: Args) -> None:
+    """The same in a folder that has been taken."""
     in_file = read_file(args.prompt_file, "--prompt_file") if args.prompt_file else []
     prompts = [*(Prompt(text=text) for text in args.prompt), *in_file]
     device = inference.choose_device(args.device, args.offload)
@@ -131,7 +140,6 @@ def main(args: Args) -> None:
 
     rows: list[list[Image.Image]] = []
     records: list[dict[str, Any]] = []
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     for i, prompt in enumerate(tqdm(prompts, desc="prompts")):
         columns: list[list[Image.Image]] = []
         if args.compare:
@@ -143,17 +151,17 @@ def main(args: Args) -> None:
         columns.append(draw(pipeline, args, prompt.text, seeds))
         for k, picture in enumerate(columns[-1]):
             file = versus.file_name(i, prompt.text, seeds[k])
-            picture.save(args.output_dir / file)
+            picture.save(outputs.own(args.output_dir / file))
             about = {"file": file, "prompt": prompt.text, "seed": seeds[k]}
             records.append({**prompt.metadata, **about})
             rows.append([column[k] for column in columns])
     summary = {"options": options_of(args), "pictures": records}
     text = json.dumps(summary, indent=1, ensure_ascii=False)
-    (args.output_dir / "prompts.json").write_text(text, encoding="utf-8")
+    outputs.own(args.output_dir / "prompts.json").write_text(text, encoding="utf-8")
     if args.compare:
         labels = [f"{record['prompt']} (seed {record['seed']})" for record in records]
         grid = labelled_grid(rows, row_labels=labels, column_labels=["before", "after"])
-        grid.save(args.output_dir / "compare.png")
+        grid.save(outputs.own(args.output_dir / "compare.png"))
     print(f"{len(records)} pictures in {args.output_dir}")
 
 

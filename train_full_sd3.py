@@ -101,7 +101,7 @@ def main(args: Args) -> None:
     def save(folder: Path) -> None:
         full.save(folder / full.TRANSFORMER, transformer)
         averaged.save(folder, lambda: full.save(folder / full.AVERAGE, transformer))
-        config.make_scheduler(shift).save_pretrained(folder / "scheduler")
+        config.save_scheduler(folder, shift)
 
     def restore(folder: Path) -> None:
         averaged.restore(folder, lambda: full.restore(folder / full.AVERAGE, transformer))

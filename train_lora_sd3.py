@@ -102,7 +102,7 @@ def main(args: Args) -> None:
     def save(folder: Path) -> None:
         lora.save(folder, transformer)
         averaged.save(folder, lambda: lora.save(folder / averaging.FOLDER, transformer))
-        config.make_scheduler(shift).save_pretrained(folder / "scheduler")
+        config.save_scheduler(folder, shift)
 
     def restore(folder: Path) -> None:
         average = folder / averaging.FOLDER
@@ -155,7 +155,7 @@ def main(args: Args) -> None:
     if run.main:
         with averaged.applied():
             lora.save(args.run.output_dir, transformer)
-        config.make_scheduler(shift).save_pretrained(args.run.output_dir / "scheduler")
+        config.save_scheduler(args.run.output_dir, shift)
         lora.export(args.run.output_dir, args.lora.lora_format)
         validate.finish()
         publish.write_card(

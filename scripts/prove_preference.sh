@@ -19,6 +19,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 MODEL_NAME=models/pocket-sd15
+source scripts/lib/folder.sh
 source scripts/lib/spread.sh
 
 # ---- What is trained and how ----
@@ -92,6 +93,7 @@ for argument in "$@"; do
     esac
 done
 OUTPUT_DIR="${OUTPUT_DIR:-outputs/proof-preference}"
+take_folder "$OUTPUT_DIR" pairs/metadata.jsonl
 
 bash scripts/setup.sh
 PATH="$PWD/.venv/bin:$PATH"

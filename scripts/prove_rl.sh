@@ -22,6 +22,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 MODEL_NAME=models/pocket-sd3
+source scripts/lib/folder.sh
 source scripts/lib/spread.sh
 
 # ---- What is trained and how ----
@@ -130,6 +131,7 @@ for argument in "$@"; do
     esac
 done
 OUTPUT_DIR="${OUTPUT_DIR:-outputs/proof-rl}"
+take_folder "$OUTPUT_DIR" scenes/metadata.jsonl ddpo/args.json
 if [[ ${#parts[@]} -eq 0 ]]; then
     parts=(grpo ddpo)
 fi

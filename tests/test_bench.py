@@ -505,6 +505,7 @@ def test_a_case_that_fails_leaves_the_table_of_the_others(
         record = said(words)
         metrics.parent.mkdir(parents=True, exist_ok=True)
         metrics.with_name("args.json").write_text(json.dumps(record))
+        metrics.with_name("manifest.jsonl").write_text('{"sd_dojo": "run"}\n')
         if record["args"]["sample"]["guidance_scale"] > 1:
             raise TrainingStopped("out of memory")
         return epochs_of(*[{"sample": 1.0, "train": 1.0}] * 4)
@@ -537,7 +538,8 @@ def test_the_phases_are_read_from_the_real_script_which_evaluates_nothing(
     assert not any(name.startswith("eval") for row in result["rows"] for name in row)
     assert not any("seconds_validation" in row for row in result["rows"])
     run = tmp_path / "runs" / "pocket-grpo"
-    assert {path.name for path in run.iterdir()} == {"args.json", "metrics.jsonl"}
+    written = {path.name for path in run.iterdir()} - {".lock"}  # it was killed
+    assert written == {"args.json", "metrics.jsonl", "manifest.jsonl"}
     head, _, row = capfd.readouterr().out.strip().splitlines()
     assert "sample s/image" in head
     assert "grpo lora r2 --rank 2" in row

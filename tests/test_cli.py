@@ -314,3 +314,30 @@ def test_ctrl_c_ends_a_command_without_a_traceback(
     assert cli.ended(lambda: 2) == 2
     assert cli.ended(lambda: None) == 0
     assert capsys.readouterr().err == "\ninterrupted\n" * 2
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+
+    def main(_: object) -> None:
+        (file / "deeper").write_text("x")
+
+    monkeypatch.setattr(cli, "parse", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, object, None)
+    assert ended.value.code == 2
+    assert f"error: {file}/deeper cannot be written or read: Not a dir" in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def main(_: object) -> None:
+        (tmp_path / "no").read_text()
+
+    monkeypatch.setattr(cli, "parse", lambda *_: None)
+    with pytest.raises(FileNotFoundError):
+        cli.run(main, object, None)

@@ -113,12 +113,12 @@ def test_scale_zero_is_the_base_with_the_loras_scheduler(
     (bare / lora.WEIGHTS).write_bytes((adapter / lora.WEIGHTS).read_bytes())
     demo.main(parse(*flags_for(tiny_sd3, tmp_path / "base", *prompt)))
     pictures = {}
-    for name, folder in (("bare", bare), ("shifted", adapter)):
+    for name, folder in (("plain", bare), ("shifted", adapter)):
         off = ("--lora_weights_path", str(folder), "--lora_scale", "0")
         demo.main(parse(*flags_for(tiny_sd3, tmp_path / name, *prompt, *off)))
         pictures[name] = Image.open(tmp_path / name / "0000-a_star-seed1.png").tobytes()
     base = Image.open(tmp_path / "base" / "0000-a_star-seed1.png").tobytes()
-    assert pictures["bare"] == base
+    assert pictures["plain"] == base
     assert pictures["shifted"] != base
 
 
@@ -238,3 +238,19 @@ def test_a_lora_brings_its_shift_to_any_scheduler_of_a_flow(
     expected = kind.from_config({**own.config, "flow_shift": 7.0})
     expected.set_timesteps(2)
     assert torch.equal(scheduler.sigmas, expected.sigmas)
+
+
+def test_pictures_are_drawn_again_into_a_folder_of_ours_and_not_into_a_users(
+    tiny_sd3: Path, tmp_path: Path
+) -> None:
+    prompt = ("--prompt", "a star", "--seed", "1")
+    for _ in range(2):
+        demo.main(parse(*flags_for(tiny_sd3, tmp_path / "out", *prompt)))
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert there == {"0000-a_star-seed1.png", "prompts.json", "manifest.jsonl"}
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "prompts.json").write_text('{"a": "list of mine"}')
+    with pytest.raises(UserError, match=r"is not empty.*prompts\.json"):
+        demo.main(parse(*flags_for(tiny_sd3, mine, *prompt)))
+    assert [path.name for path in mine.iterdir()] == ["prompts.json"]

@@ -376,6 +376,15 @@ def test_a_broken_raw_file_goes_on_where_it_stopped(hub: FakeHub, tmp_path: Path
     assert len(hub.gets) == before, "a whole file was fetched again"
 
 
+def test_a_file_that_was_changed_here_is_kept_beside_the_hubs(hub: FakeHub, tmp_path: Path) -> None:
+    url, file = raw(hub, b"the hub's")
+    target = tmp_path / file.name
+    target.write_text("mine")
+    download.fetch_file(url, target, file, attempts=1)
+    assert target.read_bytes() == b"the hub's"
+    assert (tmp_path / "a+b.kept.pth").read_text() == "mine"
+
+
 def test_a_server_that_ignores_the_range_sends_everything_anew(
     hub: FakeHub, tmp_path: Path
 ) -> None:

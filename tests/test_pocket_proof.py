@@ -218,3 +218,10 @@ def test_pictures_are_drawn_again_only_when_weights_or_prompts_change(
     assert changed[0, 0, 0, 0] == round(255 * 0.4)
     with pytest.raises(UserError, match="missing"):
         proof.drawn(proof.Model(pipeline=tmp_path / "missing"), ["a ring"], 1.0, path)
+
+
+def test_the_set_is_not_drawn_among_other_files(tmp_path: Path) -> None:
+    (tmp_path / "000.png").write_text("mine")
+    with pytest.raises(UserError, match=r"--output_dir .* is not empty"):
+        datasets.main(datasets.Args(set="framed", output_dir=tmp_path, count=2))
+    assert (tmp_path / "000.png").read_text() == "mine"

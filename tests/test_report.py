@@ -251,3 +251,15 @@ def test_the_smoothed_curve_is_the_mean_of_its_neighbours() -> None:
     assert [value for _, value in smoothed(curve, 1)] == pytest.approx(expected)
     constant = [(float(i), 3.0) for i in range(50)]
     assert [value for _, value in smoothed(constant, 9)] == pytest.approx([3.0] * 50)
+
+
+def test_a_report_of_ones_own_stays_and_an_earlier_one_is_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = trained(tmp_path / "run")
+    report.write(folder)
+    assert main([str(folder)]) == 0
+    (folder / "report.html").write_text("mine")
+    assert main([str(folder)]) == 2
+    assert "report.html is there already" in capsys.readouterr().err
+    assert (folder / "report.html").read_text() == "mine"

@@ -548,6 +548,11 @@ def test_a_folder_is_scored_into_a_table(folder: Path, capsys: pytest.CaptureFix
         assert float(row["score"]) == pytest.approx(-size)
         assert row["valid"] == "True"
     assert "3 of 3 pictures" in capsys.readouterr().out
+    assert command.main(["score", spec, "--device", "cpu", *arguments]) == 0  # its own is replaced
+    (folder / "scores.csv").write_text("mine")
+    assert command.main(["score", spec, "--device", "cpu", *arguments]) == 2
+    assert "scores.csv is there already" in capsys.readouterr().err
+    assert (folder / "scores.csv").read_text() == "mine"
 
 
 def test_a_jsonl_file_names_its_pictures_and_brings_metadata(folder: Path) -> None:

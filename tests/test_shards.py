@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dojo import files
 from dojo.cli import UserError
 from dojo.data import shards as disk
 from dojo.data.shards import Shards
@@ -133,7 +134,7 @@ def test_a_half_written_file_is_not_taken_for_a_shard(
         patch.setattr("dojo.tensors.os.fsync", refuse)
         with pytest.raises(OSError, match="disk full"):
             shards.fill(make, title="test")
-    assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
     assert shards.missing() == list(range(len(shards.names)))
     shards.fill(make, title="test")
     assert values(shards) == list(range(10))
@@ -294,3 +295,19 @@ def test_the_disk_is_asked_before_a_cache_begins(
     leave(2 * 2**30)  # no margin
     with pytest.raises(UserError, match=r"7 pictures needs 2\.00 GiB.*--latent_cache_dir"):
         disk.announce("the latents of 7 pictures", tmp_path / "new", 2 * 2**30)
+
+
+def test_what_a_kill_left_in_any_cache_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    shards = Shards(tmp_path / "latents-1", IDS)
+    other = tmp_path / "text-2"
+    other.mkdir()
+    dead, live = other / ".a.safetensors.123", other / ".b.safetensors.7"
+    for path in (dead, live):
+        path.write_text("half")
+    lock = files.open_locked(live)  # another run is writing it
+    shards.fill(make, title="test")
+    assert not dead.exists()
+    assert live.exists()
+    os.close(lock)
+    shards.fill(make, title="test")
+    assert not live.exists()

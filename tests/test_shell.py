@@ -155,3 +155,28 @@ def test_setup_installs_once_and_again_only_when_the_requirements_change(tmp_pat
         requirements.write("einops\n")
     assert "Installed in" in bash(script, folder=tmp_path).stdout
     assert log.exists()
+
+
+@pytest.mark.parametrize("name", ["supervised", "preference", "rl"])
+def test_a_proof_takes_no_folder_of_a_user(tmp_path: Path, name: str) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    script = ROOT / "scripts" / f"prove_{name}.sh"
+    result = bash(script, folder=tmp_path, environment={"OUTPUT_DIR": str(tmp_path)})
+    assert result.returncode == 2
+    assert f"OUTPUT_DIR {tmp_path} is not empty" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_is_taken_when_new_when_ours_and_when_an_earlier_version_filled_it(
+    tmp_path: Path,
+) -> None:
+    library = ROOT / "scripts" / "lib" / "folder.sh"
+    script = tmp_path / "prove_it.sh"
+    script.write_text(f'set -euo pipefail\nsource {library}\ntake_folder "$1" data/x\n')
+    (tmp_path / "old" / "data").mkdir(parents=True)
+    (tmp_path / "old" / "data" / "x").touch()
+    for folder in ("new/deep", "new/deep", "old", "old"):
+        assert bash(script, tmp_path / folder, folder=tmp_path).returncode == 0
+    (tmp_path / "new" / "deep" / "result").touch()
+    assert bash(script, tmp_path / "new" / "deep", folder=tmp_path).returncode == 0
+    assert bash(script, tmp_path / "new", folder=tmp_path).returncode == 2

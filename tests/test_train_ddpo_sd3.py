@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_ddpo_sd3
-from dojo import evaluation, lora, policy
+from dojo import evaluation, lora, outputs, policy
 from dojo.cli import TrainingStopped, UserError
 from dojo.rewards import loading
 
@@ -173,6 +173,7 @@ def test_what_would_not_work_is_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(UserError, match=message):
         train(tmp_path, tiny_sd3, *flags)
+    outputs.release(tmp_path / "run")  # as the end of the process does
     assert list(tmp_path.iterdir()) == []
 
 

@@ -146,15 +146,29 @@ def test_zero_weight_is_training_without_class_pictures(train: Any, tmp_path: Pa
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_class_pictures_are_reused_and_topped_up(
+def test_class_pictures_of_ones_own_are_used_and_no_others_are_drawn_among_them(
     train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "class"
     folder.mkdir()
-    Image.new("RGB", (64, 64), "white").save(folder / "mine.jpg")
-    train(tmp_path, *prior(tmp_path))
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == ["class-00000.png", "class-00001.png", "mine.jpg"]
+    for i in range(2):
+        Image.new("RGB", (64, 64), "white").save(folder / f"mine-{i}.jpg")
+    (folder / "class-00000.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=r"2 pictures of your own.*--num_class_images 2 takes them"):
+        train(tmp_path, *prior(tmp_path))
+    train(tmp_path, *prior(tmp_path), "--num_class_images", "2")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_class_pictures_are_reused_and_topped_up(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "class"
+    train(tmp_path, *prior(tmp_path), "--num_class_images", "2")
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(first) == ["class-00000.png", "class-00001.png"]
+    train(tmp_path / "more", *prior(tmp_path))
     before = {path: path.read_bytes() for path in folder.iterdir()}
 
     def refuse(*_: object, **__: object) -> None:
@@ -185,13 +199,15 @@ def test_a_class_folder_with_captions_keeps_them(
 def test_a_captioned_class_folder_is_filled_up_with_captions(train: Any, tmp_path: Path) -> None:
     folder = tmp_path / "class"
     folder.mkdir()
-    Image.new("RGB", (64, 64), "white").save(folder / "mine.png")
-    (folder / "mine.txt").write_text("a white wall")
+    Image.new("RGB", (64, 64), "white").save(folder / "class-00007.png")
+    (folder / "class-00007.txt").write_text("a white wall")
+    (folder / "class-00001.txt").write_text("mine")
     train(tmp_path, *prior(tmp_path))
     assert len(list(folder.glob("*.png"))) == 3
-    assert {path.read_text() for path in folder.glob("class-*.txt")} == {CLASS}
-    (folder / "metadata.csv").write_text("file_name,text\nmine.png,a wall\n")
-    with pytest.raises(UserError, match="--num_class_images 9"):
+    texts = {path.stem: path.read_text() for path in folder.glob("class-*.txt")}
+    assert texts == {"class-00007": "a white wall", "class-00001": "mine", "class-00000": CLASS}
+    (folder / "metadata.csv").write_text("file_name,text\nclass-00007.png,a wall\n")
+    with pytest.raises(UserError, match="--num_class_images 3 takes"):
         train(tmp_path / "more", *prior(tmp_path), "--num_class_images", "9")
 
 

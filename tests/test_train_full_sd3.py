@@ -185,10 +185,18 @@ def test_a_run_does_not_write_into_the_folder_of_its_model(
     model = tmp_path / "run"
     shutil.copytree(tiny_sd3, model)
     before = sorted(path.name for path in model.rglob("*"))
-    for more in ((), ("--overwrite_output_dir",)):
-        with pytest.raises(UserError, match="--pretrained_model_name_or_path"):
-            train(tmp_path, "--pretrained_model_name_or_path", str(model), *more)
-    assert sorted(path.name for path in model.rglob("*")) == before
+
+    def refused(reason: str) -> None:
+        for more in ((), ("--overwrite_output_dir",)):
+            with pytest.raises(UserError, match=reason):
+                train(tmp_path, "--pretrained_model_name_or_path", str(model), *more)
+        assert sorted(path.name for path in model.rglob("*")) == before
+
+    refused(r"is not empty.*model_index\.json")
+    (model / "manifest.jsonl").write_text('{"sd_dojo": "run"}\n')  # of the run that made it
+    before.append("manifest.jsonl")
+    before.sort()
+    refused("--pretrained_model_name_or_path")
 
 
 def test_a_longer_run_leaves_no_shards_of_the_shorter_one(train: Any, tmp_path: Path) -> None:

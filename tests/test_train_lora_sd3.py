@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +414,23 @@ def test_a_run_killed_in_caching_in_a_step_and_in_a_checkpoint_ends_with_the_sam
         (row["step"], row["loss"]) for row in expected
     ], f"killed at micro-step {step}"
     assert not list((broken / "run").glob(".*")), "leftovers of the kill"
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_share_a_cache_and_end_as_each_alone(
+    lora_args: MakeArgs, tmp_path: Path, tiny_sd3: Path, scene_data: Path
+) -> None:
+    def start(name: str) -> int:
+        flags = lora_flags(tmp_path, tiny_sd3, scene_data)
+        own = ("--seed", "5", "--output_dir", str(tmp_path / name))
+        return launch(SCRIPT, [*flags, *own], tmp_path / f"of-{name}").returncode
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(start, ("a", "b"))) == [0, 0]
+    alone = run(lora_args(tmp_path / "alone", "--seed", "5"))
+    for name in ("a", "b"):
+        assert (tmp_path / name / lora.WEIGHTS).read_bytes() == (alone / lora.WEIGHTS).read_bytes()
+    assert not list((tmp_path / "cache").rglob(".*"))
 
 
 def test_two_processes_share_the_batch_and_resume_after_a_kill(

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import train_lora_sd3 as script
-from dojo import cli, lora, sd3, training
+from dojo import checkpoint, cli, lora, sd3, training
+from dojo import files as files_module
 from dojo import optim as optimizers
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
@@ -510,11 +513,34 @@ def test_processes_that_know_nothing_of_each_other_are_refused(
 
 def test_an_earlier_run_is_replaced_when_asked(lora_args: MakeArgs, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    (run / "checkpoint-7").mkdir(parents=True)
-    for name in ("metrics.jsonl", "finished.json", lora.WEIGHTS, "notes.txt"):
-        (run / name).write_text('{"step": 100}')
+    trained = toy(lora_args(tmp_path))
+    trained.step(1.0)
+    trained.run.log_step(1e-4, 1.0)
+    trained.run.save_checkpoint(lambda folder: None, trained.optimizer, trained.schedule, now=True)
+    trained.run.finish()
+    own = [run / "notes.txt", run / "validation" / "mine.png", run / "logs" / "mine.txt"]
+    own += [run / "checkpoint-1" / "notes.txt"]
+    for path in own:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    reset_accelerate()
     started(lora_args(tmp_path, "--overwrite_output_dir"))
-    assert {path.name for path in run.iterdir()} == {"args.json", "notes.txt"}
+    assert all(path.read_text() == "mine" for path in own)
+    there = {path for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert there == {*own, run / "args.json", run / "manifest.jsonl"}
+
+
+def test_what_the_trackers_wrote_is_the_runs(lora_args: MakeArgs, tmp_path: Path) -> None:
+    tensorboard = ("--report_to", "tensorboard", "--tracker_project_name", "my [project]")
+    trained = toy(lora_args(tmp_path, *tensorboard))
+    trained.step(1.0)
+    trained.run.log_step(1e-4, 1.0)
+    trained.run.finish()
+    logs = tmp_path / "run" / "logs"
+    assert list(logs.rglob("events.out.tfevents.*"))
+    reset_accelerate()
+    started(lora_args(tmp_path, "--overwrite_output_dir"))
+    assert not logs.exists()
 
 
 @dataclass(frozen=True)
@@ -559,6 +585,89 @@ def test_rows_of_lost_steps_are_forgotten(lora_args: MakeArgs, tmp_path: Path) -
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2, 3]
     run._forget_metrics_after(0)
     assert path.read_text() == ""
+
+
+# Whose folder it is
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite_output_dir",), ("--dry_run",)])
+def test_a_run_does_not_write_into_a_users_folder(
+    lora_args: MakeArgs, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    (run / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"--output_dir .* is not empty.*README\.md, logs"):
+        script.main(lora_args(tmp_path, *more))
+    assert {path.name for path in tmp_path.rglob("*")} == {"run", "README.md", "logs"}
+    assert (run / "README.md").read_text() == "mine"
+
+
+def test_a_second_run_in_a_folder_is_refused_before_it_looks_for_a_checkpoint(
+    lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    lock = files_module.open_locked(run / ".lock")  # as another process would hold it
+    (run / ".lock").write_text('{"by": "train.py", "pid": 7, "host": "h", "since": "today"}')
+    monkeypatch.setattr(checkpoint, "choose", pytest.fail)
+    before = files(run)
+    for more in ((), ("--overwrite_output_dir",), ("--resume_from_checkpoint", "latest")):
+        args = lora_args(tmp_path, *more)
+        with pytest.raises(UserError, match=r"in use by train\.py \(process 7 on h, since today\)"):
+            training.start(args.run, args.optim)
+    assert files(run) == before
+    monkeypatch.undo()
+    args = lora_args(tmp_path, "--dry_run")
+    training.start(args.run, args.optim)  # looks, and takes nothing
+    assert files(run) == before
+    os.close(lock)
+    args = lora_args(tmp_path)
+    training.start(args.run, args.optim)
+
+
+def test_a_checkpoint_of_another_folder_is_not_taken_for_the_new_runs(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    started(lora_args(tmp_path)).finish()
+    foreign = tmp_path / "run" / "checkpoint-9"
+    foreign.mkdir()
+    (foreign / "state.json").write_text("{}")
+    reset_accelerate()
+    with pytest.raises(UserError, match="checkpoint-9 was not written by a run in this folder"):
+        started(lora_args(tmp_path, "--overwrite_output_dir"))
+    assert (foreign / "state.json").is_file()
+
+
+def test_a_checkpoint_over_the_limit_that_a_kill_left_goes_at_the_next_start(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    trained = toy(lora_args(tmp_path, "--max_train_steps", "9", "--checkpoints_total_limit", "1"))
+    for step in (1, 2):
+        trained.run.step = step
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        checkpoint.write_whole(folder, lambda inside: (inside / "state.json").touch())
+    trained.run._resumed = tmp_path / "run" / "checkpoint-2"
+    trained.run._forget_metrics_after(2)
+    assert [step for step, _ in checkpoint.existing(tmp_path / "run")] == [2]
+
+
+def test_processes_whose_launcher_is_killed_end_too() -> None:
+    child = "from dojo import launcher; launcher.watch(0.05); print('on', flush=True)\n"
+    child += "import time; time.sleep(300)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "some"},
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "on\n"
+    process.kill()
+    out, err = process.communicate(timeout=200)  # the child's end closes the pipes
+    assert (out, err) == ("", "stopped: the launcher of this process is gone\n")
 
 
 # Dry run

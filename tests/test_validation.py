@@ -22,7 +22,7 @@ import yaml
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 
-from dojo import optim, rng, sd3, training, validation
+from dojo import optim, outputs, rng, sd3, training, validation
 from dojo.cli import UserError
 from dojo.data import Draw
 from dojo.frozen import EvalSet
@@ -418,9 +418,12 @@ def test_watching_changes_nothing_and_loads_no_text_encoder(
     assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
 
     first = {name: picture.tobytes() for name, picture in drawn(run.output_dir).items()}
-    stale = run.output_dir / "validation" / "step-0" / "99-of_another_run.png"
-    Image.new("RGB", (8, 8)).save(stale)
+    folder = run.output_dir / "validation" / "step-0"
+    mine = folder / "mine.png"
+    for stale in (outputs.own(folder / "99-of_a_branch_that_was_left.png"), mine):
+        Image.new("RGB", (8, 8)).save(stale)
     watch(network)
+    mine.unlink()  # a user's own stayed
     again = {name: picture.tobytes() for name, picture in drawn(run.output_dir).items()}
     assert first == again
     assert set(first) == {"00-a_star-seed0.png", "01-一只猫-seed0.png"}
@@ -458,7 +461,7 @@ def test_without_prompts_and_pictures_nothing_is_written(tmp_path: Path, micro_s
     watch = validator(run, config, args_of(validation_clip_model="models/never-read"))
     watch(network)
     watch.finish()
-    assert list(run.output_dir.iterdir()) == []
+    assert {path.name for path in run.output_dir.iterdir()} == {"manifest.jsonl", ".lock"}
 
 
 # -- CLIP score -------------------------------------------------------------------------------

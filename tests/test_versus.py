@@ -220,9 +220,10 @@ def test_the_strength_of_the_lora_can_be_chosen(
     tiny_sd15: Path, sd15_lora: Path, rewards: Path, tmp_path: Path
 ) -> None:
     more = ("--prompt", "a star", "--versus", str(sd15_lora), "--lora_scale", "0")
-    run(tiny_sd15, tmp_path, *more, "--reward", f"{rewards}:brightness")
-    assert pictures(tmp_path / "base") == pictures(tmp_path / "tuned")
-    found, _ = read(tmp_path)
+    out = tmp_path / "out"
+    run(tiny_sd15, out, *more, "--reward", f"{rewards}:brightness")
+    assert pictures(out / "base") == pictures(out / "tuned")
+    found, _ = read(out)
     assert list(found["rewards"]) == ["brightness"]  # it is the sum itself
     one = found["rewards"]["brightness"]
     assert one["ties"] == 1

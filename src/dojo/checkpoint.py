@@ -9,7 +9,6 @@ Draws derive from the seed and the position, so no generator is saved.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from dojo import files, outputs
 from dojo.cli import TrainingStopped, UserError
 from dojo.records import DamagedFile, read_table
 from dojo.tensors import obey_umask
@@ -64,24 +64,34 @@ class State:
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder and gives it its name only when every byte is on the disk."""
+    """Lets `write` fill a folder and gives it its name only when every byte is on the disk.
+
+    Raises:
+        TrainingStopped: the disk is full.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    outputs.own_folder(folder)
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    write(temporary)
+    with files.room_in(folder.parent):
+        write(temporary)
     for path in [*temporary.rglob("*"), temporary]:
         if path.suffix == ".safetensors":
             obey_umask(path)
         _flush(path)
     if folder.exists():
         _remove(folder)
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            outputs.own(folder / path.relative_to(temporary))
     temporary.rename(folder)
     _flush(folder.parent)
 
 
 def write_file(path: Path, text: str) -> None:
     """Replaces a small text file as a whole."""
+    outputs.own(path)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
     _flush(temporary)
@@ -89,15 +99,12 @@ def write_file(path: Path, text: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.flush(path)
 
 
 def _remove(folder: Path) -> None:
     """Takes the name away first: a half-deleted checkpoint must not be found."""
+    outputs.rescue(folder)
     doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)

@@ -6,6 +6,7 @@ The only file that knows tyro; it also says how a mistake of the user's ends a s
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -26,6 +27,13 @@ ArgsT = TypeVar("ArgsT")
 _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 _TRUTH = {"true": True, "false": False}
+
+
+# The disk is full or cannot be written, the user may not, a file is where a folder should be.
+_PLACES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
 
 
 class UserError(ValueError):
@@ -82,11 +90,22 @@ def run(
         main(args)
     except UserError as error:
         _end(f"error: {error}", 2)
+    except OSError as error:
+        if (text := trouble_with_place(error)) is None:
+            raise
+        _end(f"error: {text}", 2)
     except TrainingStopped as error:
         text = str(error)
         _end(f"stopped: {text}" if text else "", error.exit_code)
     except KeyboardInterrupt:
         sys.exit(_interrupted())
+
+
+def trouble_with_place(error: OSError) -> str | None:
+    """A sentence, if an error is about where the user wants something; None if it may be ours."""
+    if error.errno not in _PLACES or error.filename is None:
+        return None
+    return f"{error.filename} cannot be written or read: {error.strerror}"
 
 
 def ended(main: Callable[[], int | None]) -> int:

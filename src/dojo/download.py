@@ -546,6 +546,7 @@ def fetch_file(
                 trouble = str(error)
         after = part.stat().st_size if part.exists() else 0
         if total is not None and after == total and is_right(part, file.checksum):
+            keep_aside(target)
             part.replace(target)
             return
         if (total is not None and after >= total) or trouble == "HTTP 416":
@@ -559,6 +560,14 @@ def fetch_file(
         if failures >= attempts:
             raise DownloadError(f"{url}: {trouble} ({CONTINUES})")
         time.sleep(pause * failures)
+
+
+def keep_aside(path: Path) -> None:
+    """Gives another name to what is in a download's place: changed here, or of an earlier date."""
+    if path.is_file():
+        kept = path.with_name(f"{path.stem}.kept{path.suffix}")
+        path.replace(kept)
+        print(f"{path} was another file: it is {kept.name} now")
 
 
 def stream(url: str, part: Path, done: int, file: File, token: str | None) -> int | None:

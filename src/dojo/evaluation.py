@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dojo import ranges
 from dojo.cli import TrainingStopped, UserError
 from dojo.interrupt import Interrupted
+from dojo.outputs import clear, own
 from dojo.pictures import contact_sheet, slug, to_pil
 from dojo.prompts import Prompt
 from dojo.rewards import Reward, RewardOutput, check_prompts
@@ -215,9 +216,10 @@ class Evaluator:
         run = self.run
         folder = self.folder / f"step-{run.step}"
         if run.main:
+            clear(folder)  # what a branch of the run that was left drew
+            for file in self.files:
+                own(folder / file)
             folder.mkdir(parents=True, exist_ok=True)
-            for path in [*folder.glob("*.png"), folder / SCORES]:  # of a branch that was left
-                path.unlink(missing_ok=True)
         run.accelerator.wait_for_everyone()
         process, num_processes = run.share["process"], run.share["num_processes"]
         mine = list(range(process, len(self.pictures), num_processes))
@@ -277,7 +279,7 @@ class Evaluator:
 
     def _write(self, path: Path, columns: Sequence[str], table: Tensor) -> None:
         """Every picture's scores, and the file of those that are kept."""
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with own(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["file", "prompt", "seed", *columns])
             for i, (prompt, seed) in enumerate(self.pictures):
@@ -289,4 +291,4 @@ class Evaluator:
         if self.run.main:
             sheet = contact_sheet(self.folder, last_step=self.run.step)
             if sheet is not None:
-                sheet.save(self.run.output_dir / "contact_sheet.png")
+                sheet.save(own(self.run.output_dir / "contact_sheet.png"))

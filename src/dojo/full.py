@@ -8,7 +8,6 @@ original names.
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dojo import finite, sd3, sd15
+from dojo import finite, outputs, sd3, sd15
 from dojo.cli import TrainingStopped, UserError
 from dojo.pipelines import TRANSFORMER, part_of
 from dojo.tensors import obey_umask
@@ -154,9 +153,9 @@ def save_result(
 ) -> None:
     """Writes the whole pipeline, every component, so that one plain call loads the folder."""
     dtype = DTYPES[args.save_dtype]
-    (folder / SINGLE_FILE).unlink(missing_ok=True)  # of a longer run's shorter past
+    outputs.discard(folder / SINGLE_FILE)  # of a longer run's shorter past
     cast = _save_network(folder, transformer, args)
-    config.make_scheduler(shift).save_pretrained(folder / "scheduler")
+    config.save_scheduler(folder, shift)
     sd3.copy_parts(config, model, folder, ("vae", *sd3.TEXT_FOLDERS))
     if args.single_file:
         modules: dict[str, Any] = sd3.load_text_pipeline(config, model, dtype).components
@@ -164,7 +163,7 @@ def save_result(
         modules["vae"] = sd3.load_vae(config, exact, torch.device("cpu"))
         parts = {name: modules[name].state_dict() for name in _STORED if modules[name] is not None}
         sd3.save_single_file(
-            folder / SINGLE_FILE,
+            outputs.own(folder / SINGLE_FILE),
             {**parts, "transformer": cast},
             dtype,
             with_t5=not args.single_file_without_t5,
@@ -193,9 +192,11 @@ def _save_network(folder: Path, network: Any, args: WholeArgs) -> dict[str, Tens
             "written; give --resume_from_checkpoint latest --save_dtype bf16 (or fp32)"
         )
     twin.load_state_dict(cast, assign=True)
-    # Of a longer run's shorter past: its shards and its index would stand beside the new files.
-    shutil.rmtree(place, ignore_errors=True)
-    twin.save_pretrained(place, max_shard_size=args.max_shard_size)
-    for path in place.glob("*.safetensors"):
-        obey_umask(path)
+
+    def write(inside: Path) -> None:
+        twin.save_pretrained(inside, max_shard_size=args.max_shard_size)
+        for path in inside.glob("*.safetensors"):
+            obey_umask(path)
+
+    outputs.fill(place, write)
     return cast

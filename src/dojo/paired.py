@@ -15,7 +15,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dojo import checkpoint, data, ddpm, direct, frozen, interrupt, preference, rewards, rng, sd15
+from dojo import (
+    checkpoint,
+    data,
+    ddpm,
+    direct,
+    frozen,
+    interrupt,
+    outputs,
+    preference,
+    rewards,
+    rng,
+    sd15,
+)
 from dojo.cli import UserError
 from dojo.masking import hide
 from dojo.rewards import spec
@@ -160,7 +172,7 @@ def prepare(
     if run.main:
         checkpoint.write_file(run.output_dir / "data_report.json", sources.report())
         for name, path in sources.choices.items():
-            shutil.copyfile(path, run.output_dir / name)
+            shutil.copyfile(path, outputs.own(run.output_dir / name))
 
     def cached(pairs: data.Pairs, *, still: bool) -> data.PairSet:
         return data.prepare_pairs(

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from dojo import classic, loaded
+from dojo import classic, loaded, outputs
 from dojo.cli import UserError
 
 FLAG = "--pretrained_model_name_or_path"
@@ -252,34 +253,41 @@ def copy_parts(
     index = loaded.read_index(base, FLAG)
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        source, target = base / part, folder / part
-        shutil.rmtree(target, ignore_errors=True)
-        if part in elsewhere:
-            load(part).save_pretrained(target)
-        elif part.startswith(_WITHOUT_WEIGHTS):
-            if source.is_dir():
-                shutil.copytree(source, target)
-        elif index.get(part, [None])[0] is None:
+        from_model = part in elsewhere
+        plain = part.startswith(_WITHOUT_WEIGHTS)
+        if not from_model and not plain and not index.get(part, [None])[0]:
+            outputs.clear(folder / part)
             continue
-        elif not _copy_weights(source, target, variant):
-            made = load(part)
-            if made is not None:
-                made.save_pretrained(target)
-        if target.is_dir() and not part.startswith((*_WITHOUT_WEIGHTS, *_OF_DIFFUSERS)):
-            path = target / "config.json"
-            settings = json.loads(path.read_text())
-            settings.pop("torch_dtype", None)
-            path.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
-            classic.rewrite(target)
-        if not target.is_dir():
+        copy = partial(_copy_part, base / part, variant, partial(load, part), from_model=from_model)
+        if not outputs.fill(folder / part, copy):
             index[part] = [None, None]
     write_index(folder, index)
     return index
 
 
+def _copy_part(
+    source: Path, variant: str | None, load: Callable[[], Any], target: Path, *, from_model: bool
+) -> None:
+    """Copies a part's folder, or loads it and saves it; writes nothing where there is none."""
+    without_weights = source.name.startswith(_WITHOUT_WEIGHTS)
+    if without_weights and not from_model:
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+    elif from_model or not _copy_weights(source, target, variant):
+        model = load()
+        if model is not None:
+            model.save_pretrained(target)
+    if target.is_dir() and not source.name.startswith((*_WITHOUT_WEIGHTS, *_OF_DIFFUSERS)):
+        path = target / "config.json"
+        settings = json.loads(path.read_text())
+        settings.pop("torch_dtype", None)
+        path.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
+        classic.rewrite(target)
+
+
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     """Writes model_index.json."""
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    outputs.own(folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _copy_weights(source: Path, target: Path, variant: str | None) -> bool:
@@ -293,7 +301,7 @@ def _copy_weights(source: Path, target: Path, variant: str | None) -> bool:
     if not any(name.endswith(".safetensors") for name in chosen):
         return False
     chosen |= {name: name for name in files if not _ANY_WEIGHTS.fullmatch(name)}
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for name, old in chosen.items():
         if name.endswith(".index.json"):
             listed = json.loads(files[old].read_text())

@@ -7,6 +7,7 @@ instance's, so that "a dog" stays a dog while "sks dog" becomes this one.
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from dojo import data, frozen, ranges, rng, sd3
+from dojo import data, files, frozen, ranges, rng, sd3
 from dojo.cli import UserError
 from dojo.training import Run
+
+_DRAWN = re.compile(r"class-\d{5}\.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,8 @@ class PriorArgs:
     with_prior_preservation: bool = False
     """train on pictures of the class beside those of the instance, as many in every batch"""
     class_data_dir: Path | None = None
-    """folder of the class pictures; what is missing of num_class_images is drawn into it"""
+    """folder of the class pictures: your own, or an empty one, into which num_class_images are
+    drawn; none is drawn among your own"""
     class_prompt: str | None = None
     """prompt of the class pictures, such as "a photo of a dog"; captions in the folder win"""
     prior_loss_weight: float = 1.0
@@ -84,16 +88,18 @@ def draw_class_images(
     frozen.refuse_inside(folder, data_args.location, "class_data_dir")
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
+        files.sweep(folder.rglob(".class-*"))
     run.accelerator.wait_for_everyone()
     found = data.scan(folder, _class_args(args, data_args))
     taken = set(found.pictures)
-    missing = args.num_class_images - len(taken)
+    missing = max(0, args.num_class_images - len(taken))
     names = (f"{found.prefix}class-{k:05d}.png" for k in range(args.num_class_images + len(taken)))
-    free = [name for name in names if name not in taken][: max(0, missing)]
-    if free and found.metadata:
+    free = [name for name in names if name not in taken and not (folder / name).exists()][:missing]
+    if free and (found.metadata or any(not _DRAWN.fullmatch(Path(name).name) for name in taken)):
         raise UserError(
-            f"--class_data_dir {folder} names its {len(taken)} pictures in {found.metadata}, so "
-            f"none can be added: lower --num_class_images {args.num_class_images} to that"
+            f"--class_data_dir {folder} holds {len(taken)} pictures of your own, and none is drawn "
+            f"among them: --num_class_images {len(taken)} takes them as they are, an empty folder "
+            f"gets {args.num_class_images} drawn ones"
         )
     run.accelerator.wait_for_everyone()  # everybody has counted before anybody draws
     mine = free[run.share["process"] :: run.share["num_processes"]]
@@ -131,11 +137,10 @@ def _draw(
         ).images
         for name, picture in zip(some, pictures, strict=True):
             path = args.folder / name
-            if captions:  # the folder's own pictures have theirs
+            if captions and not path.with_suffix(".txt").exists():  # the others have theirs
                 path.with_suffix(".txt").write_text(str(args.class_prompt), "utf-8")
-            partial = path.with_name(f".{path.name}.partial")
-            picture.save(partial, format="PNG")
-            partial.replace(path)
+            with files.whole(path) as file:  # runs may share the folder
+                picture.save(file, format="PNG")
         bar.update(len(some))
     bar.close()
     del pipeline

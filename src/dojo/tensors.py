@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dojo import files
+
 # Makes a tensor on a device: "meta" to learn its size, "cpu" when its turn to be written comes.
 Source = Callable[[str], Tensor]
 
@@ -66,23 +68,13 @@ def save(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # runs may share a cache
-    with temporary.open("wb") as file:
+    with files.whole(path) as file:  # runs may share a cache
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = make(name, "cpu").contiguous()
             if tensor.shape != empty[name].shape or tensor.dtype != empty[name].dtype:
                 raise ValueError(f"{name} is {tensor.shape}, announced as {empty[name].shape}")
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

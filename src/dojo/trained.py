@@ -66,7 +66,7 @@ class Sd3Family:
 
     def finish(self, folder: Path) -> None:
         """Writes the scheduler with the training's shift."""
-        self.config.make_scheduler(self.shift).save_pretrained(folder / "scheduler")
+        self.config.save_scheduler(folder, self.shift)
 
     def save_whole(self, folder: Path, network: nn.Module, args: full.FullArgs) -> None:
         """Writes the whole pipeline."""

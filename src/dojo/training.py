@@ -6,6 +6,7 @@ the step, writes metrics and checkpoints, and stops when numbers are no longer f
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import math
@@ -13,7 +14,6 @@ import os
 import platform
 import resource
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -40,7 +40,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dojo import checkpoint, finite, interrupt, launch, ranges, records
+from dojo import checkpoint, finite, interrupt, launch, launcher, outputs, ranges, records
 from dojo import optim as optimizers
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
@@ -63,7 +63,8 @@ class RunArgs:
     output_dir: Path
     """folder of the result, checkpoints, metrics and validation pictures"""
     overwrite_output_dir: bool = False
-    """remove an earlier run in output_dir instead of refusing; wins over resuming"""
+    """remove what earlier runs wrote into output_dir (manifest.jsonl lists it) instead of refusing;
+    wins over resuming"""
     seed: int | None = None
     """seed of every random draw; unset is drawn once, stored and resumed"""
     resume_from_checkpoint: str | None = None
@@ -419,6 +420,29 @@ class Run:
             UserError: the folder holds another run.
         """
         folder = self.output_dir
+        try:
+            going = self._check_folder(args, result)
+        except UserError:
+            outputs.release(folder)
+            raise
+        if not going:
+            outputs.release(folder)
+            self.accelerator.end_training()
+            return False
+        self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
+        if self.main:
+            if self.args.overwrite_output_dir:
+                self._remove_run()
+            outputs.own_pattern(folder, *_tracker_files(self.args.tracker_project_name))
+            outputs.own(folder / "metrics.jsonl")
+            checkpoint.write_file(folder / "args.json", json.dumps(record(args, self), indent=1))
+        self.accelerator.wait_for_everyone()
+        self._start_trackers(args)
+        return True
+
+    def _check_folder(self, args: Any, result: str) -> bool:
+        """Whether there is something to do; refuses a folder that holds another run."""
+        folder = self.output_dir
         _refuse_own_sources(folder, args)
         marker = folder / "finished.json"
         done = self._finished_at(marker) >= self.num_steps
@@ -439,24 +463,28 @@ class Run:
                 f"{folder} is finished ({self.num_steps} steps): nothing to do "
                 f"(to upload it: python -m dojo.publish {folder})"
             )
-            self.accelerator.end_training()
             return False
         self._check_resumed()
-        self.accelerator.wait_for_everyone()  # everybody has looked before anybody writes
-        if occupied and (overwrite or resume is None):
-            if not overwrite:
-                raise UserError(
-                    f"--output_dir {folder} holds a run already: continue it with "
-                    "--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or "
-                    "choose another folder"
-                )
-            if self.main:
-                _remove_run(folder, result)
-        if self.main:
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_file(folder / "args.json", json.dumps(record(args, self), indent=1))
-        self.accelerator.wait_for_everyone()
-        logs = folder / "logs"
+        if occupied and resume is None and not overwrite:
+            raise UserError(
+                f"--output_dir {folder} holds a run already: continue it with "
+                "--resume_from_checkpoint latest, replace it with --overwrite_output_dir, or "
+                "choose another folder"
+            )
+        return True
+
+    def _remove_run(self) -> None:
+        """Removes what runs wrote into the folder, and nothing else that may lie in it."""
+        folder = self.output_dir
+        held = outputs.claim(folder, "run")
+        held.remove()
+        held.start_list()
+        if left := outputs.others(folder):
+            shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+            self.say(f"{folder}: no run wrote these files, so they stay: {shown}")
+
+    def _start_trackers(self, args: Any) -> None:
+        logs = self.output_dir / "logs"
         if self.main and self.args.report_to in ("wandb", "all"):
             (logs / "wandb").mkdir(parents=True, exist_ok=True)  # it would go elsewhere without
         places = {"wandb": {"dir": logs}, "swanlab": {"logdir": str(logs / "swanlab")}}
@@ -471,7 +499,6 @@ class Run:
                 f"({str(error).strip().splitlines()[0]}); without an account or a network set "
                 "WANDB_MODE=offline, SWANLAB_MODE=offline"
             ) from error
-        return True
 
     def _check_resumed(self) -> None:
         """Refuses before the work what could not go on exactly after it.
@@ -684,6 +711,7 @@ class Run:
             checkpoint.write_file(self.output_dir / "finished.json", text)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        outputs.release(self.output_dir)
 
     # -- one step -----------------------------------------------------------------------------
 
@@ -855,6 +883,8 @@ class Run:
         path = self.output_dir / "metrics.jsonl"
         if self.main and self._resumed is not None:
             checkpoint.forget_after(self.output_dir, step)
+            # A kill may have come between a checkpoint and the removal of those over the limit.
+            checkpoint.rotate(self.output_dir, self.args.checkpoints_total_limit)
         if self.main and path.is_file():
             rows, bad = records.read_rows(path)
             if bad:
@@ -868,11 +898,14 @@ class Run:
 
 
 def start(run_args: RunArgs, optim: OptimArgs) -> Run:
-    """Opens the processes, finds the checkpoint to resume, settles the seed; writes nothing.
+    """Opens the processes, takes the folder, finds the checkpoint to resume, settles the seed.
+
+    A dry run takes nothing. What is taken is this process's until `Run.finish` or its end.
 
     Raises:
-        UserError: a tracker is not installed, a checkpoint is not there, or the processes are
-            sharded (FSDP, DeepSpeed) or not joined.
+        UserError: a tracker is not installed, a checkpoint is not there, the folder holds a user's
+            files or another process is at work in it, or the processes are sharded (FSDP,
+            DeepSpeed) or not joined.
     """
     for kind in ("FSDP", "DEEPSPEED"):  # on a CPU accelerate would only not do it
         if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true"):
@@ -916,10 +949,19 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
     torch.backends.cudnn.allow_tf32 = run_args.allow_tf32
 
     folder = run_args.output_dir
-    resumed = None
-    if not run_args.overwrite_output_dir:
-        resumed = checkpoint.choose(folder, run_args.resume_from_checkpoint)
-    seed = _settle_seed(run_args, resumed)
+    resumed, overwrite = None, run_args.overwrite_output_dir
+    if run_args.dry_run:
+        outputs.check(folder, "run", overwrite=overwrite)
+    else:
+        _alone(accelerator, lambda: _take(folder, overwrite=overwrite))
+        launcher.watch()
+    try:
+        if not overwrite:
+            resumed = checkpoint.choose(folder, run_args.resume_from_checkpoint)
+        seed = _settle_seed(run_args, resumed)
+    except UserError:
+        outputs.release(folder)
+        raise
     run = Run(accelerator, run_args, seed)
     run._resumed = resumed
     asked, processes = launch.asked_processes() or 1, accelerator.num_processes
@@ -938,25 +980,39 @@ def _together_on_cpu(processes: int) -> str:
     return f"start it with ACCELERATE_USE_CPU=true torchrun --nproc_per_node {processes} {script}"
 
 
-# Everything but checkpoints that a run may leave in its folder.
-_OUTPUTS = """
-    args.json metrics.jsonl finished.json data_report.json README.md report.html contact_sheet.png
-    choices.csv eval_choices.csv logs validation model_index.json model.safetensors transformer unet
-    vae scheduler tokenizer tokenizer_2 tokenizer_3 text_encoder text_encoder_2 text_encoder_3
-    safety_checker feature_extractor image_encoder
-    pytorch_lora_weights.safetensors pytorch_lora_weights_kohya.safetensors
-    pytorch_lora_weights_comfyui.safetensors
-"""
+def _alone(accelerator: accelerate.Accelerator, act: Callable[[], None]) -> None:
+    """Lets one process act before the others go on; what it refuses, all refuse."""
+    trouble = ""
+    if accelerator.is_main_process:
+        try:
+            act()
+        except UserError as error:
+            trouble = str(error)
+    trouble = str(broadcast_object_list([trouble])[0])
+    if trouble:
+        raise UserError(trouble)
 
 
-def _remove_run(folder: Path, result: str) -> None:
-    """Removes what a run wrote, and nothing else that may lie in its folder."""
-    own = [folder / name for name in [*_OUTPUTS.split(), result]]
-    for path in [*own, *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def _take(folder: Path, *, overwrite: bool) -> None:
+    held = outputs.claim(folder, "run", overwrite=overwrite)
+    found = [path.name for _, path in checkpoint.existing(folder)]
+    foreign = [name for name in found if not held.lists(f"{name}/state.json")]
+    if overwrite and foreign:
+        outputs.release(folder)
+        raise UserError(
+            f"--output_dir {folder}: {', '.join(foreign)} was not written by a run in this folder, "
+            "so --overwrite_output_dir leaves it, and it would be taken for the new run's: move it"
+        )
+
+
+def _tracker_files(project: str) -> list[str]:
+    """What the trackers write below the output folder, as patterns: they choose the names."""
+    board = f"logs/{glob.escape(project)}/*"
+    return [
+        *(f"{board}events.out.tfevents.*", f"{board}hparams.yml"),
+        *("logs/wandb/*run-*/*", "logs/wandb/*latest-run", "logs/wandb/*debug*.log"),
+        *("logs/swanlab/run-*/*", "logs/swanlab/.gitignore"),
+    ]
 
 
 def _trackers(choice: str) -> list[Any]:

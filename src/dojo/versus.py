@@ -25,6 +25,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
+from dojo import outputs
 from dojo.pictures import labelled_grid, slug
 from dojo.prompts import Prompt
 from dojo.rewards import Reward
@@ -51,7 +52,7 @@ def draw(
     drawn = make()
     for i, prompt in enumerate(tqdm(prompts, desc=f"prompts ({folder.name})")):
         for seed, picture in zip(seeds, drawn(prompt.text, seeds), strict=True):
-            picture.save(folder / file_name(i, prompt.text, seed))
+            picture.save(outputs.own(folder / file_name(i, prompt.text, seed)))
     del drawn
     gc.collect()  # the hooks of --offload make circles
     torch.cuda.empty_cache()
@@ -81,7 +82,7 @@ def judge(
     texts = [prompt.text for prompt, _ in shown]
     found = {name: compare(base[name], tuned[name], texts) for name in base}
 
-    with (folder / "versus.csv").open("w", newline="", encoding="utf-8") as file:
+    with outputs.own(folder / "versus.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(
             ["prompt", "seed", "file", *(f"{side}/{name}" for name in base for side in SIDES)]
@@ -98,7 +99,7 @@ def judge(
         "rewards": {name: _plain(one) for name, one in found.items()},
     }
     text = json.dumps(summary, indent=1, ensure_ascii=False)
-    (folder / "versus.json").write_text(text + "\n", encoding="utf-8")
+    outputs.own(folder / "versus.json").write_text(text + "\n", encoding="utf-8")
     labels = [f"{p.text} (seed {seed})" if len(seeds) > 1 else p.text for p, seed in shown]
     name = next(iter(base))
     _save_grid(folder, files, labels, name, base[name], tuned[name])
@@ -173,7 +174,7 @@ def _save_grid(
         column_labels=[f"{side}: {name}" for side in SIDES],
         notes=[[f"{base[i]:.4g}", f"{tuned[i]:.4g} ({gains[i]:+.3g})"] for i in order],
     )
-    grid.save(folder / "versus.png")
+    grid.save(outputs.own(folder / "versus.png"))
 
 
 def table(found: Mapping[str, Comparison]) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from dojo import ranges, rollout
+from dojo import outputs, ranges, rollout
 from dojo.bench import supervised
 from dojo.bench.supervised import Rows, Trace
 from dojo.bench.table import markdown
@@ -126,6 +126,7 @@ def main(args: RlArgs, extra: Sequence[str] = ()) -> None:
         UserError: an SD3.5 without CUDA, or no script to start.
         TrainingStopped: of at least one case, after the table of the others.
     """
+    supervised.check_numbers(args)
     model = supervised.model_folder(args)
     results: list[dict[str, Any]] = []
     failed: list[str] = []
@@ -172,6 +173,7 @@ def measure(args: RlArgs, model: Path, extra: Sequence[str]) -> dict[str, Any]:
     run = args.work_dir.absolute() / "runs" / f"{args.model}-{args.method}"
     words = command(args, model, run, extra)
     goal = args.warmup_epochs + args.num_epochs
+    outputs.check(run, "run", overwrite=True, flag="--work_dir")
     trace = supervised.follow(words, run / "metrics.jsonl", goal, epochs_done, "epochs")
     result = summarise(args, trace, read_table(run / "args.json"))
     return {**result, "extra": list(extra)}

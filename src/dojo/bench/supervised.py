@@ -31,7 +31,7 @@ import psutil
 import torch
 from PIL import Image
 
-from dojo import checkpoint, full, lora, ranges, sd3
+from dojo import checkpoint, files, full, lora, outputs, ranges, sd3
 from dojo.bench import limits, models
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError
@@ -147,9 +147,11 @@ def main(args: SupervisedArgs, extra: Sequence[str] = ()) -> None:
         UserError: an SD3.5 without CUDA, or no script to start.
         TrainingStopped: the script ended before its last step.
     """
+    check_numbers(args)
     model, work_dir = model_folder(args), args.work_dir.absolute()
     run = work_dir / "runs" / f"{args.model}-{args.method}"
     words = command(args, model, _make_data(args, work_dir / "datas"), run, extra)
+    outputs.check(run, "run", overwrite=True, flag="--work_dir")
     trace = follow(words, run / "metrics.jsonl", args.warmup_steps + args.num_steps)
     result = summarise(args, trace, read_table(run / "args.json"))
     result["extra"] = list(extra)
@@ -175,9 +177,22 @@ def model_folder(args: CaseArgs) -> Path:
     return models.make_model(args.model, args.dtype, folder)
 
 
+def check_numbers(args: CaseArgs) -> None:
+    """Refuses an `--output` that something else is at.
+
+    Raises:
+        UserError: naming it.
+    """
+    if args.output is not None:
+        files.check_output(
+            args.output, "--output", is_ours=lambda text: '"images_per_s' in text or text == "[]\n"
+        )
+
+
 def write_numbers(args: CaseArgs, numbers: Any) -> None:
     """Writes `--output`, if it is wanted."""
     if args.output is not None:
+        check_numbers(args)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(numbers, indent=1) + "\n")
 

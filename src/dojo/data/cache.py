@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from dojo import files
 from dojo.cli import UserError
 from dojo.data.images import Size
 from dojo.data.options import DataArgs
@@ -86,10 +86,9 @@ def checked(
             source, on_bad_sample=on_bad_sample, num_threads=num_threads, progress=progress
         )
         kept = {"good": good, "bad": [vars(row) for row in bad], "sizes": sizes}
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(kept))
-        temporary.replace(path)
+        files.cache_root(root)
+        with files.whole(path) as file:
+            file.write(json.dumps(kept).encode())
     return replace(source.select(good), sizes=sizes), bad
 
 

@@ -8,8 +8,8 @@ with the same model find what was scored.
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dojo import files
 from dojo.cli import UserError
 from dojo.data.images import Size
 from dojo.data.pairs import Pair, Pairs
@@ -177,11 +178,10 @@ def _scored(pairs: Pairs, score: Score, uses: Sequence[tuple[int, str]]) -> dict
 
 
 def _write(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # Names that are not UTF-8 and halves of characters, which JSON may hold, show their bytes.
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file)
+    with files.whole(path) as binary:
+        # Names that are not UTF-8 and halves of characters, which JSON may hold, show their bytes.
+        text = io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", newline="")
+        writer = csv.writer(text)
         writer.writerow(["image_0", "image_1", "caption", "score_0", "score_1", "label_0"])
         writer.writerows(rows)
-    temporary.replace(path)
+        text.detach()

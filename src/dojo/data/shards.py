@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from dojo import tensors
+from dojo import files, tensors
 from dojo.cli import UserError
 
 FORMAT = 2  # to be raised when the same settings would give other numbers
@@ -90,6 +90,8 @@ class Shards:
             first: shards of lists that were dealt to the processes before this one, so that many
                 short lists do not all begin with process 0.
         """
+        if process == 0:
+            files.sweep(self.folder.parent.glob("*/.*"))  # of kills, in other caches too
         mine = [k for k in self.missing() if (first + k) % num_processes == process]
         damaged = [self.path(k) for k in mine if self.path(k).exists()]
         if damaged:
@@ -158,7 +160,7 @@ def announce(what: str, root: Path, num_bytes: int) -> None:
     Raises:
         UserError: less is free than `num_bytes` and a margin of 5 %.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    files.cache_root(root)
     free = shutil.disk_usage(root).free
     room = f"{num_bytes / 2**30:.2f} GiB in {root}, where {free / 2**30:.2f} GiB are free"
     if num_bytes * 1.05 > free:

@@ -40,6 +40,8 @@ class Args:
 
 def main(args: Args) -> None:
     """Reads, converts, writes, and says what was left out."""
+    if args.output.is_dir():
+        raise UserError(f"--output: {args.output} is a folder; name a file in it")
     if args.output.exists() and not args.overwrite:
         raise UserError(f"--output: {args.output} is there already (--overwrite replaces it)")
     source = find(args.input, "--input")

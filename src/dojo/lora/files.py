@@ -14,7 +14,7 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dojo import tensors
+from dojo import outputs, tensors
 from dojo.cli import UserError
 from dojo.lora import formats, reading
 from dojo.lora.adapter import ADAPTER, LoraArgs, state
@@ -49,7 +49,7 @@ def save(
                 value = sorted(map(formats.any_release, value))
             config[f"{part}.{name}"] = sorted(value) if isinstance(value, set) else value
     metadata = {METADATA: json.dumps(config, indent=2, sort_keys=True)}
-    tensors.save(folder / WEIGHTS, weights, metadata)
+    tensors.save(outputs.own(folder / WEIGHTS), weights, metadata)
 
 
 def export(folder: Path, form: Format) -> Path:
@@ -62,7 +62,7 @@ def export(folder: Path, form: Format) -> Path:
     if form == "diffusers":
         return source
     target = source.with_name(f"{source.stem}_{form}.safetensors")
-    formats.write(target, reading.read(source)[0], form)
+    formats.write(outputs.own(target), reading.read(source)[0], form)
     return target
 
 

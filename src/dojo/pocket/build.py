@@ -25,7 +25,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from dojo import classic, cli, flow, loaded, rng
+from dojo import classic, cli, files, flow, loaded, rng
 from dojo.pocket import build_sd15, models, scenes, score, text, verifier
 from dojo.pocket.fitting import (
     SEED,
@@ -354,11 +354,14 @@ def scores_table(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
     ]
 
 
+_TITLE = "# The pocket models"
+
+
 def report(args: Args, found: Mapping[str, Any]) -> None:
     """Writes models/README.md."""
     size = sum(path.stat().st_size for path in args.models_dir.glob("pocket-*/**/*.safetensors"))
     lines = [
-        "# The pocket models",
+        _TITLE,
         "",
         "`pocket-sd3` is a StableDiffusion3Pipeline (MMDiT with dual attention and qk-norm,",
         "16-channel autoencoder, two CLIP text encoders, T5), `pocket-sd15` a",
@@ -408,6 +411,9 @@ def machine(device: str) -> str:
 
 def main(args: Args) -> None:
     """Runs the stages that are not done yet, then saves and reports."""
+    files.check_output(
+        args.models_dir / "README.md", "--models_dir", is_ours=lambda text: text.startswith(_TITLE)
+    )
     args.work_dir.mkdir(parents=True, exist_ok=True)
     sd3_folder = args.models_dir / "pocket-sd3"
     if "sd3" in args.models:

@@ -21,6 +21,8 @@ import numpy as np
 from PIL import Image
 
 from dojo import cli, ranges
+from dojo.checkpoint import write_whole
+from dojo.cli import UserError
 from dojo.pocket import scenes, style
 from dojo.pocket.score import shape_captions
 
@@ -77,14 +79,19 @@ def main(args: Args) -> None:
     """Draws the pictures and writes them beside their captions."""
     shipped = "datas" if args.set == "hearts" else "outputs"
     folder = args.output_dir or Path(shipped) / f"pocket-{args.set}"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i, (caption, picture) in enumerate(SETS[args.set](args.count)):
-        file = f"{i:03d}.png"
-        Image.fromarray(picture).save(folder / file, optimize=True)
-        rows.append(json.dumps({"file_name": file, "text": caption}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    print(f"{len(rows)} pictures in {folder}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output_dir {folder} is not empty; remove it, or choose another folder")
+
+    def write(inside: Path) -> None:
+        rows = []
+        for i, (caption, picture) in enumerate(SETS[args.set](args.count)):
+            file = f"{i:03d}.png"
+            Image.fromarray(picture).save(inside / file, optimize=True)
+            rows.append(json.dumps({"file_name": file, "text": caption}))
+        (inside / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+
+    write_whole(folder, write)
+    print(f"{args.count} pictures in {folder}")
 
 
 if __name__ == "__main__":

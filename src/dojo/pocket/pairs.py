@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -20,6 +21,8 @@ import transformers
 from PIL import Image
 
 from dojo import cli, loaded, ranges
+from dojo.checkpoint import write_whole
+from dojo.cli import UserError
 from dojo.pocket import scenes, score, verifier
 
 SEEDS = {"train": 21, "held_out": 22, "scenes": 23}  # of captions and scenes; others draw elsewhere
@@ -78,6 +81,17 @@ def main(args: Args) -> None:
     if (folder / "metadata.jsonl").is_file():
         print(f"{folder} holds pairs already: nothing to do")
         return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output_dir {folder} is not empty; remove it, or choose another folder")
+    write_whole(folder, partial(_make, args))
+    with (folder / "metadata.jsonl").open() as file:
+        scores = [score for line in file for score in json.loads(line)["scores"]]
+    mean = sum(scores) / len(scores)
+    print(f"{len(scores)} pictures of {args.num_captions} captions in {folder}, mean {mean:.3f}")
+
+
+def _make(args: Args, folder: Path) -> None:
+    """Draws, ranks and writes into an empty folder."""
     train, held_out = captions(args.num_captions, args.num_held_out)
     (folder / "scenes").mkdir(parents=True, exist_ok=True)
     draw = random.Random(SEEDS["scenes"])
@@ -115,9 +129,7 @@ def main(args: Args) -> None:
             Image.fromarray(verifier.pictures(drawn[place][None])[0]).save(folder / name)
         ranked = [round(scores[place], 6) for place in best_first]
         rows.append({"caption": caption, "images": names, "scores": ranked})
-    _write_rows(folder / "metadata.jsonl", rows)  # last: it says that the folder is complete
-    mean = sum(scores) / len(scores)
-    print(f"{len(scores)} pictures of {len(train)} captions in {folder}, mean score {mean:.3f}")
+    _write_rows(folder / "metadata.jsonl", rows)
 
 
 def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:

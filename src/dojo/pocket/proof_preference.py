@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from dojo import cli, loaded, lora, pictures, ranges
+from dojo import cli, files, loaded, lora, pictures, ranges
 from dojo.cli import UserError
 from dojo.pocket import judge, scenes, score, verifier
 from dojo.statistics import Comparison, Estimate, compare
@@ -127,8 +127,8 @@ class Studio:
                 max_sequence_length=None,
                 seed=0,
             )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, verifier.pictures(images))
+            with files.whole(path) as file:
+                np.save(file, verifier.pictures(images))
         found = np.load(path)
         return Drawn(pictures=found, scores=self._scores(found))
 

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from dojo import cli, loaded, lora, ranges
+from dojo import cli, files, loaded, lora, ranges
 from dojo.pocket import scenes, verifier
 
 
@@ -100,8 +100,13 @@ def generate(
     return torch.cat(pictures)
 
 
+_HEAD = '{\n "base": {'  # how the file begins
+
+
 def main(args: Args) -> None:
     """Prints the scores as a table, base against LoRA."""
+    if args.output is not None:
+        files.check_output(args.output, "--output", is_ours=lambda text: text.startswith(_HEAD))
     captions = (
         shape_captions(args.shape, args.num_captions, args.seed)
         if args.shape

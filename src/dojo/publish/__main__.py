@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dojo.cli import UserError, ended
+from dojo import outputs
+from dojo.cli import UserError, ended, trouble_with_place
 from dojo.publish.card import WEIGHTS, write_card
 from dojo.publish.hubs import PublishArgs, find_result, upload
 from dojo.records import read_table
@@ -59,10 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = find_result(flags.folder)
         args.check(flags.folder)
         if not (flags.folder / "README.md").is_file():
+            for folder in (flags.folder, flags.folder.resolve().parent):  # of a checkpoint's run
+                outputs.join(folder)
             _write_card(flags.folder, weights, args.hub_model_id)
         upload(flags.folder, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (text := trouble_with_place(error)) is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
         return 2
     return 0
 

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dojo.cli import UserError
+from dojo import outputs
+from dojo.cli import UserError, trouble_with_place
 from dojo.report.page import write
 
 
@@ -22,9 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder of a run")
     args = parser.parse_args(argv)
     try:
+        outputs.join(args.folder)
         path = write(args.folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (text := trouble_with_place(error)) is None:
+            raise
+        print(f"error: {text}", file=sys.stderr)
         return 2
     print(path)
     return 0

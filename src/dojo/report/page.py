@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from dojo import files, outputs
 from dojo.cli import UserError
 from dojo.masking import hide
 from dojo.pictures import contact_sheet
@@ -27,10 +28,13 @@ def write(folder: Path) -> Path:
     """Writes `report.html` into the output folder of a run and returns its path.
 
     Raises:
-        UserError: the folder holds no run (neither args.json nor metrics.jsonl).
+        UserError: the folder holds no run (neither args.json nor metrics.jsonl), or another
+            report.html.
     """
     if not any((folder / name).is_file() for name in ("args.json", "metrics.jsonl")):
         raise UserError(f"{folder} holds no run: there is neither args.json nor metrics.jsonl")
+    path = outputs.own(folder / "report.html")
+    files.check_output(path, "report.html", is_ours=lambda text: STYLE[:200] in text)
     record = read_if_whole(folder / "args.json")
     rows, _ = read_rows(folder / "metrics.jsonl")
     card = _read_text(folder / "README.md")
@@ -53,7 +57,6 @@ def write(folder: Path) -> Path:
         f"<section><h2>{name}</h2>{text}</section>" for name, text in sections.items() if text
     )
     facts = _facts(folder, record, rows)
-    path = folder / "report.html"
     page = PAGE.format(title=escape(title), style=STYLE, facts=facts, body=body)
     path.write_text(page, encoding="utf-8")
     return path

@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dojo import files
 from dojo.cli import TrainingStopped, UserError, ended
 from dojo.masking import hide
 from dojo.rewards import Reward, check_prompts, load, table
 from dojo.rewards.folder import RECORDS, read_picture, read_rows
 from dojo.rewards.scorer import DTYPES
+
+_COLUMNS = ("file_name", "prompt", "score", "valid")  # of the table, before the components
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,9 +119,11 @@ def _serve(flags: argparse.Namespace) -> None:
 
 def _score(flags: argparse.Namespace) -> None:
     rows = read_rows(flags.images, flags.prompts)
+    output = flags.output or flags.images / "scores.csv"
+    ours = ",".join(_COLUMNS)
+    files.check_output(output, "--output", is_ours=lambda text: text.startswith(ours))
     reward = _load(flags)
     check_prompts(print, reward, rows)
-    output = flags.output or flags.images / "scores.csv"
     columns: dict[str, list[float]] = {name: [] for name in reward.weights}
     output.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: what a reward that breaks has scored until then stays beside it.
@@ -126,7 +131,7 @@ def _score(flags: argparse.Namespace) -> None:
     try:
         with partial.open("w", newline="", encoding="utf-8") as file, torch.no_grad():
             writer = csv.writer(file)
-            writer.writerow(["file_name", "prompt", "score", "valid", *columns])
+            writer.writerow([*_COLUMNS, *columns])
             for row in tqdm(rows, desc="scoring", unit="picture"):
                 # One at a time: sizes may differ, and a score must not hang on the others.
                 result = reward(read_picture(row.path), [row.text], [row.metadata])

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from dojo import flow, loaded, pipelines
+from dojo import flow, loaded, outputs, pipelines
 from dojo.cli import UserError
 from dojo.pipelines import FLAG, PipelineArgs, PipelineConfig
 from dojo.sd3 import schedule, single_file
@@ -160,6 +160,10 @@ class Config(PipelineConfig):
     def make_scheduler(self, shift: float) -> Any:
         """The model's scheduler, of its own class, with another shift."""
         return schedule.with_shift(self.scheduler, shift)
+
+    def save_scheduler(self, folder: Path, shift: float) -> None:
+        """Writes `scheduler/` into a folder, as diffusers reads it."""
+        outputs.fill(folder / "scheduler", self.make_scheduler(shift).save_pretrained)
 
     def scaled(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """A draw from the autoencoder's posterior, as the transformer sees it: [B, C, h, w]."""

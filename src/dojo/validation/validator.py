@@ -19,6 +19,7 @@ from tqdm import tqdm
 from dojo import sd3
 from dojo.checkpoint import write_file
 from dojo.frozen import Frozen
+from dojo.outputs import clear, own
 from dojo.pictures import contact_sheet, to_pil
 from dojo.training import Run
 from dojo.validation.args import Picture, ValidationArgs
@@ -110,15 +111,16 @@ class Validator:
         if self.run.main:
             sheet = contact_sheet(self.folder, last_step=self.run.step)
             if sheet is not None:
-                sheet.save(self.run.output_dir / "contact_sheet.png")
+                sheet.save(own(self.run.output_dir / "contact_sheet.png"))
 
     def _draw_all(self, network: nn.Module) -> dict[str, float]:
         """Draws this process's pictures; returns {"clip_score": ...} if there is a CLIP."""
         run, folder = self.run, self.folder / f"step-{self.run.step}"
         if run.main:
+            clear(folder)  # what a branch of the run that was left drew
+            for picture in self.pictures:
+                own(folder / picture.file)
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob("*.png"):  # of a branch of the run that was left
-                path.unlink()
         run.accelerator.wait_for_everyone()
         pipeline = self._pipeline(network)
         drawn: list[Image.Image] = []
