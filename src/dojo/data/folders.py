@@ -18,7 +18,7 @@ from dojo.data.columns import (
     one_line,
     spare_columns,
 )
-from dojo.data.images import PICTURE_SUFFIXES
+from dojo.data.formats import picture_suffixes
 from dojo.data.metadata import METADATA_NAMES, Record, file_column, file_path, read_metadata
 from dojo.data.options import DataArgs
 from dojo.data.sources import Captioned, Recipe
@@ -57,7 +57,7 @@ def scan(root: Path, args: DataArgs) -> Folder:
             within = f"{masks.relative_to(root.resolve()).as_posix()}/"
             files = [file for file in files if not file.startswith(within)]
     prefix = f"{args.dataset_split}/" if (root / args.dataset_split).is_dir() else ""
-    pictures = [file for file in files if Path(file).suffix.lower() in PICTURE_SUFFIXES]
+    pictures = [file for file in files if Path(file).suffix.lower() in picture_suffixes()]
     pictures = [file for file in pictures if file.startswith(prefix)]
     tables = (Path(file) for file in files if file.endswith(_TABLE_SUFFIXES))
     return Folder(
@@ -295,7 +295,7 @@ class _Masks:
         by_stem: dict[str, str] = {}
         for file in _visible_files(root):
             stem, suffix = posixpath.splitext(file)
-            if suffix.lower() not in PICTURE_SUFFIXES:
+            if suffix.lower() not in picture_suffixes():
                 continue
             if stem in by_stem:
                 raise UserError(f"{root}: {by_stem[stem]} and {file} are masks of the same picture")
