@@ -60,7 +60,10 @@ ALLOWED: dict[str, set[str]] = {
         *("cli", "flow", "rng", "checkpoint", "data", "frozen", "pictures", "sd3", "training"),
     },
     "pocket": {"cli", "flow", "ddpm", "rng", "lora", "pictures", "statistics", "tensors"},
-    "rewards": {"cli", "pictures", "pocket.verifier"},
+    "rewards": {
+        *("cli", "pictures", "pocket.verifier"),
+        *("data.formats", "data.images", "data.lines"),
+    },
     "versus": {"cli", "pictures", "prompts", "rewards", "statistics"},
     "rl": {
         *("cli", "gaussian", "rng", "samplers", "policy", "rollout", "sd3", "cost", "lora", "full"),

@@ -44,6 +44,7 @@ from dojo.data import (
 )
 from dojo.data import shards as disk
 from dojo.data.choice import Score
+from dojo.data.images import Decoded, decode
 from dojo.pocket import scenes
 
 Row = dict[str, Any]
@@ -318,11 +319,11 @@ def test_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     read: list[str] = []
 
-    def counted(source: Any, name: str) -> Image.Image:
+    def counted(source: Any, name: str) -> Decoded:
         read.append(Path(name).name)
-        return read_image(source, name)
+        return decode(source, name)
 
-    monkeypatch.setattr(sources, "read_image", counted)
+    monkeypatch.setattr(sources, "decode", counted)
     pairs = opened(folder_of(tmp_path / "set", ring(6)))
     for _ in range(2):
         check_pairs(

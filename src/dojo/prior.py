@@ -93,10 +93,11 @@ def draw_class_images(
     missing = args.num_class_images - len(taken)
     names = (f"{found.prefix}class-{k:05d}.png" for k in range(args.num_class_images + len(taken)))
     free = [name for name in names if name not in taken][: max(0, missing)]
-    if free and found.metadata:
+    if free and found.metadata_files:
         raise UserError(
-            f"--class_data_dir {folder} names its {len(taken)} pictures in {found.metadata}, so "
-            f"none can be added: lower --num_class_images {args.num_class_images} to that"
+            f"--class_data_dir {folder} names its {len(taken)} pictures in "
+            f"{', '.join(found.metadata_files)}, so none can be added: lower --num_class_images "
+            f"{args.num_class_images} to that"
         )
     run.accelerator.wait_for_everyone()  # everybody has counted before anybody draws
     mine = free[run.share["process"] :: run.share["num_processes"]]
@@ -151,7 +152,7 @@ def open_class(args: PriorArgs, data_args: data.DataArgs) -> data.Captioned:
     """The class pictures, with the folder's own captions or else the class prompt."""
     class_args = _class_args(args, data_args)
     found = data.scan(args.folder, class_args)
-    if not (found.metadata or found.sidecars):
+    if not (found.metadata_files or found.sidecars):
         class_args = replace(class_args, instance_prompt=args.class_prompt)
     source = data.open_source(str(args.folder), class_args)
     return source.with_recipes(weight=args.prior_loss_weight, is_regularisation=True)
@@ -168,5 +169,6 @@ def _class_args(args: PriorArgs, data_args: data.DataArgs) -> data.DataArgs:
         "mask_dir": None,
         "mask_from_alpha": False,
         "repeats": 1,
+        "repeats_from_folder_names": False,
     }
     return data.args_for(data_args, str(args.folder), own)

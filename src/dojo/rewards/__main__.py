@@ -16,16 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from dojo.cli import TrainingStopped, UserError
+from dojo.data.formats import picture_suffixes
+from dojo.data.images import BadSample, read_image
+from dojo.data.lines import split_lines, split_options
 from dojo.rewards import Reward, load, table
 from dojo.rewards.scorer import DTYPES
 from dojo.rewards.server import Server
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,15 +140,15 @@ def read_rows(folder: Path, prompts: Path) -> list[dict]:
         raise UserError(f"--images: there is no folder {folder}")
     if not prompts.is_file():
         raise UserError(f"--prompts: there is no file {prompts}")
-    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
-    lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in picture_suffixes())
+    lines = split_lines(prompts.read_text(encoding="utf-8-sig"))
     if prompts.suffix != ".jsonl":
         if len(lines) != len(pictures) or not lines:
             raise UserError(
                 f"{prompts} has {len(lines)} prompts, {folder} {len(pictures)} pictures"
             )
         return [
-            {"path": path, "prompt": line.strip(), "metadata": {}}
+            {"path": path, "prompt": _prompt(prompts, line), "metadata": {}}
             for path, line in zip(pictures, lines, strict=True)
         ]
     rows = []
@@ -170,13 +170,20 @@ def read_rows(folder: Path, prompts: Path) -> list[dict]:
     return rows
 
 
+def _prompt(file: Path, line: str) -> str:
+    """The prompt of a line, without the options that a picture was drawn with."""
+    try:
+        return split_options(line)[0]
+    except ValueError as error:
+        raise UserError(f"{file}: {line!r}: {error}") from None
+
+
 def read_picture(path: Path) -> Tensor:
     """float32 [1, 3, H, W] in [0, 1]."""
     try:
-        with Image.open(path) as picture:
-            pixels = np.array(picture.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--images: {path} cannot be read ({error})") from error
+        pixels = np.array(read_image(path, str(path)))
+    except BadSample as error:
+        raise UserError(f"--images: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
 
