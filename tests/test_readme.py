@@ -17,6 +17,7 @@ OTHERS = {
     *("--help", "--dev", "--nproc_per_node", "--quiet", "--source", "--config_file", "--multi_gpu"),
     *("--shape", "--lora_weights_path", "--compare", "--num_processes"),
     *("--images", "--prompts", "--host", "--port"),  # python -m dojo.rewards
+    *("--n", "--w", "--h", "--d", "--s", "--l"),  # behind a prompt in a text file
     *("--table", "--long", "--short"),  # scripts/prove_rl.sh, scripts/prove_preference.sh
 }
 

@@ -120,7 +120,7 @@ def _conversion(profile: bytes, kind: str) -> _Conversion:
     """The conversion of pictures of a kind: GRAY, RGB or CMYK."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        space = source.profile.xcolor_space.strip()
+        space = str(getattr(source.profile, "xcolor_space", "")).strip()
         # Grey pictures often carry the profile of the colour pictures they were made from.
         if space != kind and (kind, space) != ("GRAY", "RGB"):
             return _Conversion("", None)

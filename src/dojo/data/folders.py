@@ -418,11 +418,8 @@ class _Repeats:
         found = [_REPEATED.match(top) if slash else None for top, slash, _ in tops]
         names = list(dict.fromkeys(match[0] for match in found if match))
         if not args.repeats_from_folder_names:
-            told = [
-                f"the number before {', '.join(names)} is no count here; "
-                "--repeats_from_folder_names uses each of their pictures so often"
-            ]
-            return cls((recipe,), [0] * len(rows), told if names else [])
+            told = f"{', '.join(names)} count once; --repeats_from_folder_names takes their numbers"
+            return cls((recipe,), [0] * len(rows), [told] if names else [])
         if not names:
             raise UserError(
                 f"{folder.root}: --repeats_from_folder_names, but no sub-folder with pictures has "
