@@ -12,6 +12,7 @@ from PIL import Image
 from dojo import flow, frozen, lora, sd3, training
 from dojo.cli import UserError
 from dojo.data import Batch
+from dojo.data.colour import BAD_PROFILE
 
 from .conftest import MakeArgs
 
