@@ -45,8 +45,9 @@ class Args:
     prompt: tuple[str, ...] = ()
     """one or more prompts"""
     prompt_file: Path | None = None
-    """more prompts: .txt with one per line, or .json, .jsonl or .csv with a column prompt (or text,
-    or caption), whose other columns go to the rewards"""
+    """more prompts: .txt with one per line (behind it --n, --w, --h, --d, --s, --l as in kohya's
+    sample prompts: negative prompt, width, height, seed, steps, guidance), or .json, .jsonl or .csv
+    with a column prompt (or text, or caption), whose other columns go to the rewards"""
     negative_prompt: str | None = None
     """what the pictures should not show"""
     lora_weights_path: tuple[str, ...] = ()
@@ -125,8 +126,11 @@ def main(args: Args) -> None:
 
 def write_pictures(args: Args) -> None:
     """The same in a folder that has been taken."""
-    in_file = read_file(args.prompt_file, "--prompt_file") if args.prompt_file else []
-    prompts = [*(Prompt(text=text) for text in args.prompt), *in_file]
+    prompts = [Prompt(text=text) for text in args.prompt]
+    if args.prompt_file:  # pictures that are to be compared are drawn alike
+        alike = args.versus is not None
+        prompts += read_file(args.prompt_file, "--prompt_file", with_options=not alike)
+    wishes = [with_options(args, prompt) for prompt in prompts]
     device = inference.choose_device(args.device, args.offload)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     seeds = [seed + k for k in range(args.num_images_per_prompt)]
@@ -141,19 +145,20 @@ def write_pictures(args: Args) -> None:
     rows: list[list[Image.Image]] = []
     records: list[dict[str, Any]] = []
     for i, prompt in enumerate(tqdm(prompts, desc="prompts")):
+        own = [prompt.options.get("seed", seed) + k for k in range(len(seeds))]
         columns: list[list[Image.Image]] = []
         if args.compare:
             pipeline.scheduler = base_scheduler
             pipeline.disable_lora()
-            columns.append(draw(pipeline, args, prompt.text, seeds))
+            columns.append(draw(pipeline, wishes[i], prompt.text, own))
             pipeline.enable_lora()
         pipeline.scheduler = tuned_scheduler
-        columns.append(draw(pipeline, args, prompt.text, seeds))
+        columns.append(draw(pipeline, wishes[i], prompt.text, own))
         for k, picture in enumerate(columns[-1]):
-            file = versus.file_name(i, prompt.text, seeds[k])
+            file = versus.file_name(i, prompt.text, own[k])
             picture.save(outputs.own(args.output_dir / file))
-            about = {"file": file, "prompt": prompt.text, "seed": seeds[k]}
-            records.append({**prompt.metadata, **about})
+            about = {"file": file, "prompt": prompt.text, "seed": own[k]}
+            records.append({**prompt.metadata, **prompt.options, **about})
             rows.append([column[k] for column in columns])
     summary = {"options": options_of(args), "pictures": records}
     text = json.dumps(summary, indent=1, ensure_ascii=False)
@@ -163,6 +168,16 @@ def write_pictures(args: Args) -> None:
         grid = labelled_grid(rows, row_labels=labels, column_labels=["before", "after"])
         grid.save(outputs.own(args.output_dir / "compare.png"))
     print(f"{len(records)} pictures in {args.output_dir}")
+
+
+def with_options(args: Args, prompt: Prompt) -> Args:
+    """The options as the line of a prompt changes them; its seed is not among them."""
+    names = {"negative": "negative_prompt"}
+    said = {names.get(key, key): value for key, value in prompt.options.items() if key != "seed"}
+    try:
+        return replace(args, **said)
+    except ValueError as error:
+        raise UserError(f"--prompt_file: {prompt.text!r}: {error}") from error
 
 
 def judge(

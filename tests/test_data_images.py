@@ -97,8 +97,10 @@ def test_cmyk_jpeg_has_the_right_colour() -> None:
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_keeps_its_high_byte(form: str) -> None:
+    # Beside a white pixel, because what is dark all over is refused.
     for value, expected in [(0, 0), (255, 0), (256, 1), (0x80FF, 0x80), (65535, 255)]:
-        data = encoded(Image.fromarray(np.full((4, 4), value, dtype=np.uint16)), form)
+        values = np.array([[value, 65535]], dtype=np.uint16)
+        data = encoded(Image.fromarray(values), form)
         assert pixel(data) == (expected,) * 3
 
 
@@ -108,7 +110,30 @@ def test_big_endian_and_32_bit_grey_keep_the_same_byte() -> None:
     assert pixel(encoded(big_endian, "TIFF")) == (0x80,) * 3
     assert pixel(Image.new("I", (2, 2), 0x8001)) == (0x80,) * 3
     assert pixel(Image.new("I", (2, 2), -5)) == (0, 0, 0)
-    assert pixel(Image.new("I", (2, 2), 1 << 20)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("brightest", [1, 255, 1023, 4095])
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_grey_that_would_come_out_black_is_refused_by_name(brightest: int, kind: type) -> None:
+    values = np.linspace(0, brightest, 16).reshape(4, 4).astype(kind)
+    with pytest.raises(BadSample, match=rf"scan\.tif: .* black, .* {brightest:,} of 65,535"):
+        read_image(encoded(Image.fromarray(values), "TIFF"), "scan.tif")
+    assert pixel(encoded(Image.fromarray(values * 0), "TIFF")) == (0, 0, 0)  # black indeed
+
+
+def test_grey_of_32_bits_beyond_16_is_refused_by_name() -> None:
+    with pytest.raises(BadSample, match=r"depth\.tif: grey of 32 bits, up to 1,048,576"):
+        read_image(encoded(Image.new("I", (2, 2), 1 << 20), "TIFF"), "depth.tif")
+
+
+def test_colours_of_16_bits_are_scaled_unless_they_hold_12() -> None:
+    def rgb16(values: tuple[int, int, int]) -> bytes:
+        rows = b"".join(b"\0" + struct.pack(">3H", *values) * 2 for _ in range(2))
+        return png_of(struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0), rows)
+
+    assert pixel(rgb16((65535, 0x8000, 300))) == (255, 128, 1)
+    with pytest.raises(BadSample, match=r"raw\.png: .* black, .* 15 of 255"):
+        read_image(rgb16((4095, 2000, 0)), "raw.png")
 
 
 def test_one_bit_grey_and_8_bit_grey_read_as_grey() -> None:
@@ -173,14 +198,17 @@ def test_postscript_is_never_interpreted() -> None:
         read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "x.jpg")
 
 
-def png_that_claims(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        checksum = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+def png_of(header: bytes, rows: bytes, *others: tuple[bytes, bytes]) -> bytes:
+    """A PNG of its IHDR, the unpacked rows, and other chunks before them."""
+    chunks = [(b"IHDR", header), *others, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+
+def png_that_claims(width: int, height: int) -> bytes:
+    return png_of(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

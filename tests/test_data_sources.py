@@ -15,20 +15,26 @@ import torch.utils.data
 import tyro
 from PIL import Image
 
+from dojo.cli import UserError
 from dojo.data import (
     BadReport,
     BadSample,
     Captioned,
     DataArgs,
     Recipe,
+    checked,
+    formats,
     join,
     open_evaluation,
     open_source,
     open_training,
     read_image,
+    seen,
     split,
+    told_notes,
     verify,
 )
+from dojo.data.colour import BAD_PROFILE
 from dojo.data.folders import caption_of_name
 
 COLOURS = ("red", "lime", "blue", "white", "black")
@@ -383,13 +389,123 @@ def test_broken_metadata_names_the_file(
         source_of(tmp_path)
 
 
-@pytest.mark.parametrize(("second", "told"), [("x", "the same caption"), ("y", "different")])
-def test_a_file_named_twice_is_an_error(tmp_path: Path, second: str, told: str) -> None:
+def test_several_rows_of_one_picture_are_its_captions(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 2)
+    rows = [("0.png", "a"), ("1.png", "b"), ("./0.png", "c"), ("0.png", "a"), ("1.png", " ")]
+    write_jsonl(tmp_path, [{"file_name": name, "text": text} for name, text in rows])
+    source = source_of(tmp_path)
+    assert [Path(name).name for name in source.names] == ["0.png", "1.png"]
+    assert source.captions == [("a", "c"), ()]
+    assert reasons_of(source) == {"1.png": "the caption is empty"}
+
+
+def test_paths_of_windows_are_read(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "a" / "b", 1)
+    rows = b"file_name,text\r\na\\b\\0.png,x\r\n..\\0.png,y\r\n\\0.png,z\r\n"
+    (tmp_path / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + rows)
+    source = source_of(tmp_path)
+    assert source.captions[0] == ("x",)
+    assert source.read(0).size == (12, 8)
+    assert "climbs out" in source.problems[1]
+    assert "absolute path" in source.problems[2]
+
+
+def test_metadata_in_sub_folders_is_read(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        folder_of(tmp_path / name, 2)
     write_pictures(tmp_path, 1)
-    rows = [{"file_name": "0.png", "text": "x"}, {"file_name": "./0.png", "text": second}]
-    write_jsonl(tmp_path, rows)
-    with pytest.raises(ValueError, match=rf"0\.png twice, in line 1 and line 2, with {told}"):
+    source = source_of(tmp_path)
+    assert source.captions[:4] == [("caption 0.png",), ("caption 1.png",)] * 2
+    assert [Path(name).parent.name for name in source.names[:4]] == ["cats"] * 2 + ["dogs"] * 2
+    assert reasons_of(source) == {"0.png": "the metadata of other folders has no row for it"}
+    assert "cats/metadata.jsonl, dogs/metadata.jsonl" in source.description
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"file_name": "0.png", "text": "a"}, {"file_name": "1.png", "text": "b"}],
+        {"0.png": "a", "1.png": "b"},
+        {"0.png": {"caption": "a", "tags": "x"}, "1.png": {"caption": "b"}},
+    ],
+)
+def test_metadata_may_be_json(tmp_path: Path, content: Any) -> None:
+    write_pictures(tmp_path, 2)
+    (tmp_path / "metadata.json").write_text(json.dumps(content))
+    assert source_of(tmp_path).captions == [("a",), ("b",)]
+
+
+def test_json_that_names_no_picture_is_counted_and_left_alone(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 1)
+    (tmp_path / "0.txt").write_text("a")
+    (tmp_path / "metadata.json").write_text(json.dumps({"name": "a set", "version": 1}))
+    source = source_of(tmp_path)
+    assert source.captions == [("a",)]
+    assert "not read: 1 .json files (captions of other trainers" in source.description
+
+
+def test_what_is_not_read_is_counted_by_kind_with_what_would_read_it(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "train", 2)
+    for index in range(2):
+        (tmp_path / "train" / f"{index}.txt").write_text("a star")
+    others = {
+        **dict.fromkeys(("IMG_1.CR2", "IMG_2.cr2", "IMG_3.CR2"), "export them as PNG or JPEG"),
+        "IMG_1.txt": "",
+        "00000.tar": "tar -xf",
+        "notes": "",
+    }
+    for name in others:
+        (tmp_path / "train" / name).write_bytes(b"x")
+    write_pictures(tmp_path / "test", 2)
+    source = source_of(tmp_path)
+    assert len(source) == 2
+    counted = {unread.kind: (unread.count, unread.remedy) for unread in source.unread}
+    assert counted == {
+        ".cr2 files": (3, "export them as PNG or JPEG"),
+        "files outside train/ (--dataset_split)": (2, ""),
+        ".txt files without a picture that is read": (1, ""),
+        ".tar files": (1, counted[".tar files"][1]),
+        "files without an ending": (1, ""),
+    }
+    assert "tar -xf" in counted[".tar files"][1]
+    assert "not read: 3 .cr2 files (export them as PNG or JPEG), 2 files" in source.description
+    assert join([source, source]).unread == source.unread * 2
+    assert source.select([0]).unread == source.unread
+
+
+def test_a_folder_without_readable_files_says_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "00000.tar").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no data found; .*; not read: 1 \.tar files \(.*tar -xf"):
         source_of(tmp_path)
+
+
+def test_photographs_of_a_telephone_are_read_with_the_plugin(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif")
+    assert ".heic" in formats.picture_suffixes()
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "IMG_1.heic")
+    (tmp_path / "IMG_1.heic").rename(tmp_path / "IMG_1.HEIC")
+    (tmp_path / "IMG_1.txt").write_text("a wall")
+    source = source_of(tmp_path)
+    assert source.captions == [("a wall",)]
+    assert source.read(0).size == (64, 48)
+    assert source.unread == ()
+
+
+def test_what_was_done_to_pictures_is_counted_and_remembered(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "set", 3)
+    for index in (0, 2):
+        Image.new("RGB", (8, 8)).save(folder / f"{index}.png", icc_profile=b"no profile")
+    source = source_of(folder)
+
+    def look() -> Captioned:
+        root = tmp_path / "cache"
+        return checked(source, root, on_bad_sample="error", num_threads=2, progress=False)[0]
+
+    good = look()
+    assert good.notes == {BAD_PROFILE: 2}
+    assert look().notes == good.notes  # remembered, not decoded again
+    assert told_notes(good, good) == [f"  4 pictures {BAD_PROFILE}"]
+    assert seen(good, good) == {"not_read": [], "pictures_read": {BAD_PROFILE: 4}}
 
 
 def test_two_metadata_files_are_an_error(tmp_path: Path) -> None:
@@ -418,6 +534,55 @@ def test_each_line_of_a_sidecar_is_a_caption(tmp_path: Path) -> None:
     ]
     assert ".txt" in source.description
     assert "several captions for 1 of them" in source.description
+
+
+def test_caption_files_may_end_in_caption(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 3)
+    (tmp_path / "0.caption").write_text("a\nb\n")
+    (tmp_path / "1.txt").write_text("c")
+    (tmp_path / "2.caption").write_text("d")
+    (tmp_path / "2.txt").write_text("e")
+    source = source_of(tmp_path)
+    assert source.captions[:2] == [("a", "b"), ("c",)]
+    assert reasons_of(source) == {"2.png": "both 2.txt and 2.caption are there; keep one of them"}
+    assert "lines of .txt and .caption files" in source.description
+
+
+def kohya_folder(root: Path) -> Path:
+    for name, count in (("10_sks heart", 1), ("1_a_blue-heart", 2)):
+        for picture in write_pictures(root / name, count):
+            (root / name / picture).with_suffix(".txt").write_text(f"of {name}")
+    return root
+
+
+def test_repeats_of_folder_names_count_when_asked_for(tmp_path: Path) -> None:
+    root = kohya_folder(tmp_path)
+    source = source_of(root, repeats=2)
+    assert source.recipe(0).repeats == 2
+    assert "10_sks heart, 1_a_blue-heart count once; --repeats_from_fold" in source.description
+    source = source_of(root, repeats=2, repeats_from_folder_names=True)
+    repeats = {source.captions[k][0]: source.recipe(k).repeats for k in range(3)}
+    assert repeats == {"of 10_sks heart": 20, "of 1_a_blue-heart": 2}
+    write_pictures(root / "0_none", 1)
+    with pytest.raises(UserError, match=r"0_none/0\.png would be used 0 times"):
+        source_of(root, repeats_from_folder_names=True)
+    with pytest.raises(UserError, match="no sub-folder with pictures has a name like 10_sks"):
+        source_of(folder_of(tmp_path / "plain"), repeats_from_folder_names=True)
+
+
+def test_folder_names_may_be_captions(tmp_path: Path) -> None:
+    root = kohya_folder(tmp_path)
+    write_pictures(root / "red_star" / "deep red", 1)
+    write_pictures(root, 1)
+    source = source_of(root, caption_strategy="folder")
+    folders = [Path(name).parent.name for name in source.names]
+    captions = dict(zip(folders, source.captions, strict=True))
+    assert captions["10_sks heart"] == ("sks heart",)
+    assert captions["1_a_blue-heart"] == ("a blue heart",)
+    assert captions["deep red"] == ("deep red",)
+    assert reasons_of(source) == {
+        "0.png": "it lies in no sub-folder whose name could be its caption"
+    }
 
 
 def test_missing_empty_and_foreign_sidecars_are_reported(tmp_path: Path) -> None:

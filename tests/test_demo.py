@@ -46,6 +46,11 @@ def flags_for(model: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
+def picture(path: Path) -> Image.Image:
+    with Image.open(path) as opened:
+        return opened.convert("RGB")
+
+
 def test_prompts_from_flags_and_files_get_safe_names_and_a_record(
     tiny_sd3: Path, tmp_path: Path
 ) -> None:
@@ -63,6 +68,24 @@ def test_prompts_from_flags_and_files_get_safe_names_and_a_record(
     assert record["pictures"][0]["file"] == "0000-a_b-seed4.png"
     for row in record["pictures"]:
         assert Image.open(tmp_path / "out" / row["file"]).size == (64, 64)
+
+
+def test_options_behind_a_prompt_change_its_picture_alone(tiny_sd3: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a star --n dark --w 32 --h 64 --d 9 --s 3 --l 2.5\na ring\n")
+    both = ("--prompt_file", str(file), "--seed", "4")
+    demo.main(parse(*flags_for(tiny_sd3, tmp_path / "file", *both)))
+    record = json.loads((tmp_path / "file" / "prompts.json").read_text())["pictures"]
+    assert [(row["prompt"], row["seed"]) for row in record] == [("a star", 9), ("a ring", 4)]
+    assert record[0]["guidance_scale"] == 2.5
+    wishes = ("--negative_prompt", "dark", "--width", "32", "--height", "64", "--seed", "9")
+    wishes += ("--num_inference_steps", "3", "--guidance_scale", "2.5", "--prompt", "a star")
+    demo.main(parse(*flags_for(tiny_sd3, tmp_path / "flags", *wishes)))
+    demo.main(parse(*flags_for(tiny_sd3, tmp_path / "plain", "--prompt", "a ring", "--seed", "4")))
+    drawn = [picture(tmp_path / "file" / row["file"]) for row in record]
+    assert drawn[0].size == (32, 64)
+    assert drawn[0].tobytes() == picture(tmp_path / "flags" / "0000-a_star-seed9.png").tobytes()
+    assert drawn[1].tobytes() == picture(tmp_path / "plain" / "0000-a_ring-seed4.png").tobytes()
 
 
 def test_a_picture_depends_on_its_own_seed_alone(tiny_sd3: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from dojo import flow, frozen, lora, sd3, training
 from dojo.cli import UserError
 from dojo.data import Batch
+from dojo.data.colour import BAD_PROFILE
 
 from .conftest import MakeArgs
 
@@ -186,12 +187,20 @@ def test_the_report_lists_buckets_and_counts(
     for i, size in enumerate([(64, 64), (128, 32), (32, 128), (96, 48)]):
         Image.new("RGB", size, "red").save(pictures / f"{i}.png")
         (pictures / f"{i}.txt").write_text(f"picture {i}")
+    Image.new("RGB", (64, 64)).save(pictures / "0.png", icc_profile=b"no profile")
+    (pictures / "IMG_1.CR2").write_bytes(b"x")
     flags = ("--dataset_name", str(pictures), "--aspect_buckets", "--bucket_step", "16")
     opened = Opened(lora_args(tmp_path, *flags))
     report = json.loads((opened.run.output_dir / "data_report.json").read_text())
     assert report["train"] == 4
     assert sum(row["pictures"] for row in report["buckets"]) == 4
-    assert "128" in capsys.readouterr().out
+    remedy = "export them as PNG or JPEG"
+    assert report["not_read"] == [{"kind": ".cr2 files", "count": 1, "remedy": remedy}]
+    assert report["pictures_read"] == {BAD_PROFILE: 1}
+    said = capsys.readouterr().out
+    assert "128" in said
+    assert f"not read: 1 .cr2 files ({remedy})" in said
+    assert f"1 pictures {BAD_PROFILE}" in said
     for batch in opened.batches(8):
         assert len(set(batch["size"])) == 1
         height, width = batch["size"][0]

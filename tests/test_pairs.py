@@ -44,6 +44,7 @@ from dojo.data import (
 )
 from dojo.data import shards as disk
 from dojo.data.choice import Score
+from dojo.data.images import Decoded, decode
 from dojo.pocket import scenes
 
 Row = dict[str, Any]
@@ -322,16 +323,31 @@ def test_a_bad_picture_takes_all_its_pairs_along(tmp_path: Path) -> None:
         check_pairs(*(opened(root), tmp_path / "cache"), on_bad_sample="skip", num_threads=1)
 
 
+def test_files_beside_the_pairs_are_counted(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "set", ring(4))
+    (root / "IMG_1.CR2").write_bytes(b"x")
+    (root / "spare.png").write_bytes(PICTURES["0.png"])
+    pairs = opened(root)
+    assert [(one.count, one.kind) for one in pairs.pictures.unread] == [
+        (len(PICTURES) + 1 - 4, "pictures that metadata.jsonl does not name"),
+        (1, ".cr2 files"),
+    ]
+    assert (
+        f"not read: {len(PICTURES) - 3} pictures that metadata.jsonl does not name"
+        in pairs.description
+    )
+
+
 def test_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dojo.data import sources
 
     read: list[str] = []
 
-    def counted(source: Any, name: str) -> Image.Image:
+    def counted(source: Any, name: str) -> Decoded:
         read.append(Path(name).name)
-        return read_image(source, name)
+        return decode(source, name)
 
-    monkeypatch.setattr(sources, "read_image", counted)
+    monkeypatch.setattr(sources, "decode", counted)
     pairs = opened(folder_of(tmp_path / "set", ring(6)))
     for _ in range(2):
         check_pairs(

@@ -89,6 +89,47 @@ def test_a_text_file_gives_a_prompt_per_line(tmp_path: Path) -> None:
     assert read_file(path, "--x") == [Prompt(text="a star"), Prompt(text="一颗红心")]
 
 
+def test_only_line_feeds_end_a_prompt_and_each_is_on_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("a\u2028star\x0c, red\x85sky\na cat\r\n".encode())
+    assert texts(read_file(path, "--x")) == ["a star , red sky", "a cat"]
+
+
+def test_options_behind_a_prompt_are_no_words_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(
+        "a star --n blurry, dark --w 64 --h 32 --d 7 --s 4 --l 2.5\na --no cat --ar 3\n"
+    )
+    first, second = read_file(path, "--x", with_options=True)
+    assert first == Prompt(
+        text="a star",
+        options={
+            "negative": "blurry, dark",
+            **{"width": 64, "height": 32, "seed": 7},
+            **{"num_inference_steps": 4, "guidance_scale": 2.5},
+        },
+    )
+    assert second == Prompt(text="a --no cat --ar 3")
+    with pytest.raises(UserError, match=r"^--x: .*'a star --n .*\(--n, --w, --h, --d, --s, --l\)"):
+        read_file(path, "--x")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a --w wide", "--w wide is no int"),
+        ("a --s", "--s  is no int"),
+        ("a --n --w 64", "--n has no value"),
+        ("a --w 64 --w 32", "--w stands twice"),
+        ("--w 64", "there is no prompt before"),
+    ],
+)
+def test_wrong_options_behind_a_prompt_are_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "a.txt").write_text(line)
+    with pytest.raises(UserError, match=f"^--x: .*{message}"):
+        read_file(tmp_path / "a.txt", "--x", with_options=True)
+
+
 def test_the_other_columns_of_a_row_become_metadata(tmp_path: Path) -> None:
     jsonl = tmp_path / "a.jsonl"
     rows = [
@@ -148,7 +189,7 @@ def test_a_list_in_json_is_read_as_the_rows_of_a_table(tmp_path: Path) -> None:
         ("a.json", b'["a", ["b"]]', "a.json row 2: neither a prompt nor a JSON object"),
         ("a.json", b'["a", " "]', r"\(row 2: prompt is empty\)"),
         ("a.json", b'[{"text": "a"}, {"id": 1}]', r"\(row 2: no prompt or text or caption; it has"),
-        ("a.json", b"\xff\xfe", "a.json cannot be read"),
+        ("a.json", b"\xff\xfe", "a.json is not UTF-8"),
         ("missing.json", None, "missing.json cannot be read"),
         ("a.JSON", b'["a"]', "a.JSON is none of .txt, .jsonl, .csv, .json"),
         ("a.tsv", b"a\tb", "a.tsv is none of"),

@@ -18,6 +18,7 @@ OTHERS = {
     *("--shape", "--lora_weights_path", "--compare", "--num_processes"),
     *("--images", "--prompts", "--host", "--port"),  # python -m dojo.rewards
     "--partial",  # python -m dojo.lora
+    *("--n", "--w", "--h", "--d", "--s", "--l"),  # behind a prompt in a text file
     *("--table", "--long", "--short"),  # scripts/prove_rl.sh, scripts/prove_preference.sh
 }
 

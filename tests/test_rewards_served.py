@@ -534,12 +534,14 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_folder_is_scored_into_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "prompts.txt").write_text('one, "two"\nzwei\n三\n', encoding="utf-8")
+    # The last was drawn with options, which are no words of it; U+2028 ends no line.
+    text = 'one, "two"\nz\u2028wei\n三 --w 64 --h 32\n'
+    (folder / "prompts.txt").write_text(text, encoding="utf-8")
     arguments = ["--images", str(folder), "--prompts", str(folder / "prompts.txt")]
     spec = "jpeg_compressibility=2,jpeg_incompressibility"
     assert command.main(["score", spec, "--device", "cpu", *arguments]) == 0
     rows = read_csv(folder / "scores.csv")
-    assert [row["prompt"] for row in rows] == ['one, "two"', "zwei", "三"]
+    assert [row["prompt"] for row in rows] == ['one, "two"', "z\u2028wei", "三"]
     for row in rows:
         buffer = io.BytesIO()
         Image.open(folder / row["file_name"]).save(buffer, "JPEG", quality=95)
@@ -662,7 +664,7 @@ def test_a_folder_that_says_nothing_is_refused(
         ('{"file_name": "0.png"}', "p.jsonl", "entry 1 has no text"),
         ('{"file_name": "9.png", "text": "a"}', "p.jsonl", "9.png"),
         ('{"file_name": "../0.png", "text": "a"}', "p.jsonl", "out of the folder"),
-        ('{"file_name": "notes.txt", "text": "a"}', "p.jsonl", "notes.txt cannot be read"),
+        ('{"file_name": "notes.txt", "text": "a"}', "p.jsonl", "notes.txt: not a picture"),
         ("", "p.jsonl", "empty"),
     ],
 )

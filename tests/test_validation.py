@@ -193,6 +193,18 @@ def test_every_format_says_the_same(tmp_path: Path, suffix: str, text: str) -> N
 def test_a_text_file_is_a_prompt_per_line_and_a_table_names_its_prompts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a star\n\n  一只猫  \n", encoding="utf-8")
     assert read_prompts(tmp_path / "a.txt") == [Entry(prompt="a star"), Entry(prompt="一只猫")]
+    (tmp_path / "a.txt").write_bytes(
+        "a --w 64 --h 32 --d 3 --n b c\nd\u2028e\x85f\x0cg\r\n".encode()
+    )
+    assert read_prompts(tmp_path / "a.txt") == [
+        Entry(prompt="a", negative="b c", size=(32, 64), seed=3),
+        Entry(prompt="d\u2028e\x85f\x0cg"),
+    ]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "a.jsonl") == [Entry(prompt="a\u2028b")]
+    (tmp_path / "a.txt").write_text("a --w 64 --s many\n")
+    with pytest.raises(UserError, match="--s many is no int"):
+        read_prompts(tmp_path / "a.txt")
     (tmp_path / "b.yaml").write_text("night: a star at night\ncat: {prompt: a cat, seed: 3}\n")
     assert read_prompts(tmp_path / "b.yaml") == [
         Entry(prompt="a star at night", name="night"),

@@ -95,9 +95,10 @@ class Sources:
         counts = {"train": len(self.train), "held_out": len(self.held_out or ())}
         buckets = self.plan.rows(batch_size) if self.plan else []
         left_out = [asdict(row) for row in self.left_out]
+        sources = [source for source in (self.train, self.held_out) if source is not None]
         return json.dumps(
             {**counts, "description": self.train.description, "buckets": buckets}
-            | {"left_out": left_out},
+            | {"left_out": left_out, **data.seen(*sources)},
             indent=1,
             ensure_ascii=False,
         )
@@ -205,6 +206,8 @@ def open_sources(run: Run, args: Options) -> Sources:
         if args.data.eval_data_dir:
             held_out = data.open_evaluation(args.data)
     run.say(source.description)
+    if args.data.eval_data_dir and held_out is not None:
+        run.say(held_out.description)
     refuse_inside(run.output_dir, args.data.location, "output_dir")
     return Sources(train, held_out)
 
@@ -273,6 +276,8 @@ def check_samples(
     run.say(f"pictures: {counts}, {len(bad)} left out")
     for row in bad[:10]:
         run.say(f"  left out: {row.name}: {row.reason}")
+    for line in data.told_notes(train, *([held_out] if held_out else [])):
+        run.say(line)
     return Sources(train, held_out, bad, plan, eval_plan)
 
 

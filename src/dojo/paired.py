@@ -65,6 +65,7 @@ class Sources:
         dropped = {"ties": self.train.num_ties, "of_one_picture": self.train.num_same}
         left_out = [asdict(row) for row in self.left_out]
         about = {"description": self.train.description, "left_out": left_out}
+        about |= data.seen(self.train.pictures)
         return json.dumps({**counts, **dropped, **about}, indent=1, ensure_ascii=False)
 
 
@@ -99,6 +100,8 @@ def open_sources(run: Run, args: Options) -> Sources:
     run.say(f"pairs: {counts}, {len(left_out)} left out")
     for row in left_out[:10]:
         run.say(f"  left out: {row.name}: {row.reason}")
+    for line in data.told_notes(everything.pictures):
+        run.say(line)
     return Sources(train, held_out, left_out)
 
 

@@ -140,4 +140,6 @@ def open_pictures(
         )
     frozen.refuse_inside(run.output_dir, args.location, "output_dir")
     run.say(f"pre-training loss: {source.description}, {len(source)} pictures")
+    for line in data.told_notes(source):
+        run.say(line)
     return Pretraining(source, data.assign(source, options, config.pixel_step), options)

@@ -95,7 +95,8 @@ def draw_class_images(
     missing = max(0, args.num_class_images - len(taken))
     names = (f"{found.prefix}class-{k:05d}.png" for k in range(args.num_class_images + len(taken)))
     free = [name for name in names if name not in taken and not (folder / name).exists()][:missing]
-    if free and (found.metadata or any(not _DRAWN.fullmatch(Path(name).name) for name in taken)):
+    own = any(not _DRAWN.fullmatch(Path(name).name) for name in taken)
+    if free and (found.metadata_files or own):
         raise UserError(
             f"--class_data_dir {folder} holds {len(taken)} pictures of your own, and none is drawn "
             f"among them: --num_class_images {len(taken)} takes them as they are, an empty folder "
@@ -153,7 +154,7 @@ def open_class(args: PriorArgs, data_args: data.DataArgs) -> data.Captioned:
     """The class pictures, with the folder's own captions or else the class prompt."""
     class_args = _class_args(args, data_args)
     found = data.scan(args.folder, class_args)
-    if not (found.metadata or found.sidecars):
+    if not (found.metadata_files or found.sidecars):
         class_args = replace(class_args, instance_prompt=args.class_prompt)
     source = data.open_source(str(args.folder), class_args)
     return source.with_recipes(weight=args.prior_loss_weight, is_regularisation=True)
@@ -170,5 +171,6 @@ def _class_args(args: PriorArgs, data_args: data.DataArgs) -> data.DataArgs:
         "mask_dir": None,
         "mask_from_alpha": False,
         "repeats": 1,
+        "repeats_from_folder_names": False,
     }
     return data.args_for(data_args, str(args.folder), own)

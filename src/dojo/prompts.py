@@ -27,7 +27,8 @@ import torch
 from dojo import rng
 from dojo.cli import UserError
 from dojo.data.columns import one_line, shown
-from dojo.data.metadata import Record, read_metadata
+from dojo.data.lines import named, split_lines, split_options
+from dojo.data.metadata import read_json, read_metadata
 from dojo.data.options import DataArgs
 from dojo.data.tables import load_dataset, load_saved
 from dojo.pocket import scenes
@@ -111,6 +112,8 @@ class Prompt:
     """on one line"""
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """the rest of its row, as JSON has it"""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """how it wants to be drawn, from the end of its line: see `dojo.data.lines`"""
 
     @property
     def key(self) -> str:
@@ -340,31 +343,57 @@ def _pocket() -> list[Prompt]:
 # -- files and tables -------------------------------------------------------------------------
 
 
-def read_file(path: Path, flag: str) -> list[Prompt]:
+def read_file(path: Path, flag: str, *, with_options: bool = False) -> list[Prompt]:
     """The prompts of a file, in their order: of its lines, or of its rows (.jsonl, .csv, .json).
 
+    Args:
+        with_options: lines may end in options of kohya's sample prompts.
+
     Raises:
-        UserError: the file cannot be read, holds none, or has a row without one; it names `flag`.
+        UserError: the file cannot be read, holds none, has a row without one, or has options that
+            nobody asked for; it names `flag`.
     """
     if path.suffix.lower() in _NOT_TEXT and path.suffix not in _TABLES:
         raise UserError(f"{flag}: {path} is none of .txt, {', '.join(_TABLES)}")
     try:
         if path.suffix in _TABLES:
             return list(_rows(path))
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = split_lines(path.read_text(encoding="utf-8-sig"))
     except UserError as error:
         raise UserError(f"{flag}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag}: {path} cannot be read ({error})") from error
-    prompts = [Prompt(text=line.strip()) for line in lines if line.strip()]
+    try:
+        prompts = [_of_line(line, with_options) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{flag}: {path}: {error}") from error
     if not prompts:
         raise UserError(f"{flag}: {path} holds no prompt")
     return prompts
 
 
+def _of_line(line: str, with_options: bool) -> Prompt:
+    """The prompt of a line of text.
+
+    Raises:
+        ValueError: its options are wrong, or nobody asked for them.
+    """
+    try:
+        text, options = split_options(line)
+    except ValueError as error:
+        raise ValueError(f"{line!r}: {error}") from None
+    if options and not with_options:
+        raise ValueError(
+            f"{line!r} ends in options of kohya's sample prompts ({named(options)}), which are not "
+            "used here: take them out, or write .jsonl with a column prompt, where they are words"
+        )
+    return Prompt(text=one_line(text), options=options)
+
+
 def _rows(path: Path) -> Iterator[Prompt]:
     """The prompts of a table."""
-    for row in _read_json(path) if path.suffix == ".json" else read_metadata(path):
+    is_json = path.suffix == ".json"
+    for row in read_json(path, COLUMNS[0]) if is_json else read_metadata(path):
         fields = row.fields
         if path.suffix == ".csv":  # an empty cell is not set
             fields = {name: cell for name, cell in fields.items() if cell not in ("", None)}
@@ -374,29 +403,6 @@ def _rows(path: Path) -> Iterator[Prompt]:
             yield _prompt(fields, COLUMNS)
         except ValueError as error:
             raise UserError(f"{path} has a line without prompt ({row.place}: {error})") from error
-
-
-def _read_json(path: Path) -> list[Record]:
-    """The rows of a .json file: a list of objects, or of prompts.
-
-    Raises:
-        UserError: it is no such list.
-    """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path} is no list of prompts or of objects")
-    if not rows:
-        raise UserError(f"{path} has no rows")
-    records: list[Record] = []
-    for number, row in enumerate(rows, start=1):
-        fields = {COLUMNS[0]: row} if isinstance(row, str) else row
-        if not isinstance(fields, dict):
-            raise UserError(f"{path} row {number}: neither a prompt nor a JSON object")
-        records.append(Record(f"row {number}", fields))
-    return records
 
 
 def _read_dataset(name: str, split: str, column: str) -> list[Prompt]:

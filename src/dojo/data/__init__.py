@@ -23,7 +23,7 @@ from dojo.data.pair_sources import open_pairs
 from dojo.data.pairs import Pair, Pairs, check_pairs, split_pairs
 from dojo.data.samples import Batch, Latents, Pictures, Posterior, collate
 from dojo.data.shards import digest
-from dojo.data.sources import BadReport, Captioned, Recipe, join, split, verify
+from dojo.data.sources import BadReport, Captioned, Recipe, join, seen, split, told_notes, verify
 
 __all__ = [
     "CHOICE_MODELS",
@@ -71,7 +71,9 @@ __all__ = [
     "read_image",
     "relabel",
     "scan",
+    "seen",
     "split",
     "split_pairs",
+    "told_notes",
     "verify",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dojo import files
 from dojo.cli import UserError
-from dojo.data.images import Size
+from dojo.data.formats import readable
+from dojo.data.images import READER, Size
 from dojo.data.options import DataArgs
 from dojo.data.samples import Latents, Pictures, Posterior
 from dojo.data.shards import Shards, announce, cache_folder, describe, digest
@@ -76,14 +77,21 @@ def checked(
     Returns:
         The good samples, which know their pictures' sizes, and reports on the others.
     """
-    words = ["sizes", on_bad_sample, *source.ids, *source.problems]
+    # What could not be read may be readable once a plugin is there.
+    reader = [str(READER), *readable()]
+    words = ["sizes", *reader, on_bad_sample, *source.ids, *source.problems]
     path = root / f"checked-{digest(words)}.json"
     found = _remembered(path, len(source.ids))
     if found is not None:
         good, bad, sizes = found
     else:
+        notes = Counter[str]()
         good, bad, sizes = verify(
-            source, on_bad_sample=on_bad_sample, num_threads=num_threads, progress=progress
+            source,
+            on_bad_sample=on_bad_sample,
+            num_threads=num_threads,
+            progress=progress,
+            notes=notes,
         )
         kept = {"good": good, "bad": [vars(row) for row in bad], "sizes": sizes}
         files.cache_root(root)
@@ -153,7 +161,7 @@ def cache_latents(
     num_missing, num_bytes = 0, 0
     for size, indices in needed.items():
         crops, flips = views[size]
-        here = {**settings, "size": size, "crops": crops, "flips": flips}
+        here = {**settings, "size": size, "crops": crops, "flips": flips, "reader": READER}
         if source.has_masks:
             here["masks"] = pictures.latent_step
         folder = cache_folder(root, "latents", here)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dojo import files
 from dojo.cli import UserError
-from dojo.data.images import Size
+from dojo.data.images import READER, Size
 from dojo.data.pairs import Pair, Pairs
 from dojo.data.shards import Shards, cache_folder, describe
 
@@ -134,6 +134,7 @@ def _scores(
 ) -> dict[tuple[int, str], float | None]:
     """The score of each picture for each caption that it stands with; None where none is valid."""
     uses = list(dict.fromkeys((index, pair.caption) for pair in pairs.pairs for index in pair[:2]))
+    settings = {**settings, "reader": READER}
     folder = cache_folder(root, "choice", settings)
     ids = [json.dumps([pairs.pictures.ids[index], caption]) for index, caption in uses]
     shards = Shards(folder, ids)

@@ -39,6 +39,7 @@ _KEYS = {
     "path": _TEXT,
     "split": _TEXT,
     "repeats": _COUNT,
+    "repeats_from_folder_names": _SWITCH,
     "weight": _NUMBER,
     "is_regularisation": _SWITCH,
     "resolution": _COUNTS,
@@ -136,9 +137,9 @@ def args_for(flags: DataArgs, location: str, said: Mapping[str, Any]) -> DataArg
     strategy = said.get("caption_strategy")
     if strategy == "instance" or "instance_prompt" in said:
         dropped["caption_column"] = None
-    elif strategy in ("column", "sidecar", "filename") or "caption_column" in said:
+    elif strategy in ("column", "sidecar", "filename", "folder") or "caption_column" in said:
         dropped["instance_prompt"] = None
-        if strategy in ("sidecar", "filename"):
+        if strategy in ("sidecar", "filename", "folder"):
             dropped["caption_column"] = None
     if strategy is None and {"instance_prompt", "caption_column"} & said.keys():
         dropped["caption_strategy"] = "auto"

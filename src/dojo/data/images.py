@@ -1,13 +1,11 @@
-"""Picture files become tensors: read anything as RGB, then resize and crop to a training size.
+"""Picture files become tensors: read anything as sRGB, then resize and crop to a training size.
 
 A mask goes the same way, down to the latent's cells: white is trained on, black is not.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,8 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from dojo.cli import UserError
+from dojo.data.colour import to_srgb
+from dojo.data.formats import open_picture
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -24,14 +24,13 @@ Size = tuple[int, int]
 MAX_PIXELS = 89_478_485
 """Pictures with more pixels are refused (0.25 GiB as RGB; where Pillow begins to warn)."""
 
-PICTURE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
-    | {".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
-)
-"""Files with these endings, in lower case, are taken for pictures."""
+READER = 2
+"""To be raised when the same file reads as other pixels; caches of pictures are keyed by it."""
 
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-_SIXTEEN_BIT_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
+FIRST_FRAME = "with several frames, of which the first is read"
+"""A note on a picture, as those of `dojo.data.colour`."""
+
+_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")  # phones and HEIC keep other things beside theirs
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,20 +47,12 @@ class BadSample(UserError):
 
 
 def read_image(source: Path | bytes | Image.Image, name: str) -> Image.Image:
-    """Reads a picture as upright 8-bit RGB, the first frame of an animation.
-
-    The EXIF orientation is applied, transparency is laid on white, and 16-bit grey keeps its high
-    byte. Every pixel is decoded, so a truncated file is noticed here.
-
-    Args:
-        source: a path, the bytes of a file, or a picture that Pillow has opened already.
-        name: what an error message calls the sample.
+    """Reads a picture as upright 8-bit RGB in sRGB; transparency is laid on white. See ``decode``.
 
     Raises:
-        BadSample: the file is missing, empty, truncated, not a picture, or larger than
-            ``MAX_PIXELS``.
+        BadSample: as ``decode``.
     """
-    return _read(source, name, _rgb)
+    return decode(source, name).on("white")
 
 
 def read_alpha(source: Path | bytes | Image.Image, name: str) -> Image.Image | None:
@@ -73,7 +64,10 @@ def read_alpha(source: Path | bytes | Image.Image, name: str) -> Image.Image | N
     Raises:
         BadSample: the picture cannot be read, or all of it is transparent.
     """
-    alpha = _read(source, name, _alpha)
+    image = decode(source, name).image
+    if image.mode == "RGB":
+        return None
+    alpha = image.getchannel("A")
     if np.asarray(alpha).min() == 255:
         return None
     _refuse_black(alpha, name, "the picture is transparent everywhere")
@@ -83,7 +77,7 @@ def read_alpha(source: Path | bytes | Image.Image, name: str) -> Image.Image | N
 def has_alpha(source: Path | bytes) -> bool:
     """Whether a picture's header promises transparency; False for what cannot be opened."""
     try:
-        with _open(source) as image:
+        with open_picture(source, MAX_PIXELS) as image:
             return image.has_transparency_data
     except Exception:  # told by whoever reads the picture
         return False
@@ -103,7 +97,7 @@ def read_mask(source: Path | bytes | Image.Image, size: Size, name: str) -> Imag
     Raises:
         BadSample: the mask cannot be read, is black everywhere, or lies on its side.
     """
-    mask = _read(source, name, _grey)
+    mask = decode(source, name).on("black").convert("L")
     _refuse_black(mask, name, "the mask is black everywhere")
     height, width = size
     if mask.size == (height, width) and height != width:
@@ -231,70 +225,74 @@ def _interval_means(
     return np.diff(up_to_edge, axis=0) / ((stop - start) / count)
 
 
-@cache
-def _readable_formats() -> list[str]:
-    # A short list, because opening an .eps would start Ghostscript; AVIF came with Pillow 11.3.
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
+@dataclass(frozen=True)
+class Decoded:
+    """A picture as every reader here sees it."""
+
+    image: Image.Image
+    """Upright, 8 bits, sRGB; mode RGB, or RGBA where it may be transparent."""
+    notes: tuple[str, ...]
+    """What was done to it that its owner may want to know; they continue "3 pictures"."""
+
+    def on(self, colour: str) -> Image.Image:
+        """The picture in mode RGB, what is transparent laid on a colour."""
+        if self.image.mode == "RGB":
+            return self.image
+        background = Image.new("RGBA", self.image.size, colour)
+        return Image.alpha_composite(background, self.image).convert("RGB")
 
 
-def _open(source: Path | bytes) -> Image.Image:
-    empty = not source if isinstance(source, bytes) else source.stat().st_size == 0
-    if empty:
-        raise ValueError("the file is empty")
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    return Image.open(file, formats=_readable_formats())
+def decode(source: Path | bytes | Image.Image, name: str) -> Decoded:
+    """Decodes a picture: the one way from a file to pixels.
 
+    Orientation and colour profile are applied, of an animation the first frame is taken. Every
+    pixel is decoded, so a truncated file is noticed here.
 
-def _read(
-    source: Path | bytes | Image.Image, name: str, convert: Callable[[Image.Image], Image.Image]
-) -> Image.Image:
+    Args:
+        source: a path, the bytes of a file, or a picture that Pillow has opened already.
+        name: what an error message calls the sample.
+
+    Raises:
+        BadSample: the file is missing, empty, truncated, not a picture that can be read here, of
+            a depth that cannot be known, or larger than ``MAX_PIXELS``.
+    """
     try:
         if isinstance(source, Image.Image):
-            return _upright(source, convert)
-        with _open(source) as image:
-            return _upright(image, convert)
+            return _decoded(source)
+        with open_picture(source, MAX_PIXELS) as image:
+            return _decoded(image)
     except Exception as error:  # Pillow's decoders raise anything, from OSError to struct.error
         raise BadSample(f"{name}: {_reason(error)}") from error
 
 
-def _upright(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _decoded(image: Image.Image) -> Decoded:
     # Checked before any pixel is decoded. Pillow itself only warns up to twice this size, and
     # turning its warning into an error would need a filter that all threads share.
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
-    image.load()
+    converted, notes = to_srgb(image)
+    turn = _UPRIGHT.get(_orientation(image))
+    upright = converted if turn is None else converted.transpose(turn)
+    return Decoded(upright, (FIRST_FRAME, *notes) if _has_frames(image) else notes)
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        return image.format in _FRAMES and getattr(image, "is_animated", False)
+    except Exception:  # a second frame that is damaged does not cost the first
+        return False
+
+
+def _orientation(image: Image.Image) -> int:
+    """The turn that is still to be made, as EXIF counts it.
+
+    Of HEIC and JPEG XL it has been made by the decoder, which reads it from elsewhere; a JPEG
+    inside a JPEG XL comes as it was.
+    """
+    if image.format == "HEIF" or (image.format == "JXL" and not getattr(image, "jpeg", False)):
+        return 1
     # ImageOps.exif_transpose would also rewrite the EXIF block, which fails on odd tags.
-    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    converted = convert(image)
-    return converted if turn is None else converted.transpose(turn)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    return _on_background(image, "white").convert("RGB")
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    return _on_background(image, "black").convert("L")
-
-
-def _alpha(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT_MODES or not image.has_transparency_data:
-        return Image.new("L", image.size, 255)
-    return image.convert("RGBA").getchannel("A")
-
-
-def _on_background(image: Image.Image, colour: str) -> Image.Image:
-    """A picture of 8 bits per channel in any mode but for transparency, laid on a colour."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
-    if image.mode in _SIXTEEN_BIT_MODES:
-        high_byte = np.asarray(image).clip(0, 65535) // 256
-        return Image.fromarray(high_byte.astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, colour), rgba)
-    return image
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def _refuse_black(mask: Image.Image, name: str, reason: str) -> None:

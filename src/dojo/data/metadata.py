@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -14,6 +14,8 @@ from dojo.cli import UserError
 from dojo.data.columns import shown
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+METADATA_JSON = "metadata.json"
+"""Taken too if its rows name pictures; it is a usual name for other things."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ def read_metadata(path: Path) -> list[Record]:
     """
     if path.suffix == ".parquet":
         records = list(_read_parquet(path))
+    elif path.suffix == ".json":
+        records = read_json(path, "file_name", of_names="text")
     else:
         text = _read_text(path)
         records = list((_read_csv if path.suffix == ".csv" else _read_jsonl)(path, text))
@@ -44,7 +48,55 @@ def read_metadata(path: Path) -> list[Record]:
     return records
 
 
-def file_column(metadata: Path, columns: Sequence[str], wanted: str | None) -> str:
+def names_pictures(path: Path, folder: str, pictures: Set[str]) -> bool:
+    """Whether a .json file has rows that name pictures.
+
+    Args:
+        folder: of the file, relative to the root.
+        pictures: paths relative to the root.
+    """
+    try:
+        records = read_metadata(path)
+    except (UserError, OSError):
+        return False
+    names = (file_path(folder, record.fields.get("file_name"))[0] for record in records)
+    return any(name in pictures for name in names)
+
+
+def read_json(path: Path, column: str, *, of_names: str | None = None) -> list[Record]:
+    """The rows of a .json file: a list of objects, or of texts.
+
+    Args:
+        column: that a text is taken for.
+        of_names: an object from names to objects, or to texts, is such a list too; this is the
+            column that its texts are taken for, and its names come into `column`.
+
+    Raises:
+        UserError: it is no such list, or is empty.
+    """
+    try:
+        rows = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
+    if isinstance(rows, dict) and of_names is not None:
+        rows = [
+            {column: name, **(row if isinstance(row, dict) else {of_names: row})}
+            for name, row in rows.items()
+        ]
+    if not isinstance(rows, list):
+        raise UserError(f"{path} is no list of {column}s or of objects")
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    records: list[Record] = []
+    for number, row in enumerate(rows, start=1):
+        fields = {column: row} if isinstance(row, str) else row
+        if not isinstance(fields, dict):
+            raise UserError(f"{path} row {number}: neither a {column} nor a JSON object")
+        records.append(Record(f"row {number}", fields))
+    return records
+
+
+def file_column(metadata: Path | str, columns: Sequence[str], wanted: str | None) -> str:
     """The column that names the pictures' files.
 
     Raises:
@@ -71,9 +123,10 @@ def file_path(folder: str, file_name: object) -> tuple[str, str]:
     """
     if not isinstance(file_name, str) or not file_name.strip():
         return "", "the file name is missing"
-    if posixpath.isabs(file_name) or PureWindowsPath(file_name).drive:
+    forward = file_name.replace("\\", "/")  # as written on Windows
+    if posixpath.isabs(forward) or PureWindowsPath(file_name).drive:
         return "", f"{file_name!r} is an absolute path; paths must lie inside the folder"
-    path = posixpath.normpath(file_name)
+    path = posixpath.normpath(forward)
     if ".." in PureWindowsPath(path).parts:
         return "", f"{file_name!r} climbs out of the folder"
     return posixpath.join(folder, path), ""

@@ -101,8 +101,8 @@ def find(location: str, args: DataArgs) -> Folder | datasets.Dataset:
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         return load_saved(root, args)
     folder = scan(root, args)
-    from_files = args.caption_strategy in ("sidecar", "filename")
-    if folder.has_tables and not (folder.metadata or folder.sidecars or from_files):
+    from_files = args.caption_strategy in ("sidecar", "filename", "folder")
+    if folder.has_tables and not (folder.metadata_files or folder.sidecars or from_files):
         return load_dataset(str(root), args)
     if not folder.prefix and args.dataset_split != "train":
         raise UserError(f"{location}: --dataset_split names no folder {args.dataset_split!r} here")

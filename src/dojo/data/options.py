@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from dojo.data.images import Size
 
-CaptionStrategy = Literal["auto", "column", "sidecar", "filename", "instance"]
+CaptionStrategy = Literal["auto", "column", "sidecar", "filename", "folder", "instance"]
 CAPTION_STRATEGIES: tuple[str, ...] = get_args(CaptionStrategy)
 
 _LOCATIONS = ("dataset_name", "train_data_dir", "instance_data_dir")
@@ -41,8 +41,9 @@ class DataArgs:
     """Column of the captions. Default: the first of text, caption, prompt that there is. A list
     of strings in it means several captions."""
     caption_strategy: CaptionStrategy = "auto"
-    """Where captions come from: a column, sidecar .txt files (a line each), file names, or
-    instance_prompt. auto: instance_prompt if given, else a column, else sidecars."""
+    """Where captions come from: a column, sidecar .txt or .caption files (a line each), the names
+    of files or of their folders, or instance_prompt. auto: instance_prompt if given, else a
+    column, else sidecars."""
     instance_prompt: str | None = None
     """One caption for all pictures."""
     cache_dir: str | None = None
@@ -80,6 +81,9 @@ class DataArgs:
     """Leave out pictures that would be enlarged by more than this factor. Default: no limit."""
     repeats: int = 1
     """Uses of each picture per epoch."""
+    repeats_from_folder_names: bool = False
+    """Multiply them by the number that the names of sub-folders begin with, as in kohya's
+    10_sks dog."""
     mask_dir: str | None = None
     """Folder of masks named like the pictures: white is trained on, black is not."""
     mask_from_alpha: bool = False

@@ -11,7 +11,7 @@ import itertools
 import posixpath
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,15 @@ from dojo.data.opening import find
 from dojo.data.pair_columns import HAS_LABEL, Columns, listed
 from dojo.data.pair_options import PairArgs
 from dojo.data.pairs import Pair, Pairs
-from dojo.data.sources import BadReport, Captioned, PictureStore, Recipe, Stores
+from dojo.data.sources import (
+    BadReport,
+    Captioned,
+    PictureStore,
+    Recipe,
+    Stores,
+    Unread,
+    told_unread,
+)
 from dojo.data.tables import Table, file_of, picture_column
 
 if TYPE_CHECKING:
@@ -124,10 +132,11 @@ def _source(
 
 def _of_folder(folder: Folder, args: PairArgs) -> _Found:
     if not folder.metadata:
-        raise UserError(
+        looked_for = (
             f"{folder.root}: no pairs found; looked for {', '.join(METADATA_NAMES)} (also in "
             f"{args.dataset_split}/), parquet or arrow files, and a folder written by save_to_disk"
         )
+        raise UserError("; ".join([looked_for, *told_unread(folder.unread)]))
     metadata = folder.root / folder.metadata
     within = posixpath.dirname(folder.metadata)
     records = read_metadata(metadata)
@@ -157,7 +166,14 @@ def _of_folder(folder: Folder, args: PairArgs) -> _Found:
         list(range(len(places))),
         Files(str(folder.root), list(places)),
     )
-    return rows, pictures, str(metadata), columns.taken
+    unread = folder.unread
+    if spare := sum(picture not in places for picture in folder.pictures):
+        unread = (
+            Unread(kind=f"pictures that {folder.metadata} does not name", count=spare),
+            *unread,
+        )
+    taken = [*columns.taken, *told_unread(unread)]
+    return rows, replace(pictures, unread=unread), str(metadata), taken
 
 
 def _paths(columns: Columns, within: str, fields: Mapping[str, object]) -> list[str]:

@@ -8,9 +8,10 @@ reported at once.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dojo.cli import UserError
-from dojo.data.images import BadSample, Size, read_alpha, read_image, read_mask
+from dojo.data.images import BadSample, Decoded, Size, decode, read_alpha, read_mask
 from dojo.data.options import DataArgs
 
 _MAX_LISTED = 10
@@ -75,6 +76,25 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unread:
+    """Files of one kind that lie among the pictures and are not read."""
+
+    kind: str
+    """What follows their number: ``.heic files``."""
+    count: int
+    remedy: str = ""
+    """What would make them of use; empty where nothing is known."""
+
+    def __str__(self) -> str:
+        return f"{self.count:,} {self.kind}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+def told_unread(unread: Sequence[Unread]) -> list[str]:
+    """What the screen says of files that are not read; nothing where there are none."""
+    return [f"not read: {', '.join(map(str, unread))}"] if unread else []
+
+
+@dataclass(frozen=True, kw_only=True)
 class Captioned:
     """Samples with captions, of which only the pictures are still to be read.
 
@@ -105,6 +125,11 @@ class Captioned:
     """Whether masks were asked for; a selection keeps it even if none of its samples has one."""
     sizes: list[Size] = field(default_factory=list[Size])
     """Of the upright pictures, in pixels; [] before ``verify``."""
+    unread: tuple[Unread, ...] = ()
+    """Files beside the pictures that nothing is made of."""
+    notes: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many pictures were read in a way that their owner may want to know; {} before
+    ``verify``. A selection keeps them."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,9 +145,17 @@ class Captioned:
             BadSample: the picture cannot be read, or its row is at fault (no caption, a path
                 outside the folder).
         """
+        return self.decode(index).on("white")
+
+    def decode(self, index: int) -> Decoded:
+        """The picture of one sample, with its transparency and with notes on it.
+
+        Raises:
+            BadSample: as ``read``.
+        """
         if self.problems[index]:
             raise BadSample(f"{self.names[index]}: {self.problems[index]}")
-        return read_image(self.store(self.rows[index]), self.names[index])
+        return decode(self.store(self.rows[index]), self.names[index])
 
     def read_mask(self, index: int, size: Size | None = None) -> Image.Image | None:
         """The mask of one sample, as large as its picture.
@@ -228,6 +261,7 @@ def join(sources: Sequence[Captioned]) -> Captioned:
         sizes=[size for source in sources for size in source.sizes]
         if all(source.sizes for source in sources)
         else [],
+        unread=tuple(unread for source in sources for unread in source.unread),
     )
 
 
@@ -245,6 +279,7 @@ def verify(
     on_bad_sample: Literal["skip", "error"],
     num_threads: int,
     progress: bool = True,
+    notes: Counter[str] | None = None,
 ) -> tuple[list[int], list[BadReport], list[Size]]:
     """Decodes every picture and mask once and tells the good samples from the bad.
 
@@ -253,6 +288,7 @@ def verify(
         on_bad_sample: ``error`` raises if any sample is bad, ``skip`` reports them.
         num_threads: that decode at a time, at least 1.
         progress: show a bar.
+        notes: counts the notes on the good pictures.
 
     Returns:
         The indices of good samples, in order, a report on each of the others, and the sizes of
@@ -267,14 +303,17 @@ def verify(
     sizes: list[Size] = []
     executor = ThreadPoolExecutor(max_workers=num_threads)
     try:
-        found = executor.map(lambda index: _size_or_fault(source, index), range(len(source)))
+        found = executor.map(lambda index: _seen_or_fault(source, index), range(len(source)))
         bar = tqdm(found, "Checking pictures", len(source), disable=not progress, unit="picture")
-        for index, size_or_fault in enumerate(bar):
-            if isinstance(size_or_fault, str):
-                bad.append(BadReport(source.names[index], size_or_fault))
-            else:
-                good.append(index)
-                sizes.append(size_or_fault)
+        for index, seen in enumerate(bar):
+            if isinstance(seen, str):
+                bad.append(BadReport(source.names[index], seen))
+                continue
+            size, some = seen
+            good.append(index)
+            sizes.append(size)
+            if notes is not None:
+                notes.update(some)
     finally:
         executor.shutdown(cancel_futures=True)  # an interrupt need not wait for the rest
     if bad and on_bad_sample == "error":
@@ -328,14 +367,34 @@ def _draw(seed: int, sample_id: str) -> bytes:
     return sha256(f"{seed}|{key}".encode("utf-8", "surrogateescape")).digest()
 
 
-def _size_or_fault(source: Captioned, index: int) -> Size | str:
+def _seen_or_fault(source: Captioned, index: int) -> tuple[Size, tuple[str, ...]] | str:
+    """The size of a picture and the notes on it, or what is wrong with the sample."""
     try:
-        picture = source.read(index)
-        size = picture.height, picture.width
+        picture = source.decode(index)
+        size = picture.image.height, picture.image.width
         source.read_mask(index, size)
     except BadSample as error:
         return str(error).removeprefix(f"{source.names[index]}: ")
-    return size
+    return size, picture.notes
+
+
+def told_notes(*sources: Captioned) -> list[str]:
+    """What the screen says of the pictures that were read with a note, a line each."""
+    return [f"  {count:,} pictures {note}" for note, count in _notes(sources).items()]
+
+
+def seen(*sources: Captioned) -> dict[str, Any]:
+    """What data_report.json says of files that are not read and of pictures read with a note."""
+    # Both parts of one source know of the same files.
+    unread = dict.fromkeys(one for source in sources for one in source.unread)
+    return {"not_read": [asdict(one) for one in unread], "pictures_read": dict(_notes(sources))}
+
+
+def _notes(sources: Sequence[Captioned]) -> Counter[str]:
+    notes: Counter[str] = Counter()
+    for source in sources:
+        notes.update(source.notes)
+    return notes
 
 
 def listing(bad: Sequence[BadReport]) -> str:

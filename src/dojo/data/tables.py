@@ -69,6 +69,11 @@ def table_source(location: str, dataset: datasets.Dataset, args: DataArgs) -> Ca
         raise UserError(
             f"{location} has no column {image_column!r}; it has {shown(columns)} (--image_column)"
         )
+    if args.repeats_from_folder_names:
+        raise UserError(
+            f"{location}: --repeats_from_folder_names needs pictures in files, and these are rows "
+            "of a table"
+        )
     if args.mask_dir:
         raise UserError(
             f"{location}: --mask_dir needs pictures in files, and these are rows of a table; "
@@ -142,7 +147,7 @@ def _captions(
     location: str, dataset: datasets.Dataset, args: DataArgs
 ) -> tuple[list[tuple[tuple[str, ...], str]], str, list[str]]:
     """Captions and problem of each row, where they come from, and what is not used."""
-    if args.caption_strategy in ("sidecar", "filename"):
+    if args.caption_strategy in ("sidecar", "filename", "folder"):
         raise UserError(
             f"{location}: --caption_strategy {args.caption_strategy} needs pictures in files, and "
             "these are rows of a table; column and instance work"

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dojo.cli import UserError
+from dojo.data.formats import picture_suffixes
+from dojo.data.images import BadSample, read_image
+from dojo.data.lines import split_lines, split_options
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 RECORDS = ("prompts.json", "versus.csv", "metadata.jsonl", "metadata.csv")
 """What a folder may say of its pictures, the first one preferred."""
 _FILE = ("file_name", "file")
@@ -82,10 +83,9 @@ def read_rows(folder: Path, prompts: Path | None = None) -> list[Row]:
 def read_picture(path: Path) -> Tensor:
     """float32 [1, 3, H, W] in [0, 1]."""
     try:
-        with Image.open(path) as picture:
-            pixels = np.array(picture.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--images: {path} cannot be read ({error})") from error
+        pixels = np.array(read_image(path, str(path)))
+    except BadSample as error:
+        raise UserError(f"--images: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
 
@@ -105,15 +105,22 @@ def _record(folder: Path) -> Path:
 
 def _by_order(folder: Path, prompts: Path) -> list[Row]:
     """A line per picture."""
-    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
-    lines = [line.strip() for line in prompts.read_text(encoding="utf-8-sig").split("\n")]
-    lines = [line for line in lines if line]
+    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in picture_suffixes())
+    lines = split_lines(prompts.read_text(encoding="utf-8-sig"))
     if len(lines) != len(pictures) or not lines:
         raise UserError(f"{prompts} has {len(lines)} prompts, {folder} {len(pictures)} pictures")
     return [
-        Row(path=path, name=path.name, text=line)
+        Row(path=path, name=path.name, text=_prompt(prompts, line))
         for path, line in zip(pictures, lines, strict=True)
     ]
+
+
+def _prompt(file: Path, line: str) -> str:
+    """The prompt of a line, without the options that a picture was drawn with."""
+    try:
+        return split_options(line)[0]
+    except ValueError as error:
+        raise UserError(f"{file}: {line!r}: {error}") from None
 
 
 def _entries(path: Path) -> Iterator[Any]:

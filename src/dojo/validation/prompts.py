@@ -12,13 +12,15 @@ An entry is a prompt, or a table with the key `prompt` and any of the others:
 
 JSON and YAML hold a list of entries, or a table from names to entries; JSONL one entry per line;
 CSV one per row below a header with the keys (an empty cell is not set); a text file one prompt per
-line.
+line, behind which the options of kohya's sample prompts may stand: --n for negative, --w and --h,
+--d for seed, --s for num_inference_steps and --l for guidance_scale.
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 import math
 import re
@@ -30,6 +32,7 @@ from typing import Any
 import yaml
 
 from dojo.cli import UserError
+from dojo.data.lines import split_lines, split_options
 
 KINDS = (".json", ".jsonl", ".yaml", ".yml", ".csv", ".txt")
 KEYS = (
@@ -91,15 +94,15 @@ def read_prompts(path: Path) -> list[Entry]:
 def _rows(text: str, kind: str) -> list[Any]:
     """The entries of a file as they stand: texts, or tables from keys to values."""
     if kind == ".txt":
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        return [_of_line(line) for line in split_lines(text)]
     if kind == ".csv":
         # A cell beyond the header's last comes under the key None.
-        rows = csv.DictReader(text.splitlines(keepends=True), strict=True)
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         return [
             {str(key or "(no key)"): value or None for key, value in row.items()} for row in rows
         ]
     if kind == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in split_lines(text)]
     content = json.loads(text) if kind == ".json" else yaml.safe_load(text)
     if isinstance(content, Mapping) and "prompt" not in content:
         return [_named(name, row) for name, row in content.items()]
@@ -108,6 +111,15 @@ def _rows(text: str, kind: str) -> list[Any]:
     if not isinstance(content, list):
         raise ValueError("it is neither a list of prompts nor a table of them")
     return content
+
+
+def _of_line(line: str) -> dict[str, Any]:
+    """An entry of a text file."""
+    try:
+        prompt, options = split_options(line)
+    except ValueError as error:
+        raise ValueError(f"{line!r}: {error}") from None
+    return {"prompt": prompt, **options}
 
 
 def _named(name: object, row: object) -> dict[str, Any]:
