@@ -4,12 +4,12 @@ import csv
 import io
 import itertools
 import json
-import os
 import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from dojo.data import (
     check_pairs,
     collate,
     fit,
+    identified,
     open_pairs,
     pair_fingerprint,
     prepare_pairs,
@@ -158,6 +159,14 @@ def prepared(root: Path, *, no_cache: bool = False, seed: int = 0, **options: An
         latent_channels=3,
         pixel_step=8,
     )
+
+
+def checked_pairs(root: Path, cache: Path) -> Pairs:
+    """All pairs of a folder, checked as a run checks them."""
+    good, _ = check_pairs(
+        *(opened(root), cache / "cache"), on_bad_sample="error", num_threads=1, progress=False
+    )
+    return good
 
 
 def first_batches(rows: PairSet, count: int, **options: Any) -> list[Batch]:
@@ -544,7 +553,7 @@ def test_ranked_lists_of_a_table_are_read(tmp_path: Path, pictures: bool) -> Non
 def test_columns_that_hold_no_pictures_are_refused(tmp_path: Path) -> None:
     import datasets
 
-    table = pick_a_pic(ROWS, uids=False) | {"jpg_1": ["x"] * len(ROWS)}
+    table = pick_a_pic(ROWS, uids=False) | {"jpg_1": [1] * len(ROWS)}
     datasets.Dataset.from_dict(table).save_to_disk(tmp_path)
     with pytest.raises(UserError, match="column 'jpg_1' holds no pictures but"):
         opened(tmp_path)
@@ -768,6 +777,7 @@ def test_a_size_that_the_model_cannot_take_is_refused(tmp_path: Path) -> None:
 def test_the_fingerprint_tells_pairs_and_their_use_apart(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", ring())
     pairs = opened(root)
+    pairs = replace(pairs, pictures=identified(pairs.pictures, None))
     ways = [
         {},
         {"resolution": 32},
@@ -861,9 +871,7 @@ def test_scores_hang_on_the_caption_too(tmp_path: Path) -> None:
 
 def test_nothing_is_scored_twice_and_the_model_is_not_loaded_in_vain(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", ring(8, captions=1))
-    for path in root.glob("*.png"):  # an id holds the file's time, and shards end by the ids
-        os.utime(path, (1, 1))
-    pairs = opened(root)
+    pairs = checked_pairs(root, tmp_path)
     judge = Judge(lambda number, _: number)
     first = chosen(pairs, judge, tmp_path)
     assert len(judge.asked) == 8  # each stands in two pairs
@@ -878,8 +886,7 @@ def test_nothing_is_scored_twice_and_the_model_is_not_loaded_in_vain(tmp_path: P
     with pytest.raises(AssertionError, match="loaded"):  # another model has other scores
         relabel(pairs, refuse, tmp_path / "x.csv", tmp_path / "cache", {"choice_model": "other"})
     (root / "3.png").write_bytes(PICTURES["3.png"] + b" ")
-    os.utime(root / "3.png", (1, 1))
-    chosen(opened(root), judge, tmp_path)
+    chosen(checked_pairs(root, tmp_path), judge, tmp_path)
     assert 8 < len(judge.asked) <= 8 + 4  # the shard around the picture that changed
 
 

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import random
 import runpy
 import shutil
@@ -106,8 +105,6 @@ def write_pairs(folder: Path, count: int, *, swapped: bool = False, alike: bool 
         for file, background in zip(files, ("white", "white" if alike else "black"), strict=True):
             picture = scenes.draw(dataclasses.replace(scene, background=background))
             Image.fromarray(picture).save(folder / file)
-            # An id holds the file's time, and the batches that are encoded together end by the ids.
-            os.utime(folder / file, (1, 1))
         first, second = files if i % 2 else files[::-1]
         label = i % 2 if not swapped else 1 - i % 2
         row = {"image_0": first, "image_1": second, "label_0": label, "caption": caption}

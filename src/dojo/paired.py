@@ -65,7 +65,8 @@ def open_sources(run: Run, args: Options) -> Sources:
     """
     args.data.check(args.cache)
     with run.accelerator.main_process_first():
-        everything = data.open_pairs(args.data, progress=run.main)
+        root = None if run.args.dry_run else args.cache.latent_cache_dir
+        everything = data.open_pairs(args.data, root, progress=run.main)
         left_out: list[data.BadReport] = []
         if not run.args.dry_run:
             everything, left_out = data.check_pairs(

@@ -13,6 +13,7 @@ from dojo.data.captions import CaptionArgs
 from dojo.data.choice import Choice, Score, relabel
 from dojo.data.config import args_for
 from dojo.data.folders import scan
+from dojo.data.identity import identified
 from dojo.data.images import BadSample, Size, cover_box, fit, fit_mask, read_image
 from dojo.data.opening import open_evaluation, open_source, open_training
 from dojo.data.options import DataArgs
@@ -61,6 +62,7 @@ __all__ = [
     "digest",
     "fit",
     "fit_mask",
+    "identified",
     "join",
     "open_evaluation",
     "open_pairs",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +17,13 @@ import torch
 from torch import Tensor
 
 from dojo.cli import UserError
+from dojo.data.contents import write_json
+from dojo.data.identity import identified
 from dojo.data.images import Size
 from dojo.data.options import DataArgs
 from dojo.data.samples import Latents, Pictures, Posterior
 from dojo.data.shards import Shards, announce, cache_folder, describe, digest
-from dojo.data.sources import BadReport, Captioned, verify
+from dojo.data.sources import BadReport, Captioned, judged, look
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -71,27 +72,40 @@ def checked(
     num_threads: int,
     progress: bool,
 ) -> tuple[Captioned, list[BadReport]]:
-    """`verify`, remembered by the samples' ids: files that did not change are not decoded again.
+    """`verify` of identified samples, remembered: what did not change is not decoded again.
+
+    What was bad is looked at again every time: a disk may have come back, a decoder been installed.
 
     Returns:
-        The good samples, which know their pictures' sizes, and reports on the others.
+        The good samples, which have whole ids and know their pictures' sizes, and reports on the
+        others.
     """
-    words = ["sizes", on_bad_sample, *source.ids, *source.problems]
-    path = root / f"checked-{digest(words)}.json"
-    if path.is_file():
-        kept = json.loads(path.read_text())
-        good, bad = kept["good"], [BadReport(**row) for row in kept["bad"]]
-        sizes = [(height, width) for height, width in kept["sizes"]]
-    else:
-        good, bad, sizes = verify(
-            source, on_bad_sample=on_bad_sample, num_threads=num_threads, progress=progress
-        )
-        kept = {"good": good, "bad": [vars(row) for row in bad], "sizes": sizes}
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(kept))
-        temporary.replace(path)
+    source = identified(source, root, num_threads=num_threads, progress=progress)
+    path = root / f"checked-{digest(['sizes by place', *source.ids, *source.problems])}.json"
+    found = _remembered_sizes(path, len(source))
+    unknown = [index for index, one in enumerate(found) if isinstance(one, str)]
+    if unknown:
+        seen = look(source.select(unknown), num_threads=num_threads, progress=progress)
+        for index, one in zip(unknown, seen, strict=True):
+            found[index] = one
+    good, bad, sizes = judged(source, found, on_bad_sample=on_bad_sample)
+    if len(bad) < len(unknown):
+        write_json(path, [None if isinstance(one, str) else one for one in found])
     return replace(source.select(good), sizes=sizes), bad
+
+
+def _remembered_sizes(path: Path, count: int) -> list[Size | str]:
+    """Pictures' sizes as they were found before, and "" for those not known to be good."""
+    unknown: list[Size | str] = [""] * count
+    try:
+        kept = json.loads(path.read_text())
+        found: list[Size | str] = [(one[0], one[1]) if one else "" for one in kept]
+    except FileNotFoundError:
+        return unknown
+    except (OSError, ValueError, TypeError, LookupError):
+        print(f"{path} is damaged: the pictures are checked again", flush=True)
+        return unknown
+    return found if len(found) == count else unknown
 
 
 # ---------------------------------------------------------------------------------------------
@@ -124,8 +138,11 @@ def cache_latents(
 
     Raises:
         UserError: the disk cannot hold it, or a sample is to be cropped anew at every use.
+        ValueError: the samples are not `identified`.
     """
     source = pictures.source
+    if any(one.endswith("|") for one in source.ids):
+        raise ValueError("the samples are not `identified`: another picture would have their ids")
     if not pictures.is_still and any(
         source.recipe(index).random_crop for indices in needed.values() for index in indices
     ):

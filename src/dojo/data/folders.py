@@ -18,6 +18,7 @@ from dojo.data.columns import (
     one_line,
     spare_columns,
 )
+from dojo.data.contents import Origin, file_origin
 from dojo.data.images import PICTURE_SUFFIXES
 from dojo.data.metadata import METADATA_NAMES, Record, file_column, file_path, read_metadata
 from dojo.data.options import DataArgs
@@ -113,14 +114,10 @@ def folder_source(folder: Folder, args: DataArgs) -> Captioned:
     if unused := _unused(folder, metadata, strategy, args):
         parts.append(f"not used: {', '.join(unused)}")
     names = [printable(row.path) for row in rows]
-    versions = [file_version(folder.root / row.path) for row in rows]
     return Captioned(
         description="; ".join(parts),
         names=[printable(str(folder.root / row.path)) for row in rows],
-        ids=[
-            f"{name}|{version}{mask}"
-            for name, version, mask in zip(names, versions, masks.versions, strict=True)
-        ],
+        ids=[f"{name}|" for name in names],
         captions=[row.captions for row in rows],
         problems=[row.problem for row in rows],
         rows=list(range(len(rows))),
@@ -218,7 +215,7 @@ class _Metadata:
         rows: list[_Row] = []
         seen: dict[str, Record] = {}
         for record in self.records:
-            path, problem = file_path(within, record.fields.get(files))
+            path, problem = file_path(within, record.fields.get(files), folder.root)
             if problem:
                 rows.append(_Row(f"{name} {record.place}", (), problem))
                 continue
@@ -274,21 +271,24 @@ class Files:
     def __call__(self, row: int) -> Path:
         return Path(self.root, self.paths[row])
 
+    def origin(self, row: int) -> Origin | None:
+        """What would tell that the file of a row has changed."""
+        return file_origin(self.root, self.paths[row])
+
 
 @dataclass(frozen=True)
 class _Masks:
-    """Masks of the rows: paths ([] without --mask_dir), what to add to the ids, what to tell."""
+    """Masks of the rows: paths ([] without --mask_dir), what to tell."""
 
     paths: list[str]
-    versions: list[str]
     told: list[str]
 
     @classmethod
     def find(cls, folder: Folder, rows: Sequence[_Row], args: DataArgs) -> _Masks:
         if args.mask_from_alpha:
-            return cls([], ["+alpha"] * len(rows), ["masks from the alpha channel"])
+            return cls([], ["masks from the alpha channel"])
         if not args.mask_dir:
-            return cls([], [""] * len(rows), [])
+            return cls([], [])
         root = Path(args.mask_dir).expanduser()
         if not root.is_dir():
             raise UserError(f"--mask_dir {args.mask_dir}: there is no such folder")
@@ -313,7 +313,6 @@ class _Masks:
             )
         return cls(
             [str(root / file) if file else "" for file in found],
-            [f"+{file_version(root / file)}" if file else "" for file in found],
             [f"masks for {count} of {len(rows)} in {root}"],
         )
 
@@ -346,15 +345,6 @@ def _find_metadata(root: Path, files: Sequence[str], prefix: str) -> str | None:
 
 def _sidecar(picture: str) -> str:
     return f"{posixpath.splitext(picture)[0]}.txt"
-
-
-def file_version(path: Path) -> str:
-    """Size and time of change of a file; another where its content changed."""
-    try:
-        stat = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a path with a null character
-        return "missing"
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def printable(path: str) -> str:

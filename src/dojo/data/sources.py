@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dojo.cli import UserError
+from dojo.data.contents import Origin, Remembered
 from dojo.data.images import BadSample, Size, read_alpha, read_image, read_mask
 from dojo.data.options import DataArgs
 
@@ -86,7 +87,8 @@ class Captioned:
     names: list[str]
     """What messages call each sample; equal where two samples are the same picture."""
     ids: list[str]
-    """Unique per sample, and different when its file or its mask changes: ``<key>|<version>``."""
+    """Each sample's name in its source, and behind a bar what tells its content from others'. A
+    source is opened with nothing behind the bar; ``identified`` fills it, and makes them unique."""
     captions: list[tuple[str, ...]]
     """Alternative captions of each sample, each on one line; () where ``problems`` says why."""
     problems: list[str]
@@ -182,12 +184,15 @@ class Stores:
         k = bisect_right(self.starts, row) - 1
         return self.stores[k](row - self.starts[k])
 
+    def origin(self, row: int) -> Origin | None:
+        """Where the picture of a row comes from."""
+        k = bisect_right(self.starts, row) - 1
+        store = self.stores[k]
+        return store.origin(row - self.starts[k]) if isinstance(store, Remembered) else None
+
 
 def join(sources: Sequence[Captioned]) -> Captioned:
     """The samples of several sources, one source after the other.
-
-    A sample keeps its id unless a source before it has the same one; then the number of its source
-    is added, so that what one folder's cache holds is found again.
 
     Raises:
         ValueError: no source.
@@ -196,9 +201,6 @@ def join(sources: Sequence[Captioned]) -> Captioned:
         raise ValueError("there is nothing to join")
     if len(sources) == 1:
         return sources[0]
-    ids: dict[str, None] = {}
-    for number, source in enumerate(sources, start=1):
-        ids.update({f"{one}#{number}" if one in ids else one: None for one in source.ids})
     room = [max(source.rows, default=-1) + 1 for source in sources]
     starts = (0, *accumulate(room))[:-1]
     firsts = (0, *accumulate(len(source.recipes) for source in sources))
@@ -206,7 +208,7 @@ def join(sources: Sequence[Captioned]) -> Captioned:
     return Captioned(
         description="\n".join(source.description for source in sources),
         names=[name for source in sources for name in source.names],
-        ids=list(ids),
+        ids=[one for source in sources for one in source.ids],
         captions=[captions for source in sources for captions in source.captions],
         problems=[problem for source in sources for problem in source.problems],
         rows=[
@@ -262,21 +264,43 @@ def verify(
         BadSample: under ``error``, with the first bad samples and their number.
         ValueError: under ``skip``, when no sample is left.
     """
-    good: list[int] = []
-    bad: list[BadReport] = []
-    sizes: list[Size] = []
+    found = look(source, num_threads=num_threads, progress=progress)
+    return judged(source, found, on_bad_sample=on_bad_sample)
+
+
+def look(source: Captioned, *, num_threads: int, progress: bool = True) -> list[Size | str]:
+    """Decodes every picture and mask: the picture's size, or what is wrong with the sample.
+
+    Args:
+        source: what to look at.
+        num_threads: that decode at a time, at least 1.
+        progress: show a bar.
+    """
     executor = ThreadPoolExecutor(max_workers=num_threads)
     try:
         found = executor.map(lambda index: _size_or_fault(source, index), range(len(source)))
         bar = tqdm(found, "Checking pictures", len(source), disable=not progress, unit="picture")
-        for index, size_or_fault in enumerate(bar):
-            if isinstance(size_or_fault, str):
-                bad.append(BadReport(source.names[index], size_or_fault))
-            else:
-                good.append(index)
-                sizes.append(size_or_fault)
+        return list(bar)
     finally:
         executor.shutdown(cancel_futures=True)  # an interrupt need not wait for the rest
+
+
+def judged(
+    source: Captioned, found: Sequence[Size | str], *, on_bad_sample: Literal["skip", "error"]
+) -> tuple[list[int], list[BadReport], list[Size]]:
+    """The second half of `verify`: what `look` found, told apart.
+
+    Raises:
+        BadSample: under ``error``, with the first bad samples and their number.
+        UserError: under ``skip``, when no sample is left.
+    """
+    good = [index for index, one in enumerate(found) if not isinstance(one, str)]
+    sizes = [one for one in found if not isinstance(one, str)]
+    bad = [
+        BadReport(source.names[index], one)
+        for index, one in enumerate(found)
+        if isinstance(one, str)
+    ]
     if bad and on_bad_sample == "error":
         raise BadSample(
             f"{len(bad)} of {len(source)} samples cannot be used (--on_bad_sample skip leaves "
