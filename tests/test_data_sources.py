@@ -1202,3 +1202,93 @@ def test_the_evaluation_folder_has_captions_as_asked_but_no_masks(tmp_path: Path
     assert not held_out.has_masks
     assert held_out.read_mask(0) is None
     assert open_evaluation(DataArgs(train_data_dir="a")) is None
+
+
+# Tables that name their pictures
+
+
+def write_named(folder: Path, kind: str, paths: list[str]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = paths if kind == "text" else [{"bytes": None, "path": path} for path in paths]
+    table = pyarrow.table({"image": cells, "text": [f"caption {path}" for path in paths]})
+    pyarrow.parquet.write_table(table, folder / "train-0.parquet")
+
+
+@pytest.mark.parametrize("kind", ["text", "struct"])
+def test_a_table_names_pictures_from_its_own_folder_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    cache_dir = str(tmp_path / "cache")
+    write_pictures(tmp_path / "set" / "data" / "img", 2)
+    other = tmp_path / "other" / "img"
+    other.mkdir(parents=True)
+    for name in ("0.png", "1.png", "2.png"):
+        (other / name).write_bytes(png("black"))
+    monkeypatch.chdir(other.parent)
+    names = ["img/1.png", "./img/0.png", "img\\1.png", "img/2.png"]
+    names += [str(other / "0.png"), "../img/0.png", "https://a.b/0.png"]
+    write_named(tmp_path / "set" / "data", kind, names)
+    source = source_of(tmp_path / "set", cache_dir=cache_dir)
+    assert [source.read(row).getpixel((0, 0)) for row in range(3)] == [
+        (0, 255, 0),
+        (255, 0, 0),
+        (0, 255, 0),
+    ]
+    _, bad, _ = verify(source, on_bad_sample="skip", num_threads=1, progress=False)
+    assert [report.reason.partition(";")[0] for report in bad] == [
+        "there is no such file",
+        f"{str(other / '0.png')!r} is an absolute path",
+        "'../img/0.png' climbs out of the folder",
+        "'https://a.b/0.png' is an address",
+    ]
+    assert bad[0].name == str(tmp_path / "set" / "data" / "img" / "2.png")
+    assert bad[1].name.endswith("set row 4")
+    ids = ids_of(source)
+    assert ids[0].rpartition("|")[2] == ids[2].rpartition("|")[2]
+    (tmp_path / "set" / "data" / "img" / "1.png").write_bytes(png("white"))
+    assert [one == two for one, two in zip(ids, ids_of(source), strict=True)][:3] == [
+        *(False, True, False)
+    ]
+
+
+def test_names_in_a_table_whose_folder_is_not_known_are_refused(tmp_path: Path) -> None:
+    options = {"cache_dir": str(tmp_path / "cache")}
+    for part in ("a", "b"):
+        write_pictures(tmp_path / "set" / part, 1)
+        write_named(tmp_path / "set" / part, "text", ["0.png"])
+    source = source_of(tmp_path / "set", **options)
+    assert all("'0.png' is a file beside the table" in problem for problem in source.problems)
+
+
+def test_what_datasets_itself_downloaded_may_lie_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    write_pictures(tmp_path / "downloads", 1)
+    paths = [str(tmp_path / "downloads" / "0.png"), "0.png"]
+    made = datasets.Dataset.from_dict({"image": paths, "text": ["a", "b"]})
+    made = made.cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    args = DataArgs(dataset_name="some/one", cache_dir=str(tmp_path / "downloads"))
+    source = open_source("some/one", args)
+    assert source.problems[0] == ""
+    assert source.read(0).getpixel((0, 0)) == (255, 0, 0)
+    assert "where that lies is not known" in source.problems[1]
+
+
+def test_backslashes_part_folders_unless_a_file_is_named_so(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 2)
+    (tmp_path / "images\\1.png").write_bytes(png("white"))
+    rows = [{"file_name": f"images\\{number}.png", "text": "x"} for number in range(2)]
+    rows += [{"file_name": "images/1.png", "text": "x"}]
+    write_jsonl(tmp_path, rows)
+    source = source_of(tmp_path)
+    assert [source.read(row).getpixel((0, 0)) for row in range(3)] == [
+        (255, 0, 0),
+        (255, 255, 255),
+        (0, 255, 0),
+    ]

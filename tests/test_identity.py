@@ -154,8 +154,7 @@ def test_rows_of_tables_are_known_by_what_they_hold(tmp_path: Path, read: list[s
     table.save_to_disk(tmp_path / "saved")
 
     def known(name: str) -> list[str]:
-        options = {"cache_dir": str(tmp_path / "downloads")}
-        args = DataArgs(dataset_name=str(tmp_path / name), **options)
+        args = DataArgs(dataset_name=str(tmp_path / name), cache_dir=str(tmp_path / "downloads"))
         source = open_source(args.location, args)
         return identified(source, tmp_path / "cache").ids
 

@@ -952,3 +952,29 @@ def test_pictures_of_several_sizes_are_scored(tmp_path: Path) -> None:
     assert len(choice.pairs) == 2
     assert (1, 3, 20, 30) in shapes
     assert sum(shape[0] for shape in shapes) == 4
+
+
+def test_pairs_of_a_table_may_name_their_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    root = folder_of(tmp_path / "set", [two(0, 1, 1)])
+    (root / "metadata.jsonl").unlink()
+    names = {"image_0": ["0.png", "2.png", "../3.png"], "image_1": ["1.png", "/1.png", "3.png"]}
+    table = {**names, "label_0": [1, 1, 1], "caption": ["a", "b", "c"]}
+    datasets.Dataset.from_dict(table).to_parquet(root / "x.parquet")
+    lists = {"images": [["1.png", "0.png"], ["2.png", "../3.png"]], "caption": ["a", "b"]}
+    (tmp_path / "lists").mkdir()
+    for name in ("0.png", "1.png", "2.png"):
+        (tmp_path / "lists" / name).write_bytes(PICTURES[name])
+    datasets.Dataset.from_dict(lists).to_parquet(tmp_path / "lists" / "x.parquet")
+    monkeypatch.chdir(tmp_path)  # from where no path leads to a picture
+    for folder, expected, told in [
+        (root, [(0, 1, "a")], ["absolute path", "climbs out"]),
+        (tmp_path / "lists", [(1, 0, "a")], ["climbs out"]),
+    ]:
+        pairs = opened(folder, cache_dir=str(tmp_path / "downloads"))
+        assert numbers_of(pairs) == expected
+        assert len(pairs.bad) == len(told)
+        assert all(word in row.reason for word, row in zip(told, pairs.bad, strict=True))

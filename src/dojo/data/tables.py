@@ -59,13 +59,40 @@ def load_dataset(location: str, args: DataArgs) -> datasets.Dataset:
 
     try:
         return datasets.load_dataset(
-            location, args.dataset_config_name, split=args.dataset_split, cache_dir=args.cache_dir
+            location,
+            args.dataset_config_name,
+            split=args.dataset_split,
+            cache_dir=args.cache_dir,
+            **(_tables_alone(Path(location), args) if Path(location).is_dir() else {}),
         )
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
             f"{location}: neither a local folder nor a data set that can be loaded, split "
             f"{args.dataset_split!r}: {error}"
         ) from error
+
+
+def _tables_alone(root: Path, args: DataArgs) -> dict[str, Any]:
+    """The tables of a folder by name, where datasets would take it for a folder of pictures.
+
+    It takes what there are most of; pictures that a table names are more than the tables.
+    """
+    for suffix in ("parquet", "arrow"):
+        found = (path.relative_to(root) for path in root.rglob(f"*.{suffix}"))
+        visible = (path for path in found if not any(part[0] == "." for part in path.parts))
+        tables = sorted(str(root / path) for path in visible)
+        if tables and type(_builder(root, args)).__name__.lower() not in ("parquet", "arrow"):
+            return {"data_files": {"train": tables}}
+    return {}
+
+
+def _builder(root: Path, args: DataArgs, **options: Any) -> datasets.DatasetBuilder:
+    """What datasets would read a folder with; only the names of files are looked at."""
+    import datasets
+
+    return datasets.load_dataset_builder(
+        str(root), args.dataset_config_name, cache_dir=args.cache_dir, **options
+    )
 
 
 def table_source(location: str, dataset: datasets.Dataset, args: DataArgs) -> Captioned:
@@ -181,7 +208,8 @@ class Lists(Table):
 
 def bytes_of(cell: Any) -> bytes:
     """The content of the file that a cell holds; no picture reads as an empty file."""
-    return (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
+    content = cell.get("bytes") if isinstance(cell, dict) else cell
+    return content if isinstance(content, bytes) else b""
 
 
 def named_files(
@@ -249,7 +277,7 @@ def _names_in(cells: Any) -> list[str | None]:
     if "path" not in fields:
         return [None] * len(cells)
     names: list[str | None] = cells.field("path").to_pylist()
-    if "bytes" not in fields:
+    if "bytes" not in fields or types.is_null(cells.field("bytes").type):
         return names
     sizes: list[int | None] = compute.binary_length(cells.field("bytes")).to_pylist()  # pyright: ignore
     return [None if size else name for name, size in zip(names, sizes, strict=True)]
@@ -257,24 +285,19 @@ def _names_in(cells: Any) -> list[str | None]:
 
 def _library_folders(args: DataArgs) -> list[str]:
     """Where datasets keeps what it has downloaded and unpacked."""
-    import datasets
-    import huggingface_hub
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    folders = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
-    hub = huggingface_hub.constants.HF_HUB_CACHE
-    return [str(one) for one in (*folders, hub, args.cache_dir) if one]
+    folders = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    return [str(one) for one in (*folders, args.cache_dir) if one]
 
 
 def _base(root: Path, pictures: datasets.Dataset, args: DataArgs) -> Path | None:
     """The folder that holds the tables of a split; None where there are several."""
-    import datasets
-
     if any((root / marker).is_file() for marker in SAVED):
         files = [str(one["filename"]) for one in pictures.cache_files]
     else:
-        builder = datasets.load_dataset_builder(
-            str(root), args.dataset_config_name, cache_dir=args.cache_dir
-        )
+        builder = _builder(root, args, **_tables_alone(root, args))
         split = re.sub(r"\[.*", "", args.dataset_split)
         files = [str(one) for one in (builder.config.data_files or {}).get(split, ())]
     folders = {Path(one).parent for one in files}
