@@ -274,7 +274,9 @@ def test_captions_come_from_the_column_that_is_asked_for(tmp_path: Path) -> None
     [
         ({"label_0": 2}, "label_0 is 2, not 1 (image_0 is preferred), 0 (image_1 is) or 0.5"),
         ({"label_0": None}, "label_0 is None"),
-        ({"label_0": "yes"}, "label_0 is 'yes'"),
+        ({"label_0": "left"}, "label_0 is 'left'"),
+        ({"label_0": ""}, "label_0 is ''"),
+        ({"label_0": "0,5"}, "label_0 is '0,5'"),
         ({"label_0": "nan"}, "label_0 is 'nan'"),
         ({"caption": None}, "the caption is missing"),
         ({"caption": " "}, "the caption is empty"),
@@ -433,6 +435,8 @@ def test_scores_rank_and_equal_ones_make_no_pair(tmp_path: Path, kind: str) -> N
         (listed(0, 1, scores=[1]), "1 scores for 2 pictures"),
         (listed(0, 1, scores=[1, "much"]), "are not all numbers"),
         (listed(0, 1, scores=[1, None]), "are not all numbers"),
+        (listed(0, 1, scores=[1, "2,5"]), "'2,5' is no finite number, written without commas"),
+        (listed(0, 1, scores=[1, "nan"]), "are not all numbers"),
     ],
 )
 def test_a_bad_list_is_a_bad_row(tmp_path: Path, row: Row, reason: str) -> None:
@@ -527,6 +531,59 @@ def test_rows_without_a_label_of_their_own_are_ties(tmp_path: Path) -> None:
     pairs = opened(tmp_path)
     assert numbers_of(pairs) == EXPECTED[:1]
     assert pairs.num_ties == 1
+
+
+NO = [False, 0, 0.0, "False", "false", "no", "0", "0.0", "F", None, "", "nan", float("nan")]
+YES = [True, 1, 1.0, "True", "TRUE", "yes", "1", "1.0", " t "]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_no_pair_without_a_label_is_trained_on_however_that_is_spelled(
+    tmp_path: Path, kind: str
+) -> None:
+    words = [*NO, *YES]
+    rows = [{**two(0, 1, 1, f"{place}"), "has_label": word} for place, word in enumerate(words)]
+    pairs = opened(folder_of(tmp_path, rows, kind))
+    assert [pair.caption for pair in pairs.pairs] == [f"{len(NO) + k}" for k in range(len(YES))]
+    assert (pairs.num_ties, pairs.bad) == (len(NO), [])
+
+
+def test_a_label_that_is_neither_yes_nor_no_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [{**two(0, 1, 1), "has_label": word} for word in ("true", "maybe", 2, "-1", [])]
+    pairs = opened(folder_of(tmp_path, rows))
+    assert len(pairs) == 1
+    assert [row.reason for row in pairs.bad] == [
+        f"has_label: {word!r} is neither true nor false" for word in ("maybe", 2, "-1", [])
+    ]
+
+
+def test_a_row_that_leaves_has_label_out_has_none(tmp_path: Path) -> None:
+    pairs = opened(folder_of(tmp_path, [{**two(0, 1, 1), "has_label": True}, two(2, 3, 1)]))
+    assert numbers_of(pairs) == [(0, 1, "a star")]
+    assert pairs.num_ties == 1
+
+
+def test_labels_may_be_words_and_numbers_have_all_their_spellings(tmp_path: Path) -> None:
+    labels = ["True", "no", True, "1e0", " .5 ", "0.", "+1"]
+    rows = [two(0, 1, label, f"{place}") for place, label in enumerate(labels)]
+    pairs = opened(folder_of(tmp_path, rows))
+    winners = [(pair[2], pair[0]) for pair in numbers_of(pairs)]
+    assert winners == [("0", 0), ("1", 1), ("2", 0), ("3", 0), ("5", 1), ("6", 0)]
+    assert pairs.num_ties == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_column_of_ranks_is_read_and_the_first_is_the_best(tmp_path: Path, kind: str) -> None:
+    lists = [{**listed(0, 1, 2), "rank": [2, 1, 2]}]
+    pairs = opened(folder_of(tmp_path / "lists", lists, kind))
+    assert [numbers[:2] for numbers in numbers_of(pairs)] == [(1, 0), (1, 2)]
+    assert pairs.num_ties == 1
+    rows = [{"image_0": "0.png", "image_1": "1.png", "rank": [2, 1], "caption": "x"}]
+    assert numbers_of(opened(folder_of(tmp_path / "two", rows, kind))) == [(1, 0, "x")]
+    both = [{**two(0, 1, 1), "rank": [2, 1]}]
+    pairs = opened(folder_of(tmp_path / "both", both, kind))
+    assert numbers_of(pairs) == [(0, 1, "a star")]
+    assert "not used: column 'rank'" in pairs.description
 
 
 @pytest.mark.parametrize("pictures", [False, True])

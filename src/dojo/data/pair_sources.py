@@ -20,7 +20,7 @@ from dojo.data.contents import MISSING, Content, Remembered, hashes
 from dojo.data.folders import Files, Folder, printable
 from dojo.data.metadata import METADATA_NAMES, file_path, read_metadata
 from dojo.data.opening import find
-from dojo.data.pair_columns import HAS_LABEL, Columns, listed
+from dojo.data.pair_columns import Columns, listed
 from dojo.data.pair_options import PairArgs
 from dojo.data.pairs import Pair, Pairs
 from dojo.data.sources import BadReport, Captioned, PictureStore, Recipe, Stores
@@ -221,10 +221,10 @@ def _of_table(
     places = {sample: place for place, sample in enumerate(firsts)}
     kept = list(firsts.values())
     pictures = _source(args, [names[number] for number in kept], list(firsts), kept, store)
-    others = [name for name in (*columns.others, HAS_LABEL) if name in dataset.column_names]
     rows: list[_Row] = []
-    for row, values in enumerate(zip(*(dataset[name][:] for name in others), strict=True)):
-        fields = dict(zip(others, values, strict=True))
+    cells_of_rows = zip(*(dataset[name][:] for name in columns.others), strict=True)
+    for row, values in enumerate(cells_of_rows):
+        fields = dict(zip(columns.others, values, strict=True))
         name = f"{location} row {row}"
         try:
             for number in members[row]:
