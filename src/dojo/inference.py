@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dojo import lora, sd3
+from dojo import lora, sd3, truncation
 from dojo.cli import UserError
 
 
@@ -117,6 +118,33 @@ def load_loras(pipeline: Any, paths: Sequence[str], scales: Sequence[float]) -> 
     if names:
         pipeline.set_adapters(names, list(scales) * (len(names) if len(scales) == 1 else 1))
     return scheduler
+
+
+def tell_cut(
+    pipeline: Any, texts: Sequence[str | None], max_sequence_length: int | None = None
+) -> None:
+    """Says which prompts are longer than the pipeline's text encoders read.
+
+    Args:
+        texts: the prompts and negative prompts; None is passed over.
+        max_sequence_length: tokens of T5; None is the pipeline's own default.
+    """
+    default = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+    readers: list[truncation.Reader] = []
+    for part in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer = getattr(pipeline, part, None)
+        if (
+            tokenizer is None
+            or getattr(pipeline, part.replace("tokenizer", "text_encoder"), None) is None
+        ):
+            continue
+        if "T5" in type(tokenizer).__name__ and default is not None:
+            limit = max_sequence_length or default.default
+            readers.append(truncation.Reader("T5", tokenizer, limit, "--max_sequence_length"))
+        elif "CLIP" in type(tokenizer).__name__:
+            readers.append(truncation.Reader("CLIP", tokenizer, tokenizer.model_max_length))
+    for line in truncation.find_cut(filter(None, texts), readers).told:
+        print(line)
 
 
 def choose_device(name: str, offload: str) -> torch.device:

@@ -12,6 +12,7 @@ from dojo.data.cache import (
 from dojo.data.captions import CaptionArgs
 from dojo.data.choice import Choice, Score, relabel
 from dojo.data.config import args_for
+from dojo.data.contents import write_json
 from dojo.data.folders import scan
 from dojo.data.identity import identified
 from dojo.data.images import BadSample, Size, cover_box, fit, fit_mask, read_image
@@ -76,4 +77,5 @@ __all__ = [
     "split",
     "split_pairs",
     "verify",
+    "write_json",
 ]

@@ -30,6 +30,7 @@ from dojo.sd3.text import (
     TextArgs,
     TextDropoutArgs,
     TextEncoders,
+    readers,
     with_live_clip,
 )
 
@@ -54,6 +55,7 @@ __all__ = [
     "load_vae",
     "open_model",
     "posterior",
+    "readers",
     "save_single_file",
     "training_cost",
     "velocity",
