@@ -537,7 +537,8 @@ def test_the_phases_are_read_from_the_real_script_which_evaluates_nothing(
     assert not any(name.startswith("eval") for row in result["rows"] for name in row)
     assert not any("seconds_validation" in row for row in result["rows"])
     run = tmp_path / "runs" / "pocket-grpo"
-    assert {path.name for path in run.iterdir()} == {"args.json", "metrics.jsonl"}
+    left = {"args.json", "data_report.json", "metrics.jsonl"}
+    assert {path.name for path in run.iterdir()} == left
     head, _, row = capfd.readouterr().out.strip().splitlines()
     assert "sample s/image" in head
     assert "grpo lora r2 --rank 2" in row

@@ -556,6 +556,22 @@ def test_a_model_chooses_the_winners_once(tmp_path: Path, tiny_sd15: Path, pairs
     assert same_unet(changed / "unet", plain / "unet")
 
 
+def test_weights_that_a_reward_names_are_known_by_what_they_hold(tmp_path: Path) -> None:
+    model, root = tmp_path / "model", tmp_path / "cache"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"one")
+
+    def known(folder: Path, text: str = "clip[model={}]") -> dict[str, str]:
+        return paired._own_weights(text.format(folder), root)
+
+    first = known(model)
+    assert first
+    assert known(Path(shutil.copytree(model, tmp_path / "copy"))) == first
+    (model / "model.safetensors").write_bytes(b"two")
+    assert known(model) != first
+    assert known(model, "clip") == known(tmp_path / "absent") == {}
+
+
 def test_a_model_that_prefers_nothing_is_told(tmp_path: Path, tiny_sd15: Path, pairs: Path) -> None:
     with pytest.raises(UserError, match="--choice_model prefers no picture of 6 pairs"):
         train(tmp_path, tiny_sd15, pairs, "--choice_model", mine(tmp_path, "never"))

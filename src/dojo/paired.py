@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dojo import checkpoint, data, ddpm, direct, frozen, preference, rewards, rng, sd15
 from dojo.cli import UserError
-from dojo.rewards import spec
+from dojo.rewards import spec, weights
 from dojo.texts import Texts
 from dojo.trained import Trained
 from dojo.training import Key, Run
@@ -111,10 +111,13 @@ def chosen(run: Run, sources: Sources, args: Options) -> Sources:
         return score
 
     settings = {"reward": text, "dtype": args.scorers.reward_dtype, **_own_code(text)}
+    with run.accelerator.main_process_first():
+        settings |= _own_weights(text, root)
     tables: dict[str, Path] = {}
 
     def choose(pairs: data.Pairs, name: str) -> data.Pairs:
-        tables[name] = root / f"choices-{data.digest([pairs.fingerprint, *settings.values()])}.csv"
+        words = [args.data.location, pairs.fingerprint, *settings.values()]
+        tables[name] = root / f"choices-{data.digest(words)}.csv"
         choice = data.relabel(
             *(pairs, load, tables[name], root, settings),
             **run.share,
@@ -137,6 +140,25 @@ def _own_code(text: str) -> dict[str, str]:
     files = [Path(place) for place in places if place.endswith(".py")]
     code = [path.read_text(encoding="utf-8") for path in files if path.is_file()]
     return {"code": data.digest(code)} if code else {}
+
+
+def _own_weights(text: str, root: Path) -> dict[str, str]:
+    """What identifies the files here that a reward's options name: they may be trained anew.
+
+    Args:
+        root: folder of the caches, where their hashes are remembered.
+    """
+    named = [value for term in spec.parse(text) for value in term.options.values()]
+    paths = [path for value in named if (path := Path(weights.locate(value))).exists()]
+    files = [
+        (file.relative_to(path).as_posix(), file)
+        for path in paths
+        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if file.is_file()
+    ]
+    found = data.file_hashes([file for _, file in files], root)
+    words = [word for (name, _), one in zip(files, found, strict=True) for word in (name, one)]
+    return {"weights": data.digest(words)} if words else {}
 
 
 def prepare(

@@ -7,7 +7,7 @@ instance's, so that "a dog" stays a dog while "sks dog" becomes this one.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -80,8 +80,8 @@ def draw_class_images(
 ) -> None:
     """Fills the class folder up to `num_class_images`, the processes sharing the work.
 
-    Picture k depends on the prompt and k alone, and appears under its name when it is whole: a
-    process that is killed leaves its place to be filled the next time.
+    Picture k depends on the prompt, k and the size of a batch alone, and appears under its name
+    when it is whole: a process that is killed leaves its place to be filled the next time.
     """
     folder = args.folder
     frozen.refuse_inside(folder, data_args.location, "class_data_dir")
@@ -91,18 +91,31 @@ def draw_class_images(
     found = data.scan(folder, _class_args(args, data_args))
     taken = set(found.pictures)
     missing = args.num_class_images - len(taken)
-    names = (f"{found.prefix}class-{k:05d}.png" for k in range(args.num_class_images + len(taken)))
-    free = [name for name in names if name not in taken][: max(0, missing)]
+    every = range(args.num_class_images + len(taken))
+    places = [k for k in every if _name(found, k) not in taken][: max(0, missing)]
+    free = {_name(found, k) for k in places}
     if free and found.metadata:
         raise UserError(
             f"--class_data_dir {folder} names its {len(taken)} pictures in {found.metadata}, so "
             f"none can be added: lower --num_class_images {args.num_class_images} to that"
         )
     run.accelerator.wait_for_everyone()  # everybody has counted before anybody draws
-    mine = free[run.share["process"] :: run.share["num_processes"]]
-    if mine:
-        _draw(run, args, config, model, size, mine, captions=bool(found.sidecars))
+    # Batches of fixed members, a missing one being drawn with its neighbours: what else is in a
+    # batch decides the last bit of a picture.
+    batches = sorted({k // args.sample_batch_size for k in places})
+    starts = [batch * args.sample_batch_size for batch in batches]
+    members = [
+        [_name(found, start + k) for k in range(args.sample_batch_size)]
+        for start in starts[run.share["process"] :: run.share["num_processes"]]
+    ]
+    if members:
+        _draw(run, args, config, model, size, members, free, captions=bool(found.sidecars))
     run.accelerator.wait_for_everyone()
+
+
+def _name(folder: data.Folder, number: int) -> str:
+    """The file of a class picture, relative to the folder."""
+    return f"{folder.prefix}class-{number:05d}.png"
 
 
 @torch.no_grad()
@@ -112,17 +125,19 @@ def _draw(
     config: sd3.Config,
     model: sd3.ModelArgs,
     size: tuple[int, int],
-    names: Sequence[str],
+    batches: Sequence[Sequence[str]],
+    wanted: Set[str],
     *,
     captions: bool,
 ) -> None:
+    """Draws batches of pictures, named by their files, and keeps those that are wanted."""
     precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = precisions.get(args.prior_generation_precision or "", run.dtype)
     pipeline: Any = sd3.load_pipeline(config, model, dtype, run.device)
     pipeline.set_progress_bar_config(disable=True)
-    bar = tqdm(total=len(names), desc="drawing class pictures", disable=not run.main)
-    for start in range(0, len(names), args.sample_batch_size):
-        some = names[start : start + args.sample_batch_size]
+    count = sum(name in wanted for some in batches for name in some)
+    bar = tqdm(total=count, desc="drawing class pictures", disable=not run.main)
+    for some in batches:
         pictures = pipeline(
             [args.class_prompt] * len(some),
             height=size[0],
@@ -133,13 +148,15 @@ def _draw(
             generator=[rng.generator("class picture", str(args.class_prompt), k) for k in some],
         ).images
         for name, picture in zip(some, pictures, strict=True):
+            if name not in wanted:
+                continue
             path = args.folder / name
             if captions:  # the folder's own pictures have theirs
                 path.with_suffix(".txt").write_text(str(args.class_prompt), "utf-8")
             partial = path.with_name(f".{path.name}.partial")
             picture.save(partial, format="PNG")
             partial.replace(path)
-        bar.update(len(some))
+            bar.update()
     bar.close()
     del pipeline
     gc.collect()

@@ -12,8 +12,8 @@ from dojo.data.cache import (
 from dojo.data.captions import CaptionArgs
 from dojo.data.choice import Choice, Score, relabel
 from dojo.data.config import args_for
-from dojo.data.contents import write_json
-from dojo.data.folders import scan
+from dojo.data.contents import file_hashes, write_json
+from dojo.data.folders import Folder, scan
 from dojo.data.identity import identified
 from dojo.data.images import BadSample, Size, cover_box, fit, fit_mask, read_image
 from dojo.data.opening import open_evaluation, open_source, open_training
@@ -40,6 +40,7 @@ __all__ = [
     "Choice",
     "DataArgs",
     "Draw",
+    "Folder",
     "Latents",
     "Pair",
     "PairArgs",
@@ -61,6 +62,7 @@ __all__ = [
     "collate",
     "cover_box",
     "digest",
+    "file_hashes",
     "fit",
     "fit_mask",
     "identified",

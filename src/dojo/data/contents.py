@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -103,6 +104,14 @@ def hashes(
     for home in changed if root else ():
         write_json(_record(Path(root or ""), home), known[home])
     return [value or MISSING for value in found]
+
+
+def file_hashes(paths: Sequence[Path], root: Path | None) -> list[str]:
+    """The hash of each file; see `hashes`."""
+    contents = [
+        Content(file_origin(str(path.parent), path.name), partial(Path, path)) for path in paths
+    ]
+    return hashes(contents, root)
 
 
 def write_json(path: Path, content: object) -> None:
