@@ -237,10 +237,14 @@ def test_a_missing_class_picture_is_drawn_among_its_neighbours(
 
 
 def test_a_copied_folder_trains_to_the_same_bits_with_class_pictures_of_its_own(
-    train: Any, tmp_path: Path, subject: Path
+    train: Any, tmp_path: Path
 ) -> None:
+    (tmp_path / "set").mkdir()
+    for i, noise in enumerate(np.random.default_rng(0).integers(0, 256, (3, 64, 128, 3))):
+        Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "set" / f"{i}.png")
+
     def trained(folder: Path) -> dict[str, Tensor]:
-        copied = shutil.copytree(subject, folder / "set", copy_function=shutil.copyfile)
+        copied = shutil.copytree(tmp_path / "set", folder / "set", copy_function=shutil.copyfile)
         # The places of crops hang on the samples' ids.
         flags = ("--instance_data_dir", str(copied), "--crop_variants", "3", "--seed", "1")
         return weights(train(folder, *flags, *prior(folder)))
