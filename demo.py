@@ -141,6 +141,7 @@ def write_pictures(args: Args) -> None:
     base_scheduler = pipeline.scheduler
     tuned_scheduler = inference.load_loras(pipeline, args.lora_weights_path, args.lora_scale)
     inference.place(pipeline, device, args.offload)
+    tell_cut(pipeline, args, prompts)
 
     rows: list[list[Image.Image]] = []
     records: list[dict[str, Any]] = []
@@ -197,6 +198,7 @@ def judge(
         pipeline = load(args, model, device)
         pipeline.scheduler = inference.load_loras(pipeline, loras, args.lora_scale)
         inference.place(pipeline, device, args.offload)
+        tell_cut(pipeline, args, prompts)
         return partial(draw, pipeline, args)
 
     # The tuned model first: a LoRA that does not fit is known at once.
@@ -219,6 +221,12 @@ def load(args: Args, name: str, device: torch.device) -> Any:
     """The pipeline of a name, on the CPU, in the precision of the device."""
     auto = {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
     return inference.load_pipeline(name, DTYPES.get(args.dtype, auto), args.single_file_config)
+
+
+def tell_cut(pipeline: Any, args: Args, prompts: list[Prompt]) -> None:
+    """Says which prompts are longer than the model reads."""
+    texts = [*(prompt.text for prompt in prompts), args.negative_prompt]
+    inference.tell_cut(pipeline, texts, args.max_sequence_length)
 
 
 def options_of(args: Args) -> dict[str, str]:

@@ -539,7 +539,7 @@ def test_the_phases_are_read_from_the_real_script_which_evaluates_nothing(
     assert not any("seconds_validation" in row for row in result["rows"])
     run = tmp_path / "runs" / "pocket-grpo"
     written = {path.name for path in run.iterdir()} - {".lock"}  # it was killed
-    assert written == {"args.json", "metrics.jsonl", "manifest.jsonl"}
+    assert written == {"args.json", "data_report.json", "metrics.jsonl", "manifest.jsonl"}
     head, _, row = capfd.readouterr().out.strip().splitlines()
     assert "sample s/image" in head
     assert "grpo lora r2 --rank 2" in row

@@ -47,11 +47,13 @@ from dojo.data import (
     cache_text,
     checked,
     collate,
+    identified,
     open_source,
 )
 from dojo.data import shards as disk
 from dojo.data.images import READER
 from dojo.data.shards import Shards
+from dojo.data.sources import look
 
 SETTINGS: dict[str, object] = {"vae": "v1", "dtype": "no"}
 SIZES: list[Size] = [(64, 64), (64, 64), (120, 60), (100, 56), (60, 120), (70, 62), (64, 90)] * 2
@@ -823,18 +825,34 @@ def test_a_checked_data_set_is_not_decoded_again(
     Image.new("RGB", (30, 20)).save(copied / "04.png")
     source = source_of(copied)
     good, bad = check(source, tmp_path / "cache")
-    assert good.ids == [*source.ids[:3], *source.ids[4:]]
+    ids = identified(source, None).ids
+    assert good.ids == [*ids[:3], *ids[4:]]
     assert good.captions == [*source.captions[:3], *source.captions[4:]]
     assert good.sizes == [(64, 64)] * 3 + [(20, 30)] + [(64, 64)] * 5
     assert len(bad) == 1
     assert source.sizes == []
 
-    monkeypatch.setattr(cache, "verify", fail)
+    looked: list[str] = []
+
+    def counted(source: Captioned, **options: Any) -> list[Size | str]:
+        looked.extend(source.names)
+        return look(source, **options)
+
+    monkeypatch.setattr(cache, "look", counted)
     again, bad_again = check(source_of(copied), tmp_path / "cache")
     fields = [field.name for field in dataclasses.fields(Captioned)]
     assert all(getattr(again, name) == getattr(good, name) for name in fields)
     assert all(isinstance(size, tuple) for size in again.sizes)
     assert bad_again == bad
+    assert looked == bad  # what could not be read may have been mended
+    shutil.copytree(copied, tmp_path / "moved")
+    _, told = check(source_of(tmp_path / "moved"), tmp_path / "cache")
+    assert told == [str(tmp_path / "moved" / "03.png")]
+    assert len(looked) == 2
+    for record in (tmp_path / "cache").glob("*.json"):
+        record.write_text("[")
+    assert check(source_of(copied), tmp_path / "cache")[0].ids == good.ids
+    assert len(looked) == 2 + len(source)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"good": [99], "bad": [], "sizes": [[1, 1]]}'])

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dojo.cli import UserError
-from dojo.data import Captioned, DataArgs, Recipe, open_training, verify
+from dojo.data import Captioned, DataArgs, Recipe, identified, open_training, verify
 
 
 def pictures(folder: Path, *names: str, colour: str = "red") -> Path:
@@ -197,8 +197,8 @@ def test_a_hub_id_goes_to_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_folder_named_twice_gives_unique_ids_and_its_own_first(tmp_path: Path) -> None:
     pictures(tmp_path / "dog")
     entries = [{"path": "dog"}, {"path": "dog", "resolution": 64}]
-    twice = opened(write(tmp_path / "twice.json", entries))
-    once = opened(write(tmp_path / "once.json", entries[:1]))
+    twice = identified(opened(write(tmp_path / "twice.json", entries)), None)
+    once = identified(opened(write(tmp_path / "once.json", entries[:1])), None)
     assert twice.ids[:2] == once.ids
     assert len(set(twice.ids)) == 4
     assert [twice.recipe(index).resolution for index in range(4)] == [(512,)] * 2 + [(64,)] * 2

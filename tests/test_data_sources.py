@@ -24,6 +24,7 @@ from dojo.data import (
     Recipe,
     checked,
     formats,
+    identified,
     join,
     open_evaluation,
     open_source,
@@ -69,6 +70,11 @@ def folder_of(root: Path, count: int = 3) -> Path:
 
 def source_of(root: Path, **options: Any) -> Captioned:
     return open_source(str(root), DataArgs(dataset_name=str(root), **options))
+
+
+def ids_of(source: Captioned) -> list[str]:
+    """Ids from names and contents, nothing remembered."""
+    return identified(source, None).ids
 
 
 def reasons_of(source: Captioned) -> dict[str, str]:
@@ -889,13 +895,13 @@ def test_ids_change_with_the_mask(tmp_path: Path) -> None:
     root, masks = tmp_path / "set", tmp_path / "masks"
     write_pictures(root, 3)
     write_mask(masks / "0.png")
-    plain = source_of(root, instance_prompt="x").ids
-    masked = source_of(root, instance_prompt="x", mask_dir=str(masks)).ids
+    plain = ids_of(source_of(root, instance_prompt="x"))
+    masked = ids_of(source_of(root, instance_prompt="x", mask_dir=str(masks)))
     assert [one == other for one, other in zip(plain, masked, strict=True)] == [False, True, True]
-    os.utime(masks / "0.png", ns=(0, 1))
-    touched = source_of(root, instance_prompt="x", mask_dir=str(masks)).ids
-    assert touched[0] not in (plain[0], masked[0])
-    assert len({one.rpartition("|")[0] for one in (plain[0], masked[0], touched[0])}) == 1
+    write_mask(masks / "0.png", 254)
+    changed = ids_of(source_of(root, instance_prompt="x", mask_dir=str(masks)))
+    assert changed[0] not in (plain[0], masked[0])
+    assert len({one.rpartition("|")[0] for one in (plain[0], masked[0], changed[0])}) == 1
 
 
 def transparent() -> bytes:
@@ -931,7 +937,7 @@ def test_the_alpha_channel_may_be_the_mask(tmp_path: Path) -> None:
         assert source.read(1).getpixel((4, 11)) == (255, 255, 255)  # still laid on white
         assert "transparent everywhere" in next(iter(reasons_of(source).values()))
     plain = source_of(tmp_path / "folder", caption_strategy="filename")
-    assert not set(plain.ids) & set(folder.ids)
+    assert not set(ids_of(plain)) & set(ids_of(folder))
     assert not plain.has_masks
 
 
@@ -1158,17 +1164,15 @@ def test_good_data_is_all_good_whatever_the_threads(
 # Samples
 
 
-def test_ids_change_with_the_file_and_with_nothing_else(tmp_path: Path) -> None:
+def test_ids_change_with_the_content_and_with_nothing_else(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "here")
-    before = source_of(root)
-    assert source_of(root).ids == before.ids
+    before = ids_of(source_of(root))
     moved = Path(shutil.move(root, tmp_path / "there"))
-    assert source_of(moved).ids == before.ids
     os.utime(moved / "1.png", ns=(0, 1))
-    after = source_of(moved).ids
-    assert [old == new for old, new in zip(before.ids, after, strict=True)] == [True, False, True]
+    assert ids_of(source_of(moved)) == before
     (moved / "0.png").write_bytes(png() + b"padding")
-    assert source_of(moved).ids[0] != before.ids[0]
+    after = ids_of(source_of(moved))
+    assert [old == new for old, new in zip(before, after, strict=True)] == [False, True, True]
 
 
 def test_a_selection_keeps_everything_together(tmp_path: Path) -> None:
@@ -1231,12 +1235,10 @@ def test_the_split_depends_on_seed_and_names_alone(tmp_path: Path) -> None:
     _, reversed_held_out = split(source.select(range(39, -1, -1)), eval_fraction=0.2, seed=1)
     assert reversed_held_out is not None
     assert set(reversed_held_out.names) == set(held_out.names)
-    for name in source.names:
-        os.utime(name, ns=(0, 1))
-    _, touched = split(source_of(tmp_path), eval_fraction=0.2, seed=1)
-    assert touched is not None
-    assert touched.names == held_out.names
-    assert touched.ids != held_out.ids
+    _, whole = split(identified(source, None), eval_fraction=0.2, seed=1)
+    assert whole is not None
+    assert whole.names == held_out.names
+    assert whole.ids != held_out.ids
     _, other = split(source, eval_fraction=0.2, seed=2)
     assert other is not None
     assert other.names != held_out.names
@@ -1326,13 +1328,12 @@ def test_joined_sources_keep_their_pictures_captions_and_recipes(tmp_path: Path)
 
 
 def test_ids_of_one_folder_joined_twice_do_not_collide(tmp_path: Path) -> None:
-    source = source_of(folder_of(tmp_path, 3))
-    joined = join([source, source, source])
+    source = identified(source_of(folder_of(tmp_path, 3)), None)
+    joined = identified(join([source_of(tmp_path)] * 3), None)
     assert joined.ids[:3] == source.ids  # so the cache of the folder alone is found again
     assert len(set(joined.ids)) == 9
     keys = [one.rpartition("|")[0] for one in joined.ids]
     assert keys == ["0.png", "1.png", "2.png"] * 3
-    assert join([source, source, source]).ids == joined.ids
 
 
 def test_sizes_come_from_verify_and_stay_with_their_samples(tmp_path: Path) -> None:
@@ -1366,3 +1367,93 @@ def test_the_evaluation_folder_has_captions_as_asked_but_no_masks(tmp_path: Path
     assert not held_out.has_masks
     assert held_out.read_mask(0) is None
     assert open_evaluation(DataArgs(train_data_dir="a")) is None
+
+
+# Tables that name their pictures
+
+
+def write_named(folder: Path, kind: str, paths: list[str]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = paths if kind == "text" else [{"bytes": None, "path": path} for path in paths]
+    table = pyarrow.table({"image": cells, "text": [f"caption {path}" for path in paths]})
+    pyarrow.parquet.write_table(table, folder / "train-0.parquet")
+
+
+@pytest.mark.parametrize("kind", ["text", "struct"])
+def test_a_table_names_pictures_from_its_own_folder_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    cache_dir = str(tmp_path / "cache")
+    write_pictures(tmp_path / "set" / "data" / "img", 2)
+    other = tmp_path / "other" / "img"
+    other.mkdir(parents=True)
+    for name in ("0.png", "1.png", "2.png"):
+        (other / name).write_bytes(png("black"))
+    monkeypatch.chdir(other.parent)
+    names = ["img/1.png", "./img/0.png", "img\\1.png", "img/2.png"]
+    names += [str(other / "0.png"), "../img/0.png", "https://a.b/0.png"]
+    write_named(tmp_path / "set" / "data", kind, names)
+    source = source_of(tmp_path / "set", cache_dir=cache_dir)
+    assert [source.read(row).getpixel((0, 0)) for row in range(3)] == [
+        (0, 255, 0),
+        (255, 0, 0),
+        (0, 255, 0),
+    ]
+    _, bad, _ = verify(source, on_bad_sample="skip", num_threads=1, progress=False)
+    assert [report.reason.partition(";")[0] for report in bad] == [
+        "there is no such file",
+        f"{str(other / '0.png')!r} is an absolute path",
+        "'../img/0.png' climbs out of the folder",
+        "'https://a.b/0.png' is an address",
+    ]
+    assert bad[0].name == str(tmp_path / "set" / "data" / "img" / "2.png")
+    assert bad[1].name.endswith("set row 4")
+    ids = ids_of(source)
+    assert ids[0].rpartition("|")[2] == ids[2].rpartition("|")[2]
+    (tmp_path / "set" / "data" / "img" / "1.png").write_bytes(png("white"))
+    assert [one == two for one, two in zip(ids, ids_of(source), strict=True)][:3] == [
+        *(False, True, False)
+    ]
+
+
+def test_names_in_a_table_whose_folder_is_not_known_are_refused(tmp_path: Path) -> None:
+    options = {"cache_dir": str(tmp_path / "cache")}
+    for part in ("a", "b"):
+        write_pictures(tmp_path / "set" / part, 1)
+        write_named(tmp_path / "set" / part, "text", ["0.png"])
+    source = source_of(tmp_path / "set", **options)
+    assert all("'0.png' is a file beside the table" in problem for problem in source.problems)
+
+
+def test_what_datasets_itself_downloaded_may_lie_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    write_pictures(tmp_path / "downloads", 1)
+    paths = [str(tmp_path / "downloads" / "0.png"), "0.png"]
+    made = datasets.Dataset.from_dict({"image": paths, "text": ["a", "b"]})
+    made = made.cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    args = DataArgs(dataset_name="some/one", cache_dir=str(tmp_path / "downloads"))
+    source = open_source("some/one", args)
+    assert source.problems[0] == ""
+    assert source.read(0).getpixel((0, 0)) == (255, 0, 0)
+    assert "where that lies is not known" in source.problems[1]
+
+
+def test_backslashes_part_folders_unless_a_file_is_named_so(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 2)
+    (tmp_path / "images\\1.png").write_bytes(png("white"))
+    rows = [{"file_name": f"images\\{number}.png", "text": "x"} for number in range(2)]
+    rows += [{"file_name": "images/1.png", "text": "x"}]
+    write_jsonl(tmp_path, rows)
+    source = source_of(tmp_path)
+    assert [source.read(row).getpixel((0, 0)) for row in range(3)] == [
+        (255, 0, 0),
+        (255, 255, 255),
+        (0, 255, 0),
+    ]

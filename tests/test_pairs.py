@@ -4,12 +4,12 @@ import csv
 import io
 import itertools
 import json
-import os
 import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from dojo.data import (
     check_pairs,
     collate,
     fit,
+    identified,
     open_pairs,
     pair_fingerprint,
     prepare_pairs,
@@ -161,6 +162,14 @@ def prepared(root: Path, *, no_cache: bool = False, seed: int = 0, **options: An
     )
 
 
+def checked_pairs(root: Path, cache: Path) -> Pairs:
+    """All pairs of a folder, checked as a run checks them."""
+    good, _ = check_pairs(
+        *(opened(root), cache / "cache"), on_bad_sample="error", num_threads=1, progress=False
+    )
+    return good
+
+
 def first_batches(rows: PairSet, count: int, **options: Any) -> list[Batch]:
     stream = iter(Batches(rows.plan(), seed=rows.seed, **options))
     return [collate([rows[draw] for draw in batch]) for batch in itertools.islice(stream, count)]
@@ -275,7 +284,9 @@ def test_captions_come_from_the_column_that_is_asked_for(tmp_path: Path) -> None
     [
         ({"label_0": 2}, "label_0 is 2, not 1 (image_0 is preferred), 0 (image_1 is) or 0.5"),
         ({"label_0": None}, "label_0 is None"),
-        ({"label_0": "yes"}, "label_0 is 'yes'"),
+        ({"label_0": "left"}, "label_0 is 'left'"),
+        ({"label_0": ""}, "label_0 is ''"),
+        ({"label_0": "0,5"}, "label_0 is '0,5'"),
         ({"label_0": "nan"}, "label_0 is 'nan'"),
         ({"caption": None}, "the caption is missing"),
         ({"caption": " "}, "the caption is empty"),
@@ -449,6 +460,8 @@ def test_scores_rank_and_equal_ones_make_no_pair(tmp_path: Path, kind: str) -> N
         (listed(0, 1, scores=[1]), "1 scores for 2 pictures"),
         (listed(0, 1, scores=[1, "much"]), "are not all numbers"),
         (listed(0, 1, scores=[1, None]), "are not all numbers"),
+        (listed(0, 1, scores=[1, "2,5"]), "'2,5' is no finite number, written without commas"),
+        (listed(0, 1, scores=[1, "nan"]), "are not all numbers"),
     ],
 )
 def test_a_bad_list_is_a_bad_row(tmp_path: Path, row: Row, reason: str) -> None:
@@ -545,6 +558,59 @@ def test_rows_without_a_label_of_their_own_are_ties(tmp_path: Path) -> None:
     assert pairs.num_ties == 1
 
 
+NO = [False, 0, 0.0, "False", "false", "no", "0", "0.0", "F", None, "", "nan", float("nan")]
+YES = [True, 1, 1.0, "True", "TRUE", "yes", "1", "1.0", " t "]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_no_pair_without_a_label_is_trained_on_however_that_is_spelled(
+    tmp_path: Path, kind: str
+) -> None:
+    words = [*NO, *YES]
+    rows = [{**two(0, 1, 1, f"{place}"), "has_label": word} for place, word in enumerate(words)]
+    pairs = opened(folder_of(tmp_path, rows, kind))
+    assert [pair.caption for pair in pairs.pairs] == [f"{len(NO) + k}" for k in range(len(YES))]
+    assert (pairs.num_ties, pairs.bad) == (len(NO), [])
+
+
+def test_a_label_that_is_neither_yes_nor_no_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [{**two(0, 1, 1), "has_label": word} for word in ("true", "maybe", 2, "-1", [])]
+    pairs = opened(folder_of(tmp_path, rows))
+    assert len(pairs) == 1
+    assert [row.reason for row in pairs.bad] == [
+        f"has_label: {word!r} is neither true nor false" for word in ("maybe", 2, "-1", [])
+    ]
+
+
+def test_a_row_that_leaves_has_label_out_has_none(tmp_path: Path) -> None:
+    pairs = opened(folder_of(tmp_path, [{**two(0, 1, 1), "has_label": True}, two(2, 3, 1)]))
+    assert numbers_of(pairs) == [(0, 1, "a star")]
+    assert pairs.num_ties == 1
+
+
+def test_labels_may_be_words_and_numbers_have_all_their_spellings(tmp_path: Path) -> None:
+    labels = ["True", "no", True, "1e0", " .5 ", "0.", "+1"]
+    rows = [two(0, 1, label, f"{place}") for place, label in enumerate(labels)]
+    pairs = opened(folder_of(tmp_path, rows))
+    winners = [(pair[2], pair[0]) for pair in numbers_of(pairs)]
+    assert winners == [("0", 0), ("1", 1), ("2", 0), ("3", 0), ("5", 1), ("6", 0)]
+    assert pairs.num_ties == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_column_of_ranks_is_read_and_the_first_is_the_best(tmp_path: Path, kind: str) -> None:
+    lists = [{**listed(0, 1, 2), "rank": [2, 1, 2]}]
+    pairs = opened(folder_of(tmp_path / "lists", lists, kind))
+    assert [numbers[:2] for numbers in numbers_of(pairs)] == [(1, 0), (1, 2)]
+    assert pairs.num_ties == 1
+    rows = [{"image_0": "0.png", "image_1": "1.png", "rank": [2, 1], "caption": "x"}]
+    assert numbers_of(opened(folder_of(tmp_path / "two", rows, kind))) == [(1, 0, "x")]
+    both = [{**two(0, 1, 1), "rank": [2, 1]}]
+    pairs = opened(folder_of(tmp_path / "both", both, kind))
+    assert numbers_of(pairs) == [(0, 1, "a star")]
+    assert "not used: column 'rank'" in pairs.description
+
+
 @pytest.mark.parametrize("pictures", [False, True])
 def test_ranked_lists_of_a_table_are_read(tmp_path: Path, pictures: bool) -> None:
     import datasets
@@ -569,7 +635,7 @@ def test_ranked_lists_of_a_table_are_read(tmp_path: Path, pictures: bool) -> Non
 def test_columns_that_hold_no_pictures_are_refused(tmp_path: Path) -> None:
     import datasets
 
-    table = pick_a_pic(ROWS, uids=False) | {"jpg_1": ["x"] * len(ROWS)}
+    table = pick_a_pic(ROWS, uids=False) | {"jpg_1": [1] * len(ROWS)}
     datasets.Dataset.from_dict(table).save_to_disk(tmp_path)
     with pytest.raises(UserError, match="column 'jpg_1' holds no pictures but"):
         opened(tmp_path)
@@ -793,6 +859,7 @@ def test_a_size_that_the_model_cannot_take_is_refused(tmp_path: Path) -> None:
 def test_the_fingerprint_tells_pairs_and_their_use_apart(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", ring())
     pairs = opened(root)
+    pairs = replace(pairs, pictures=identified(pairs.pictures, None))
     ways = [
         {},
         {"resolution": 32},
@@ -886,9 +953,7 @@ def test_scores_hang_on_the_caption_too(tmp_path: Path) -> None:
 
 def test_nothing_is_scored_twice_and_the_model_is_not_loaded_in_vain(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", ring(8, captions=1))
-    for path in root.glob("*.png"):  # an id holds the file's time, and shards end by the ids
-        os.utime(path, (1, 1))
-    pairs = opened(root)
+    pairs = checked_pairs(root, tmp_path)
     judge = Judge(lambda number, _: number)
     first = chosen(pairs, judge, tmp_path)
     assert len(judge.asked) == 8  # each stands in two pairs
@@ -903,8 +968,7 @@ def test_nothing_is_scored_twice_and_the_model_is_not_loaded_in_vain(tmp_path: P
     with pytest.raises(AssertionError, match="loaded"):  # another model has other scores
         relabel(pairs, refuse, tmp_path / "x.csv", tmp_path / "cache", {"choice_model": "other"})
     (root / "3.png").write_bytes(PICTURES["3.png"] + b" ")
-    os.utime(root / "3.png", (1, 1))
-    chosen(opened(root), judge, tmp_path)
+    chosen(checked_pairs(root, tmp_path), judge, tmp_path)
     assert 8 < len(judge.asked) <= 8 + 4  # the shard around the picture that changed
 
 
@@ -970,3 +1034,29 @@ def test_pictures_of_several_sizes_are_scored(tmp_path: Path) -> None:
     assert len(choice.pairs) == 2
     assert (1, 3, 20, 30) in shapes
     assert sum(shape[0] for shape in shapes) == 4
+
+
+def test_pairs_of_a_table_may_name_their_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    root = folder_of(tmp_path / "set", [two(0, 1, 1)])
+    (root / "metadata.jsonl").unlink()
+    names = {"image_0": ["0.png", "2.png", "../3.png"], "image_1": ["1.png", "/1.png", "3.png"]}
+    table = {**names, "label_0": [1, 1, 1], "caption": ["a", "b", "c"]}
+    datasets.Dataset.from_dict(table).to_parquet(root / "x.parquet")
+    lists = {"images": [["1.png", "0.png"], ["2.png", "../3.png"]], "caption": ["a", "b"]}
+    (tmp_path / "lists").mkdir()
+    for name in ("0.png", "1.png", "2.png"):
+        (tmp_path / "lists" / name).write_bytes(PICTURES[name])
+    datasets.Dataset.from_dict(lists).to_parquet(tmp_path / "lists" / "x.parquet")
+    monkeypatch.chdir(tmp_path)  # from where no path leads to a picture
+    for folder, expected, told in [
+        (root, [(0, 1, "a")], ["absolute path", "climbs out"]),
+        (tmp_path / "lists", [(1, 0, "a")], ["climbs out"]),
+    ]:
+        pairs = opened(folder, cache_dir=str(tmp_path / "downloads"))
+        assert numbers_of(pairs) == expected
+        assert len(pairs.bad) == len(told)
+        assert all(word in row.reason for word, row in zip(told, pairs.bad, strict=True))

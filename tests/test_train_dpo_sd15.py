@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import random
 import runpy
 import shutil
@@ -106,8 +105,6 @@ def write_pairs(folder: Path, count: int, *, swapped: bool = False, alike: bool 
         for file, background in zip(files, ("white", "white" if alike else "black"), strict=True):
             picture = scenes.draw(dataclasses.replace(scene, background=background))
             Image.fromarray(picture).save(folder / file)
-            # An id holds the file's time, and the batches that are encoded together end by the ids.
-            os.utime(folder / file, (1, 1))
         first, second = files if i % 2 else files[::-1]
         label = i % 2 if not swapped else 1 - i % 2
         row = {"image_0": first, "image_1": second, "label_0": label, "caption": caption}
@@ -557,6 +554,22 @@ def test_a_model_chooses_the_winners_once(tmp_path: Path, tiny_sd15: Path, pairs
     changed = train(tmp_path / "e", tiny_sd15, pairs, *own, *dark)
     assert asked(tmp_path) == 36
     assert same_unet(changed / "unet", plain / "unet")
+
+
+def test_weights_that_a_reward_names_are_known_by_what_they_hold(tmp_path: Path) -> None:
+    model, root = tmp_path / "model", tmp_path / "cache"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"one")
+
+    def known(folder: Path, text: str = "clip[model={}]") -> dict[str, str]:
+        return paired._own_weights(text.format(folder), root)
+
+    first = known(model)
+    assert first
+    assert known(Path(shutil.copytree(model, tmp_path / "copy"))) == first
+    (model / "model.safetensors").write_bytes(b"two")
+    assert known(model) != first
+    assert known(model, "clip") == known(tmp_path / "absent") == {}
 
 
 def test_a_model_that_prefers_nothing_is_told(tmp_path: Path, tiny_sd15: Path, pairs: Path) -> None:

@@ -1,6 +1,7 @@
 """train_dreambooth_lora_sd3.py: both halves of a batch, class pictures, text encoders, resume."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,44 @@ def test_drawing_class_pictures_goes_on_after_a_kill(
             np.asarray(Image.open(place), dtype=int) for place in (path, folder / path.name)
         )
         assert np.abs(one - two).max() <= 2
+
+
+def test_a_missing_class_picture_is_drawn_among_its_neighbours(
+    train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    plain = StableDiffusion3Pipeline.__call__
+
+    def call(self: Any, prompt: list[str], **options: Any) -> Any:
+        drawn.append(len(prompt))
+        return plain(self, prompt, **options)
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", call)
+    train(tmp_path, *prior(tmp_path))
+    pictures = {path: path.read_bytes() for path in (tmp_path / "class").iterdir()}
+    assert len(pictures) == 3
+    (tmp_path / "class" / "class-00001.png").unlink()
+    train(tmp_path / "again", *prior(tmp_path))
+    assert {path: path.read_bytes() for path in (tmp_path / "class").iterdir()} == pictures
+    assert drawn == [2, 2, 2]
+
+
+def test_a_copied_folder_trains_to_the_same_bits_with_class_pictures_of_its_own(
+    train: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "set").mkdir()
+    for i, noise in enumerate(np.random.default_rng(0).integers(0, 256, (3, 64, 128, 3))):
+        Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "set" / f"{i}.png")
+
+    def trained(folder: Path) -> dict[str, Tensor]:
+        copied = shutil.copytree(tmp_path / "set", folder / "set", copy_function=shutil.copyfile)
+        # The places of crops hang on the samples' ids.
+        flags = ("--instance_data_dir", str(copied), "--crop_variants", "3", "--seed", "1")
+        return weights(train(folder, *flags, *prior(folder)))
+
+    one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize(

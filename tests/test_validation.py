@@ -214,9 +214,30 @@ def test_a_text_file_is_a_prompt_per_line_and_a_table_names_its_prompts(tmp_path
     assert read_prompts(tmp_path / "c.json") == [Entry(prompt="a star"), Entry(prompt="a cat")]
 
 
+def test_numbers_of_a_table_have_all_their_spellings(tmp_path: Path) -> None:
+    header = "prompt,seed,num_inference_steps,guidance_scale\n"
+    # As pandas writes whole numbers beside empty cells.
+    (tmp_path / "a.csv").write_text(f"{header}a,28.0,2e1,.5\nb,,,\nc,9007199254740993,1,5\n")
+    assert read_prompts(tmp_path / "a.csv") == [
+        Entry(prompt="a", seed=28, num_inference_steps=20, guidance_scale=0.5),
+        Entry(prompt="b"),
+        Entry(prompt="c", seed=9007199254740993, num_inference_steps=1, guidance_scale=5.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.jsonl", '{"prompt": "one\u2028two"}\n'), ("a.csv", "prompt\none\u2028two\n")],
+)
+def test_only_line_feeds_part_rows(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_prompts(tmp_path / name) == [Entry(prompt="one\u2028two")]
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
+        ({"prompt": "x", "guidance_scale": "1,5"}, "guidance_scale '1,5' is no number"),
         ({"prompt": "x", "negative_prompt": "y"}, "did you mean 'negative'"),
         ({"prompt": "x", "guidence_scale": 3}, "did you mean 'guidance_scale'"),
         ({"name": "x"}, "it has no prompt"),

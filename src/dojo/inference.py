@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dojo import loaded, lora, sd3
+from dojo import loaded, lora, sd3, truncation
 from dojo.cli import UserError
 
 
@@ -130,6 +131,33 @@ def _trained_with(scheduler: Any, folder: Path) -> Any:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--lora_weights_path: {path} is broken ({error})") from error
     return scheduler
+
+
+def tell_cut(
+    pipeline: Any, texts: Sequence[str | None], max_sequence_length: int | None = None
+) -> None:
+    """Says which prompts are longer than the pipeline's text encoders read.
+
+    Args:
+        texts: the prompts and negative prompts; None is passed over.
+        max_sequence_length: tokens of T5; None is the pipeline's own default.
+    """
+    default = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+    readers: list[truncation.Reader] = []
+    for part in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer = getattr(pipeline, part, None)
+        if (
+            tokenizer is None
+            or getattr(pipeline, part.replace("tokenizer", "text_encoder"), None) is None
+        ):
+            continue
+        if "T5" in type(tokenizer).__name__ and default is not None:
+            limit = max_sequence_length or default.default
+            readers.append(truncation.Reader("T5", tokenizer, limit, "--max_sequence_length"))
+        elif "CLIP" in type(tokenizer).__name__:
+            readers.append(truncation.Reader("CLIP", tokenizer, tokenizer.model_max_length))
+    for line in truncation.find_cut(filter(None, texts), readers).told:
+        print(line)
 
 
 def choose_device(name: str, offload: str) -> torch.device:

@@ -30,7 +30,7 @@ from dojo import (
 )
 from dojo.cli import UserError
 from dojo.masking import hide
-from dojo.rewards import spec
+from dojo.rewards import spec, weights
 from dojo.texts import Texts
 from dojo.trained import Trained
 from dojo.training import Key, Run, arithmetic
@@ -79,7 +79,8 @@ def open_sources(run: Run, args: Options) -> Sources:
     """
     args.data.check(args.cache)
     with run.accelerator.main_process_first():
-        everything = data.open_pairs(args.data, progress=run.main)
+        root = None if run.args.dry_run else args.cache.latent_cache_dir
+        everything = data.open_pairs(args.data, root, progress=run.main)
         left_out: list[data.BadReport] = []
         if not run.args.dry_run:
             everything, left_out = data.check_pairs(
@@ -128,12 +129,15 @@ def chosen(run: Run, sources: Sources, args: Options) -> Sources:
     shown = hide(text)
     settings = {"reward": shown, "dtype": args.scorers.reward_dtype, **_own_code(text)}
     settings |= arithmetic(run.device)
+    with run.accelerator.main_process_first():
+        settings |= _own_weights(text, root)
     if shown != text:  # a query may choose what is served: no secret is kept, but its hash
         settings["address"] = data.digest([text])
     tables: dict[str, Path] = {}
 
     def choose(pairs: data.Pairs, name: str) -> data.Pairs:
-        tables[name] = root / f"choices-{data.digest([pairs.fingerprint, *settings.values()])}.csv"
+        words = [args.data.location, pairs.fingerprint, *settings.values()]
+        tables[name] = root / f"choices-{data.digest(words)}.csv"
         choice = data.relabel(
             *(pairs, load, tables[name], root, settings),
             **run.share,
@@ -156,6 +160,25 @@ def _own_code(text: str) -> dict[str, str]:
     files = [Path(place) for place in places if place.endswith(".py")]
     code = [path.read_text(encoding="utf-8") for path in files if path.is_file()]
     return {"code": data.digest(code)} if code else {}
+
+
+def _own_weights(text: str, root: Path) -> dict[str, str]:
+    """What identifies the files here that a reward's options name: they may be trained anew.
+
+    Args:
+        root: folder of the caches, where their hashes are remembered.
+    """
+    named = [value for term in spec.parse(text) for value in term.options.values()]
+    paths = [path for value in named if (path := Path(weights.locate(value))).exists()]
+    files = [
+        (file.relative_to(path).as_posix(), file)
+        for path in paths
+        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if file.is_file()
+    ]
+    found = data.file_hashes([file for _, file in files], root)
+    words = [word for (name, _), one in zip(files, found, strict=True) for word in (name, one)]
+    return {"weights": data.digest(words)} if words else {}
 
 
 def prepare(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -81,8 +81,8 @@ def draw_class_images(
 ) -> None:
     """Fills the class folder up to `num_class_images`, the processes sharing the work.
 
-    Picture k depends on the prompt and k alone, and appears under its name when it is whole: a
-    process that is killed leaves its place to be filled the next time.
+    Picture k depends on the prompt, k and the size of a batch alone, and appears under its name
+    when it is whole: a process that is killed leaves its place to be filled the next time.
     """
     folder = args.folder
     frozen.refuse_inside(folder, data_args.location, "class_data_dir")
@@ -93,8 +93,11 @@ def draw_class_images(
     found = data.scan(folder, _class_args(args, data_args))
     taken = set(found.pictures)
     missing = max(0, args.num_class_images - len(taken))
-    names = (f"{found.prefix}class-{k:05d}.png" for k in range(args.num_class_images + len(taken)))
-    free = [name for name in names if name not in taken and not (folder / name).exists()][:missing]
+    every = range(args.num_class_images + len(taken))
+    names = {k: _name(found, k) for k in every}
+    open_places = [k for k in every if names[k] not in taken and not (folder / names[k]).exists()]
+    places = open_places[:missing]
+    free = {names[k] for k in places}
     own = any(not _DRAWN.fullmatch(Path(name).name) for name in taken)
     if free and (found.metadata_files or own):
         raise UserError(
@@ -103,10 +106,22 @@ def draw_class_images(
             f"gets {args.num_class_images} drawn ones"
         )
     run.accelerator.wait_for_everyone()  # everybody has counted before anybody draws
-    mine = free[run.share["process"] :: run.share["num_processes"]]
-    if mine:
-        _draw(run, args, config, model, size, mine, captions=bool(found.sidecars))
+    # Batches of fixed members, a missing one being drawn with its neighbours: what else is in a
+    # batch decides the last bit of a picture.
+    batches = sorted({k // args.sample_batch_size for k in places})
+    starts = [batch * args.sample_batch_size for batch in batches]
+    members = [
+        [_name(found, start + k) for k in range(args.sample_batch_size)]
+        for start in starts[run.share["process"] :: run.share["num_processes"]]
+    ]
+    if members:
+        _draw(run, args, config, model, size, members, free, captions=bool(found.sidecars))
     run.accelerator.wait_for_everyone()
+
+
+def _name(folder: data.Folder, number: int) -> str:
+    """The file of a class picture, relative to the folder."""
+    return f"{folder.prefix}class-{number:05d}.png"
 
 
 @torch.no_grad()
@@ -116,17 +131,19 @@ def _draw(
     config: sd3.Config,
     model: sd3.ModelArgs,
     size: tuple[int, int],
-    names: Sequence[str],
+    batches: Sequence[Sequence[str]],
+    wanted: Set[str],
     *,
     captions: bool,
 ) -> None:
+    """Draws batches of pictures, named by their files, and keeps those that are wanted."""
     precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = precisions.get(args.prior_generation_precision or "", run.dtype)
     pipeline: Any = sd3.load_pipeline(config, model, dtype, run.device)
     pipeline.set_progress_bar_config(disable=True)
-    bar = tqdm(total=len(names), desc="drawing class pictures", disable=not run.main)
-    for start in range(0, len(names), args.sample_batch_size):
-        some = names[start : start + args.sample_batch_size]
+    count = sum(name in wanted for some in batches for name in some)
+    bar = tqdm(total=count, desc="drawing class pictures", disable=not run.main)
+    for some in batches:
         pictures = pipeline(
             [args.class_prompt] * len(some),
             height=size[0],
@@ -137,12 +154,14 @@ def _draw(
             generator=[rng.generator("class picture", str(args.class_prompt), k) for k in some],
         ).images
         for name, picture in zip(some, pictures, strict=True):
+            if name not in wanted:
+                continue
             path = args.folder / name
             if captions and not path.with_suffix(".txt").exists():  # the others have theirs
                 path.with_suffix(".txt").write_text(str(args.class_prompt), "utf-8")
             with files.whole(path) as file:  # runs may share the folder
                 picture.save(file, format="PNG")
-        bar.update(len(some))
+            bar.update()
     bar.close()
     del pipeline
     gc.collect()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from dojo import data, sd3, sd15
+from dojo import checkpoint, data, sd3, sd15, truncation
 from dojo.pipelines import Embeds
 from dojo.training import Run, arithmetic, used_memory_gib
 
@@ -90,6 +93,7 @@ def prepare(
         "t5_padding": args.t5_padding,
     }
     numbers = config.text_numbers(model.max_sequence_length)
+    _tell_cut(run, cache, groups, settings, partial(sd3.readers, config, model))
     lookup = _fill(run, cache, groups, once, settings, numbers)
     live = None
     if train_clip:
@@ -110,9 +114,45 @@ def prepare_sd15(
     """`prepare` for Stable Diffusion 1: `prompt_embeds` alone, and "" for no caption."""
     once = _Once(lambda: sd15.load_text_encoder(config, model, run.dtype, run.device))
     settings = {"encoders": config.fingerprint(sd15.TEXT_FOLDERS), "dtype": str(run.dtype)}
+    _tell_cut(run, cache, groups, settings, partial(sd15.readers, config))
     lookup = _fill(run, cache, groups, once, settings, config.text_numbers)
     _free(run, once, lookup, "text encoder")
     return Texts(lookup, run.device)
+
+
+def _tell_cut(
+    run: Run,
+    cache: data.TextCacheArgs,
+    groups: Sequence[Sequence[str]],
+    settings: Mapping[str, object],
+    load_readers: Callable[[], Sequence[truncation.Reader]],
+) -> None:
+    """Says which texts are longer than their encoders read, on the screen and in data_report.json.
+
+    What was found is kept among the caches: to read a hundred thousand captions takes a while.
+
+    Args:
+        settings: what the tokens depend on, and more.
+        load_readers: loads the tokenizers, without the encoders.
+    """
+    if not run.main:
+        return
+    texts = sorted({text for group in groups for text in group})
+    words = [json.dumps(settings, sort_keys=True, default=str), *texts]
+    kept = cache.latent_cache_dir / f"cut-{data.digest(words)}.json"
+    try:
+        found = truncation.Cut(**json.loads(kept.read_text()))
+    except (OSError, ValueError, TypeError):  # none there, or damaged
+        found = truncation.find_cut(texts, load_readers())
+        data.write_json(kept, asdict(found))
+    for line in found.told:
+        run.say(line)
+    path = run.output_dir / "data_report.json"
+    report: dict[str, object] = {}
+    with suppress(OSError, ValueError):  # reinforcement learning has none, and it may be damaged
+        report = dict(json.loads(path.read_text(encoding="utf-8")))
+    report |= found.report
+    checkpoint.write_file(path, json.dumps(report, indent=1, ensure_ascii=False))
 
 
 class _Once(Generic[EncoderT]):

@@ -12,7 +12,9 @@ from dojo.data.cache import (
 from dojo.data.captions import CaptionArgs
 from dojo.data.choice import Choice, Score, relabel
 from dojo.data.config import args_for
-from dojo.data.folders import scan
+from dojo.data.contents import file_hashes, write_json
+from dojo.data.folders import Folder, scan
+from dojo.data.identity import identified
 from dojo.data.images import BadSample, Size, cover_box, fit, fit_mask, read_image
 from dojo.data.opening import open_evaluation, open_source, open_training
 from dojo.data.options import DataArgs
@@ -38,6 +40,7 @@ __all__ = [
     "Choice",
     "DataArgs",
     "Draw",
+    "Folder",
     "Latents",
     "Pair",
     "PairArgs",
@@ -59,8 +62,10 @@ __all__ = [
     "collate",
     "cover_box",
     "digest",
+    "file_hashes",
     "fit",
     "fit_mask",
+    "identified",
     "join",
     "open_evaluation",
     "open_pairs",
@@ -76,4 +81,5 @@ __all__ = [
     "split_pairs",
     "told_notes",
     "verify",
+    "write_json",
 ]

@@ -5,25 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from dojo import files
 from dojo.cli import UserError
-from dojo.data.formats import readable
+from dojo.data.contents import write_json
+from dojo.data.identity import identified
 from dojo.data.images import READER, Size
 from dojo.data.options import DataArgs
 from dojo.data.samples import Latents, Pictures, Posterior
 from dojo.data.shards import Shards, announce, cache_folder, describe, digest
-from dojo.data.sources import BadReport, Captioned, verify
+from dojo.data.sources import BadReport, Captioned, Seen, judged, look, noted
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -72,52 +72,49 @@ def checked(
     num_threads: int,
     progress: bool,
 ) -> tuple[Captioned, list[BadReport]]:
-    """`verify`, remembered by the samples' ids: files that did not change are not decoded again.
+    """`verify` of identified samples, remembered: what did not change is not decoded again.
+
+    What was bad is looked at again every time: a disk may have come back, a decoder been installed.
 
     Returns:
-        The good samples, which know their pictures' sizes, and reports on the others.
+        The good samples, which have whole ids and know their pictures' sizes, and reports on the
+        others.
     """
-    # What could not be read may be readable once a plugin is there.
-    reader = [str(READER), *readable()]
-    words = ["sizes", *reader, on_bad_sample, *source.ids, *source.problems]
+    source = identified(source, root, num_threads=num_threads, progress=progress)
+    words = ["pictures by place", str(READER), *source.ids, *source.problems]
     path = root / f"checked-{digest(words)}.json"
-    found = _remembered(path, len(source.ids))
-    if found is not None:
-        good, bad, sizes = found
-    else:
-        notes = Counter[str]()
-        good, bad, sizes = verify(
-            source,
-            on_bad_sample=on_bad_sample,
-            num_threads=num_threads,
-            progress=progress,
-            notes=notes,
-        )
-        kept = {"good": good, "bad": [vars(row) for row in bad], "sizes": sizes}
-        files.cache_root(root)
-        with files.whole(path) as file:
-            file.write(json.dumps(kept).encode())
-    return replace(source.select(good), sizes=sizes), bad
+    found = _remembered(path, len(source))
+    unknown = [index for index, one in enumerate(found) if isinstance(one, str)]
+    if unknown:
+        now = look(source.select(unknown), num_threads=num_threads, progress=progress)
+        for index, one in zip(unknown, now, strict=True):
+            found[index] = one
+    good, bad, sizes = judged(source, found, on_bad_sample=on_bad_sample)
+    if len(bad) < len(unknown):
+        write_json(path, [None if isinstance(one, str) else one for one in found])
+    return replace(source.select(good), sizes=sizes, notes=noted(found)), bad
 
 
-Verdict = tuple[list[int], list[BadReport], list[Size]]
-
-
-def _remembered(path: Path, count: int) -> Verdict | None:
-    """What was found before; None where nothing was, or the file is damaged (which is said)."""
-    if not path.is_file():
-        return None
+def _remembered(path: Path, count: int) -> list[Seen | str]:
+    """Pictures as they were found before, and "" for those not known to be good."""
+    unknown: list[Seen | str] = [""] * count
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        good = [int(index) for index in kept["good"]]
-        bad = [BadReport(**row) for row in kept["bad"]]
-        sizes = [(int(height), int(width)) for height, width in kept["sizes"]]
-        if len(sizes) == len(good) and all(0 <= index < count for index in good):
-            return good, bad, sizes
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        pass
-    print(f"{path} is damaged: the pictures are checked again", flush=True)
-    return None
+        found = [_seen(one) for one in json.loads(path.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return unknown
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        found = []
+    if len(found) != count:
+        print(f"{path} is damaged: the pictures are checked again", flush=True)
+        return unknown
+    return found
+
+
+def _seen(kept: Any) -> Seen | str:
+    if kept is None:
+        return ""
+    (height, width), notes = kept
+    return (int(height), int(width)), tuple(str(note) for note in notes)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,8 +147,11 @@ def cache_latents(
 
     Raises:
         UserError: the disk cannot hold it, or a sample is to be cropped anew at every use.
+        ValueError: the samples are not `identified`.
     """
     source = pictures.source
+    if any(one.endswith("|") for one in source.ids):
+        raise ValueError("the samples are not `identified`: another picture would have their ids")
     if not pictures.is_still and any(
         source.recipe(index).random_crop for indices in needed.values() for index in indices
     ):

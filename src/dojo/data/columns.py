@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from dojo.cli import UserError
@@ -41,7 +42,7 @@ def clean_captions(cell: object) -> tuple[tuple[str, ...], str]:
 
     A list holds alternatives; those that are blank are passed over as long as one is not.
     """
-    if cell is None:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):  # pandas' word for None
         return (), "the caption is missing"
     captions: list[str] = []
     for one in cell if isinstance(cell, list) else [cell]:

@@ -19,6 +19,7 @@ from dojo.data.columns import (
     one_line,
     spare_columns,
 )
+from dojo.data.contents import Origin, file_origin
 from dojo.data.formats import picture_suffixes, remedy
 from dojo.data.metadata import (
     METADATA_JSON,
@@ -170,14 +171,10 @@ def folder_source(folder: Folder, args: DataArgs) -> Captioned:
         parts.append(f"not used: {', '.join(unused)}")
     parts += told_unread(folder.unread)
     names = [printable(row.path) for row in rows]
-    versions = [file_version(folder.root / row.path) for row in rows]
     return Captioned(
         description="; ".join(parts),
         names=[printable(str(folder.root / row.path)) for row in rows],
-        ids=[
-            f"{name}|{version}{mask}"
-            for name, version, mask in zip(names, versions, masks.versions, strict=True)
-        ],
+        ids=[f"{name}|" for name in names],
         captions=[row.captions for row in rows],
         problems=[row.problem for row in rows],
         rows=list(range(len(rows))),
@@ -288,7 +285,8 @@ class _Metadata:
         rows: list[_Row] = []
         places: dict[str, int] = {}  # where in rows a picture is
         for name, record in self.records:
-            path, problem = file_path(posixpath.dirname(name), record.fields.get(cells))
+            within = posixpath.dirname(name)
+            path, problem = file_path(within, record.fields.get(cells), folder.root)
             if problem:
                 rows.append(_Row(f"{name} {record.place}", (), problem))
                 continue
@@ -359,21 +357,24 @@ class Files:
     def __call__(self, row: int) -> Path:
         return Path(self.root, self.paths[row])
 
+    def origin(self, row: int) -> Origin | None:
+        """What would tell that the file of a row has changed."""
+        return file_origin(self.root, self.paths[row])
+
 
 @dataclass(frozen=True)
 class _Masks:
-    """Masks of the rows: paths ([] without --mask_dir), what to add to the ids, what to tell."""
+    """Masks of the rows: paths ([] without --mask_dir), what to tell."""
 
     paths: list[str]
-    versions: list[str]
     told: list[str]
 
     @classmethod
     def find(cls, folder: Folder, rows: Sequence[_Row], args: DataArgs) -> _Masks:
         if args.mask_from_alpha:
-            return cls([], ["+alpha"] * len(rows), ["masks from the alpha channel"])
+            return cls([], ["masks from the alpha channel"])
         if not args.mask_dir:
-            return cls([], [""] * len(rows), [])
+            return cls([], [])
         root = Path(args.mask_dir).expanduser()
         if not root.is_dir():
             raise UserError(f"--mask_dir {args.mask_dir}: there is no such folder")
@@ -398,7 +399,6 @@ class _Masks:
             )
         return cls(
             [str(root / file) if file else "" for file in found],
-            [f"+{file_version(root / file)}" if file else "" for file in found],
             [f"masks for {count} of {len(rows)} in {root}"],
         )
 
@@ -478,15 +478,6 @@ def _metadata_in(root: Path, files: Set[str], folder: str) -> str | None:
     if other in files and names_pictures(root / other, folder, files):
         return other
     return None
-
-
-def file_version(path: Path) -> str:
-    """Size and time of change of a file; another where its content changed."""
-    try:
-        stat = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a path with a null character
-        return "missing"
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def printable(path: str) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -112,24 +114,30 @@ def file_column(metadata: Path | str, columns: Sequence[str], wanted: str | None
     return column
 
 
-def file_path(folder: str, file_name: object) -> tuple[str, str]:
+def file_path(folder: str, file_name: object, root: Path | None = None) -> tuple[str, str]:
     """The path of a file_name relative to the root, and what is wrong with it.
 
-    Judged by the text alone: hub snapshots are symbolic links that lead outside by design.
+    Judged by the text alone: hub snapshots are symbolic links that lead outside by design. Only
+    backslashes are looked at on the disk: they part folders, as Windows has it, unless a file of
+    that very name is there.
 
     Args:
         folder: of the metadata file, relative to the root.
         file_name: the cell.
+        root: of the data set, where backslashes may stand for slashes.
     """
     if not isinstance(file_name, str) or not file_name.strip():
         return "", "the file name is missing"
-    forward = file_name.replace("\\", "/")  # as written on Windows
-    if posixpath.isabs(forward) or PureWindowsPath(file_name).drive:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", file_name):
+        return "", f"{file_name!r} is an address; the pictures must be files in the folder"
+    if posixpath.isabs(file_name) or PureWindowsPath(file_name).drive:
         return "", f"{file_name!r} is an absolute path; paths must lie inside the folder"
-    path = posixpath.normpath(forward)
-    if ".." in PureWindowsPath(path).parts:
+    if ".." in PureWindowsPath(posixpath.normpath(file_name)).parts:
         return "", f"{file_name!r} climbs out of the folder"
-    return posixpath.join(folder, path), ""
+    path = posixpath.join(folder, posixpath.normpath(file_name))
+    if root is not None and "\\" in path and not os.path.lexists(root / path):
+        path = posixpath.normpath(path.replace("\\", "/"))
+    return path, ""
 
 
 def _read_text(path: Path) -> str:

@@ -12,7 +12,7 @@ from dojo.data.folders import Folder, folder_source, scan
 from dojo.data.images import has_alpha
 from dojo.data.options import DataArgs
 from dojo.data.sources import Captioned, join
-from dojo.data.tables import load_dataset, load_saved, table_source
+from dojo.data.tables import SAVED, load_dataset, load_saved, table_source
 
 if TYPE_CHECKING:
     import datasets
@@ -98,7 +98,7 @@ def find(location: str, args: DataArgs) -> Folder | datasets.Dataset:
         return load_dataset(location, args)
     if not root.is_dir():
         raise UserError(f"{location}: a file, where a folder or a hub id is expected")
-    if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+    if any((root / marker).is_file() for marker in SAVED):
         return load_saved(root, args)
     folder = scan(root, args)
     from_files = args.caption_strategy in ("sidecar", "filename", "folder")

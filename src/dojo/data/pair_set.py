@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from dojo import rng
 from dojo.data.buckets import Plan, assign
 from dojo.data.cache import CacheArgs, cache_latents
 from dojo.data.captions import CaptionArgs, choose
+from dojo.data.identity import identified
 from dojo.data.order import Draw
 from dojo.data.pair_options import PairArgs
 from dojo.data.pairs import Pairs
@@ -164,6 +166,8 @@ def prepare_pairs(
             to be cropped anew at every use.
     """
     args.check(cache)
+    whole = identified(pairs.pictures, cache.latent_cache_dir)  # nothing to do for checked ones
+    pairs = replace(pairs, pictures=whole)
     plan = assign(pairs.pictures, args.pictures, pixel_step)
     rows: Pictures | Latents = Pictures(
         *(pairs.pictures, args.pictures, CaptionArgs()),

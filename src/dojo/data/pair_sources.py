@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import posixpath
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
-
 from dojo.cli import UserError
-from dojo.data.folders import Files, Folder, file_version, printable
+from dojo.data.contents import MISSING, Content, Remembered, hashes
+from dojo.data.folders import Files, Folder, printable
 from dojo.data.metadata import METADATA_NAMES, file_path, read_metadata
 from dojo.data.opening import find
-from dojo.data.pair_columns import HAS_LABEL, Columns, listed
+from dojo.data.pair_columns import Columns, listed
 from dojo.data.pair_options import PairArgs
 from dojo.data.pairs import Pair, Pairs
 from dojo.data.sources import (
@@ -33,7 +32,7 @@ from dojo.data.sources import (
     Unread,
     told_unread,
 )
-from dojo.data.tables import Table, file_of, picture_column
+from dojo.data.tables import Lists, Table, named_files, picture_column
 
 if TYPE_CHECKING:
     import datasets
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 _UIDS = ("image_0_uid", "image_1_uid")  # Pick-a-Pic names its pictures
 
 
-def open_pairs(args: PairArgs, *, progress: bool = True) -> Pairs:
+def open_pairs(args: PairArgs, root: Path | None = None, *, progress: bool = True) -> Pairs:
     """Finds preference pairs in a local folder or on the hub; decodes no picture.
 
     Ties are dropped and counted, unless ``--choice_model`` will choose; rows that are bad are kept
@@ -49,7 +48,9 @@ def open_pairs(args: PairArgs, *, progress: bool = True) -> Pairs:
     same path, pictures in tables if they have the same uid (Pick-a-Pic) or the same content.
 
     Args:
-        progress: show a bar while the pictures of a table are told apart.
+        root: folder of the caches, where it is remembered how the pictures of a table were told
+            apart; None remembers nothing.
+        progress: show a bar while they are.
 
     Raises:
         UserError: nothing usable is there, a column is missing, or a metadata file is broken.
@@ -58,7 +59,7 @@ def open_pairs(args: PairArgs, *, progress: bool = True) -> Pairs:
     if isinstance(found, Folder):
         rows, pictures, place, taken = _of_folder(found, args)
     else:
-        rows, pictures, place, taken = _of_table(found, args, progress)
+        rows, pictures, place, taken = _of_table(found, args, root, progress)
     pairs: list[Pair] = []
     bad: list[BadReport] = []
     num_ties = num_same = 0
@@ -150,7 +151,7 @@ def _of_folder(folder: Folder, args: PairArgs) -> _Found:
         try:
             if record.problem:
                 raise ValueError(record.problem)
-            paths = _paths(columns, within, record.fields)
+            paths = _paths(columns, folder.root, within, record.fields)
             if not all(path.startswith(folder.prefix) for path in paths):
                 continue  # of another split
             scores = columns.scores_of(record.fields, len(paths))
@@ -162,7 +163,7 @@ def _of_folder(folder: Folder, args: PairArgs) -> _Found:
     pictures = _source(
         args,
         [printable(str(folder.root / path)) for path in places],
-        [f"{printable(path)}|{file_version(folder.root / path)}" for path in places],
+        [f"{printable(path)}|" for path in places],
         list(range(len(places))),
         Files(str(folder.root), list(places)),
     )
@@ -176,7 +177,7 @@ def _of_folder(folder: Folder, args: PairArgs) -> _Found:
     return rows, replace(pictures, unread=unread), str(metadata), taken
 
 
-def _paths(columns: Columns, within: str, fields: Mapping[str, object]) -> list[str]:
+def _paths(columns: Columns, root: Path, within: str, fields: Mapping[str, object]) -> list[str]:
     """The files of a row's pictures, relative to the root.
 
     Raises:
@@ -187,7 +188,7 @@ def _paths(columns: Columns, within: str, fields: Mapping[str, object]) -> list[
         cells = listed(cells[0], columns.pictures[0])
     paths: list[str] = []
     for cell in cells:
-        path, problem = file_path(within, cell)
+        path, problem = file_path(within, cell, root)
         if problem:
             raise ValueError(problem)
         paths.append(path)
@@ -197,53 +198,54 @@ def _paths(columns: Columns, within: str, fields: Mapping[str, object]) -> list[
 # Tables
 
 
-@dataclass(frozen=True)
-class _Lists:
-    """The pictures of a column of lists; those of row r are numbered from starts[r] on."""
-
-    dataset: datasets.Dataset
-    column: str
-    starts: tuple[int, ...]
-
-    def __call__(self, row: int) -> Path | bytes:
-        place = bisect_right(self.starts, row) - 1
-        return file_of(self.dataset[place][self.column][row - self.starts[place]])
-
-
-def _of_table(dataset: datasets.Dataset, args: PairArgs, progress: bool) -> _Found:
+def _of_table(
+    dataset: datasets.Dataset, args: PairArgs, root: Path | None, progress: bool
+) -> _Found:
     location, count = args.location, len(dataset)
     columns = Columns.of(location, dataset.column_names, args)
     cells = [
         picture_column(location, dataset, column, lists=columns.of_lists)
         for column in columns.pictures
     ]
+    named = [
+        named_files(some, column, location, args.pictures)
+        for some, column in zip(cells, columns.pictures, strict=True)
+    ]
+    faults = dict(named[0][1])
     if columns.of_lists:
         lengths = _lengths(cells[0], columns.pictures[0])
         starts = list(itertools.accumulate(lengths, initial=0))
         members = [range(start, stop) for start, stop in itertools.pairwise(starts)]
-        store = _Lists(cells[0], columns.pictures[0], tuple(starts[:-1]))
+        store = Lists(cells[0], columns.pictures[0], named[0][0], tuple(starts[:-1]))
         titles = [f"images[{k}]" for length in lengths for k in range(length)]
         row_of = [row for row, length in enumerate(lengths) for _ in range(length)]
     else:
         members = [range(row, 2 * count, count) for row in range(count)]
-        stores = [Table(*pair) for pair in zip(cells, columns.pictures, strict=True)]
+        stores = [
+            Table(some, column, files)
+            for some, column, (files, _) in zip(cells, columns.pictures, named, strict=True)
+        ]
         store = Stores(tuple(stores), (0, count))
+        faults |= {count + row: fault for row, fault in named[1][1].items()}
         titles = [column for column in columns.pictures for _ in range(count)]
         row_of = [*range(count), *range(count)]
     names = [f"{location} row {row} {title}" for row, title in zip(row_of, titles, strict=True)]
-    ids = _uids(dataset, columns) or _hashes(store, names, progress)
+    ids = _uids(dataset, columns) or _hashes(store, names, root, progress)
     firsts: dict[str, int] = {}  # the first picture of each id
     for number, sample in enumerate(ids):
         firsts.setdefault(sample, number)
     places = {sample: place for place, sample in enumerate(firsts)}
     kept = list(firsts.values())
     pictures = _source(args, [names[number] for number in kept], list(firsts), kept, store)
-    others = [name for name in (*columns.others, HAS_LABEL) if name in dataset.column_names]
     rows: list[_Row] = []
-    for row, values in enumerate(zip(*(dataset[name][:] for name in others), strict=True)):
-        fields = dict(zip(others, values, strict=True))
+    cells_of_rows = zip(*(dataset[name][:] for name in columns.others), strict=True)
+    for row, values in enumerate(cells_of_rows):
+        fields = dict(zip(columns.others, values, strict=True))
         name = f"{location} row {row}"
         try:
+            for number in members[row]:
+                if number in faults:
+                    raise ValueError(faults[number])
             scores = columns.scores_of(fields, len(members[row]))
             mine = [places[ids[number]] for number in members[row]]
             rows.append(_Row(name, mine, scores, columns.caption_of(fields)))
@@ -268,19 +270,22 @@ def _uids(dataset: datasets.Dataset, columns: Columns) -> list[str] | None:
     if columns.of_lists or not set(_UIDS) <= set(dataset.column_names):
         return None
     uids = [uid for column in _UIDS for uid in dataset[column][:]]
-    return [f"uid {uid}|{dataset._fingerprint}" for uid in uids] if all(uids) else None
+    return [f"uid {uid}|" for uid in uids] if all(uids) else None
 
 
-def _hashes(store: PictureStore, names: Sequence[str], progress: bool) -> list[str]:
+def _hashes(
+    store: PictureStore, names: Sequence[str], root: Path | None, progress: bool
+) -> list[str]:
     """Ids from the pictures' content; what cannot be read has an id of its own."""
-    ids: list[str] = []
-    bar = tqdm(names, "Telling pictures apart", disable=not progress, unit="picture")
-    for number, name in enumerate(bar):
-        content = store(number)
-        try:
-            content = content.read_bytes() if isinstance(content, Path) else content
-        except OSError:
-            content = b""
-        same = hashlib.blake2b(content, digest_size=16).hexdigest()
-        ids.append(f"content|{same}" if content else f"{name}|empty")
-    return ids
+    contents = [
+        Content(
+            store.origin(number) if isinstance(store, Remembered) else None, partial(store, number)
+        )
+        for number in range(len(names))
+    ]
+    found = hashes(contents, root, progress=progress)
+    nothing = (MISSING, hashlib.blake2b(digest_size=16).hexdigest())
+    return [
+        f"{name}|empty" if one in nothing else f"content|{one}"
+        for name, one in zip(names, found, strict=True)
+    ]

@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 from dojo import rng
 from dojo.cli import UserError
 from dojo.data.cache import checked
+from dojo.data.identity import identified
 from dojo.data.images import BadSample
 from dojo.data.shards import digest
 from dojo.data.sources import BadReport, Captioned, listing
@@ -147,10 +148,12 @@ def check_pairs(
         BadSample: under ``error``, with the first bad pairs and their number.
         UserError: no pair is left.
     """
-    good, faults = pairs.pictures, list[BadReport]()
+    pictures = identified(pairs.pictures, root, num_threads=num_threads, progress=progress)
+    pairs = replace(pairs, pictures=pictures)
+    good, faults = pictures, list[BadReport]()
     if len(good):
         good, faults = checked(
-            *(pairs.pictures, root),
+            *(pictures, root),
             on_bad_sample="skip",  # a bad picture is reported with its pairs
             num_threads=num_threads,
             progress=progress,

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dojo.cli import UserError
+from dojo.data.contents import Origin, Remembered
 from dojo.data.images import BadSample, Decoded, Size, decode, read_alpha, read_mask
 from dojo.data.options import DataArgs
 
@@ -106,7 +107,8 @@ class Captioned:
     names: list[str]
     """What messages call each sample; equal where two samples are the same picture."""
     ids: list[str]
-    """Unique per sample, and different when its file or its mask changes: ``<key>|<version>``."""
+    """Each sample's name in its source, and behind a bar what tells its content from others'. A
+    source is opened with nothing behind the bar; ``identified`` fills it, and makes them unique."""
     captions: list[tuple[str, ...]]
     """Alternative captions of each sample, each on one line; () where ``problems`` says why."""
     problems: list[str]
@@ -215,12 +217,15 @@ class Stores:
         k = bisect_right(self.starts, row) - 1
         return self.stores[k](row - self.starts[k])
 
+    def origin(self, row: int) -> Origin | None:
+        """Where the picture of a row comes from."""
+        k = bisect_right(self.starts, row) - 1
+        store = self.stores[k]
+        return store.origin(row - self.starts[k]) if isinstance(store, Remembered) else None
+
 
 def join(sources: Sequence[Captioned]) -> Captioned:
     """The samples of several sources, one source after the other.
-
-    A sample keeps its id unless a source before it has the same one; then the number of its source
-    is added, so that what one folder's cache holds is found again.
 
     Raises:
         ValueError: no source.
@@ -229,9 +234,6 @@ def join(sources: Sequence[Captioned]) -> Captioned:
         raise ValueError("there is nothing to join")
     if len(sources) == 1:
         return sources[0]
-    ids: dict[str, None] = {}
-    for number, source in enumerate(sources, start=1):
-        ids.update({f"{one}#{number}" if one in ids else one: None for one in source.ids})
     room = [max(source.rows, default=-1) + 1 for source in sources]
     starts = (0, *accumulate(room))[:-1]
     firsts = (0, *accumulate(len(source.recipes) for source in sources))
@@ -239,7 +241,7 @@ def join(sources: Sequence[Captioned]) -> Captioned:
     return Captioned(
         description="\n".join(source.description for source in sources),
         names=[name for source in sources for name in source.names],
-        ids=list(ids),
+        ids=[one for source in sources for one in source.ids],
         captions=[captions for source in sources for captions in source.captions],
         problems=[problem for source in sources for problem in source.problems],
         rows=[
@@ -273,6 +275,10 @@ class BadReport:
     reason: str
 
 
+Seen = tuple[Size, tuple[str, ...]]
+"""The size of a good picture, and the notes on it."""
+
+
 def verify(
     source: Captioned,
     *,
@@ -298,24 +304,51 @@ def verify(
         BadSample: under ``error``, with the first bad samples and their number.
         ValueError: under ``skip``, when no sample is left.
     """
-    good: list[int] = []
-    bad: list[BadReport] = []
-    sizes: list[Size] = []
+    found = look(source, num_threads=num_threads, progress=progress)
+    verdict = judged(source, found, on_bad_sample=on_bad_sample)
+    if notes is not None:
+        notes.update(noted(found))
+    return verdict
+
+
+def look(source: Captioned, *, num_threads: int, progress: bool = True) -> list[Seen | str]:
+    """Decodes every picture and mask: its size and notes, or what is wrong with the sample.
+
+    Args:
+        source: what to look at.
+        num_threads: that decode at a time, at least 1.
+        progress: show a bar.
+    """
     executor = ThreadPoolExecutor(max_workers=num_threads)
     try:
         found = executor.map(lambda index: _seen_or_fault(source, index), range(len(source)))
         bar = tqdm(found, "Checking pictures", len(source), disable=not progress, unit="picture")
-        for index, seen in enumerate(bar):
-            if isinstance(seen, str):
-                bad.append(BadReport(source.names[index], seen))
-                continue
-            size, some = seen
-            good.append(index)
-            sizes.append(size)
-            if notes is not None:
-                notes.update(some)
+        return list(bar)
     finally:
         executor.shutdown(cancel_futures=True)  # an interrupt need not wait for the rest
+
+
+def noted(found: Sequence[Seen | str]) -> Counter[str]:
+    """How often each note was made on a good picture."""
+    return Counter(note for one in found if not isinstance(one, str) for note in one[1])
+
+
+def judged(
+    source: Captioned, found: Sequence[Seen | str], *, on_bad_sample: Literal["skip", "error"]
+) -> tuple[list[int], list[BadReport], list[Size]]:
+    """The second half of `verify`: what `look` found, told apart.
+
+    Raises:
+        BadSample: under ``error``, with the first bad samples and their number.
+        UserError: under ``skip``, when no sample is left.
+    """
+    good = [index for index, one in enumerate(found) if not isinstance(one, str)]
+    sizes = [one[0] for one in found if not isinstance(one, str)]
+    bad = [
+        BadReport(source.names[index], one)
+        for index, one in enumerate(found)
+        if isinstance(one, str)
+    ]
     if bad and on_bad_sample == "error":
         raise BadSample(
             f"{len(bad)} of {len(source)} samples cannot be used (--on_bad_sample skip leaves "

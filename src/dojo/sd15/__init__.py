@@ -9,7 +9,7 @@ from dojo.sd15.config import TEXT_FOLDERS, Config, ModelArgs, open_model
 from dojo.sd15.folder import copy_parts
 from dojo.sd15.models import decode, epsilon, load_unet, load_vae, training_cost
 from dojo.sd15.pipeline import load_pipeline
-from dojo.sd15.text import TextEncoder, load_text_encoder
+from dojo.sd15.text import TextEncoder, load_text_encoder, readers
 
 __all__ = [
     "TEXT_FOLDERS",
@@ -27,5 +27,6 @@ __all__ = [
     "load_vae",
     "open_model",
     "posterior",
+    "readers",
     "training_cost",
 ]

@@ -15,6 +15,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dojo import loaded
 from dojo.pipelines import Embeds
 from dojo.sd15.config import Config, ModelArgs
+from dojo.truncation import Reader
+
+
+def readers(config: Config) -> list[Reader]:
+    """The tokenizer of a model and how much its encoder reads, without the encoder."""
+    tokenizer: Any = CLIPTokenizer.from_pretrained(config.folder, subfolder="tokenizer")
+    return [Reader("CLIP", tokenizer, tokenizer.model_max_length)]
 
 
 class TextEncoder:

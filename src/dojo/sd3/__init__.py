@@ -39,6 +39,7 @@ from dojo.sd3.text import (
     TextArgs,
     TextDropoutArgs,
     TextEncoders,
+    readers,
     with_live_clip,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "open_model",
     "own_shift",
     "posterior",
+    "readers",
     "save_single_file",
     "scheduler_config",
     "shift_name",

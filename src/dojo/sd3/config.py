@@ -120,6 +120,14 @@ class Config(PipelineConfig):
         return tokens * self._int("joint_attention_dim") + self._int("pooled_projection_dim")
 
     @property
+    def has_t5(self) -> bool:
+        """Whether there is a T5; without one zeros take its place."""
+        part = "text_encoder_3"
+        if self.checkpoint is not None and part in self.checkpoint:
+            return True
+        return any((self.folder / part).glob("*.safetensors"))
+
+    @property
     def pixel_step(self) -> int:
         """Height and width of a picture must be multiples of this (16 for SD3.5)."""
         return self.pixels_per_latent * self._int("patch_size")

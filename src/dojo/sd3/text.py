@@ -15,10 +15,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from dojo.pipelines import Embeds
 from dojo.sd3.config import Config, ModelArgs
 from dojo.sd3.models import load_text_pipeline
+from dojo.truncation import Reader
 
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # [B, T, D] and [B, P]
 
@@ -95,6 +97,19 @@ class Layout:
         pooled[dropped["clip_g"], self.clip_l_pooled :] = 0
         rows[dropped["t5"], n:] = 0
         return {"prompt_embeds": rows, "pooled_prompt_embeds": pooled}
+
+
+def readers(config: Config, args: ModelArgs) -> list[Reader]:
+    """The tokenizers of a model and how much its encoders read, without the encoders."""
+    folder, limit = config.folder, config.clip_tokens
+    found = [
+        Reader("CLIP", CLIPTokenizer.from_pretrained(folder, subfolder=part), limit)
+        for part in ("tokenizer", "tokenizer_2")
+    ]
+    if config.has_t5:
+        t5: Any = T5Tokenizer.from_pretrained(folder, subfolder="tokenizer_3")
+        found.append(Reader("T5", t5, args.max_sequence_length, "--max_sequence_length"))
+    return found
 
 
 class TextEncoders:

@@ -22,7 +22,6 @@ import csv
 import difflib
 import io
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from typing import Any
 import yaml
 
 from dojo.cli import UserError
+from dojo.data import cells
 from dojo.data.lines import split_lines, split_options
 
 KINDS = (".json", ".jsonl", ".yaml", ".yml", ".csv", ".txt")
@@ -165,16 +165,21 @@ def _entry(row: object) -> Entry:
 
 def _number(key: str, value: object) -> int | float:
     """A value of the file as the number that its key wants."""
-    kind = float if key == "guidance_scale" else int
+    is_whole = key != "guidance_scale"
     lowest = 0 if key in ("seed", "guidance_scale") else 1
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = kind(str(value).strip())
-    except ValueError:
-        raise ValueError(
-            f"{key} {value!r} is no {'number' if kind is float else 'integer'}"
-        ) from None
-    if not math.isfinite(number) or number < lowest:
+    wrong = ValueError(f"{key} {value!r} is no {'integer' if is_whole else 'number'}")
+    if isinstance(value, bool):
+        raise wrong
+    found: float | None
+    if isinstance(value, int) or re.fullmatch(r"\s*\d+\s*", str(value)):
+        found = int(str(value))  # exactly, which floats are up to 2^53
+    else:
+        try:
+            found = cells.number(value)
+        except ValueError:
+            raise wrong from None
+    if found is None or found < lowest:
         raise ValueError(f"{key} must be at least {lowest}, not {value}")
-    return number
+    if is_whole and found != int(found):
+        raise wrong
+    return int(found) if is_whole else found  # pandas writes 28 as 28.0 beside empty cells
