@@ -53,7 +53,7 @@ from dojo.data import (
 from dojo.data import shards as disk
 from dojo.data.images import READER
 from dojo.data.shards import Shards
-from dojo.data.sources import look
+from dojo.data.sources import Seen, look
 
 SETTINGS: dict[str, object] = {"vae": "v1", "dtype": "no"}
 SIZES: list[Size] = [(64, 64), (64, 64), (120, 60), (100, 56), (60, 120), (70, 62), (64, 90)] * 2
@@ -834,7 +834,7 @@ def test_a_checked_data_set_is_not_decoded_again(
 
     looked: list[str] = []
 
-    def counted(source: Captioned, **options: Any) -> list[Size | str]:
+    def counted(source: Captioned, **options: Any) -> list[Seen | str]:
         looked.extend(source.names)
         return look(source, **options)
 

@@ -464,6 +464,7 @@ class Run:
                 f"(to upload it: python -m dojo.publish {folder})"
             )
             return False
+        self._check_whole()
         self._check_resumed()
         if occupied and resume is None and not overwrite:
             raise UserError(
@@ -606,7 +607,7 @@ class Run:
         self.say(f"{marker} is damaged: the run is taken for unfinished")
         return -1
 
-    def _check_resumed(self) -> None:
+    def _check_whole(self) -> None:
         """Compares the checkpoint with its checksums, on one process for all: a collective."""
         folder, trouble = self._resumed, ""
         if folder is None:
