@@ -122,7 +122,10 @@ def main(args: Args) -> None:
     if args.run.dry_run:
         planned = cost(checkpointing=args.model.gradient_checkpointing)
         state = rl.bytes_per_weight(run, args, is_lora=args.finetune.is_lora, with_reference=False)
-        return training.print_plan(run, args, *planned, train_batch_size, bytes_per_weight=state)
+        needs = rl.needs(run, config, args)
+        return training.print_plan(
+            run, args, *planned, train_batch_size, needs=needs, bytes_per_weight=state
+        )
     if not run.begin(args, rl.result_name(is_lora=args.finetune.is_lora)):
         return None
     reward, *watched = args.reward.load(run.device, *args.evaluation.held_out_rewards)

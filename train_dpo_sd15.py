@@ -103,7 +103,15 @@ def main(args: Args) -> None:
     if args.run.dry_run:
         planned: tuple[Any, Any] = cost(checkpointing=args.model.gradient_checkpointing)
         state = trained.bytes_per_weight(run, args, is_lora=is_lora, with_reference=with_reference)
-        return training.print_plan(run, args, *planned, batch_size, bytes_per_weight=state)
+        watched = args.scorers.load_all(run.device, args.evaluation.held_out_rewards)
+        needs = direct.needs(
+            *(run, config, args.model, args.data.size, watched),
+            encoded=data.encoded_at_a_time(args.data.size),
+            decoded=(args.evaluation.eval_batch_size or batch_size) * bool(shown),
+        )
+        return training.print_plan(
+            run, args, *planned, batch_size, needs=needs, bytes_per_weight=state
+        )
     if not run.begin(args, trained.result_name(is_lora=is_lora)):
         return None
     vae = sd15.load_vae(config, args.model, run.device)

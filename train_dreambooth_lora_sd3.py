@@ -113,7 +113,14 @@ def main(args: Args) -> None:
     if args.run.dry_run:
         planned = cost(checkpointing=args.model.gradient_checkpointing)
         state = args.optim.state_bytes(torch.float32) + args.ema.bytes_per_weight
-        return training.print_plan(run, args, *planned, batch_size, bytes_per_weight=state)
+        needs = frozen.needs(
+            *(run, config, args, size, batch_size),
+            drawn=bool(args.validation.texts),
+            class_pictures=args.prior.sample_batch_size * paired,
+        )
+        return training.print_plan(
+            run, args, *planned, batch_size, needs=needs, bytes_per_weight=state
+        )
     if not run.begin(args, lora.WEIGHTS):
         return None
     train_clip = args.text_encoder.train_text_encoder

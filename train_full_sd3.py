@@ -86,7 +86,11 @@ def main(args: Args) -> None:
         planned[0].to(args.full.dtype)  # the frozen weights too
         autocast = run.dtype.itemsize if run.dtype != args.full.dtype else 0  # its copy
         state = args.optim.state_bytes(args.full.dtype) + args.ema.bytes_per_weight + autocast
-        return training.print_plan(run, args, *planned, batch_size, bytes_per_weight=state)
+        drawn = bool(args.validation.texts)
+        needs = frozen.needs(run, config, args, size, batch_size, drawn=drawn)
+        return training.print_plan(
+            run, args, *planned, batch_size, needs=needs, bytes_per_weight=state
+        )
     if not run.begin(args, full.RESULT):
         return None
     fixed = frozen.prepare(run, sources, config, args, args.validation.texts)

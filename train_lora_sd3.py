@@ -85,7 +85,11 @@ def main(args: Args) -> None:
     if args.run.dry_run:
         planned = cost(checkpointing=args.model.gradient_checkpointing)
         state = args.optim.state_bytes(torch.float32) + args.ema.bytes_per_weight
-        return training.print_plan(run, args, *planned, batch_size, bytes_per_weight=state)
+        drawn = bool(args.validation.texts)
+        needs = frozen.needs(run, config, args, size, batch_size, drawn=drawn)
+        return training.print_plan(
+            run, args, *planned, batch_size, needs=needs, bytes_per_weight=state
+        )
     if not run.begin(args, lora.WEIGHTS):
         return None
     fixed = frozen.prepare(run, sources, config, args, args.validation.texts)

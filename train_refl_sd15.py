@@ -100,7 +100,16 @@ def main(args: Args) -> None:
     if args.run.dry_run:
         planned: tuple[Any, Any] = cost(checkpointing=args.model.gradient_checkpointing)
         state = trained.bytes_per_weight(run, args, is_lora=is_lora, with_reference=False)
-        return training.print_plan(run, args, *planned, batch_size, bytes_per_weight=state)
+        loaded = args.reward.load(run.device, *args.evaluation.held_out_rewards)
+        loaded[0].require_differentiable()
+        needs = direct.needs(
+            *(run, config, args.model, size, loaded),
+            encoded=data.encoded_at_a_time(size) * bool(args.pretrain.location),
+            decoded=args.evaluation.eval_batch_size or batch_size,
+        )
+        return training.print_plan(
+            run, args, *planned, batch_size, needs=needs, bytes_per_weight=state
+        )
     stream = partial(source.stream, run.seed, batch_size, **run.share)
     next(stream())  # refuses a batch that is larger than the set
     if not run.begin(args, trained.result_name(is_lora=is_lora)):

@@ -41,6 +41,7 @@ tensors: files
 loaded: cli tensors
 classic: tensors
 statistics:
+phases: cost pipelines
 pipelines: classic cli loaded outputs
 lora: cli outputs pipelines sd3.keys tensors
 checkpoint: cli files outputs records tensors
@@ -52,12 +53,12 @@ bench: checkpoint cli cost files full lora outputs ranges records rollout sd3 te
 optim: cli ranges split
 launch:
 interrupt: cli launch
-training: checkpoint cli cost finite interrupt launch launcher masking optim outputs ranges
-    records rng
+training: checkpoint cli cost finite interrupt launch launcher masking optim outputs phases
+    ranges records rng
 sd3: classic cli cost flow loaded outputs pipelines rng tensors truncation
 sd15: cli cost ddpm loaded pipelines rng truncation
 texts: checkpoint cli data pipelines sd15 sd3 training truncation
-frozen: checkpoint cli data interrupt rng sd3 texts training
+frozen: checkpoint cli data interrupt phases pipelines rng sd3 texts training
 full: cli finite outputs pipelines sd15 sd3 tensors
 trained: averaging cli full lora optim pipelines rng sd15 sd3 training
 inference: cli loaded lora sd3 truncation
@@ -69,12 +70,12 @@ pocket: checkpoint classic cli ddpm files flow loaded lora pictures ranges recor
 rewards: cli data.formats data.images data.lines files loaded masking pictures pocket.scenes
     pocket.verifier
 versus: cli outputs pictures prompts rewards statistics
-rl: averaging cli cost drawing evaluation full gaussian lora optim pictures policy prompts
-    rewards rng rollout samplers sd3 texts trained training
+rl: averaging cli cost drawing evaluation full gaussian lora optim phases pictures pipelines
+    policy prompts rewards rng rollout samplers sd3 texts trained training
 evaluation: cli interrupt outputs pictures prompts ranges rewards training validation
 pretraining: cli data frozen training
-direct: cli cost data ddpm denoising drawing evaluation frozen full lora optim prompts rewards
-    rng samplers sd15 texts trained training
+direct: cli cost data ddpm denoising drawing evaluation frozen full lora optim phases pipelines
+    prompts rewards rng samplers sd15 texts trained training
 paired: checkpoint cli data ddpm direct frozen interrupt masking outputs preference rewards rng
     sd15 texts trained training
 files: cli

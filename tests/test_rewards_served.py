@@ -619,7 +619,8 @@ def test_a_reward_that_breaks_leaves_the_earlier_scores(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "prompts.txt").write_text("one\ntwo\nthree\n")
-    (folder / "scores.csv").write_text("of before")
+    earlier = "file_name,prompt,score,valid,x\nof before"
+    (folder / "scores.csv").write_text(earlier)
     (folder / "mine.py").write_text(
         "def score(images, prompts, metadata):\n    return [{'one': 1.0}[prompts[0]]]\n"
     )
@@ -628,7 +629,7 @@ def test_a_reward_that_breaks_leaves_the_earlier_scores(
     said = capsys.readouterr().err
     assert "score (mine.py, line 2) raised KeyError: 'two'" in said
     assert "scores.csv.partial" in said
-    assert (folder / "scores.csv").read_text() == "of before"
+    assert (folder / "scores.csv").read_text() == earlier
     assert [row["prompt"] for row in read_csv(folder / "scores.csv.partial")] == ["one"]
 
 

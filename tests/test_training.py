@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import train_lora_sd3 as script
-from dojo import checkpoint, cli, lora, sd3, training
+from dojo import checkpoint, cli, lora, phases, sd3, training
 from dojo import files as files_module
 from dojo import optim as optimizers
 from dojo.cli import TrainingStopped, UserError
@@ -684,7 +684,11 @@ def test_the_plan_says_the_numbers(
     model = nn.Linear(1024, 1024, bias=False)
     model.requires_grad_(False)
     model.extra = nn.Parameter(torch.zeros(2**20 // 16))
-    training.print_plan(run, args, model, Cost(3 * 10**12, 2**29), 3)
+    config = sd3.open_model(args.model)
+    needs = phases.Needs(
+        config=config, text=(), dtype=torch.float32, vae_dtype=torch.float32, size=(64, 64)
+    )
+    training.print_plan(run, args, model, Cost(3 * 10**12, 2**29), 3, needs=needs)
     shown = capsys.readouterr().out
     assert "trainable parameters: 65,536\n" in shown
     assert "total parameters: 1,114,112\n" in shown
@@ -696,6 +700,43 @@ def test_the_plan_says_the_numbers(
     assert f"estimated: {total:.2f} GiB" in shown
     assert "operations per process and step: 12.000 TFLOP\n" in shown
     assert '"train_batch_size": 3' in shown
+    assert "peak over all phases: 0.5" in shown
+    assert "hours to finish: not known" in shown
+
+
+def test_hours_are_told_from_the_speed_of_the_folders_own_run(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    args = lora_args(tmp_path, "--max_train_steps", "100", "--train_batch_size", "4", "--dry_run")
+    run = training.start(args.run, args.optim)
+    run.plan(args.optim, 10, "fingerprint")
+    (tmp_path / "run").mkdir()
+    rows = [{"step": step, "images_per_s": 0.5} for step in (1, 10)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "run" / "metrics.jsonl").write_text(text)
+    # 90 steps of 4 pictures at half a picture a second.
+    assert run.hours(1e12).startswith("0.2 (at the 0.5 images/s")
+
+
+def test_a_dry_run_refuses_a_tracker_that_is_not_installed(
+    lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="the package wandb is not installed"):
+        script.main(lora_args(tmp_path, "--dry_run", "--report_to", "wandb"))
+
+
+def test_a_dry_run_looks_at_every_size_and_for_weights(
+    lora_args: MakeArgs, tmp_path: Path, tiny_sd3: Path
+) -> None:
+    with pytest.raises(UserError, match="60 is not a multiple of"):
+        script.main(lora_args(tmp_path, "--dry_run", "--resolution", "64", "60"))
+    model = shutil.copytree(tiny_sd3, tmp_path / "model")
+    for path in (model / "transformer").glob("*.safetensors"):
+        path.unlink()
+    own = ("--pretrained_model_name_or_path", str(model))
+    with pytest.raises(UserError, match="transformer holds no weights"):
+        script.main(lora_args(tmp_path, "--dry_run", *own))
 
 
 def test_a_dry_run_writes_nothing(
@@ -715,6 +756,7 @@ def test_a_dry_run_may_look_at_an_occupied_folder(
     whole: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files(whole)
-    again(flags, "--dry_run", "--learning_rate", "1e-3")
+    with pytest.raises(UserError, match="holds a run already"):  # as the run would be
+        again(flags, "--dry_run", "--learning_rate", "1e-3")
     assert "optimizer steps: 3" in capsys.readouterr().out
     assert files(whole) == before

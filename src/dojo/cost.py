@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -62,6 +65,45 @@ def _fused_attention() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = original
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive at a time, made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor.untyped_storage())
+        return made
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._part, key)
+
+    def _part(self, key: int) -> None:
+        self.now -= self._known.pop(key, 0)
+
+
+@torch.no_grad()
+def live_bytes(act: Callable[[], object]) -> int:
+    """The most bytes of tensors that are alive at a time while `act` computes on the meta device.
+
+    Without gradients, weights that were there before not among them. What kernels take for
+    themselves is not counted.
+    """
+    with _fused_attention(), _Live() as live:
+        act()
+    return live.peak
 
 
 def count_cost(loss: Callable[[], Tensor], model: torch.nn.Module) -> Cost:

@@ -24,6 +24,9 @@ from dojo import (
     frozen,
     full,
     lora,
+    phases,
+    pipelines,
+    rewards,
     rng,
     samplers,
     sd15,
@@ -261,6 +264,38 @@ def pair_cost(
     unet, step = cost_of(run, config, args, rows, shape, checkpointing=checkpointing)
     more = step.forward_flops if with_reference else 0
     return unet, replace(step, flops=step.flops + more)
+
+
+def needs(
+    run: Run,
+    config: sd15.Config,
+    model: sd15.ModelArgs,
+    size: tuple[int, int],
+    scorers: Sequence[Reward],
+    *,
+    encoded: int,
+    decoded: int,
+) -> phases.Needs:
+    """What a run holds beside its UNet, for the dry run.
+
+    Args:
+        scorers: the rewards, loaded.
+        encoded: pictures whose latents are computed at a time.
+        decoded: pictures that are drawn at a time.
+    Raises:
+        UserError: weights are not there.
+    """
+    config.check_weights(("vae", "text_encoder", "unet"))
+    return phases.Needs(
+        config=config,
+        text=("text_encoder",),
+        dtype=run.dtype,
+        vae_dtype=pipelines.DTYPES[model.vae_dtype],
+        size=size,
+        encoded=encoded,
+        decoded=decoded,
+        scorers=rewards.networks(scorers),
+    )
 
 
 class Options(Protocol):

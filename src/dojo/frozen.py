@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dojo import checkpoint, data, interrupt, rng, sd3, texts
+from dojo import checkpoint, data, interrupt, phases, pipelines, rng, sd3, texts
 from dojo.cli import UserError
 from dojo.training import Run, arithmetic
 
@@ -210,6 +210,41 @@ def open_sources(run: Run, args: Options) -> Sources:
         run.say(held_out.description)
     refuse_inside(run.output_dir, args.data.location, "output_dir")
     return Sources(train, held_out)
+
+
+def needs(
+    run: Run,
+    config: sd3.Config,
+    args: Options,
+    size: data.Size,
+    batch_size: int,
+    *,
+    drawn: bool,
+    class_pictures: int = 0,
+) -> phases.Needs:
+    """What a run of captioned pictures holds beside its network, for the dry run.
+
+    Args:
+        size: of the largest pictures.
+        batch_size: of training, which encodes as many at a time without a cache.
+        drawn: validation pictures are asked for.
+        class_pictures: those that are drawn at a time before training, 0 for none.
+    Raises:
+        UserError: weights are not there, or one of several resolutions does not fit the model.
+    """
+    for side in args.data.resolution:
+        config.check_step(args.data.height or side, args.data.width or side)
+    config.check_weights(("vae", *sd3.TEXT_ENCODERS[:2], "transformer"))
+    return phases.Needs(
+        config=config,
+        text=sd3.TEXT_ENCODERS,
+        dtype=run.dtype,
+        vae_dtype=pipelines.DTYPES[args.model.vae_dtype],
+        size=size,
+        encoded=batch_size if args.cache.no_cache_latents else data.encoded_at_a_time(size),
+        decoded=int(drawn),
+        class_pictures=class_pictures,
+    )
 
 
 def refuse_inside(folder: Path, location: str, flag: str) -> None:

@@ -275,14 +275,12 @@ def fill(folder: Path, write: Callable[[Path], object]) -> bool:
         Whether there is anything in it.
     """
     held, name = _holder(folder)
-    if held is None:
-        write(folder)
-        return folder.is_dir()
     own_folder(folder)
     partial = folder.with_name(f".{folder.name}{_PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     write(partial)
-    held.remove(f"{name}/")
+    if held is not None:
+        held.remove(f"{name}/")
     made = list(_walk(partial)) if partial.is_dir() else []
     for inside in made:
         target = own(folder / inside)

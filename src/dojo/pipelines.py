@@ -82,6 +82,17 @@ class PipelineConfig:
         """Height and width of a picture must be multiples of this."""
         raise NotImplementedError
 
+    def check_weights(self, parts: Sequence[str]) -> None:
+        """Refuses, without reading any, a model that lacks the weights of a part.
+
+        Raises:
+            UserError: naming the part.
+        """
+        for part in parts:
+            names = [path.name for path in (self.folder / part).glob("*")]
+            if not any(name.endswith((".safetensors", ".bin")) for name in names):
+                raise UserError(f"{self.flag}: {self.folder}/{part} holds no weights")
+
     def check_step(self, height: int, width: int) -> None:
         """Refuses sizes that the network cannot halve as often as it wants to.
 

@@ -93,8 +93,8 @@ def prepare(
         "t5_padding": args.t5_padding,
     }
     numbers = config.text_numbers(model.max_sequence_length)
-    _tell_cut(run, cache, groups, settings, partial(sd3.readers, config, model))
     lookup = _fill(run, cache, groups, once, settings, numbers)
+    _tell_cut(run, cache, groups, settings, partial(sd3.readers, config, model))
     live = None
     if train_clip:
         live = once.loaded or load(with_t5=False)
@@ -114,8 +114,8 @@ def prepare_sd15(
     """`prepare` for Stable Diffusion 1: `prompt_embeds` alone, and "" for no caption."""
     once = _Once(lambda: sd15.load_text_encoder(config, model, run.dtype, run.device))
     settings = {"encoders": config.fingerprint(sd15.TEXT_FOLDERS), "dtype": str(run.dtype)}
-    _tell_cut(run, cache, groups, settings, partial(sd15.readers, config))
     lookup = _fill(run, cache, groups, once, settings, config.text_numbers)
+    _tell_cut(run, cache, groups, settings, partial(sd15.readers, config))
     _free(run, once, lookup, "text encoder")
     return Texts(lookup, run.device)
 
@@ -186,16 +186,29 @@ def _fill(
         if cache.no_cache_text_embeddings:
             lookup = load()
         else:
+            # A batch rounds otherwise than a caption alone, which is what a pipeline encodes: on a
+            # CPU they come one by one, and a validation draws what demo.py draws to the pixel.
+            alone = run.device.type != "cuda"
             lookup = data.cache_text(
                 groups,
-                load,
+                (lambda: _one_by_one(load())) if alone else load,
                 cache.latent_cache_dir,
-                {**settings, **arithmetic(run.device)},
+                {**settings, **arithmetic(run.device), **({"captions": "alone"} if alone else {})},
                 sample_bytes=numbers * run.dtype.itemsize,
                 **run.share,
             )
         run.accelerator.wait_for_everyone()
     return lookup
+
+
+def _one_by_one(lookup: Lookup) -> Lookup:
+    """The same embeddings, of which none has been computed beside another."""
+
+    def each(captions: Sequence[str]) -> Mapping[str, Tensor]:
+        rows = [lookup([caption]) for caption in captions]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    return each
 
 
 def _free(run: Run, once: _Once[EncoderT], lookup: Lookup, what: str) -> None:

@@ -40,7 +40,17 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dojo import checkpoint, finite, interrupt, launch, launcher, outputs, ranges, records
+from dojo import (
+    checkpoint,
+    finite,
+    interrupt,
+    launch,
+    launcher,
+    outputs,
+    phases,
+    ranges,
+    records,
+)
 from dojo import optim as optimizers
 from dojo.cli import TrainingStopped, UserError
 from dojo.cost import Cost
@@ -92,7 +102,7 @@ class RunArgs:
     def __post_init__(self) -> None:
         ranges.check(self, "checkpointing_steps logging_steps checkpoints_total_limit", least=1)
         ranges.check_seed(self, "seed")
-        if self.checkpointing_minutes is not None and self.checkpointing_minutes <= 0:
+        if self.checkpointing_minutes is not None and not 0 < self.checkpointing_minutes < math.inf:
             raise ValueError("--checkpointing_minutes must be positive")
 
 
@@ -473,6 +483,27 @@ class Run:
                 "choose another folder"
             )
         return True
+
+    def rehearse(self, args: Any) -> None:
+        """Refuses what `begin` would refuse, and writes nothing."""
+        self._check_folder(args, "")
+
+    def hours(self, flops: float) -> str:
+        """What is left of the run in hours, in words, where a speed is known.
+
+        Args:
+            flops: operations per process and step.
+        """
+        rows, _ = records.read_rows(self.output_dir / "metrics.jsonl")
+        speeds = [row["images_per_s"] for row in rows if row.get("images_per_s")]
+        done = max((int(row["step"]) for row in rows), default=0)
+        if speeds:
+            left = max(0, self.num_steps - done) * self.samples_per_step / speeds[-1]
+            return f"{left / 3600:.1f} (at the {speeds[-1]:.1f} images/s of this folder's run)"
+        if peak := device_peak_flops(self.device):
+            least = self.num_steps * flops / peak / 3600
+            return f"{least:.1f} at the least, at this GPU's peak; trainings reach a part of it"
+        return "not known (no earlier run in the folder, and no GPU whose peak is known)"
 
     def _remove_run(self) -> None:
         """Removes what runs wrote into the folder, and nothing else that may lie in it."""
@@ -915,6 +946,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
                 "scripts/accelerate/multi_gpu.yaml (for less memory see --train_dtype, "
                 "--optimizer adamw8bit, --freeze, --gradient_checkpointing)"
             )
+    trackers = _trackers(run_args.report_to)  # a dry run refuses what is not installed, too
     accelerator = accelerate.Accelerator(
         mixed_precision=run_args.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -922,7 +954,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
             adjust_scheduler=False,
             sync_with_dataloader=False,
         ),
-        log_with=None if run_args.dry_run else _trackers(run_args.report_to) or None,
+        log_with=None if run_args.dry_run else trackers or None,
         project_dir=run_args.output_dir / "logs",
         # Rank 0 may check and cache a large data set while the others wait.
         kwargs_handlers=[
@@ -1219,22 +1251,28 @@ def print_plan(
     cost: Cost,
     batch_size: int,
     *,
+    needs: phases.Needs,
     bytes_per_weight: int = 16,
 ) -> None:
-    """Prints what `--dry_run` promises: options, sizes, steps, memory and operations.
+    """Prints what `--dry_run` promises: options, sizes, steps, memory, operations and hours.
 
     Args:
         model: holds the parameters in the dtype that they will have.
         cost: of a micro-batch of `batch_size`.
         bytes_per_weight: what training one weight takes: itself, its gradient, the optimizer's
             state, an average.
+        needs: what is held beside the network.
+    Raises:
+        UserError: the run would be refused: its folder, or the checkpoint that it goes on from.
     """
     total = sum(param.numel() for param in model.parameters())
     trained = [param for param in model.parameters() if param.requires_grad]
     weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     frozen_bytes = sum(weights.values()) - sum(weights[id(p)] for p in trained)
     trained_bytes = bytes_per_weight * sum(param.numel() for param in trained)
-    gib = (frozen_bytes + trained_bytes + cost.saved_bytes) / 2**30
+    kept = frozen_bytes + trained_bytes
+    gib = (kept + cost.saved_bytes) / 2**30
+    found = phases.memory(needs, sum(weights.values()), kept, kept + cost.saved_bytes)
     micro_batches = run.samples_per_step / batch_size / run.accelerator.num_processes
     rows = {
         "trainable parameters": f"{sum(param.numel() for param in trained):,}",
@@ -1242,14 +1280,17 @@ def print_plan(
         "effective batch size": f"{run.samples_per_step}",
         "optimizer steps": f"{run.num_steps}",
         "steps per epoch": f"{run.epoch_length:.2f}",
-        "memory per process, estimated": f"{gib:.2f} GiB (weights {frozen_bytes / 2**30:.2f}, "
-        f"training state {trained_bytes / 2**30:.2f}, activations {cost.saved_bytes / 2**30:.2f}; "
-        "without autoencoder, text encoders and the allocator's reserve)",
+        "memory of training per process, estimated": f"{gib:.2f} GiB (weights "
+        f"{frozen_bytes / 2**30:.2f}, training state {trained_bytes / 2**30:.2f}, "
+        f"activations {cost.saved_bytes / 2**30:.2f}; the autoencoder not included)",
+        **phases.told(found),
         "operations per process and step": f"{cost.flops * micro_batches / 1e12:.3f} TFLOP",
+        "hours to finish": run.hours(cost.flops * micro_batches),
     }
     run.say(json.dumps(options(args), indent=1))
     for name, value in rows.items():
         run.say(f"{name}: {value}")
+    run.rehearse(args)
 
 
 # -- machine ----------------------------------------------------------------------------------

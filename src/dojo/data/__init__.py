@@ -8,6 +8,7 @@ from dojo.data.cache import (
     cache_latents,
     cache_text,
     checked,
+    encoded_at_a_time,
 )
 from dojo.data.captions import CaptionArgs
 from dojo.data.choice import Choice, Score, relabel
@@ -62,6 +63,7 @@ __all__ = [
     "collate",
     "cover_box",
     "digest",
+    "encoded_at_a_time",
     "file_hashes",
     "fit",
     "fit_mask",

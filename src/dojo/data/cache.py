@@ -121,6 +121,12 @@ def _seen(kept: Any) -> Seen | str:
 # Latents
 
 
+def encoded_at_a_time(size: Size) -> int:
+    """Pictures of a size that are encoded at a time: about two megapixels, so eight pictures of
+    512 px or two of 1024 px."""
+    return max(1, 2**21 // (size[0] * size[1]))
+
+
 def cache_latents(
     pictures: Pictures,
     needed: Mapping[Size, Sequence[int]],
@@ -210,8 +216,7 @@ def _encoded(
         framings = [(anchor, flip > 0) for anchor in anchors for flip in range(flips)]
         return pictures.render(indices[member], size, framings)
 
-    # About two megapixels at a time: eight pictures of 512 px, two of 1024 px.
-    chunk = max(1, 2**21 // (size[0] * size[1]))
+    chunk = encoded_at_a_time(size)
     columns: dict[str, list[Tensor]] = {"mean": [], "std": [], "mask": []}
     with ThreadPoolExecutor(_DECODERS) as pool:  # decoding runs ahead of encoding
         seen = itertools.chain.from_iterable(_ahead(pool, render, members))

@@ -130,7 +130,7 @@ def file_path(folder: str, file_name: object, root: Path | None = None) -> tuple
         return "", "the file name is missing"
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", file_name):
         return "", f"{file_name!r} is an address; the pictures must be files in the folder"
-    if posixpath.isabs(file_name) or PureWindowsPath(file_name).drive:
+    if PureWindowsPath(file_name).anchor:  # of a drive, a server or the root, as Linux has it too
         return "", f"{file_name!r} is an absolute path; paths must lie inside the folder"
     if ".." in PureWindowsPath(posixpath.normpath(file_name)).parts:
         return "", f"{file_name!r} climbs out of the folder"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from dojo.cli import UserError
 from dojo.rewards import spec
@@ -86,6 +87,19 @@ class RewardArgs(ScorerArgs):
     def load(self, device: torch.device, *others: str) -> list[Reward]:
         """Loads the reward, and others by their texts, which share what they can."""
         return self.load_all(device, (self.reward, *others))
+
+
+def networks(rewards: Sequence[Reward]) -> list[nn.Module]:
+    """The networks that rewards hold, each once: what they take of a device's memory."""
+    found: dict[int, nn.Module] = {}
+    for reward in rewards:
+        for one in reward.components:
+            for value in vars(one.scorer).values():
+                inner = vars(value).values() if hasattr(value, "__dict__") else ()
+                for thing in (value, *(() if isinstance(value, nn.Module) else inner)):
+                    if isinstance(thing, nn.Module):
+                        found[id(thing)] = thing
+    return [*found.values()]
 
 
 def load(

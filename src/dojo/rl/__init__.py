@@ -1,7 +1,7 @@
 """Reinforcement learning of a flow: what DDPO and GRPO share around their loops."""
 
 from dojo.rl.args import EvalArgs, FinetuneArgs, PolicyArgs, PolicyLoraArgs, SampleArgs
-from dojo.rl.cost import episode_cost
+from dojo.rl.cost import episode_cost, needs
 from dojo.rl.episodes import (
     Batch,
     Chunk,
@@ -34,6 +34,7 @@ __all__ = [
     "check",
     "episode_cost",
     "evaluator",
+    "needs",
     "record",
     "result_name",
     "shuffled",

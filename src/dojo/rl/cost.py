@@ -5,13 +5,37 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from dojo import full, lora, rollout, sd3
+from dojo import full, lora, phases, pipelines, rewards, rollout, sd3
 from dojo.cost import Cost
 from dojo.rl.args import SampleArgs
 from dojo.rl.trained import Options
 from dojo.training import Run
+
+
+def needs(run: Run, config: sd3.Config, args: Any) -> phases.Needs:
+    """What a run of reinforcement learning holds beside its network, for the dry run.
+
+    The rewards are loaded on the CPU, so that what they lack is said.
+
+    Raises:
+        UserError: weights are not there, or a reward cannot be loaded.
+    """
+    config.check_weights(("vae", *sd3.TEXT_ENCODERS[:2], "transformer"))
+    sample: SampleArgs = args.sample
+    loaded = args.reward.load(torch.device("cpu"), *args.evaluation.held_out_rewards)
+    batch_size = sample.batch_size(args.optim)
+    return phases.Needs(
+        config=config,
+        text=sd3.TEXT_ENCODERS,
+        dtype=run.dtype,
+        vae_dtype=pipelines.DTYPES[args.model.vae_dtype],
+        size=sample.size,
+        decoded=max(batch_size, args.evaluation.eval_batch_size or batch_size),
+        scorers=rewards.networks(loaded),
+    )
 
 
 def episode_cost(

@@ -20,7 +20,7 @@ from dojo.truncation import Reader
 
 def readers(config: Config) -> list[Reader]:
     """The tokenizer of a model and how much its encoder reads, without the encoder."""
-    tokenizer: Any = CLIPTokenizer.from_pretrained(config.folder, subfolder="tokenizer")
+    tokenizer = loaded.tokenizer(CLIPTokenizer, config.folder, "tokenizer", flag=config.flag)
     return [Reader("CLIP", tokenizer, tokenizer.model_max_length)]
 
 

@@ -178,6 +178,10 @@ class Config(PipelineConfig):
         shift, scale = self.vae["shift_factor"], self.vae["scaling_factor"]
         return (mean.float() + std.float() * noise - shift) * scale  # pyright: ignore
 
+    def check_weights(self, parts: Sequence[str]) -> None:
+        """See `PipelineConfig`; a single file has its own."""
+        super().check_weights([p for p in parts if not self.checkpoint or p not in self.checkpoint])
+
     def fingerprint(self, parts: Sequence[str]) -> str:
         """Identifies the model files that some parts (names of sub-folders) are loaded from."""
         if self.checkpoint is None:

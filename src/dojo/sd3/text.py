@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
+from dojo import loaded
 from dojo.pipelines import Embeds
 from dojo.sd3.config import Config, ModelArgs
 from dojo.sd3.models import load_text_pipeline
@@ -103,11 +104,11 @@ def readers(config: Config, args: ModelArgs) -> list[Reader]:
     """The tokenizers of a model and how much its encoders read, without the encoders."""
     folder, limit = config.folder, config.clip_tokens
     found = [
-        Reader("CLIP", CLIPTokenizer.from_pretrained(folder, subfolder=part), limit)
+        Reader("CLIP", loaded.tokenizer(CLIPTokenizer, folder, part, flag=config.flag), limit)
         for part in ("tokenizer", "tokenizer_2")
     ]
     if config.has_t5:
-        t5: Any = T5Tokenizer.from_pretrained(folder, subfolder="tokenizer_3")
+        t5 = loaded.tokenizer(T5Tokenizer, folder, "tokenizer_3", flag=config.flag)
         found.append(Reader("T5", t5, args.max_sequence_length, "--max_sequence_length"))
     return found
 
