@@ -59,7 +59,7 @@ sd3: classic cli cost flow loaded outputs pipelines rng tensors truncation
 sd15: cli cost ddpm loaded pipelines rng truncation
 texts: checkpoint cli data pipelines sd15 sd3 training truncation
 frozen: checkpoint cli data interrupt phases pipelines rng sd3 texts training
-full: cli finite outputs pipelines sd15 sd3 tensors
+full: cli finite loaded outputs pipelines sd15 sd3 tensors
 trained: averaging cli full lora optim pipelines rng sd15 sd3 training
 inference: cli loaded lora sd3 truncation
 prompts: cli data pocket.scenes rng

@@ -317,3 +317,11 @@ def test_prompts_that_cannot_be_scored_are_refused_or_counted() -> None:
 def test_the_table_lists_every_scorer() -> None:
     lines = rewards.table().splitlines()
     assert {line.split()[0] for line in lines[1:]} == set(loading.SCORERS)
+
+
+@pytest.mark.parametrize("typed", ["--reward", "--eval_reward"])
+def test_what_a_reward_lacks_is_said_by_the_flag_that_was_typed(typed: str) -> None:
+    good, bad = "jpeg_incompressibility", "nowhere.py:score"
+    args = RewardArgs(reward=bad if typed == "--reward" else good)
+    with pytest.raises(UserError, match=rf"^{typed}: there is no file nowhere\.py"):
+        args.load(torch.device("cpu"), *([] if typed == "--reward" else [bad]))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dojo import finite, outputs, sd3, sd15
+from dojo import finite, loaded, outputs, sd3, sd15
 from dojo.cli import TrainingStopped, UserError
 from dojo.pipelines import TRANSFORMER, part_of
 from dojo.tensors import obey_umask
@@ -139,7 +139,8 @@ def restore(folder: Path, network: Any) -> None:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder.parent} is no checkpoint of full fine-tuning: no {folder.name}")
-    saved = type(network).from_pretrained(folder, dtype=network.dtype)
+    flag = "--resume_from_checkpoint"
+    saved = loaded.network(type(network), folder, flag=flag, dtype=network.dtype)
     network.load_state_dict(saved.state_dict())
 
 

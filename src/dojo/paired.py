@@ -117,7 +117,7 @@ def chosen(run: Run, sources: Sources, args: Options) -> Sources:
     root = args.cache.latent_cache_dir
 
     def load() -> data.Score:
-        (reward,) = args.scorers.load_all(run.device, [text])
+        (reward,) = args.scorers.load_all(run.device, [text], ["--choice_model"])
 
         @torch.no_grad()
         def score(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

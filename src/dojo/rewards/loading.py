@@ -60,15 +60,27 @@ class ScorerArgs:
                     f"--reward_device: {self.reward_device} is no device (cpu, cuda, cuda:1)"
                 ) from None
 
-    def load_all(self, device: torch.device, texts: Sequence[str]) -> list[Reward]:
+    def load_all(
+        self, device: torch.device, texts: Sequence[str], flags: Sequence[str] = ()
+    ) -> list[Reward]:
         """Loads rewards by their texts (`dojo.rewards.spec`), which share what they can.
 
         Args:
             device: where they work unless --reward_device says otherwise.
+            flags: which flag gave each of the texts; those without one came by --eval_reward.
+        Raises:
+            UserError: what one lacks, by the flag that was typed.
         """
         device = torch.device(self.reward_device or device)
         place = Place(device=device, dtype=DTYPES[self.reward_dtype])
-        return [_load(text, place, self.reward_batch_size) for text in texts]
+        flags = [*flags, *["--eval_reward"] * (len(texts) - len(flags))]
+        loaded: list[Reward] = []
+        for text, flag in zip(texts, flags, strict=True):
+            try:
+                loaded.append(_load(text, place, self.reward_batch_size))
+            except UserError as error:
+                raise UserError(str(error).replace("--reward:", f"{flag}:", 1)) from error
+        return loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +98,7 @@ class RewardArgs(ScorerArgs):
 
     def load(self, device: torch.device, *others: str) -> list[Reward]:
         """Loads the reward, and others by their texts, which share what they can."""
-        return self.load_all(device, (self.reward, *others))
+        return self.load_all(device, (self.reward, *others), ("--reward",))
 
 
 def networks(rewards: Sequence[Reward]) -> list[nn.Module]:
