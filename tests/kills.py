@@ -242,6 +242,8 @@ class Started:
 def result(folder: Path) -> dict[str, object]:
     """What a finished run is compared by."""
     run = folder / "run"
+    finished = (run / "finished.json").read_text()
+    last = f"checkpoint-{json.loads(finished)['step']}"
     times = ("images_per_s", "memory_gib")
     rows = [
         {k: v for k, v in json.loads(line).items() if k not in times and k[:8] != "seconds_"}
@@ -251,8 +253,11 @@ def result(folder: Path) -> dict[str, object]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for pattern in ("run/**/*.safetensors", "run/validation/**/*.png", "class/*.png")
         for path in sorted(folder.glob(pattern))
+        # A signal keeps a step of its own, which puts an older checkpoint out: the last one counts.
+        if not path.relative_to(folder).parts[1].startswith("checkpoint-")
+        or path.relative_to(folder).parts[1] == last
     }
-    return {"finished": (run / "finished.json").read_text(), "rows": rows, "files": files}
+    return {"finished": finished, "rows": rows, "files": files}
 
 
 def whole(case: Case, inputs: Path, folder: Path) -> tuple[dict[str, object], float]:
