@@ -25,11 +25,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dojo import cli, inference, outputs, ranges, rewards, sd3, versus
-from dojo.cli import UserError
-from dojo.masking import hide
-from dojo.pictures import labelled_grid
-from dojo.prompts import Prompt, read_file
+from dojo import cli, rewards
+from dojo.cli import UserError, ranges
+from dojo.cli.masking import hide
+from dojo.evaluate import pipelines as inference
+from dojo.evaluate import versus
+from dojo.files import outputs
+from dojo.files.pictures import labelled_grid
+from dojo.inputs.prompts import Prompt, read_file
+from dojo.models import sd3
 from dojo.rewards import RewardArgs
 from dojo.rewards.scorer import DTYPES
 

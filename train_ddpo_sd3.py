@@ -21,27 +21,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dojo import (
-    averaging,
-    checkpoint,
-    cli,
-    data,
-    full,
-    interrupt,
-    optim,
-    policy,
-    prompts,
-    publish,
-    report,
-    rewards,
-    rl,
-    rng,
-    rollout,
-    sd3,
-    tensors,
-    texts,
-    training,
-)
+from dojo import cli, data, publish, report, rewards, rng
+from dojo.files import tensors
+from dojo.finetune import whole as full
+from dojo.inputs import prompts, texts
+from dojo.launch import interrupt
+from dojo.maths import advantages as policy
+from dojo.maths import rollout
+from dojo.methods import rl
+from dojo.models import sd3
+from dojo.run import averaging, checkpoint, optim
+from dojo.run import run as training
 
 BUFFER = "prompt_buffer.safetensors"
 

@@ -20,25 +20,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dojo import (
-    averaging,
-    cli,
-    data,
-    direct,
-    full,
-    interrupt,
-    lora,
-    optim,
-    paired,
-    preference,
-    publish,
-    report,
-    rewards,
-    sd15,
-    texts,
-    trained,
-    training,
-)
+from dojo import cli, data, publish, report, rewards
+from dojo.finetune import lora
+from dojo.finetune import weights as trained
+from dojo.finetune import whole as full
+from dojo.inputs import pairs as paired
+from dojo.inputs import texts
+from dojo.launch import interrupt
+from dojo.maths import preference
+from dojo.methods import refl as direct
+from dojo.models import sd15
+from dojo.run import averaging, optim
+from dojo.run import run as training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,23 +23,16 @@ from typing import Any
 
 import torch
 
-from dojo import (
-    averaging,
-    cli,
-    data,
-    flow,
-    frozen,
-    interrupt,
-    lora,
-    optim,
-    prior,
-    publish,
-    report,
-    rng,
-    sd3,
-    training,
-    validation,
-)
+from dojo import cli, data, publish, report, rng
+from dojo import evaluate as validation
+from dojo.finetune import lora
+from dojo.inputs import class_pictures as prior
+from dojo.inputs import pictures as frozen
+from dojo.launch import interrupt
+from dojo.maths import flow
+from dojo.models import sd3
+from dojo.run import averaging, optim
+from dojo.run import run as training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,22 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dojo import (
-    averaging,
-    cli,
-    data,
-    flow,
-    frozen,
-    full,
-    interrupt,
-    optim,
-    publish,
-    report,
-    rng,
-    sd3,
-    training,
-    validation,
-)
+from dojo import cli, data, publish, report, rng
+from dojo import evaluate as validation
+from dojo.finetune import whole as full
+from dojo.inputs import pictures as frozen
+from dojo.launch import interrupt
+from dojo.maths import flow
+from dojo.models import sd3
+from dojo.run import averaging, optim
+from dojo.run import run as training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,25 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from dojo import (
-    averaging,
-    cli,
-    data,
-    full,
-    interrupt,
-    optim,
-    policy,
-    prompts,
-    publish,
-    report,
-    rewards,
-    rl,
-    rng,
-    rollout,
-    sd3,
-    texts,
-    training,
-)
+from dojo import cli, data, publish, report, rewards, rng
+from dojo.finetune import whole as full
+from dojo.inputs import prompts, texts
+from dojo.launch import interrupt
+from dojo.maths import advantages as policy
+from dojo.maths import rollout
+from dojo.methods import rl
+from dojo.models import sd3
+from dojo.run import averaging, optim
+from dojo.run import run as training
 
 
 @dataclass(frozen=True, kw_only=True)

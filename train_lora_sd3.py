@@ -22,22 +22,15 @@ from pathlib import Path
 
 import torch
 
-from dojo import (
-    averaging,
-    cli,
-    data,
-    flow,
-    frozen,
-    interrupt,
-    lora,
-    optim,
-    publish,
-    report,
-    rng,
-    sd3,
-    training,
-    validation,
-)
+from dojo import cli, data, publish, report, rng
+from dojo import evaluate as validation
+from dojo.finetune import lora
+from dojo.inputs import pictures as frozen
+from dojo.launch import interrupt
+from dojo.maths import flow
+from dojo.models import sd3
+from dojo.run import averaging, optim
+from dojo.run import run as training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,29 +23,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dojo import (
-    averaging,
-    cli,
-    data,
-    denoising,
-    direct,
-    evaluation,
-    full,
-    interrupt,
-    lora,
-    optim,
-    preference,
-    pretraining,
-    prompts,
-    publish,
-    report,
-    rewards,
-    rng,
-    sd15,
-    texts,
-    trained,
-    training,
-)
+from dojo import cli, data, publish, report, rewards, rng
+from dojo.evaluate import held_out as evaluation
+from dojo.finetune import lora
+from dojo.finetune import weights as trained
+from dojo.finetune import whole as full
+from dojo.inputs import pretraining_pictures as pretraining
+from dojo.inputs import prompts, texts
+from dojo.launch import interrupt
+from dojo.maths import denoising, preference
+from dojo.methods import refl as direct
+from dojo.models import sd15
+from dojo.run import averaging, optim
+from dojo.run import run as training
 
 
 @dataclass(frozen=True, kw_only=True)

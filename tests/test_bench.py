@@ -17,15 +17,18 @@ from diffusers import StableDiffusion3Pipeline
 
 import train_ddpo_sd3
 import train_grpo_sd3
-from dojo import cli, full, sd3, training
-from dojo import rl as learning
+from dojo import cli
 from dojo.bench import __main__ as command_line
 from dojo.bench import limits, models, rl, supervised
 from dojo.bench.rl import RlArgs
 from dojo.bench.supervised import SupervisedArgs, Trace
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError
-from dojo.cost import Cost
+from dojo.finetune import whole as full
+from dojo.methods import rl as learning
+from dojo.models import sd3
+from dojo.run import run as training
+from dojo.run.cost import Cost
 
 
 def count(part: str, config: dict[str, Any]) -> float:

@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dojo import sd3
 from dojo.cli import UserError
 from dojo.data import (
     Batch,
@@ -53,7 +52,8 @@ from dojo.data import (
 from dojo.data import shards as disk
 from dojo.data.images import READER
 from dojo.data.shards import Shards
-from dojo.data.sources import Seen, look
+from dojo.data.sources.captioned import Seen, look
+from dojo.models import sd3
 
 SETTINGS: dict[str, object] = {"vae": "v1", "dtype": "no"}
 SIZES: list[Size] = [(64, 64), (64, 64), (120, 60), (100, 56), (60, 120), (70, 62), (64, 90)] * 2

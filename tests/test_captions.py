@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from dojo.data import CaptionArgs
-from dojo.data.captions import choose, every, shuffled
+from dojo.data.sources.captions import choose, every, shuffled
 
 TAGS = "hero, red hair, smile, outdoors, night, rain"
 

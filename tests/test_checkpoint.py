@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from dojo import checkpoint
 from dojo.cli import UserError
+from dojo.run import checkpoint
 
 STATE = checkpoint.State(
     step=3, samples=12, seed=11, batch_size=4, data="abc", loss_sum=0.5, loss_count=2

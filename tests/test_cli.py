@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import pytest
 
-from dojo import cli, foreign
+from dojo import cli
+from dojo.cli import foreign
 
 from .conftest import ROOT
 

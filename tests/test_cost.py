@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dojo import cost, lora, sd3
+from dojo.finetune import lora
+from dojo.models import sd3
+from dojo.run import cost
 
 
 def test_a_linear_layer_costs_two_operations_per_weight_and_pass() -> None:

@@ -13,10 +13,15 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 import train_lora_sd3 as script
-from dojo import checkpoint, cli, finite, full, lora, records, report, training
-from dojo import optim as optimizers
+from dojo import cli, report
 from dojo.cli import TrainingStopped, UserError
-from dojo.pictures import contact_sheet
+from dojo.files import records
+from dojo.files.pictures import contact_sheet
+from dojo.finetune import lora
+from dojo.finetune import whole as full
+from dojo.run import checkpoint, finite
+from dojo.run import optim as optimizers
+from dojo.run import run as training
 
 from .conftest import ROOT, MakeArgs, lora_flags, reset_accelerate
 

@@ -36,7 +36,7 @@ from dojo.data import (
     verify,
 )
 from dojo.data.colour import BAD_PROFILE
-from dojo.data.folders import caption_of_name
+from dojo.data.sources.folders import caption_of_name
 
 COLOURS = ("red", "lime", "blue", "white", "black")
 

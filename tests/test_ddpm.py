@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from dojo import ddpm, denoising, rng
+from dojo import rng
+from dojo.maths import ddpm, denoising
 from dojo.pocket.models import DDPM
 
 SCHEDULE = ddpm.Schedule.of(DDPM)

@@ -12,8 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import demo
-from dojo import cli, inference, lora, sd3
+from dojo import cli
 from dojo.cli import UserError
+from dojo.evaluate import pipelines as inference
+from dojo.finetune import lora
+from dojo.models import sd3
 
 
 def parse(*flags: str) -> demo.Args:

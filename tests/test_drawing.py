@@ -18,7 +18,9 @@ import train_dpo_sd15
 import train_grpo_sd3
 import train_lora_sd3
 import train_refl_sd15
-from dojo import cli, drawing, sd3, sd15
+from dojo import cli
+from dojo.evaluate import drawing
+from dojo.models import sd3, sd15
 
 from .conftest import MakeArgs, rl_flags, run_flags
 

@@ -13,7 +13,7 @@ from diffusers.training_utils import (
 from scipy import integrate, optimize, special, stats
 from torch import Tensor
 
-from dojo import flow
+from dojo.maths import flow
 
 SCHEMES: tuple[flow.WeightingScheme, ...] = get_args(flow.WeightingScheme)
 

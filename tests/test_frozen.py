@@ -9,10 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dojo import flow, frozen, lora, sd3, training
 from dojo.cli import UserError
 from dojo.data import Batch
 from dojo.data.colour import BAD_PROFILE
+from dojo.finetune import lora
+from dojo.inputs import pictures as frozen
+from dojo.maths import flow
+from dojo.models import sd3
+from dojo.run import run as training
 
 from .conftest import MakeArgs
 

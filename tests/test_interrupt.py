@@ -15,8 +15,11 @@ import pytest
 
 import train_grpo_sd3
 import train_lora_sd3
-from dojo import cli, interrupt, launch, lora, training
-from dojo.validation import loss as eval_loss
+from dojo import cli, launch
+from dojo.evaluate import loss as eval_loss
+from dojo.finetune import lora
+from dojo.launch import interrupt
+from dojo.run import run as training
 
 from .conftest import ROOT, lora_flags, reset_accelerate, rl_flags
 from .test_training import metrics

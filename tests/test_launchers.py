@@ -12,7 +12,8 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from dojo import cli, download, prompts
+from dojo import cli, download
+from dojo.inputs import prompts
 from dojo.rewards import spec, weights
 from dojo.rewards.loading import scorer_class
 

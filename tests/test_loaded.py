@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dojo import classic, inference, loaded, sd3, sd15, tensors
 from dojo.cli import UserError
+from dojo.evaluate import pipelines as inference
+from dojo.files import tensors
+from dojo.models import classic, loaded, sd3, sd15
 
 from .conftest import ROOT, MakeArgs
 

@@ -13,8 +13,9 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dojo import lora, sd3
 from dojo.cli import UserError
+from dojo.finetune import lora
+from dojo.models import sd3
 
 CLIP_TOKENS = 20
 

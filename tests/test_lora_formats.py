@@ -13,11 +13,14 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dojo import cli, lora, sd3, tensors
+from dojo import cli
 from dojo.cli import UserError
-from dojo.lora import __main__ as command_line
-from dojo.lora import formats, reading
-from dojo.sd3 import keys
+from dojo.files import tensors
+from dojo.finetune import lora
+from dojo.finetune.lora import __main__ as command_line
+from dojo.finetune.lora import formats, reading
+from dojo.models import sd3
+from dojo.models.sd3 import keys
 
 ORIGINAL = ("kohya", "comfyui")
 CPU = torch.device("cpu")
@@ -339,7 +342,7 @@ def test_the_command_converts_and_does_not_overwrite(base: Any, tmp_path: Path) 
     trained(tmp_path / "run", base, "attn")
     target = tmp_path / "hearts.safetensors"
     words = ["--input", str(tmp_path / "run"), "--output", str(target), "--lora_format", "kohya"]
-    command = [sys.executable, "-m", "dojo.lora", "convert", *words]
+    command = [sys.executable, "-m", "dojo.finetune.lora", "convert", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "{'transformer': 38} layers in kohya's format" in done.stdout

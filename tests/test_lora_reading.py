@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from dojo import lora
 from dojo.cli import UserError
-from dojo.lora import __main__ as command_line
-from dojo.lora import formats, reading
-from dojo.lora.layers import Factors, Lora
+from dojo.finetune import lora
+from dojo.finetune.lora import __main__ as command_line
+from dojo.finetune.lora import formats, reading
+from dojo.finetune.lora.layers import Factors, Lora
 
 State = dict[str, Tensor]
 Name = Callable[[str, str], str]

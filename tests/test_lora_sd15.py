@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dojo import lora, sd15
 from dojo.cli import UserError
-from dojo.lora import formats, reading
+from dojo.finetune import lora
+from dojo.finetune.lora import formats, reading
+from dojo.models import sd15
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0"
 

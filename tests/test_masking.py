@@ -2,7 +2,7 @@
 
 import pytest
 
-from dojo.masking import hide, secrets
+from dojo.cli.masking import hide, secrets
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dojo import optim as optimizers
-from dojo import split
-from dojo.averaging import Averaged, EmaArgs
 from dojo.cli import UserError
-from dojo.optim import OptimArgs
+from dojo.run import optim as optimizers
+from dojo.run import split
+from dojo.run.averaging import Averaged, EmaArgs
+from dojo.run.optim import OptimArgs
 
 # Length
 

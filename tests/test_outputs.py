@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dojo import checkpoint, files, outputs
+from dojo import files
 from dojo.cli import TrainingStopped, UserError
+from dojo.files import outputs
+from dojo.run import checkpoint
 
 
 @pytest.fixture(autouse=True)

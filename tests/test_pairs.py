@@ -44,8 +44,8 @@ from dojo.data import (
     split_pairs,
 )
 from dojo.data import shards as disk
-from dojo.data.choice import Score
 from dojo.data.images import Decoded, decode
+from dojo.data.pairs.choice import Score
 from dojo.pocket import scenes
 
 Row = dict[str, Any]
@@ -350,7 +350,7 @@ def test_files_beside_the_pairs_are_counted(tmp_path: Path) -> None:
 
 
 def test_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dojo.data import sources
+    from dojo.data.sources import captioned as sources
 
     read: list[str] = []
 

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from dojo import cost, phases, sd3
+from dojo.models import sd3
+from dojo.run import cost, phases
 
 
 def test_the_most_that_is_alive_at_a_time_is_counted() -> None:

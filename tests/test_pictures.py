@@ -11,7 +11,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
-from dojo import pictures
+from dojo.files import pictures
 
 
 def solid(color: str, size: tuple[int, int] = (64, 64)) -> Image.Image:

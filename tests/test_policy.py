@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dojo import policy
-from dojo.gaussian import Gaussian
-from dojo.policy import GROUP_FLOOR, PromptBuffer, check_sizes
+from dojo.maths import advantages as policy
+from dojo.maths.advantages import GROUP_FLOOR, PromptBuffer, check_sizes
+from dojo.maths.gaussian import Gaussian
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -412,7 +412,7 @@ def test_a_ratio_of_steps_without_noise_is_refused(kind: policy.Ratio) -> None:
 
 
 def test_the_velocitys_divergence_is_the_transitions_up_to_a_factor_of_the_step() -> None:
-    from dojo.samplers import transition
+    from dojo.maths.transitions import transition
 
     x, v, reference = draw(3, 16), draw(3, 16, seed=1), draw(3, 16, seed=2)
     ours = policy.velocity_kl(v, reference)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dojo import preference
+from dojo.maths import preference
 
 WINNER = torch.tensor([0.30, 0.20, 0.25])
 LOSER = torch.tensor([0.28, 0.26, 0.25])

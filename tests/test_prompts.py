@@ -16,12 +16,12 @@ from PIL import Image
 from dojo import rng
 from dojo.cli import UserError
 from dojo.data import CacheArgs, CaptionArgs, DataArgs
-from dojo.optim import OptimArgs
+from dojo.evaluate import ValidationArgs
+from dojo.inputs.prompts import Prompt, PromptArgs, Prompts, open_prompts, read_file
+from dojo.models.sd3 import ModelArgs
 from dojo.pocket import scenes
-from dojo.prompts import Prompt, PromptArgs, Prompts, open_prompts, read_file
-from dojo.sd3 import ModelArgs
-from dojo.training import RunArgs
-from dojo.validation import ValidationArgs
+from dojo.run.optim import OptimArgs
+from dojo.run.run import RunArgs
 
 from .conftest import ROOT
 
@@ -466,7 +466,7 @@ def test_an_epoch_larger_than_the_set_is_refused() -> None:
 def test_another_process_holds_out_and_draws_the_same() -> None:
     program = (
         "import json, sys\n"
-        "from dojo.prompts import PromptArgs, open_prompts\n"
+        "from dojo.inputs.prompts import PromptArgs, open_prompts\n"
         "prompts = open_prompts(PromptArgs(prompt_set='animals'))\n"
         "print(json.dumps([[p.text for p in prompts.held_out], prompts.fingerprint,\n"
         "    prompts.draw(5, 41, 28, replace=False), prompts.draw(5, 41, 28, replace=True)]))\n"

@@ -24,8 +24,9 @@ from diffusers import (
 from huggingface_hub import close_session, constants
 from PIL import Image
 
-from dojo import cli, lora, publish
+from dojo import cli, publish
 from dojo.cli import UserError
+from dojo.finetune import lora
 from dojo.publish import PublishArgs
 from dojo.publish.__main__ import main
 from dojo.publish.hubs import find_result

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import dojo
-from dojo import ranges
+from dojo.cli import ranges
 
 from .conftest import ROOT
 

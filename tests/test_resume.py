@@ -11,8 +11,10 @@ import torch
 
 import train_grpo_sd3
 import train_lora_sd3
-from dojo import cli, optim, training
+from dojo import cli
 from dojo.cli import UserError
+from dojo.run import optim
+from dojo.run import run as training
 
 from .conftest import ROOT, MakeArgs, reset_accelerate, rl_flags
 from .test_training import metrics, toy

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dojo import rewards
 from dojo.cli import UserError
+from dojo.inputs.prompts import Prompt
 from dojo.pocket import scenes
-from dojo.prompts import Prompt
 from dojo.rewards import RewardArgs, check_prompts, loading, spec
 from dojo.rewards.ocr import Ocr
 from dojo.rewards.reward import Component, Reward

@@ -1,4 +1,4 @@
-"""Claims about dojo.rl: batches and scores over processes, guidance, chunks, the reference."""
+"""Claims about methods.rl: batches and scores over processes, guidance, chunks, the reference."""
 
 import math
 import threading
@@ -17,12 +17,17 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 import train_grpo_sd3
-from dojo import cli, policy, rl, rng, rollout, sd3, training
+from dojo import cli, rng
 from dojo.cli import TrainingStopped, UserError
-from dojo.optim import OptimArgs
-from dojo.prompts import Prompt
+from dojo.inputs.prompts import Prompt
+from dojo.maths import advantages as policy
+from dojo.maths import rollout
+from dojo.methods import rl
+from dojo.methods.rl import episodes
+from dojo.models import sd3
 from dojo.rewards import RewardOutput
-from dojo.rl import episodes
+from dojo.run import run as training
+from dojo.run.optim import OptimArgs
 
 from .conftest import rl_flags
 

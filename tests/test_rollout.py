@@ -12,10 +12,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dojo import cli, policy, rng, rollout
-from dojo.gaussian import Gaussian
-from dojo.rollout import Plan, RolloutArgs, Trajectory, Velocity, sigma_schedule
-from dojo.samplers import Sampler, guided
+from dojo import cli, rng
+from dojo.maths import advantages as policy
+from dojo.maths import rollout
+from dojo.maths.gaussian import Gaussian
+from dojo.maths.rollout import Plan, RolloutArgs, Trajectory, Velocity, sigma_schedule
+from dojo.maths.transitions import Sampler, guided
 
 NOISY: tuple[Sampler, ...] = ("sde", "cps", "dance")
 SHAPE = (4, 4, 4)

@@ -10,10 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.distributions import Normal
 
-from dojo import samplers
-from dojo.gaussian import Gaussian
-from dojo.rollout import NOISE_LEVELS, sigma_schedule
-from dojo.samplers import Sampler
+from dojo.maths import transitions as samplers
+from dojo.maths.gaussian import Gaussian
+from dojo.maths.rollout import NOISE_LEVELS, sigma_schedule
+from dojo.maths.transitions import Sampler
 
 NOISY: tuple[Sampler, ...] = ("sde", "cps", "dance")
 SIGMAS = sigma_schedule(10, 3.0)

@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from dojo import data, lora, sd15, texts, training
+from dojo import data
 from dojo.cli import UserError
-from dojo.optim import OptimArgs
+from dojo.finetune import lora
+from dojo.inputs import texts
+from dojo.models import sd15
+from dojo.run import run as training
+from dojo.run.optim import OptimArgs
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red circle", "two blue stars on a black background", ""]

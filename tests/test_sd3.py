@@ -13,8 +13,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from dojo import flow, lora, sd3
 from dojo.cli import UserError
+from dojo.finetune import lora
+from dojo.maths import flow
+from dojo.models import sd3
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from dojo import sd3
+from dojo.models import sd3
 
 CAPTIONS = ["a red star", "two blue circles above a very small green square on the left"]
 

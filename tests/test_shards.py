@@ -131,7 +131,7 @@ def test_a_half_written_file_is_not_taken_for_a_shard(
 
     shards = Shards(tmp_path, IDS)
     with monkeypatch.context() as patch:
-        patch.setattr("dojo.tensors.os.fsync", refuse)
+        patch.setattr("dojo.files.tensors.os.fsync", refuse)
         with pytest.raises(OSError, match="disk full"):
             shards.fill(make, title="test")
     assert list(tmp_path.iterdir()) == []

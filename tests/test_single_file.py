@@ -13,10 +13,12 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dojo import pipelines, sd3, tensors
 from dojo.cli import UserError
-from dojo.sd3 import keys
-from dojo.sd3.single_file import SingleFile, inspect
+from dojo.files import tensors
+from dojo.models import folder as pipelines
+from dojo.models import sd3
+from dojo.models.sd3 import keys
+from dojo.models.sd3.single_file import SingleFile, inspect
 
 CPU = torch.device("cpu")
 WEIGHTS = ("transformer", "vae", *sd3.TEXT_ENCODERS)

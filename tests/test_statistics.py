@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from dojo import statistics
-from dojo.statistics import bootstrap, compare, wilson
+from dojo.report import statistics
+from dojo.report.statistics import bootstrap, compare, wilson
 
 Z = 1.959963984540054  # of 95 %
 

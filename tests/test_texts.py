@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dojo import data, optim, sd3, texts, training
+from dojo import data
+from dojo.inputs import texts
+from dojo.models import sd3
+from dojo.run import optim
+from dojo.run import run as training
 
 WORDS = [f"{number} red circles on the left of a small green square" for number in range(12)]
 

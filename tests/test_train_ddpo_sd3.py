@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_ddpo_sd3
-from dojo import evaluation, lora, outputs, policy
 from dojo.cli import TrainingStopped, UserError
+from dojo.evaluate import held_out as evaluation
+from dojo.files import outputs
+from dojo.finetune import lora
+from dojo.maths import advantages as policy
 from dojo.rewards import loading
 
 from .conftest import ROOT, launch

@@ -26,8 +26,12 @@ from PIL import Image
 from torch import Tensor
 
 import train_dpo_sd15
-from dojo import ddpm, lora, paired, preference, sd15, trained
 from dojo.cli import TrainingStopped, UserError
+from dojo.finetune import lora
+from dojo.finetune import weights as trained
+from dojo.inputs import pairs as paired
+from dojo.maths import ddpm, preference
+from dojo.models import sd15
 from dojo.pocket import scenes
 from dojo.rewards import loading
 

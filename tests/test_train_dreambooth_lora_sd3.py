@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_dreambooth_lora_sd3 as script
-from dojo import cli, data, flow, lora, sd3
+from dojo import cli, data
 from dojo.cli import UserError
+from dojo.finetune import lora
+from dojo.maths import flow
+from dojo.models import sd3
 
 from .conftest import launch, run_flags
 

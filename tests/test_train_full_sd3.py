@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_full_sd3
-from dojo import cli, full
+from dojo import cli
 from dojo.cli import UserError
+from dojo.finetune import whole as full
 
 from .conftest import launch, reset_accelerate, run_flags
 

@@ -26,11 +26,16 @@ from PIL import Image
 from torch import Tensor
 
 import train_grpo_sd3
-from dojo import checkpoint, lora, policy, rl, rollout, training
 from dojo.cli import TrainingStopped, UserError
 from dojo.data import shards
-from dojo.gaussian import Gaussian
+from dojo.finetune import lora
+from dojo.maths import advantages as policy
+from dojo.maths import rollout
+from dojo.maths.gaussian import Gaussian
+from dojo.methods import rl
 from dojo.rewards import loading
+from dojo.run import checkpoint
+from dojo.run import run as training
 
 from .conftest import ROOT, reset_accelerate, rl_flags
 
@@ -117,7 +122,13 @@ def result(folder: Path) -> bytes:
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
-    ["dojo.rl", "dojo.report", "dojo.publish", "dojo.pocket.verifier", "dojo.rewards.__main__"]
+    [
+        "dojo.methods.rl",
+        "dojo.report",
+        "dojo.publish",
+        "dojo.pocket.verifier",
+        "dojo.rewards.__main__",
+    ]
 )
 
 

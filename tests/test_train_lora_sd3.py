@@ -15,8 +15,10 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 import train_lora_sd3
-from dojo import flow, lora, sd3
 from dojo.cli import TrainingStopped, UserError
+from dojo.finetune import lora
+from dojo.maths import flow
+from dojo.models import sd3
 
 from .conftest import ROOT, MakeArgs, launch, lora_flags, run_flags
 

@@ -19,10 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_refl_sd15
-from dojo import ddpm, denoising, direct, lora, preference, sd15
 from dojo.cli import TrainingStopped, UserError
-from dojo.direct import ReflArgs
-from dojo.gaussian import Gaussian
+from dojo.finetune import lora
+from dojo.maths import ddpm, denoising, preference
+from dojo.maths.gaussian import Gaussian
+from dojo.methods import refl as direct
+from dojo.methods.refl import ReflArgs
+from dojo.models import sd15
 from dojo.rewards import loading
 from dojo.rewards.imagereward import ImageReward
 from dojo.rewards.reward import Component, Reward

@@ -13,9 +13,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from dojo import averaging, full, lora, optim, sd3, sd15, trained, training
 from dojo.cli import UserError
-from dojo.trained import Trained
+from dojo.finetune import lora
+from dojo.finetune import weights as trained
+from dojo.finetune import whole as full
+from dojo.finetune.weights import Trained
+from dojo.models import sd3, sd15
+from dojo.run import averaging, optim
+from dojo.run import run as training
 
 CPU = torch.device("cpu")
 

@@ -17,11 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import train_lora_sd3 as script
-from dojo import checkpoint, cli, lora, phases, sd3, training
+from dojo import cli
 from dojo import files as files_module
-from dojo import optim as optimizers
 from dojo.cli import TrainingStopped, UserError
-from dojo.cost import Cost
+from dojo.finetune import lora
+from dojo.models import sd3
+from dojo.run import checkpoint, phases
+from dojo.run import optim as optimizers
+from dojo.run import run as training
+from dojo.run.cost import Cost
 
 from .conftest import MakeArgs, lora_flags, reset_accelerate
 

@@ -11,8 +11,10 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
 import demo
-from dojo import cli, data, sd3, sd15, texts
-from dojo.truncation import find_cut
+from dojo import cli, data
+from dojo.inputs import texts
+from dojo.models import sd3, sd15
+from dojo.models.truncation import find_cut
 
 SHORT = "a red star"
 MIDDLE = f"{'a red star and ' * 4}a ring"  # 18 words

@@ -22,12 +22,17 @@ import yaml
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 
-from dojo import optim, outputs, rng, sd3, training, validation
+from dojo import evaluate as validation
+from dojo import rng
 from dojo.cli import UserError
 from dojo.data import Draw
-from dojo.frozen import EvalSet
-from dojo.validation.clip import ClipScore
-from dojo.validation.prompts import Entry, parse_size, read_prompts
+from dojo.evaluate.clip import ClipScore
+from dojo.evaluate.prompt_file import Entry, parse_size, read_prompts
+from dojo.files import outputs
+from dojo.inputs.pictures import EvalSet
+from dojo.models import sd3
+from dojo.run import optim
+from dojo.run import run as training
 
 from .conftest import ROOT
 

@@ -15,10 +15,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import demo
-from dojo import cli, inference, lora, versus
+from dojo import cli
 from dojo.cli import UserError
+from dojo.evaluate import pipelines as inference
+from dojo.evaluate import versus
+from dojo.finetune import lora
+from dojo.inputs.prompts import Prompt
 from dojo.pocket import models
-from dojo.prompts import Prompt
 from dojo.rewards import load
 
 REWARDS = """

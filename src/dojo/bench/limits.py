@@ -11,10 +11,13 @@ from typing import Literal
 
 import torch
 
-from dojo import full, lora, ranges, sd3
 from dojo.bench import models
 from dojo.bench.table import markdown
-from dojo.cost import Cost
+from dojo.cli import ranges
+from dojo.finetune import lora
+from dojo.finetune import whole as full
+from dojo.models import sd3
+from dojo.run.cost import Cost
 
 Method = Literal["lora", "full"]
 

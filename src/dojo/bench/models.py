@@ -18,8 +18,9 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from dojo import checkpoint, tensors
 from dojo.cli import UserError
+from dojo.files import tensors
+from dojo.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
 POCKET = ROOT / "models" / "pocket-sd3"

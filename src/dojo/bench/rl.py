@@ -23,12 +23,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from dojo import outputs, ranges, rollout
 from dojo.bench import supervised
 from dojo.bench.supervised import Rows, Trace
 from dojo.bench.table import markdown
-from dojo.cli import TrainingStopped
-from dojo.records import read_table
+from dojo.cli import TrainingStopped, ranges
+from dojo.files import outputs
+from dojo.files.records import read_table
+from dojo.maths import rollout
 
 SCRIPTS = {"grpo": "train_grpo_sd3.py", "ddpo": "train_ddpo_sd3.py"}
 PHASES = ("sample", "decode", "reward", "train", "reference")

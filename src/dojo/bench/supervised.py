@@ -31,12 +31,17 @@ import psutil
 import torch
 from PIL import Image
 
-from dojo import checkpoint, files, full, lora, outputs, ranges, sd3
+from dojo import files
 from dojo.bench import limits, models
 from dojo.bench.table import markdown
-from dojo.cli import TrainingStopped, UserError
-from dojo.cost import Cost
-from dojo.records import read_rows, read_table
+from dojo.cli import TrainingStopped, UserError, ranges
+from dojo.files import outputs
+from dojo.files.records import read_rows, read_table
+from dojo.finetune import lora
+from dojo.finetune import whole as full
+from dojo.models import sd3
+from dojo.run import checkpoint
+from dojo.run.cost import Cost
 
 Rows = list[dict[str, float]]
 

@@ -10,23 +10,32 @@ from dojo.data.cache import (
     checked,
     encoded_at_a_time,
 )
-from dojo.data.captions import CaptionArgs
-from dojo.data.choice import Choice, Score, relabel
-from dojo.data.config import args_for
 from dojo.data.contents import file_hashes, write_json
-from dojo.data.folders import Folder, scan
 from dojo.data.identity import identified
 from dojo.data.images import BadSample, Size, cover_box, fit, fit_mask, read_image
-from dojo.data.opening import open_evaluation, open_source, open_training
 from dojo.data.options import DataArgs
 from dojo.data.order import Batches, Draw
-from dojo.data.pair_options import CHOICE_MODELS, PairArgs
-from dojo.data.pair_set import PairSet, pair_fingerprint, prepare_pairs
-from dojo.data.pair_sources import open_pairs
-from dojo.data.pairs import Pair, Pairs, check_pairs, split_pairs
+from dojo.data.pairs.choice import Choice, Score, relabel
+from dojo.data.pairs.opening import open_pairs
+from dojo.data.pairs.options import CHOICE_MODELS, PairArgs
+from dojo.data.pairs.pairs import Pair, Pairs, check_pairs, split_pairs
+from dojo.data.pairs.samples import PairSet, pair_fingerprint, prepare_pairs
 from dojo.data.samples import Batch, Latents, Pictures, Posterior, collate
 from dojo.data.shards import digest
-from dojo.data.sources import BadReport, Captioned, Recipe, join, seen, split, told_notes, verify
+from dojo.data.sources.captioned import (
+    BadReport,
+    Captioned,
+    Recipe,
+    join,
+    seen,
+    split,
+    told_notes,
+    verify,
+)
+from dojo.data.sources.captions import CaptionArgs
+from dojo.data.sources.config import args_for
+from dojo.data.sources.folders import Folder, scan
+from dojo.data.sources.opening import open_evaluation, open_source, open_training
 
 __all__ = [
     "CHOICE_MODELS",

@@ -14,7 +14,7 @@ from functools import cache
 from dojo.cli import UserError
 from dojo.data.images import Size
 from dojo.data.options import DataArgs
-from dojo.data.sources import Captioned, Recipe
+from dojo.data.sources.captioned import Captioned, Recipe
 
 DEFAULT_STEP = 64
 """Step of the sides in pixels, from a resolution of 256 on; a smaller one would be mostly crops."""

@@ -23,7 +23,7 @@ from dojo.data.images import READER, Size
 from dojo.data.options import DataArgs
 from dojo.data.samples import Latents, Pictures, Posterior
 from dojo.data.shards import Shards, announce, cache_folder, describe, digest
-from dojo.data.sources import BadReport, Captioned, Seen, judged, look, noted
+from dojo.data.sources.captioned import BadReport, Captioned, Seen, judged, look, noted
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from dojo.data.contents import Content, Remembered, file_origin, hashes
-from dojo.data.sources import Captioned
+from dojo.data.sources.captioned import Captioned
 
 
 def identified(

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dojo import rng
-from dojo.data.captions import CaptionArgs, choose, every
 from dojo.data.images import Size, fit, fit_mask
 from dojo.data.options import DataArgs
 from dojo.data.order import Draw
 from dojo.data.shards import Shards, digest
-from dojo.data.sources import Captioned
+from dojo.data.sources.captioned import Captioned
+from dojo.data.sources.captions import CaptionArgs, choose, every
 
 Posterior = tuple[Tensor, Tensor]  # mean and std, each [B, C, h, w], unscaled
 Batch = dict[str, Any]

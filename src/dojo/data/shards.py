@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from dojo import files, tensors
+from dojo import files
 from dojo.cli import UserError
+from dojo.files import tensors
 
 FORMAT = 2  # to be raised when the same settings would give other numbers
 SHARD_SIZE = 32  # samples at most; the most work that a kill can lose

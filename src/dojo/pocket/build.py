@@ -25,7 +25,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from dojo import classic, cli, files, flow, loaded, rng
+from dojo import cli, files, rng
+from dojo.maths import flow
+from dojo.models import classic, loaded
 from dojo.pocket import build_sd15, models, scenes, score, text, verifier
 from dojo.pocket.fitting import (
     SEED,

@@ -19,17 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
-from dojo import ddpm, loaded, rng, tensors
+from dojo import rng
+from dojo.files import tensors
+from dojo.maths import ddpm
+from dojo.models import loaded
 from dojo.pocket import models, scenes
-from dojo.pocket.fitting import (
-    SEED,
-    Args,
-    encode,
-    optimise,
-    photo_crops,
-    to_tensor,
-    wild_scene,
-)
+from dojo.pocket.fitting import SEED, Args, encode, optimise, photo_crops, to_tensor, wild_scene
 
 MIN_SNR = 5.0  # Hang et al. 2023, arXiv:2303.09556
 

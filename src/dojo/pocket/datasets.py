@@ -20,11 +20,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from dojo import cli, ranges
-from dojo.checkpoint import write_whole
-from dojo.cli import UserError
+from dojo import cli
+from dojo.cli import UserError, ranges
 from dojo.pocket import scenes, style
 from dojo.pocket.score import shape_captions
+from dojo.run.checkpoint import write_whole
 
 CARELESS = 0.25  # share of the careless captions that belong to another scene of the same task
 SEED = 7  # not that of the captions that `dojo.pocket.score` and `dojo.pocket.proof` draw

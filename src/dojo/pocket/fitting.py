@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dojo import ranges
+from dojo.cli import ranges
 from dojo.pocket import scenes
 
 SEED = 0

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from dojo.cli import UserError
+from dojo.files.records import read_rows
 from dojo.pocket import likeness, scenes, style, verifier
-from dojo.records import read_rows
 
 
 @dataclass(frozen=True)

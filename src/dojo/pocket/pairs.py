@@ -20,10 +20,11 @@ import torch
 import transformers
 from PIL import Image
 
-from dojo import cli, loaded, ranges
-from dojo.checkpoint import write_whole
-from dojo.cli import UserError
+from dojo import cli
+from dojo.cli import UserError, ranges
+from dojo.models import loaded
 from dojo.pocket import scenes, score, verifier
+from dojo.run.checkpoint import write_whole
 
 SEEDS = {"train": 21, "held_out": 22, "scenes": 23}  # of captions and scenes; others draw elsewhere
 

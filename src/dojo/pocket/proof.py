@@ -21,8 +21,11 @@ import transformers
 from diffusers import SD3Transformer2DModel
 from PIL import Image
 
-from dojo import cli, loaded, lora, pictures, ranges
-from dojo.cli import UserError
+from dojo import cli
+from dojo.cli import UserError, ranges
+from dojo.files import pictures
+from dojo.finetune import lora
+from dojo.models import loaded
 from dojo.pocket import build, judge, scenes, score, style, verifier
 
 DOG_PROMPT = "a photo of sks dog"

@@ -26,10 +26,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from dojo import cli, files, loaded, lora, pictures, ranges
-from dojo.cli import UserError
+from dojo import cli, files
+from dojo.cli import UserError, ranges
+from dojo.files import pictures
+from dojo.finetune import lora
+from dojo.models import loaded
 from dojo.pocket import judge, scenes, score, verifier
-from dojo.statistics import Comparison, Estimate, compare
+from dojo.report.statistics import Comparison, Estimate, compare
 
 SCRIPT = "prove_preference.sh"
 GRADED, STRICT, CLIP = "pocket", "pocket_strict", "clip"  # as the rewards call them

@@ -22,11 +22,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dojo import cli, pictures, statistics
+from dojo import cli
 from dojo.cli import UserError
+from dojo.files import pictures
+from dojo.files.records import read_table
 from dojo.pocket import judge, scenes
 from dojo.pocket.judge import Measured
-from dojo.records import read_table
+from dojo.report import statistics
 
 SCRIPT = "prove_rl.sh"
 SEED = 0  # of the bootstrap

@@ -19,7 +19,10 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from dojo import cli, files, loaded, lora, ranges
+from dojo import cli, files
+from dojo.cli import ranges
+from dojo.finetune import lora
+from dojo.models import loaded
 from dojo.pocket import scenes, verifier
 
 

@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dojo import outputs
 from dojo.cli import UserError, ended, trouble_with_place
+from dojo.files import outputs
+from dojo.files.records import read_table
 from dojo.publish.card import WEIGHTS, write_card
 from dojo.publish.hubs import PublishArgs, find_result, upload
-from dojo.records import read_table
 
 _ON_THE_COMMAND_LINE = "rather set {}: every user of the machine sees this command"
 

@@ -12,10 +12,10 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from dojo.checkpoint import write_file
-from dojo.masking import hide
+from dojo.cli.masking import hide
+from dojo.files.records import read_pictures, read_table
 from dojo.publish import markdown
-from dojo.records import read_pictures, read_table
+from dojo.run.checkpoint import write_file
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name for a LoRA
 DEFAULT_TEXT_TOKENS = 256  # what a StableDiffusion3Pipeline pads T5 to when it is not told

@@ -27,8 +27,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from dojo.cli import UserError
+from dojo.files.records import read_table
 from dojo.publish.card import WEIGHTS, last_pictures
-from dojo.records import read_table
 
 RECORDERS = ("wandb", "swanlab", "all")  # trackers that store the command line
 # What is sent, by name. Anything else in the folder stays: checkpoints, logs, caches, notes.

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dojo import outputs
 from dojo.cli import UserError, trouble_with_place
+from dojo.files import outputs
 from dojo.report.page import write
 
 

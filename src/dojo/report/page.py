@@ -12,11 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from dojo import files, outputs
+from dojo import files
 from dojo.cli import UserError
-from dojo.masking import hide
-from dojo.pictures import contact_sheet
-from dojo.records import read_if_whole, read_pictures, read_rows
+from dojo.cli.masking import hide
+from dojo.files import outputs
+from dojo.files.pictures import contact_sheet
+from dojo.files.records import read_if_whole, read_pictures, read_rows
 from dojo.report.curves import charts
 from dojo.report.html import file_size, picture, table
 from dojo.report.style import PAGE, STYLE

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dojo import files
 from dojo.cli import TrainingStopped, UserError, ended
-from dojo.masking import hide
+from dojo.cli.masking import hide
 from dojo.rewards import Reward, check_prompts, load, table
 from dojo.rewards.folder import RECORDS, read_picture, read_rows
 from dojo.rewards.scorer import DTYPES

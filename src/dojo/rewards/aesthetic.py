@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from dojo import loaded
 from dojo.cli import UserError
+from dojo.models import loaded
 from dojo.rewards import preprocess, weights
 from dojo.rewards.clip import CLIP_L, Backbone, backbone
 from dojo.rewards.scorer import Metadata, Place, Scorer

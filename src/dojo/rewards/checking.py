@@ -10,7 +10,7 @@ from dojo.rewards.reward import Reward
 
 
 class Asked(Protocol):
-    """A prompt, as `dojo.prompts.Prompt` is one."""
+    """A prompt, as `dojo.inputs.prompts.Prompt` is one."""
 
     @property
     def text(self) -> str: ...

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from dojo import loaded
+from dojo.models import loaded
 from dojo.rewards import preprocess, weights
 from dojo.rewards.scorer import Metadata, Place, Scorer
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import dojo
 from dojo.cli import UserError
-from dojo.masking import hide
+from dojo.cli.masking import hide
 from dojo.rewards.scorer import Metadata, Place, RewardFailed, RewardOutput, Scorer
 
 _OURS = Path(dojo.__file__).parent

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from dojo import loaded
 from dojo.cli import UserError
+from dojo.models import loaded
 from dojo.rewards import preprocess, weights
 from dojo.rewards.scorer import Metadata, Place, Scorer
 

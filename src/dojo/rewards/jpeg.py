@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dojo.pictures import to_pil
+from dojo.files.pictures import to_pil
 from dojo.rewards.scorer import Metadata, Scorer
 
 QUALITY = 95

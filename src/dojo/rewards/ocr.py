@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dojo.cli import UserError
-from dojo.pictures import to_pil
+from dojo.files.pictures import to_pil
 from dojo.rewards.scorer import Metadata, Place, Scorer
 
 # Straight, curly, low and corner quotes; single ones are apostrophes too often.

@@ -20,8 +20,8 @@ from transformers import (
     AutoModelForTextRecognition,
 )
 
-from dojo import loaded
 from dojo.cli import UserError
+from dojo.models import loaded
 from dojo.rewards import weights
 from dojo.rewards.scorer import Place
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dojo.cli import UserError
-from dojo.masking import hide
+from dojo.cli.masking import hide
 from dojo.rewards import wire
 from dojo.rewards.scorer import Metadata, Place, Scorer
 

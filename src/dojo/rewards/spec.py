@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from dojo.masking import hide
+from dojo.cli.masking import hide
 
 # An address may have a query, with its own "=" in it; a weight after one needs a "#".
 _TERM = re.compile(

@@ -14,8 +14,8 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dojo import loaded
 from dojo.cli import UserError
+from dojo.models import loaded
 
 MODELS = Path("models")
 

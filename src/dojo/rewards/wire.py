@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from dojo.cli import TrainingStopped, UserError
-from dojo.masking import hide, secrets, without_user
-from dojo.pictures import to_pil
+from dojo.cli.masking import hide, secrets, without_user
+from dojo.files.pictures import to_pil
 from dojo.rewards import spec
 
 MAX_PIXELS = 4096 * 4096  # of one picture

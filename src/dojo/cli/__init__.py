@@ -1,0 +1,252 @@
+"""Turns a script's frozen dataclass `Args` into flat `--snake_case` flags.
+
+The only file that knows tyro; it also says how a mistake of the user's ends a script.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+from tqdm import tqdm
+
+from dojo.cli import foreign
+from dojo.cli.masking import hide
+
+ArgsT = TypeVar("ArgsT")
+
+# Nested option groups become flat flags; a boolean is a bare flag without a negated twin.
+_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+_TRUTH = {"true": True, "false": False}
+
+
+# The disk is full or cannot be written, the user may not, a file is where a folder should be.
+_PLACES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
+
+
+class UserError(ValueError):
+    """Something that the user can mend: shown as one message without a traceback, exit code 2."""
+
+
+class TrainingStopped(RuntimeError):
+    """A run that had to stop (a loss that is not finite): one message, exit code 1."""
+
+    exit_code = 1
+
+
+def parse(args_type: type[ArgsT], doc: str | None, argv: Sequence[str] | None = None) -> ArgsT:
+    """Parses `argv` (the process's own when None) into `args_type`; `doc` heads the help.
+
+    Of a flag that is given twice the last one counts, of a list too, which is one flag with several
+    values. A bare flag also takes True or False, a choice is found in any case of its letters, and
+    a number has to be finite. A wrong flag or value ends the process with exit code 2 and a
+    suggestion, another trainer's flag with ours, and so does a `ValueError` from the dataclass's
+    own checks.
+    """
+    words = _settled(args_type, list(sys.argv[1:] if argv is None else argv))
+
+    def read(words: list[str]) -> ArgsT:
+        return tyro.cli(
+            args_type,
+            description=doc,
+            args=words,
+            use_underscores=True,
+            config=_CONFIG,
+            registry=_REGISTRY,
+        )
+
+    return _without_secrets(read, words)
+
+
+def run(
+    main: Callable[[ArgsT], None],
+    args_type: type[ArgsT],
+    doc: str | None,
+    instead: Mapping[str, Callable[[], str]] | None = None,
+) -> None:
+    """Parses the command line and calls `main`; ends the process cleanly on a user's mistake.
+
+    Args:
+        instead: flags that print a text and do nothing else, whatever else is missing.
+    """
+    for flag, text in (instead or {}).items():
+        if flag in sys.argv[1:]:
+            print(text())
+            return
+    args = parse(args_type, doc)
+    try:
+        main(args)
+    except UserError as error:
+        _end(f"error: {error}", 2)
+    except OSError as error:
+        if (text := trouble_with_place(error)) is None:
+            raise
+        _end(f"error: {text}", 2)
+    except TrainingStopped as error:
+        text = str(error)
+        _end(f"stopped: {text}" if text else "", error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
+
+
+def trouble_with_place(error: OSError) -> str | None:
+    """A sentence, if an error is about where the user wants something; None if it may be ours."""
+    if error.errno not in _PLACES or error.filename is None:
+        return None
+    return f"{error.filename} cannot be written or read: {error.strerror}"
+
+
+def ended(main: Callable[[], int | None]) -> int:
+    """The exit code of a command with a parser of its own, that of Ctrl-C without a traceback."""
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        return _interrupted()
+
+
+def _interrupted() -> int:
+    print("\ninterrupted", file=sys.stderr)
+    return 130
+
+
+def _end(message: str, code: int) -> None:
+    """Ends the process with a message on a line of its own, also behind a half-drawn bar."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    if message:
+        print(hide(message), file=sys.stderr)
+    sys.exit(code)
+
+
+def _without_secrets(read: Callable[[list[str]], ArgsT], words: list[str]) -> ArgsT:
+    """`read(words)`, whose complaint repeats no password of an address among the words.
+
+    tyro shows the words that it does not take, broken into lines; so it is asked again with masked
+    ones when it has refused those that were given.
+    """
+    shown = [hide(word) for word in words]
+    if shown == words:
+        return read(words)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return read(words)
+    except SystemExit:
+        read(shown)
+        raise
+
+
+@_REGISTRY.primitive_rule  # pyright: ignore[reportUnknownMemberType]
+def _finite_numbers(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
+    """Floats as tyro reads them, without the ones that are no numbers, in every option."""
+    if info.type is not float:  # pyright: ignore[reportUnknownMemberType]
+        return None
+
+    def read(words: list[str]) -> float:
+        value = float(words[0])
+        if not math.isfinite(value):
+            raise ValueError(f"{words[0]} is not a finite number")
+        return value
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, float) or (isinstance(value, int) and "~"),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _settled(args_type: type, words: list[str]) -> list[str]:
+    """The words as tyro takes them: each flag at most once, every value in its own spelling."""
+    hints = dict(_options(args_type))
+    entries: list[list[str]] = [[]]  # each: a flag with the words behind it
+    for word in words:
+        if word.startswith("--"):
+            entries.append(word.split("=", 1))
+        else:
+            entries[-1].append(word)
+    last: dict[str, int] = {}
+    for place, (name, values) in _named(entries):
+        if name not in hints:
+            _refuse_foreign(entries[place][0], name, hints)
+            continue
+        hint = hints[name]
+        if name in last and _is_list(hint):
+            _say_replaced(entries[last[name]], entries[place])
+            entries[last[name]] = []
+        elif name in last and hint is bool:
+            # What may stand behind a bare flag belongs to the command.
+            entries[last[name]] = entries[last[name]][1:]
+        last[name] = place
+        if hint is bool and values and values[0].lower() in _TRUTH:
+            entries[place] = [*entries[place][: _TRUTH[values[0].lower()]], *values[1:]]
+        choices = _choices(hint)
+        for i, value in enumerate(values if choices else ()):
+            entries[place][1 + i] = choices.get(value.lower(), value)
+    return [word for entry in entries for word in entry]
+
+
+def _named(entries: list[list[str]]) -> Iterator[tuple[int, tuple[str, list[str]]]]:
+    """Place, name and values of every flag."""
+    for place, entry in enumerate(entries):
+        if entry and entry[0].startswith("--"):
+            yield place, (entry[0][2:].replace("-", "_"), entry[1:])
+
+
+def _refuse_foreign(flag: str, name: str, hints: Mapping[str, Any]) -> None:
+    answer = foreign.answer(name, hints)
+    if answer is not None:
+        _end(f"error: {flag}: {answer}", 2)
+
+
+def _say_replaced(before: list[str], after: list[str]) -> None:
+    if before[1:] != after[1:] and os.environ.get("RANK", "0") == "0":
+        print(
+            hide(
+                f"{after[0]} is given twice: {' '.join(after[1:])} counts, not "
+                f"{' '.join(before[1:])} (several values stand behind one flag)"
+            ),
+            file=sys.stderr,
+        )
+
+
+def _options(args_type: type) -> Iterator[tuple[str, Any]]:
+    """Names and types of the options, those of nested groups included."""
+    for name, hint in get_type_hints(args_type).items():
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield from _options(hint)
+        else:
+            yield name, hint
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether an option holds a tuple of any length."""
+    return any(
+        get_origin(option) is tuple and get_args(option)[-1:] == (...,)
+        for option in (hint, *get_args(hint))
+    )
+
+
+def _choices(hint: Any) -> dict[str, str]:
+    """The words that an option chooses from, by their small letters; none where it is free."""
+    found: dict[str, str] = {}
+    for option in (hint, *get_args(hint)):
+        if get_origin(option) is Literal:
+            found |= {str(choice).lower(): str(choice) for choice in get_args(option)}
+        elif option is str:
+            return {}
+    return found

@@ -1,0 +1,1 @@
+"""Preference pairs: found, checked, chosen, read."""

@@ -1,0 +1,1 @@
+"""Captioned pictures wherever they lie: found, read, and told apart."""

@@ -1,0 +1,91 @@
+"""The eval loss: fixed pictures, noises and sigmas, so that only the weights move it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dojo import rng
+from dojo.data.samples import collate
+from dojo.evaluate.args import ValidationArgs
+from dojo.inputs.pictures import EvalSet, Frozen
+from dojo.maths import flow
+from dojo.models import sd3
+from dojo.run.run import Run
+
+
+def eval_losses(
+    run: Run,
+    transformer: nn.Module,
+    fixed: Frozen,
+    config: sd3.Config,
+    noise_args: sd3.NoiseArgs,
+    args: ValidationArgs,
+) -> dict[str, float]:
+    """Mean squared velocity errors, equal on all processes and for any number of them.
+
+    Each picture meets `eval_sigmas` noise levels, one in each stratum of the training density (of
+    equal probability), and counts whole: masks and the weights of samples are for training.
+
+    Returns:
+        `eval_loss` on the held-out pictures; `eval_loss_sigma_1` (least noise) up to
+        `eval_loss_sigma_<eval_sigmas>` (most), its strata, whose mean it is; `train_eval_loss` on
+        as many training pictures, measured alike; `eval_gap`, the former less the latter, which
+        grows when the model learns its pictures by heart.
+    """
+    row: dict[str, float] = {}
+    for part in fixed.evaluation:
+        errors = _errors(run, transformer, fixed, config, noise_args, args, part)
+        if part.name == "eval":
+            row["eval_loss"] = errors.mean().item()
+            strata = errors.mean(0).tolist()
+            row |= {f"eval_loss_sigma_{k}": value for k, value in enumerate(strata, 1)}
+        else:
+            row[f"{part.name}_eval_loss"] = errors.mean().item()
+    if {"eval_loss", "train_eval_loss"} <= row.keys():
+        row["eval_gap"] = row["eval_loss"] - row["train_eval_loss"]
+    return row
+
+
+@torch.no_grad()
+def _errors(
+    run: Run,
+    transformer: nn.Module,
+    fixed: Frozen,
+    config: sd3.Config,
+    noise_args: sd3.NoiseArgs,
+    args: ValidationArgs,
+    part: EvalSet,
+) -> Tensor:
+    """Squared error of every picture at every level, least noise first: float64 [N, levels].
+
+    Picture i of every set meets the same levels, so that the sets' difference is that of their
+    pictures.
+    """
+    levels, seed = args.eval_sigmas, args.validation_seed
+    process, num_processes = run.share["process"], run.share["num_processes"]
+    table = torch.zeros(len(part.draws), levels)
+    mine = range(process, len(part.draws), num_processes)
+    share = run.paused(mine, len(part.draws))
+    for (i,) in tqdm(share, f"{part.name} loss", len(mine), disable=not run.main, leave=False):
+        batch = collate([part.dataset[part.draws[i]]])
+        mean, std = fixed.latents(batch)
+        clean = config.scaled(mean, std, torch.zeros_like(mean)).expand(levels, -1, -1, -1)
+        noise_keys = [(seed, "eval noise", i, k) for k in range(levels)]
+        noise = rng.normal(clean.shape[1:], noise_keys, run.device)
+        offset = rng.uniform([(seed, "eval sigma", i, k) for k in range(levels)])
+        shift = config.shift(noise_args.flow_shift, *part.draws[i].size)  # as in training
+        sigma = noise_args.draw((torch.arange(levels) + offset) / levels, shift)
+        sigma = sigma.sort().values.to(run.device)  # `mode` falls with the uniform number
+        embeds = {
+            name: value.expand(levels, *value.shape[1:])
+            for name, value in fixed.text(batch["caption"]).items()
+        }
+        noisy = flow.interpolate(clean, noise, sigma)
+        predicted = sd3.velocity(transformer, noisy, sigma, **embeds, dtype=run.dtype)
+        table[i] = flow.squared_error(predicted, flow.velocity(clean, noise)).cpu()
+    # Each row is one process's and zero elsewhere: the sum is exact, whatever its order.
+    if num_processes > 1:
+        table = run.accelerator.reduce(table.to(run.device), "sum").cpu()  # pyright: ignore
+    return table.double()

@@ -1,0 +1,229 @@
+"""A pipeline to draw with, whatever it is given as, and what it should draw."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dojo.cli import UserError
+from dojo.finetune import lora
+from dojo.models import loaded, sd3, truncation
+
+
+def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None = None) -> Any:
+    """The pipeline of a folder, a hub id or a single SD3 file, quiet, on the CPU.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded.
+    """
+    flag = "--pretrained_model_name_or_path"
+    folder = Path(name)
+    if folder.is_file():
+        model = sd3.ModelArgs(
+            pretrained_model_name_or_path=name, single_file_config=single_file_config
+        )
+        pipeline: Any = sd3.load_pipeline(sd3.open_model(model), model, dtype, torch.device("cpu"))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        is_lora = (folder / lora.WEIGHTS).is_file()
+        hint = " (a LoRA folder goes to --lora_weights_path)" if is_lora else ""
+        raise UserError(f"{flag}: {name} has no model_index.json{hint}")
+    if not folder.is_dir() and not _may_be_on_hub(name):
+        raise UserError(f"{flag}: there is no folder {name}")
+    pipeline = loaded.pipeline(name, flag=flag, dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _may_be_on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith(("models/", "outputs/"))
+
+
+def is_lora(name: str, flag: str) -> bool:
+    """Whether a file, folder or hub id is a LoRA for a pipeline, and not a pipeline itself.
+
+    Raises:
+        UserError: it is neither; it names `flag`.
+    """
+    path, parts = Path(name), ("model_index.json", lora.WEIGHTS, lora.PEFT_WEIGHTS)
+    if path.is_dir():
+        there = [part for part in parts if (path / part).is_file()]
+        files = list(path.glob("*.safetensors"))  # one under another name is taken for a LoRA
+        if there or len(files) == 1:
+            return there[:1] != ["model_index.json"]
+        raise UserError(f"{flag}: {name} has neither {' nor '.join(parts)}")
+    if path.is_file():
+        if path.suffix in lora.PICKLES:
+            return True  # the reader of LoRA says what is wrong with it
+        try:
+            with safe_open(path, framework="pt") as file:
+                return lora.is_lora(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{flag}: {name} cannot be read ({error})") from error
+    if not _may_be_on_hub(name):
+        raise UserError(f"{flag}: there is no file or folder {name}")
+    for part in parts:
+        try:
+            hf_hub_download(name, part)
+        except (OSError, ValueError):
+            continue
+        return part != "model_index.json"
+    raise UserError(
+        f"{flag}: {name} is neither a file, a folder nor a reachable hub repository with "
+        f"{' or '.join(parts)}"
+    )
+
+
+def load_loras(pipeline: Any, paths: Sequence[str], scales: Sequence[float]) -> Any:
+    """Makes LoRAs active, all at once, and returns the scheduler to draw with.
+
+    Args:
+        scales: strength of each, or one for all.
+
+    Returns:
+        The scheduler that is saved beside the last of them that has one, with the shift of its
+        training; else the pipeline's own, which is left in place.
+
+    Raises:
+        UserError: one is missing or does not fit.
+    """
+    scheduler = pipeline.scheduler
+    names = [f"lora{i}" for i in range(len(paths))]
+    for name, path in zip(names, paths, strict=True):
+        arrived = lora.load(pipeline, path, name)
+        print(f"{path}: {arrived} tensors")
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        scheduler = _trained_with(scheduler, folder)
+    if names:
+        pipeline.set_adapters(names, list(scales) * (len(names) if len(scales) == 1 else 1))
+    return scheduler
+
+
+def _trained_with(scheduler: Any, folder: Path) -> Any:
+    """A scheduler with the shift of the one that is saved in `folder`, if that follows a flow too.
+
+    Of one class with it, it becomes that one; else it keeps its class: each class has a name of its
+    own for the shift, and reads over the others'.
+
+    Raises:
+        UserError: the saved scheduler is broken.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return scheduler
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        own = sd3.scheduler_config(scheduler)
+        if saved.get("_class_name") == own["_class_name"]:
+            return type(scheduler).from_config(saved)
+        if sd3.shift_name(saved) and sd3.shift_name(own):
+            return sd3.with_shift(own, sd3.own_shift(saved))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--lora_weights_path: {path} is broken ({error})") from error
+    return scheduler
+
+
+def tell_cut(
+    pipeline: Any, texts: Sequence[str | None], max_sequence_length: int | None = None
+) -> None:
+    """Says which prompts are longer than the pipeline's text encoders read.
+
+    Args:
+        texts: the prompts and negative prompts; None is passed over.
+        max_sequence_length: tokens of T5; None is the pipeline's own default.
+    """
+    default = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+    readers: list[truncation.Reader] = []
+    for part in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer = getattr(pipeline, part, None)
+        if (
+            tokenizer is None
+            or getattr(pipeline, part.replace("tokenizer", "text_encoder"), None) is None
+        ):
+            continue
+        if "T5" in type(tokenizer).__name__ and default is not None:
+            limit = max_sequence_length or default.default
+            readers.append(truncation.Reader("T5", tokenizer, limit, "--max_sequence_length"))
+        elif "CLIP" in type(tokenizer).__name__:
+            readers.append(truncation.Reader("CLIP", tokenizer, tokenizer.model_max_length))
+    for line in truncation.find_cut(filter(None, texts), readers).told:
+        print(line)
+
+
+def choose_device(name: str, offload: str) -> torch.device:
+    """The device that `--device` names, or for auto the best that there is.
+
+    Raises:
+        UserError: there is none, or `--offload` needs another.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next((kind for kind, usable in there.items() if usable), "cpu")
+    elif not there.get(name, True):
+        raise UserError(f"--device {name}: this machine has none")
+    if offload != "none" and name != "cuda":
+        raise UserError(f"--offload {offload} needs a CUDA device")
+    return torch.device(name)
+
+
+def draws_noise(pipeline: Any) -> bool:
+    """Whether the steps add noise that the pipeline's generators do not give: so do SD3's."""
+    is_sd3 = isinstance(pipeline, StableDiffusion3Pipeline)
+    return is_sd3 and sd3.draws_noise(sd3.scheduler_config(pipeline.scheduler))
+
+
+def step_noise(pipeline: Any, seeds: Sequence[int]) -> AbstractContextManager[None]:
+    """For a while such noise hangs on the first seed; draw one picture at a time."""
+    return sd3.step_noise(seeds[0]) if draws_noise(pipeline) else nullcontext()
+
+
+def place(pipeline: Any, device: torch.device, offload: str) -> None:
+    """Brings a pipeline to a device, or its parts when they are needed, as `--offload` says."""
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+
+
+@torch.no_grad()
+def embeddings(
+    pipeline: Any,
+    prompt: str,
+    negative_prompt: str,
+    *,
+    max_sequence_length: int,
+    uncond: Literal["empty_string", "zeros"],
+    t5_padding: Literal["unmodified", "zero"],
+) -> dict[str, Tensor]:
+    """What an SD3 pipeline takes in place of the prompts, as `--uncond` and `--t5_padding` say.
+
+    Raises:
+        UserError: another pipeline than SD3's.
+    """
+    if not isinstance(pipeline, StableDiffusion3Pipeline):
+        raise UserError("--uncond zeros and --t5_padding zero are for Stable Diffusion 3")
+    encoders = sd3.TextEncoders(
+        pipeline,
+        max_sequence_length=max_sequence_length,
+        t5_padding=t5_padding,
+        width=pipeline.transformer.config["joint_attention_dim"],
+        device=pipeline._execution_device,
+    )
+    found = dict(encoders([prompt]))
+    for name, value in encoders([negative_prompt]).items():
+        dropped = uncond == "zeros" and not negative_prompt
+        found[f"negative_{name}"] = torch.zeros_like(value) if dropped else value
+    return {name: value.to(encoders.device) for name, value in found.items()}

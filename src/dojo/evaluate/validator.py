@@ -1,0 +1,211 @@
+"""The object that watches a run: eval losses, pictures, CLIP scores, the contact sheet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from dojo.evaluate.args import Picture, ValidationArgs
+from dojo.evaluate.clip import ClipScore
+from dojo.evaluate.loss import eval_losses
+from dojo.files.outputs import clear, own
+from dojo.files.pictures import contact_sheet, to_pil
+from dojo.inputs.pictures import Frozen
+from dojo.models import sd3
+from dojo.run.checkpoint import write_file
+from dojo.run.run import Run
+
+
+class Validator:
+    """The validations of one run; made once on every process, after `frozen.prepare`.
+
+    Args:
+        shift: that of the saved scheduler; the pictures of all sizes are drawn with it, as a user
+            of the result will draw them.
+        size: height and width of training.
+    Raises:
+        UserError: see `ValidationArgs.check`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        fixed: Frozen,
+        config: sd3.Config,
+        noise: sd3.NoiseArgs,
+        args: ValidationArgs,
+        shift: float,
+        size: tuple[int, int],
+    ) -> None:
+        args.check(config)
+        self.run, self.fixed, self.config = run, fixed, config
+        self.noise, self.args, self.shift = noise, args, shift
+        self.folder = run.output_dir / "validation"
+        self.pictures = args.pictures(size)
+        self.mine = range(len(self.pictures))[run.share["process"] :: run.share["num_processes"]]
+        self.clip: ClipScore | None = None
+        if args.validation_clip_model and self.pictures:
+            with run.accelerator.main_process_first():  # a download
+                self.clip = ClipScore(args.validation_clip_model, run.device) if self.mine else None
+        if self.pictures and run.main:
+            write_prompts(self.folder, [asdict(picture) for picture in self.pictures])
+
+    def catch_up(self, model: nn.Module, *, due: bool) -> None:
+        """The validation before the first step, or the one that a run did not stay for.
+
+        Args:
+            due: whether one belongs where the run stands.
+        """
+        if due and (self.run.step == 0 or not self._done()):
+            self(model)
+
+    def _done(self) -> bool:
+        names = ["eval_loss"] if self.fixed.evaluation else []
+        names += ["clip_score"] if self.pictures and self.args.validation_clip_model else []
+        folder = self.folder / f"step-{self.run.step}"
+        return all(self.run.has_logged(name) for name in names) and all(
+            (folder / picture.file).is_file() for picture in self.pictures
+        )
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> None:
+        """Eval losses into metrics.jsonl and pictures into `validation/step-N/`, at the run's step.
+
+        A collective: all processes call it. It draws from no global generator, so that a run with
+        validations learns what one without them learns.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        # Past DDP: the processes need not have equally many pictures.
+        network: nn.Module = self.run.accelerator.unwrap_model(model)
+        training = network.training
+        network.eval()
+        row: dict[str, float] = {}
+        with self.run.phase("validation"):
+            if self.fixed.evaluation:
+                row |= eval_losses(
+                    self.run, network, self.fixed, self.config, self.noise, self.args
+                )
+            if self.pictures:
+                row |= self._draw_all(network)
+                if self.run.main:
+                    log_pictures(self.run, self.folder / f"step-{self.run.step}")
+        network.train(training)
+        if row:
+            self.run.write_metrics(row)
+
+    def finish(self) -> None:
+        """Writes `contact_sheet.png`: a row per picture, a column per step. One process does."""
+        if self.run.main:
+            sheet = contact_sheet(self.folder, last_step=self.run.step)
+            if sheet is not None:
+                sheet.save(own(self.run.output_dir / "contact_sheet.png"))
+
+    def _draw_all(self, network: nn.Module) -> dict[str, float]:
+        """Draws this process's pictures; returns {"clip_score": ...} if there is a CLIP."""
+        run, folder = self.run, self.folder / f"step-{self.run.step}"
+        if run.main:
+            clear(folder)  # what a branch of the run that was left drew
+            for picture in self.pictures:
+                own(folder / picture.file)
+            folder.mkdir(parents=True, exist_ok=True)
+        run.accelerator.wait_for_everyone()
+        pipeline = self._pipeline(network)
+        drawn: list[Image.Image] = []
+        share = run.paused(self.mine, len(self.pictures))
+        for (i,) in tqdm(share, "validation", len(self.mine), disable=not run.main, leave=False):
+            drawn.append(self._draw(pipeline, self.pictures[i]))
+            drawn[-1].save(folder / self.pictures[i].file)
+        row: dict[str, float] = {}
+        if self.args.validation_clip_model:
+            row["clip_score"] = self._clip_score(drawn)
+        run.accelerator.wait_for_everyone()
+        return row
+
+    def _pipeline(self, network: Any) -> Any:
+        """A pipeline without text encoders: the texts were embedded before training."""
+        absent: Any = None
+        pipeline = StableDiffusion3Pipeline(
+            transformer=network,
+            scheduler=self.config.make_scheduler(self.shift),
+            vae=self.fixed.vae,
+            text_encoder=absent,
+            tokenizer=absent,
+            text_encoder_2=absent,
+            tokenizer_2=absent,
+            text_encoder_3=absent,
+            tokenizer_3=absent,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _draw(self, pipeline: Any, picture: Picture) -> Image.Image:
+        """The picture that every pipeline with the result draws from this seed."""
+        args, dtype = self.args, self.run.dtype
+        embeds = self.fixed.text([picture.prompt])
+        negative = self.fixed.text([picture.negative])
+        skip: dict[str, Any] = {}
+        if args.validation_skip_guidance_layers:
+            skip["skip_guidance_layers"] = list(args.validation_skip_guidance_layers)
+            for name in ("scale", "start", "stop"):
+                option = f"skip_layer_guidance_{name}"
+                skip[option] = getattr(args, f"validation_{option}")
+        noisy = sd3.draws_noise(sd3.scheduler_config(pipeline.scheduler))
+        noise = sd3.step_noise(picture.seed) if noisy else nullcontext()
+        with self.run.accelerator.autocast(), noise:
+            latents = pipeline(
+                **{name: value.to(dtype) for name, value in embeds.items()},
+                **{f"negative_{name}": value.to(dtype) for name, value in negative.items()},
+                height=picture.height,
+                width=picture.width,
+                num_inference_steps=picture.num_inference_steps,
+                guidance_scale=picture.guidance_scale,
+                generator=torch.Generator().manual_seed(picture.seed),
+                output_type="latent",
+                **skip,
+            ).images
+        return to_pil(sd3.decode(self.fixed.vae, self.config, latents))[0]
+
+    def _clip_score(self, drawn: list[Image.Image]) -> float:
+        """Mean score of all pictures over all processes; each is scored where it was drawn."""
+        scores = torch.zeros(len(self.pictures))
+        if self.clip is not None:
+            prompts = [self.pictures[i].prompt for i in self.mine]
+            scores[list(self.mine)] = torch.tensor(self.clip(drawn, prompts))
+        if self.run.accelerator.num_processes > 1:  # zero where another process has it: exact
+            reduced: Any = self.run.accelerator.reduce(scores.to(self.run.device), "sum")
+            scores = reduced.cpu()
+        return scores.double().mean().item()
+
+
+def write_prompts(folder: Path, pictures: Sequence[Mapping[str, object]]) -> None:
+    """Writes prompts.json, by which contact sheet and report know the pictures (file, label)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"pictures": pictures}, indent=1, ensure_ascii=False)
+    write_file(folder / "prompts.json", text)
+
+
+def log_pictures(run: Run, folder: Path) -> None:
+    """Sends the pictures of a step to the trackers, each under its own name.
+
+    They are not stacked: their sizes may differ. wandb without a network wants WANDB_MODE=offline
+    in the environment, swanlab SWANLAB_MODE=offline (or local).
+    """
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        for tracker in run.accelerator.trackers:
+            extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({f"validation/{path.stem}": pixels[None]}, step=run.step, **extra)

@@ -1,0 +1,40 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on SD3 and SD1: added, saved, loaded.
+
+peft computes them; this package decides which layers get one, keeps them in float32, and makes sure
+that what is saved says its alpha, in three public formats, and that what is loaded, from any public
+trainer, arrives at the strength that it was made with.
+"""
+
+from dojo.finetune.lora.adapter import (
+    ADAPTER,
+    PRESETS,
+    LoraArgs,
+    add,
+    add_text,
+    disabled,
+    state,
+    target_layers,
+)
+from dojo.finetune.lora.files import WEIGHTS, export, find, load, restore, save, start_from
+from dojo.finetune.lora.reading import PEFT_WEIGHTS, PICKLES, is_lora
+
+__all__ = [
+    "ADAPTER",
+    "PEFT_WEIGHTS",
+    "PICKLES",
+    "PRESETS",
+    "WEIGHTS",
+    "LoraArgs",
+    "add",
+    "add_text",
+    "disabled",
+    "export",
+    "find",
+    "is_lora",
+    "load",
+    "restore",
+    "save",
+    "start_from",
+    "state",
+    "target_layers",
+]

@@ -1,0 +1,171 @@
+"""Which layers get an adapter, and the adapter itself: float32 and trainable, computed by peft."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from dojo.cli import UserError
+from dojo.finetune.lora.formats import Format
+
+ADAPTER = "default"
+
+_BLOCK = r"(.*\.)?transformer_blocks\.\d+"  # at the top in SD3, deep inside a UNet
+_ATTENTION = r"attn[12]?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+_CLIP_ATTENTION = re.compile(
+    r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+)
+PRESETS = {
+    "attn": rf"{_BLOCK}\.{_ATTENTION}",
+    "attn+ff": rf"{_BLOCK}\.({_ATTENTION}|ff(_context)?\.net\.(0\.proj|2))",
+    "all-linear": rf"{_BLOCK}\..*",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraArgs:
+    """The adapter."""
+
+    rank: int = 16
+    """rank of the two factors"""
+    lora_alpha: float | None = None
+    """the update is scaled by alpha / rank; unset is the rank, a scale of 1"""
+    lora_dropout: float = 0.0
+    """dropout on the adapter's input"""
+    lora_layers: tuple[str, ...] = ("attn",)
+    """attn (every attention projection, attn2 and the text stream's included), attn+ff, all-linear
+    (of the transformer blocks), names of layers (also as one comma list, such as
+    attn.to_k,attn.to_q), or one regular expression over full module names, marked by a leading
+    re:"""
+    use_dora: bool = False
+    """decompose weights into magnitude and direction (DoRA, arXiv:2402.09353)"""
+    init_lora_weights_path: str | None = None
+    """start from this LoRA (file, folder or hub id of any public trainer): its layers must be
+    adapted here too, its rank may be smaller"""
+    lora_format: Format = "diffusers"
+    """write the result in this format too, beside diffusers' file, which resuming needs; for SD1
+    ComfyUI reads kohya's"""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError("--rank must be at least 1")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError("--lora_alpha must be positive")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError("--lora_dropout must lie in [0, 1)")
+        if not self.lora_layers:
+            raise ValueError("--lora_layers needs at least one name")
+        if self.use_dora and self.lora_format != "diffusers":
+            raise ValueError(f"--lora_format {self.lora_format} has no form for --use_dora")
+        if self.use_dora and self.init_lora_weights_path:
+            raise ValueError("--init_lora_weights_path cannot be combined with --use_dora")
+
+
+def target_layers(model: nn.Module, choice: Sequence[str]) -> list[str]:
+    """Full names of the linear layers that `--lora_layers` means.
+
+    The query of the text stream in SD3's last block is left out: its output is thrown away, so it
+    would get a zero gradient for ever.
+
+    Raises:
+        UserError: a name or expression matches no layer; the message names it.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    dead = _dead_layers(linear)
+    found: list[str] = []
+    for word in [part.strip() for item in choice for part in _parts(item)]:
+        if word in PRESETS:
+            pattern = PRESETS[word]
+        elif word.startswith("re:"):
+            pattern = word.removeprefix("re:")
+        else:
+            pattern = rf"(.*\.)?{re.escape(word)}"
+        try:
+            matches = [name for name in linear if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise UserError(
+                f"--lora_layers: {word!r} is no regular expression ({error})"
+            ) from error
+        if not matches:
+            raise UserError(
+                f"--lora_layers: {word!r} matches no linear layer; there are, for example, "
+                f"{', '.join(linear[:6])}"
+            )
+        found += matches
+    wanted = set(found) - dead
+    if not wanted:
+        raise UserError(
+            f"--lora_layers: {', '.join(found)} alone would never learn: nothing reads its result"
+        )
+    return [name for name in linear if name in wanted]
+
+
+def _parts(item: str) -> list[str]:
+    return [item] if item.startswith("re:") else item.split(",")
+
+
+def _dead_layers(linear: Sequence[str]) -> set[str]:
+    """Layers of the last joint block whose result nothing reads."""
+    blocks = [int(m[1]) for name in linear if (m := re.match(r"transformer_blocks\.(\d+)\.", name))]
+    return {f"transformer_blocks.{max(blocks)}.attn.add_q_proj"} if blocks else set()
+
+
+def add(model: nn.Module, args: LoraArgs) -> list[nn.Parameter]:
+    """Adds an adapter to the frozen model and returns its parameters, float32 and trainable.
+
+    B starts at zero, so the model is unchanged; A is drawn from torch's global generator.
+    """
+    return _add(model, args, args.rank, target_layers(model, args.lora_layers))
+
+
+def add_text(
+    text_encoder: nn.Module, args: LoraArgs, rank: int | None = None
+) -> list[nn.Parameter]:
+    """Adds an adapter to the attention projections of a frozen CLIP text encoder.
+
+    Args:
+        rank: unset is `--rank`; the scale alpha / rank is the transformer's in any case.
+    """
+    layers = [name for name, _ in text_encoder.named_modules() if _CLIP_ATTENTION.fullmatch(name)]
+    return _add(text_encoder, args, rank or args.rank, layers)
+
+
+def _add(model: nn.Module, args: LoraArgs, rank: int, layers: list[str]) -> list[nn.Parameter]:
+    scale = 1 if args.lora_alpha is None else args.lora_alpha / args.rank
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,  # pyright: ignore
+        lora_dropout=args.lora_dropout,
+        target_modules=layers,
+        use_dora=args.use_dora,
+        init_lora_weights="gaussian",
+    )
+    model.add_adapter(config, ADAPTER)  # pyright: ignore
+    params = [param for param in model.parameters() if param.requires_grad]
+    for param in params:
+        # peft creates them in the base's dtype; a bfloat16 weight of 0.02 cannot take a step of
+        # 1e-5, which is below half a unit in its last place.
+        param.data = param.data.float()
+    return params
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model for a while: the reference of KL terms and of before/after pictures."""
+    model.disable_adapters()  # pyright: ignore
+    try:
+        yield
+    finally:
+        model.enable_adapters()  # pyright: ignore
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's names, on the CPU."""
+    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,269 @@
+"""Adapters on disk: saved so that they say their alpha, loaded so that they are known to arrive."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dojo.cli import UserError
+from dojo.files import outputs, tensors
+from dojo.finetune.lora import formats, reading
+from dojo.finetune.lora.adapter import ADAPTER, LoraArgs, state
+from dojo.finetune.lora.formats import Format
+from dojo.finetune.lora.layers import Factors, Layers, Lora, is_dora
+from dojo.finetune.lora.placing import add_loaded, base_layer, check_lost, fit, in_file
+from dojo.finetune.lora.reading import METADATA, PEFT_CONFIG, PEFT_WEIGHTS
+from dojo.models.folder import UNET, part_of
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def save(
+    folder: Path,
+    network: nn.Module,
+    text_encoder: nn.Module | None = None,
+    text_encoder_2: nn.Module | None = None,
+) -> None:
+    """Writes `pytorch_lora_weights.safetensors` for `pipe.load_lora_weights(folder)`.
+
+    The adapters' configurations go into the file's header: without them diffusers would take
+    alpha for the rank. Equal weights give equal bytes.
+    """
+    weights: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
+    for part, model in _models(network, text_encoder, text_encoder_2).items():
+        weights |= _named(part, model)
+        for name, value in model.peft_config[ADAPTER].to_dict().items():  # pyright: ignore
+            if name == "base_model_name_or_path":
+                continue  # a path of this machine
+            if name == "target_modules":
+                value = sorted(map(formats.any_release, value))
+            config[f"{part}.{name}"] = sorted(value) if isinstance(value, set) else value
+    metadata = {METADATA: json.dumps(config, indent=2, sort_keys=True)}
+    tensors.save(outputs.own(folder / WEIGHTS), weights, metadata)
+
+
+def export(folder: Path, form: Format) -> Path:
+    """Writes a saved adapter in another format beside diffusers' file and returns where.
+
+    Raises:
+        UserError: it has no form in that format (DoRA).
+    """
+    source = folder / WEIGHTS
+    if form == "diffusers":
+        return source
+    target = source.with_name(f"{source.stem}_{form}.safetensors")
+    formats.write(outputs.own(target), reading.read(source)[0], form)
+    return target
+
+
+def _named(part: str, model: nn.Module) -> dict[str, Tensor]:
+    """An adapter's tensors by their names in a file."""
+    return {f"{part}.{in_file(part, name)}": value for name, value in state(model).items()}
+
+
+def restore(
+    folder: Path,
+    network: nn.Module,
+    text_encoder: nn.Module | None = None,
+    text_encoder_2: nn.Module | None = None,
+) -> None:
+    """Puts a saved adapter's tensors back into models that have the same adapters.
+
+    Raises:
+        UserError: the file's tensors are not exactly those of the adapters.
+    """
+    models = _models(network, text_encoder, text_encoder_2)
+    saved = load_file(folder / WEIGHTS)
+    own: dict[str, Tensor] = {}
+    for part, model in models.items():
+        own |= _named(part, model)
+    wrong = sorted(
+        name
+        for name in own.keys() | saved.keys()
+        if name not in own or name not in saved or own[name].shape != saved[name].shape
+    )
+    if wrong:
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit this adapter (other --rank, --lora_layers or "
+            f"--train_text_encoder?): {', '.join(wrong[:4])}"
+        )
+    for part, model in models.items():
+        mine = {name: saved[f"{part}.{in_file(part, name)}"] for name in state(model)}
+        set_peft_model_state_dict(model, mine, adapter_name=ADAPTER)
+
+
+def start_from(
+    args: LoraArgs,
+    network: nn.Module,
+    text_encoder: nn.Module | None = None,
+    text_encoder_2: nn.Module | None = None,
+) -> None:
+    """Makes fresh adapters compute what `--init_lora_weights_path` computes; unset does nothing.
+
+    A file of smaller rank fills the first ranks; in the others B stays zero and A random, so
+    that the update is the file's and every rank can learn. Layers that the file lacks stay fresh.
+    Files for SD1 usually adapt convolutions and the text encoder too: these are left out, and it is
+    said.
+
+    Raises:
+        UserError: the file has other layers than the adapters, or a larger rank, or is a DoRA.
+    """
+    if args.init_lora_weights_path is None:
+        return
+    flag = "--init_lora_weights_path"
+    path = find(args.init_lora_weights_path, flag)
+    where = f"{flag}: {path}"
+    models = _models(network, text_encoder, text_encoder_2)
+    lora, unknown = reading.read(path, where)
+    if any(map(is_dora, lora.values())):
+        raise UserError(f"{where} is a DoRA, which training cannot start from")
+    _check_parts(lora, models, where)
+    fitted, left = fit(lora, models, where)
+    left = [*unknown, *left]
+    check_lost(fitted, left, where)
+    if UNET in models:
+        fitted[UNET] = _linear(models[UNET], fitted.get(UNET, {}), left)
+        if not fitted[UNET]:
+            raise UserError(f"{where} has no linear layer of this UNet")
+    for part, layers in fitted.items():
+        for name, factors in layers.items():
+            module: Any = models[part].get_submodule(name)
+            if not hasattr(module, "lora_A"):
+                raise UserError(f"{where} adapts {name}, which --lora_layers does not")
+            _fill(module, factors, f"{path}: {name}")
+    if left and os.environ.get("RANK", "0") == "0":
+        print(f"{where}: {len(left)} layers are not trained here and left out, such as {left[0]}")
+
+
+def _models(
+    network: nn.Module, text_encoder: nn.Module | None, text_encoder_2: nn.Module | None
+) -> dict[str, nn.Module]:
+    """The adapted models by their names in a pipeline and in a file."""
+    models = {
+        part_of(network): network,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+    }
+    return {part: model for part, model in models.items() if model is not None}
+
+
+def _check_parts(lora: Lora, models: Mapping[str, nn.Module], where: str) -> None:
+    """Refuses a file for another network, or for text encoders that an SD3 run does not train."""
+    if UNET in models:
+        return
+    if UNET in lora:
+        raise UserError(f"{where} is a LoRA for Stable Diffusion 1")
+    for part in lora:
+        if part not in models:
+            raise UserError(
+                f"{where} adapts {part}, which is not trained here (--train_text_encoder)"
+            )
+
+
+def _linear(unet: nn.Module, layers: Layers, left: list[str]) -> Layers:
+    """The layers that are no convolutions; these are added to `left`."""
+    found: Layers = {}
+    for name, factors in layers.items():
+        if isinstance(base_layer(unet.get_submodule(name)), nn.Conv2d):
+            left.append(f"{UNET}.{name}")
+        else:
+            found[name] = factors
+    return found
+
+
+def _fill(module: Any, factors: Factors, where: str) -> None:
+    down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+    if factors.rank > len(down):
+        raise UserError(
+            f"--rank {len(down)} is smaller than the rank {factors.rank} of "
+            f"--init_lora_weights_path {where}"
+        )
+    ratio = factors.scale / module.scaling[ADAPTER]
+    with torch.no_grad():
+        down[: factors.rank] = factors.down.to(down)
+        up.zero_()
+        up[:, : factors.rank] = factors.up.to(up) * ratio
+
+
+def load(pipeline: Any, path: Path | str, name: str) -> int:
+    """Loads a LoRA file, folder or hub id into a pipeline and returns how many tensors arrived.
+
+    The file is read by `reading` and given to peft layer by layer, each at its own strength:
+    diffusers' own way loses alphas and whole layers without a word. What found no place is said on
+    the screen.
+
+    Raises:
+        UserError: the file is missing or unreadable, has layers that cannot be taken over, does not
+            fit, or most of its layers of the network find no place.
+    """
+    flag = "--lora_weights_path"
+    where = f"{flag}: {path}"
+    lora, unknown = reading.read(find(path, flag), where)
+    models = {
+        part: model
+        for part in lora
+        if isinstance(model := getattr(pipeline, part, None), nn.Module)
+    }
+    fitted, left = fit(lora, models, where)
+    left = [*unknown, *left]
+    check_lost(fitted, left, where)
+    for part, layers in fitted.items():
+        add_loaded(models[part], layers, name)
+    if left:
+        print(f"{path}: {len(left)} layers have no place in this model, such as {left[0]}")
+    return sum(
+        2 + (factors.magnitude is not None)
+        for layers in fitted.values()
+        for factors in layers.values()
+    )
+
+
+def find(path: Path | str, flag: str) -> Path:
+    """The safetensors file that an option means; of a hub repository the local copy.
+
+    Raises:
+        UserError: there is none, or several that might be meant.
+    """
+    location = Path(path)
+    if location.is_dir():
+        return _in_folder(location, flag)
+    if location.is_file():
+        return location
+    if location.suffix or str(path).count("/") != 1:
+        raise UserError(f"{flag}: there is no file or folder {path}")
+    try:
+        return Path(hf_hub_download(str(path), WEIGHTS))
+    except OSError as error:
+        try:
+            hf_hub_download(str(path), PEFT_CONFIG)
+            return Path(hf_hub_download(str(path), PEFT_WEIGHTS))
+        except OSError:
+            raise UserError(
+                f"{flag}: {path} is neither a file, a folder nor a reachable hub "
+                f"repository with {WEIGHTS} or {PEFT_WEIGHTS}"
+            ) from error
+
+
+def _in_folder(folder: Path, flag: str) -> Path:
+    for name in (WEIGHTS, PEFT_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        names = ", ".join(file.name for file in files[:4])
+        raise UserError(f"{flag}: {folder} has no {WEIGHTS} but several others: name one ({names})")
+    pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in reading.PICKLES]
+    only = f", only {pickles[0]}, a pickle, which is not read here" if pickles else ""
+    raise UserError(f"{flag}: {folder} has no {WEIGHTS}{only}")

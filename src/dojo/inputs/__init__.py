@@ -1,0 +1,1 @@
+"""What a step reads, made ready: pictures, pairs, prompts, and the embeddings of texts."""

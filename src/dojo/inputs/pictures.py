@@ -1,0 +1,436 @@
+"""What does not train: pictures to latents and captions to embeddings, once or at every use.
+
+`prepare` does the frozen work before training where the options allow it, and frees the encoders;
+the loop then asks `latents(batch)` and `conditions(batch)` without knowing which way was taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dojo import data, rng
+from dojo.cli import UserError
+from dojo.inputs import texts
+from dojo.launch import interrupt
+from dojo.models import folder as pipelines
+from dojo.models import sd3
+from dojo.run import checkpoint, phases
+from dojo.run.run import Run, arithmetic
+
+
+class Options(Protocol):
+    """The groups of a script's options that say what the data are and how they are read."""
+
+    @property
+    def model(self) -> sd3.ModelArgs: ...
+    @property
+    def text(self) -> sd3.TextDropoutArgs: ...
+    @property
+    def data(self) -> data.DataArgs: ...
+    @property
+    def captions(self) -> data.CaptionArgs: ...
+    @property
+    def cache(self) -> data.CacheArgs: ...
+
+
+@dataclass
+class Sources:
+    """The samples to train on, those held out, and what was left out when they were checked."""
+
+    train: data.Captioned
+    held_out: data.Captioned | None
+    left_out: list[data.BadReport] = field(default_factory=list)
+    plan: data.Plan | None = None
+    eval_plan: data.Plan | None = None
+
+    @property
+    def size(self) -> data.Size:
+        """(height, width) of the largest training pictures: what memory, shift and validation go
+        by. With aspect buckets it stands for all shapes of that many pixels."""
+        recipes = self.train.recipes
+        return (
+            max(recipe.height or max(recipe.resolution) for recipe in recipes),
+            max(recipe.width or max(recipe.resolution) for recipe in recipes),
+        )
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Uses of pictures per epoch: repeats count; partners of DreamBooth's batches do not."""
+        if self.plan is not None:
+            return self.plan.samples_per_epoch
+        return sum(self.train.recipe(index).repeats for index in range(len(self.train)))
+
+    def fingerprint(self, whole_batch: int) -> str:
+        """Identifies what is trained on: samples, captions, sizes, order, and how they are used.
+
+        Args:
+            whole_batch: samples of a micro-batch over all processes; batches of several buckets
+                are filled in other ways when it changes.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        plan, train = self.plan, self.train
+        rounds = [sorted(some.items()) for some in plan.rounds] if plan else []
+        partners = plan.partners if plan else ()
+        filled = whole_batch if plan and len(plan.sizes) > 1 else 0
+        recipes = [asdict(recipe) for recipe in train.recipes]
+        for words in (
+            train.ids,
+            train.captions,
+            train.recipe_of,
+            recipes,
+            rounds,
+            partners,
+            filled,
+        ):
+            digest.update(json.dumps(words).encode())
+        return digest.hexdigest()
+
+    def report(self, batch_size: int) -> str:
+        """The content of data_report.json."""
+        counts = {"train": len(self.train), "held_out": len(self.held_out or ())}
+        buckets = self.plan.rows(batch_size) if self.plan else []
+        left_out = [asdict(row) for row in self.left_out]
+        sources = [source for source in (self.train, self.held_out) if source is not None]
+        return json.dumps(
+            {**counts, "description": self.train.description, "buckets": buckets}
+            | {"left_out": left_out, **data.seen(*sources)},
+            indent=1,
+            ensure_ascii=False,
+        )
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Pictures that the eval loss looks at, as they are: no mirror, no dropped caption."""
+
+    name: str
+    dataset: data.Pictures | data.Latents
+    draws: list[data.Draw]
+
+
+@dataclass
+class Frozen:
+    """The data sets and the frozen models' outputs for them."""
+
+    train: data.Pictures | data.Latents
+    evaluation: list[EvalSet]
+    plan: data.Plan
+    vae: AutoencoderKL
+    text: texts.Sd3Texts
+    layout: sd3.Layout
+    options: Options
+    run: Run
+
+    def latents(self, batch: data.Batch) -> data.Posterior:
+        """Mean and std of a batch's posterior: float32 [B, C, h, w], unscaled, on the device."""
+        return posterior_of(batch, self.vae, self.run.device)
+
+    def conditions(self, batch: data.Batch) -> sd3.Embeds:
+        """The embeddings of a training batch, some encoders dropped as the options say."""
+        cached = {name: batch[name] for name in sd3.EMBEDS if name in batch}
+        embeds = self.text(batch["caption"], cached)
+        shares = self.options.text.dropout
+        if not any(shares.values()):
+            return embeds
+        dropped = {
+            name: (rng.uniform(self.run.keys(f"{name} dropout", batch["place"])) <= share).to(
+                self.run.device
+            )
+            for name, share in shares.items()
+        }
+        return self.layout.drop(embeds, dropped)
+
+    def area(self, batch: data.Batch) -> Tensor | None:
+        """How much each place of the latents counts: [B, 1, h, w], or None where all count."""
+        if "mask" not in batch:
+            return None
+        mask = batch["mask"].to(self.run.device)
+        return mask + (1 - mask) * self.options.data.masked_loss_weight
+
+    def loader(self, batch_size: int) -> DataLoader[data.Batch]:
+        """Batches of this process from where the run stands, without end."""
+        run = self.run
+        batches = data.Batches(
+            self.plan,
+            batch_size,
+            seed=run.seed,
+            first_batch=run.samples // (batch_size * run.accelerator.num_processes),
+            **run.share,
+        )
+        # Workers read the cached embeddings too; encoders on the device stay with the main process.
+        lookup = self.text.lookup
+        cached = isinstance(lookup, data.CachedText)
+        return DataLoader(
+            _WithText(self.train, lookup) if cached else self.train,
+            batch_sampler=batches,
+            collate_fn=data.collate,
+            num_workers=self.options.data.dataloader_num_workers,
+            worker_init_fn=interrupt.stand_apart,
+            pin_memory=run.device.type == "cuda",
+        )
+
+
+class _WithText(Dataset[data.Batch]):
+    """Rows with the cached embeddings of their captions."""
+
+    def __init__(
+        self,
+        rows: data.Pictures | data.Latents,
+        lookup: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    ) -> None:
+        self.rows = rows
+        self.lookup = lookup
+
+    def __getitem__(self, draw: data.Draw) -> data.Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
+        row = self.rows[draw]
+        embeds = self.lookup([row["caption"]])
+        return {**row, **{name: value[0] for name, value in embeds.items()}}
+
+
+def open_sources(run: Run, args: Options) -> Sources:
+    """Finds the samples and their captions; reads no picture. Rank 0 goes first (downloads)."""
+    args.cache.check(args.data)
+    with run.accelerator.main_process_first():
+        source = data.open_training(args.data)
+        train, held_out = data.split(
+            source,
+            eval_fraction=args.data.eval_fraction,
+            seed=0,  # not the run's: runs with other seeds keep the same held-out pictures
+            max_train_samples=args.data.max_train_samples,
+        )
+        if args.data.eval_data_dir:
+            held_out = data.open_evaluation(args.data)
+    run.say(source.description)
+    if args.data.eval_data_dir and held_out is not None:
+        run.say(held_out.description)
+    refuse_inside(run.output_dir, args.data.location, "output_dir")
+    return Sources(train, held_out)
+
+
+def needs(
+    run: Run,
+    config: sd3.Config,
+    args: Options,
+    size: data.Size,
+    batch_size: int,
+    *,
+    drawn: bool,
+    class_pictures: int = 0,
+) -> phases.Needs:
+    """What a run of captioned pictures holds beside its network, for the dry run.
+
+    Args:
+        size: of the largest pictures.
+        batch_size: of training, which encodes as many at a time without a cache.
+        drawn: validation pictures are asked for.
+        class_pictures: those that are drawn at a time before training, 0 for none.
+    Raises:
+        UserError: weights are not there, or one of several resolutions does not fit the model.
+    """
+    for side in args.data.resolution:
+        config.check_step(args.data.height or side, args.data.width or side)
+    config.check_weights(("vae", *sd3.TEXT_ENCODERS[:2], "transformer"))
+    return phases.Needs(
+        config=config,
+        text=sd3.TEXT_ENCODERS,
+        dtype=run.dtype,
+        vae_dtype=pipelines.DTYPES[args.model.vae_dtype],
+        size=size,
+        encoded=batch_size if args.cache.no_cache_latents else data.encoded_at_a_time(size),
+        decoded=int(drawn),
+        class_pictures=class_pictures,
+    )
+
+
+def refuse_inside(folder: Path, location: str, flag: str) -> None:
+    """Pictures that a run makes must not turn up among those that it learns."""
+    source = Path(location).expanduser()
+    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"--{flag} {folder} lies in the folder of the training pictures, {location}: its "
+            "pictures would be trained on"
+        )
+
+
+def check_samples(
+    run: Run,
+    sources: Sources,
+    config: sd3.Config,
+    args: Options,
+    *,
+    pair_regularisation: bool = False,
+) -> Sources:
+    """Decodes every picture once and deals them into buckets by their sizes.
+
+    Bad samples, and those too small for `--max_upscale`, stop the run or are left out, counted and
+    reported.
+
+    Args:
+        pair_regularisation: regularisation pictures are not used by themselves but beside the
+            others, in every batch (DreamBooth).
+    Raises:
+        UserError: a bad sample under `--on_bad_sample error`, or nothing is left.
+    """
+
+    def check(source: data.Captioned) -> tuple[data.Captioned, list[data.BadReport]]:
+        with run.accelerator.main_process_first():
+            return data.checked(
+                source,
+                args.cache.latent_cache_dir,
+                on_bad_sample=args.data.on_bad_sample,
+                num_threads=max(2, args.data.dataloader_num_workers),
+                progress=run.main,
+            )
+
+    train, bad = check(sources.train)
+    held_out = eval_plan = None
+    if sources.held_out is not None:
+        held_out, more = check(sources.held_out)
+        bad = bad + more
+        eval_plan = data.assign(held_out, args.data, config.pixel_step)
+        bad += [data.BadReport(held_out.names[index], why) for index, why in eval_plan.left_out]
+    plan = data.assign(train, args.data, config.pixel_step, pair_regularisation=pair_regularisation)
+    too_small = [data.BadReport(train.names[index], why) for index, why in plan.left_out]
+    if too_small and args.data.on_bad_sample == "error":
+        shown = "\n".join(f"  {row.name}: {row.reason}" for row in too_small[:10])
+        raise UserError(
+            f"{len(too_small)} pictures are too small (--on_bad_sample skip leaves them out, a "
+            f"larger --max_upscale takes them):\n{shown}"
+        )
+    bad = bad + too_small
+    if not plan.samples_per_epoch:
+        raise UserError("there is nothing to train on")
+    for height, width in plan.sizes:
+        config.latent_shape(height, width)  # refuses what the model cannot take
+    counts = f"{len(train) - len(too_small)} to train on, {len(held_out or ())} held out"
+    run.say(f"pictures: {counts}, {len(bad)} left out")
+    for row in bad[:10]:
+        run.say(f"  left out: {row.name}: {row.reason}")
+    for line in data.told_notes(train, *([held_out] if held_out else [])):
+        run.say(line)
+    return Sources(train, held_out, bad, plan, eval_plan)
+
+
+def prepare(
+    run: Run,
+    sources: Sources,
+    config: sd3.Config,
+    args: Options,
+    others: Sequence[str],
+    *,
+    train_clip: bool = False,
+) -> Frozen:
+    """Fills the caches of latents and embeddings, where the options allow it.
+
+    Args:
+        others: captions that are needed besides the samples': validation and negative prompts.
+        train_clip: keep the two CLIPs, which will be trained; T5 is freed as ever.
+    """
+    plan = sources.plan
+    assert plan is not None, "check_samples comes first"
+    whole_batch = run.samples_per_step // run.accelerator.gradient_accumulation_steps
+    if run.main:
+        report = sources.report(whole_batch)
+        checkpoint.write_file(run.output_dir / "data_report.json", report)
+    if len(plan.sizes) > 1 or plan.partners:
+        run.say(plan.table(whole_batch))
+
+    def pictures_of(source: data.Captioned, *, still: bool = False) -> data.Pictures:
+        return data.Pictures(
+            *(source, args.data, args.captions),
+            seed=run.seed,
+            still=still,
+            latent_step=config.pixels_per_latent,
+        )
+
+    train = pictures_of(sources.train)
+    vae = sd3.load_vae(config, args.model, run.device)
+
+    def cached(pictures: data.Pictures, some: data.Plan) -> data.Pictures | data.Latents:
+        return latents_of(run, pictures, some, vae, config, args.model.vae_dtype, args.cache)
+
+    with run.phase("cache"):
+        evaluation: list[EvalSet] = []
+        train_rows = cached(train, plan)
+        others = [*others, ""]
+        if sources.held_out is not None and (eval_plan := sources.eval_plan) is not None:
+            held_out = pictures_of(sources.held_out, still=True)
+            draws = _each_once(eval_plan)
+            same = [
+                draw
+                for draw in _each_once(plan)
+                if not sources.train.recipe(draw.index).is_regularisation
+            ]
+            count = min(len(draws), len(same))
+            few = [same[i * len(same) // count] for i in range(count)]  # from all over the set
+            if count:
+                evaluation.append(EvalSet("eval", cached(held_out, eval_plan), draws))
+                evaluation.append(EvalSet("train", train_rows.still(), few))
+            others += held_out.texts()
+            # Unshuffled, which training never asks for.
+            others += [sources.train.captions[draw.index][0] for draw in few]
+        run.accelerator.wait_for_everyone()
+    groups = [train.texts(), others]
+    text = texts.prepare(
+        *(run, config, args.model, args.text, args.cache, groups), train_clip=train_clip
+    )
+    layout = sd3.Layout.of(config)
+    return Frozen(train_rows, evaluation, plan, vae, text, layout, args, run)
+
+
+def posterior_of(batch: data.Batch, vae: AutoencoderKL, device: torch.device) -> data.Posterior:
+    """Mean and std of a batch's posterior, cached or encoded now: float32, unscaled."""
+    mean, std = (
+        (batch["mean"], batch["std"]) if "mean" in batch else sd3.posterior(vae, batch["pixels"])
+    )
+    return mean.to(device).float(), std.to(device).float()
+
+
+class Family(Protocol):
+    """What a cache of latents has to know of a model."""
+
+    @property
+    def vae(self) -> Mapping[str, Any]: ...
+    def fingerprint(self, parts: Sequence[str]) -> str: ...
+
+
+def latents_of(
+    run: Run,
+    pictures: data.Pictures,
+    plan: data.Plan,
+    vae: AutoencoderKL,
+    config: Family,
+    vae_dtype: str,
+    cache: data.CacheArgs,
+) -> data.Pictures | data.Latents:
+    """Pictures with their posteriors on disk, where the options allow it.
+
+    The caller lets all processes arrive before anyone reads.
+    """
+    if cache.no_cache_latents:
+        return pictures
+    return data.cache_latents(
+        pictures,
+        plan.needed(),
+        lambda pixels: sd3.posterior(vae, pixels),
+        cache.latent_cache_dir,
+        {"vae": config.fingerprint(["vae"]), "dtype": vae_dtype, **arithmetic(run.device)},
+        latent_channels=config.vae["latent_channels"],
+        **run.share,
+    )
+
+
+def _each_once(plan: data.Plan) -> list[data.Draw]:
+    """One draw of every sample, at its size of the first round."""
+    sizes = {index: size for size, some in plan.rounds[0].items() for index in some}
+    return [data.Draw(index, index, sizes[index]) for index in sorted(sizes)]

@@ -1,0 +1,1 @@
+"""What the methods are made of: pure functions of tensors, which import torch alone."""

@@ -1,0 +1,1 @@
+"""What the scripts of one method share beside their loops."""

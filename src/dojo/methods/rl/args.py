@@ -1,0 +1,185 @@
+"""The options that DDPO and GRPO share: what is sampled, what is trained, what is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dojo.cli import UserError
+from dojo.evaluate import held_out as evaluation
+from dojo.finetune import lora
+from dojo.maths import advantages as policy
+from dojo.run.optim import OptimArgs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArgs:
+    """The pictures of an epoch: all are sampled by one policy, and then it learns from them."""
+
+    resolution: int = 512
+    """height and width in pixels"""
+    height: int | None = None
+    """height in pixels, instead of --resolution"""
+    width: int | None = None
+    """width in pixels, instead of --resolution"""
+    num_prompts_per_epoch: int = 8
+    """prompts of an epoch, over all processes"""
+    group_size: int = 8
+    """pictures of each of them"""
+    sample_batch_size: int | None = None
+    """pictures per process that are sampled at a time, a multiple of --train_batch_size and by
+    default the same; with more the likelihoods are computed anew in training's batches, so that
+    both sides round alike"""
+    branch: bool = False
+    """let the pictures of a prompt share their way up to the first trained step and part there: it
+    is computed once for them, and they differ by what is trained alone; a batch holds whole groups
+    then"""
+    guidance_scale: float = 1.0
+    """classifier-free guidance while sampling and in training; 1 is none, which costs half and is
+    what the policy then learns to do without"""
+    negative_prompt: str = ""
+    """what guidance leads away from"""
+    flow_shift: float | Literal["auto"] | None = None
+    """shift of sigma: unset is the scheduler's own, auto follows the size; saved with the result"""
+    max_invalid: float = 0.5
+    """share of an epoch's pictures that may be without a valid score; more stop the run"""
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("resolution", "height", "width", "num_prompts_per_epoch"),
+            *("group_size", "sample_batch_size"),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1")
+        if self.guidance_scale < 1:
+            raise ValueError("--guidance_scale must be at least 1, which is no guidance")
+        if isinstance(self.flow_shift, float) and self.flow_shift <= 0:
+            raise ValueError("--flow_shift must be positive")
+        if not 0 <= self.max_invalid < 1:
+            raise ValueError("--max_invalid must lie in [0, 1)")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.height or self.resolution, self.width or self.resolution
+
+    @property
+    def samples(self) -> int:
+        """Pictures of an epoch, over all processes."""
+        return self.num_prompts_per_epoch * self.group_size
+
+    @property
+    def copies(self) -> int:
+        """Pictures that share their way up to the first trained step."""
+        return self.group_size if self.branch else 1
+
+    def batch_size(self, optim: OptimArgs) -> int:
+        """Pictures that a process samples at a time."""
+        return self.sample_batch_size or optim.train_batch_size
+
+    def check(self, optim: OptimArgs, num_processes: int, *, min_group: int) -> int:
+        """Refuses sizes that do not divide, and returns the batches of a process in an epoch.
+
+        Raises:
+            UserError: naming sizes that do.
+        """
+        if optim.steps_per_epoch is not None:
+            raise UserError("--steps_per_epoch: an epoch ends when its pictures are used up")
+        try:
+            batches = policy.check_sizes(
+                *(self.num_prompts_per_epoch, self.group_size, self.batch_size(optim)),
+                *(num_processes, min_group),
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        train = optim.train_batch_size
+        if self.batch_size(optim) % train:
+            raise UserError(
+                f"--sample_batch_size {self.batch_size(optim)} is no multiple of "
+                f"--train_batch_size {train}"
+            )
+        micro, accumulated = (
+            batches * self.batch_size(optim) // train,
+            (optim.gradient_accumulation_steps),
+        )
+        if self.branch and train % self.group_size:
+            raise UserError(
+                f"--branch: --train_batch_size {train} is no multiple of --group_size "
+                f"{self.group_size}"
+            )
+        if micro % accumulated:
+            fitting = ", ".join(str(n) for n in range(1, micro + 1) if micro % n == 0)
+            raise UserError(
+                f"--gradient_accumulation_steps {accumulated} does not divide the {micro} training "
+                f"batches of an epoch: take one of {fitting}"
+            )
+        return batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyArgs:
+    """The clipped surrogate, and how often the pictures of an epoch are learned from."""
+
+    num_inner_epochs: int = 1
+    """passes over the pictures of an epoch"""
+    clip_range: float = 1e-4
+    """how far a transition's likelihood ratio (of means over the latent's dimensions) may leave 1;
+    its spread shrinks with their root: 1e-4 to 1e-5 is usual at 512 px, 1e-3 in the pocket world"""
+    adv_clip_max: float = 5.0
+    """advantages are clamped to this"""
+    ratio: policy.Ratio = "exact"
+    """how a policy's move is measured: by the likelihood, by the unscaled one of CPS's authors, or
+    as GRPO-Guard does"""
+
+    def __post_init__(self) -> None:
+        if self.num_inner_epochs < 1:
+            raise ValueError("--num_inner_epochs must be at least 1")
+        for name in ("clip_range", "adv_clip_max"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneArgs:
+    """What of the model is trained."""
+
+    finetune: Literal["lora", "full"] = "lora"
+    """lora: adapters (--rank and the like); full: every weight (--train_dtype and the like)"""
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether adapters are trained."""
+        return self.finetune == "lora"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoraArgs(lora.LoraArgs):
+    """The adapter; Flow-GRPO's rank and alpha."""
+
+    rank: int = 32
+    """rank of the two factors"""
+    lora_alpha: float | None = 64
+    """the update is scaled by alpha / rank"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_dropout:
+            raise ValueError("--lora_dropout: sampling and training would not be the same policy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArgs(evaluation.EvalArgs):
+    """Held-out prompts, drawn as a user would: averaged weights, the ODE, more steps."""
+
+    eval_every: int = 10
+    """epochs between two evaluations; there is one before the first and one at the end"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_every < 1:
+            raise ValueError("--eval_every must be at least 1")
+
+    def due(self, epoch: int) -> bool:
+        """Whether an evaluation belongs after so many epochs."""
+        return epoch % self.eval_every == 0

@@ -1,0 +1,344 @@
+"""What the pipeline folders of every model family share: found, read, identified, copied.
+
+A folder in diffusers' layout has a `model_index.json`, a sub-folder for each part, and in it a
+configuration and safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+
+from dojo.cli import UserError
+from dojo.files import outputs
+from dojo.models import classic, loaded
+
+FLAG = "--pretrained_model_name_or_path"
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TRANSFORMER, UNET = "transformer", "unet"
+Embeds = dict[str, Tensor]
+
+_WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "feature_extractor")
+_OF_DIFFUSERS = ("vae", TRANSFORMER, UNET)
+_WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_ANY_WEIGHTS = re.compile(r".*\.(safetensors|bin|msgpack|h5|onnx|pth|pt|index(\..+)?\.json)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineArgs:
+    """The model that is trained: which files of it, and how its frozen parts compute."""
+
+    revision: str | None = None
+    """branch, tag or commit of the hub repository"""
+    variant: str | None = None
+    """file variant of the hub repository, such as fp16"""
+    vae_dtype: Literal["no", "fp16", "bf16"] = "no"
+    """precision of the frozen autoencoder; no is float32"""
+    gradient_checkpointing: bool = False
+    """recompute the blocks' activations in the backward pass: less memory, about 30 % slower"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """What is known of a pipeline without its weights."""
+
+    folder: Path
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+
+    @property
+    def flag(self) -> str:
+        """What the user named the folder with."""
+        return FLAG
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """8 for every known autoencoder of Stable Diffusion."""
+        channels = self.vae["block_out_channels"]
+        assert isinstance(channels, list | tuple)
+        return 2 ** (len(channels) - 1)
+
+    @property
+    def clip_tokens(self) -> int:
+        """Length that the CLIP tokenizers pad to (77 for the real models)."""
+        folder, file = self.folder / "tokenizer", "tokenizer_config.json"
+        settings = loaded.read_json(folder / file, f"{self.flag}: {folder}")
+        (length,) = whole_numbers(settings, f"{self.flag}: {folder}/{file}", "model_max_length")
+        return length
+
+    @property
+    def pixel_step(self) -> int:
+        """Height and width of a picture must be multiples of this."""
+        raise NotImplementedError
+
+    def check_weights(self, parts: Sequence[str]) -> None:
+        """Refuses, without reading any, a model that lacks the weights of a part.
+
+        Raises:
+            UserError: naming the part.
+        """
+        for part in parts:
+            names = [path.name for path in (self.folder / part).glob("*")]
+            if not any(name.endswith((".safetensors", ".bin")) for name in names):
+                raise UserError(f"{self.flag}: {self.folder}/{part} holds no weights")
+
+    def check_step(self, height: int, width: int) -> None:
+        """Refuses sizes that the network cannot halve as often as it wants to.
+
+        Raises:
+            UserError: naming the nearest size.
+        """
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels % self.pixel_step:
+                nearest = max(1, round(pixels / self.pixel_step)) * self.pixel_step
+                raise UserError(
+                    f"--{name} (or --resolution) {pixels} is not a multiple of {self.pixel_step}, "
+                    f"which this model needs; the nearest is {nearest}"
+                )
+
+    def fingerprint(self, parts: Sequence[str]) -> str:
+        """Identifies the model files that some parts (names of sub-folders) are loaded from."""
+        return fingerprint(self.folder, parts)
+
+
+def part_of(network: nn.Module) -> str:
+    """The name that a pipeline has for its trained network: unet or transformer."""
+    return UNET if isinstance(network, UNet2DConditionModel) else TRANSFORMER
+
+
+# ---- finding and reading ----
+
+
+def find_folder(
+    name: str, flag: str, args: PipelineArgs, passed: Mapping[str, None] | None = None
+) -> Path:
+    """A folder, or the local copy of a hub repository without the `passed` parts' weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.startswith("models/"):
+        raise UserError(f"{flag}: there is no folder {name}")
+    try:
+        folder = Path(
+            DiffusionPipeline.download(
+                name, revision=args.revision, variant=args.variant, **(passed or {})
+            )
+        )
+        for part in passed or ():  # diffusers skips a passed part's configuration too
+            hf_hub_download(name, f"{part}/config.json", revision=args.revision)
+    except OSError as error:
+        raise UserError(
+            f"{flag}: {name} is neither a folder nor a reachable hub "
+            f"repository ({str(error).splitlines()[0]})"
+        ) from error
+    return folder
+
+
+def check_kind(folder: Path, flag: str, prefix: str, name: str) -> None:
+    """Refuses a folder whose pipeline's class does not begin with `prefix`, which `name` has.
+
+    Raises:
+        UserError: naming the class that it is.
+    """
+    kind = loaded.read_index(folder, flag)["_class_name"]
+    if not kind.startswith(prefix):
+        raise UserError(f"{flag}: {folder} holds a {kind}, no {name}")
+
+
+def read_config(folder: Path, flag: str, part: str, file: str = "config.json") -> dict[str, Any]:
+    """A part's configuration.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    return loaded.read_json(folder / part / file, loaded.subject(folder, part, flag))
+
+
+def whole_numbers(config: Mapping[str, Any], where: str, *names: str) -> list[int]:
+    """Numbers of a configuration that must be there and positive.
+
+    Raises:
+        UserError: one is not; `where` begins the sentence.
+    """
+    for name in names:
+        value = config.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            found = "has no" if value is None else f"says {value!r} for"
+            raise UserError(f"{where} {found} {name}, which must be a whole number above 0")
+    return [config[name] for name in names]
+
+
+def check_tokens(config: PipelineConfig, flag: str, encoders: Mapping[str, Any]) -> None:
+    """Refuses CLIPs whose tokenizers are not there, or pad to more places than they have.
+
+    Args:
+        encoders: the configurations of the CLIPs, by their folders' names.
+    Raises:
+        UserError: naming what is missing, or both numbers.
+    """
+    for part, settings in encoders.items():
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        where = loaded.subject(config.folder, tokenizer, flag)
+        loaded.check_vocabulary_files(config.folder / tokenizer, where)
+        places = settings.get("max_position_embeddings", 77)
+        if config.clip_tokens > places:
+            raise UserError(
+                f"{flag}: {config.folder}: the tokenizer pads to {config.clip_tokens} tokens "
+                f"(model_max_length), {part} has {places} places for them"
+            )
+
+
+def check_channels(folder: Path, vae: Mapping[str, Any], channels: int, network: str) -> None:
+    """Refuses an autoencoder whose latents the network does not take.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    where = f"{folder}/vae/config.json"
+    widths = vae.get("block_out_channels")
+    if not isinstance(widths, list) or not widths:
+        raise UserError(f"{where} has no list of block_out_channels")
+    if whole_numbers(vae, where, "latent_channels") != [channels]:
+        raise UserError(
+            f"{folder}: the autoencoder has {vae['latent_channels']} channels, the "
+            f"{network} expects {channels}"
+        )
+
+
+def fingerprint(folder: Path, parts: Sequence[str]) -> str:
+    """Identifies the model files of some sub-folders: names, sizes and samples of their contents.
+
+    64 blocks of 64 KiB spread over each file are read, so that 10 GB take no longer than 10 MB;
+    training changes every block of a weight file.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        for path in sorted(path for path in (folder / part).glob("*") if path.is_file()):
+            size = path.stat().st_size
+            digest.update(f"{part}/{path.name}:{size}".encode())
+            with path.open("rb") as file:
+                for i in range(64):
+                    file.seek(max(0, size - 65_536) * i // 63)
+                    digest.update(file.read(65_536))
+                    if size <= 65_536:
+                        break
+    return digest.hexdigest()
+
+
+# ---- copying ----
+
+
+def copy_parts(
+    base: Path,
+    folder: Path,
+    parts: Sequence[str],
+    variant: str | None,
+    load: Callable[[str], Any],
+    elsewhere: Collection[str] = (),
+) -> dict[str, Any]:
+    """Fills a result folder with parts of a base pipeline, and returns its model_index.json.
+
+    The models come out in float32 from a plain call: files of a variant lose its name, and what
+    transformers loads says float32 in its configuration, where it would else take half precision
+    from. A part that the base does not have is null in the index.
+
+    Args:
+        load: a part as a model, for those whose weights are no safetensors in `base`; None if
+            there is no such model.
+        elsewhere: parts whose weights are to be loaded although `base` has them.
+    """
+    index = loaded.read_index(base, FLAG)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        from_model = part in elsewhere
+        plain = part.startswith(_WITHOUT_WEIGHTS)
+        if not from_model and not plain and not index.get(part, [None])[0]:
+            outputs.clear(folder / part)
+            continue
+        copy = partial(_copy_part, base / part, variant, partial(load, part), from_model=from_model)
+        if not outputs.fill(folder / part, copy):
+            index[part] = [None, None]
+    write_index(folder, index)
+    return index
+
+
+def _copy_part(
+    source: Path, variant: str | None, load: Callable[[], Any], target: Path, *, from_model: bool
+) -> None:
+    """Copies a part's folder, or loads it and saves it; writes nothing where there is none."""
+    without_weights = source.name.startswith(_WITHOUT_WEIGHTS)
+    if without_weights and not from_model:
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+    elif from_model or not _copy_weights(source, target, variant):
+        model = load()
+        if model is not None:
+            model.save_pretrained(target)
+    if target.is_dir() and not source.name.startswith((*_WITHOUT_WEIGHTS, *_OF_DIFFUSERS)):
+        path = target / "config.json"
+        settings = json.loads(path.read_text())
+        settings.pop("torch_dtype", None)
+        path.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
+        classic.rewrite(target)
+
+
+def write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """Writes model_index.json."""
+    outputs.own(folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_weights(source: Path, target: Path, variant: str | None) -> bool:
+    """Copies a model's folder with one set of safetensors; False if it has none."""
+    infix = f".{variant}" if variant else ""
+    files = {path.name: path for path in source.glob("*") if path.is_file()}
+    renamed = {name.replace(infix, ""): name for name in files if infix and infix in name}
+    chosen = {name: old for name, old in renamed.items() if _WEIGHTS.fullmatch(name)}
+    if not chosen:
+        chosen = {name: name for name in files if _WEIGHTS.fullmatch(name)}
+    if not any(name.endswith(".safetensors") for name in chosen):
+        return False
+    chosen |= {name: name for name in files if not _ANY_WEIGHTS.fullmatch(name)}
+    target.mkdir(parents=True, exist_ok=True)
+    for name, old in chosen.items():
+        if name.endswith(".index.json"):
+            listed = json.loads(files[old].read_text())
+            listed["weight_map"] = {
+                tensor: file.replace(infix, "") for tensor, file in listed["weight_map"].items()
+            }
+            (target / name).write_text(json.dumps(listed, indent=2) + "\n")
+        else:
+            shutil.copyfile(files[old], target / name)
+    return True
+
+
+# ---- the autoencoder ----
+
+
+@torch.no_grad()
+def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of the autoencoder's posterior, unscaled: pixels [B, 3, H, W] in [-1, 1]."""
+    encoded: Any = vae.encode(pixels.to(vae.device, vae.dtype))  # pyright: ignore
+    distribution = encoded.latent_dist
+    return distribution.mean, distribution.std
+
+
+def decode(vae: AutoencoderKL, latents: Tensor, *, scale: float, shift: float = 0.0) -> Tensor:
+    """Latents, scaled and shifted, to pictures float32 [B, 3, H, W] in [0, 1], differentiably."""
+    unscaled = latents.float() / scale + shift
+    decoded = vae.decode(unscaled.to(vae.device, vae.dtype)).sample  # pyright: ignore
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,202 @@
+"""The transformer and the autoencoder: loading, a velocity, latents to pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+from dojo.cli import UserError
+from dojo.models import folder as pipelines
+from dojo.models import loaded
+from dojo.models.folder import FLAG
+from dojo.models.sd3.config import Config, ModelArgs
+from dojo.models.sd3.single_file import load_encoder
+from dojo.run import cost
+
+
+def load_transformer(
+    config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
+) -> SD3Transformer2DModel:
+    """The frozen MMDiT in `dtype`."""
+    transformer: Any = load_part(SD3Transformer2DModel, "transformer", config, args, dtype)
+    transformer.requires_grad_(False)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if args.torch_compile:
+        # One graph per kind of block, made at the first call: adapters may still be added.
+        for block in transformer.transformer_blocks:
+            block.compile()
+    return transformer.to(device)
+
+
+def load_vae(config: Config, args: ModelArgs, device: torch.device) -> AutoencoderKL:
+    """The frozen autoencoder in `--vae_dtype`."""
+    vae = load_part(AutoencoderKL, "vae", config, args, pipelines.DTYPES[args.vae_dtype])
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def load_part(kind: Any, part: str, config: Config, args: ModelArgs, dtype: torch.dtype) -> Any:
+    """A part in diffusers' own class, from the single file if it has it, else from the folder.
+
+    Raises:
+        UserError: it is damaged, incomplete, or other than its configuration.
+    """
+    if config.checkpoint is not None and part in config.checkpoint:
+        where = f"{FLAG}: {part} of {config.checkpoint.path}"
+        level = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity_error()  # it warns of an empty list of float32 modules
+        try:
+            # Names and sizes were compared when the model was opened.
+            made = kind.from_single_file(
+                str(config.checkpoint.path),
+                config=str(config.folder),
+                subfolder=part,
+                local_files_only=True,
+                dtype=dtype,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{where} cannot be read ({error})") from error
+        finally:
+            diffusers_logging.set_verbosity(level)
+        loaded.check_finite(made.state_dict(), where)
+        return made
+    return loaded.network(
+        kind, config.folder, part, flag=config.flag, dtype=dtype, variant=args.variant
+    )
+
+
+def load_text_pipeline(
+    config: Config, args: ModelArgs, dtype: torch.dtype, *, with_t5: bool = True
+) -> StableDiffusion3Pipeline:
+    """Tokenizers and text encoders in `dtype`, without transformer and autoencoder.
+
+    Without T5's weights, in the single file and in the folder, `text_encoder_3` is None and
+    says so once.
+
+    Args:
+        with_t5: False leaves the largest of the three unread.
+    Raises:
+        UserError: a CLIP's weights are neither in the single file nor in the folder, or a part is
+            damaged, incomplete, or does not fit another.
+    """
+    index = loaded.read_index(config.folder, config.flag)
+    parts: dict[str, Any] = {"transformer": None, "vae": None}
+    for part, kind in _KINDS.items():
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        if part == "text_encoder_3" and _lacks_t5(config, index):
+            parts[part] = None
+            if os.environ.get("RANK", "0") == "0":
+                print("this model has no T5: zeros take its place")
+        elif part == "text_encoder_3" and not with_t5:
+            parts[part] = None
+        else:
+            parts[part] = _load_encoder(kind, part, config, args, dtype)
+        if parts[part] is None and not (config.folder / tokenizer).is_dir():
+            parts[tokenizer] = None
+        else:
+            parts[tokenizer] = loaded.tokenizer(
+                loaded.class_of(index, tokenizer, config.folder, config.flag),
+                *(config.folder, tokenizer),
+                flag=config.flag,
+                encoder=parts[part],
+            )
+    scheduler = config.make_scheduler(config.scheduler.get("shift", 1.0))
+    return StableDiffusion3Pipeline(**parts, scheduler=scheduler)
+
+
+_KINDS: dict[str, Any] = {
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}
+
+
+def _lacks_t5(config: Config, index: Mapping[str, Any]) -> bool:
+    """Whether a model says that it has no T5, or a single file comes without it."""
+    part = "text_encoder_3"
+    if config.checkpoint is not None and part in config.checkpoint:
+        return False
+    if any((config.folder / part).glob("*.safetensors")):
+        return False
+    return config.checkpoint is not None or index.get(part, [None])[0] is None
+
+
+def _load_encoder(kind: Any, part: str, config: Config, args: ModelArgs, dtype: torch.dtype) -> Any:
+    """One text encoder, from the single file if it has it, else from the folder."""
+    if config.checkpoint is not None:
+        if part in config.checkpoint:
+            return load_encoder(config.checkpoint, part, config.folder, dtype)
+        if not any((config.folder / part).glob("*.safetensors")):
+            raise UserError(
+                f"--single_file_config: neither {config.checkpoint.path.name} nor "
+                f"{config.folder / part} has the weights of CLIP"
+            )
+    return loaded.network(
+        kind, config.folder, part, flag=config.flag, dtype=dtype, variant=args.variant
+    ).eval()
+
+
+def velocity(
+    transformer: torch.nn.Module,
+    noisy: Tensor,
+    sigma: Tensor,
+    prompt_embeds: Tensor,
+    pooled_prompt_embeds: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The network's velocity at `noisy` [B, C, h, w]: float32, whatever the network computes in.
+
+    The timestep stays float32: in bfloat16 only 353 of 1000 values would differ.
+    """
+    return transformer(
+        hidden_states=noisy.to(dtype),
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        pooled_projections=pooled_prompt_embeds.to(dtype),
+        timestep=1000 * sigma,
+        return_dict=False,
+    )[0].float()
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, config: Config, latents: Tensor) -> Tensor:
+    """Latents as the transformer sees them to pictures: float32 [B, 3, H, W] in [0, 1]."""
+    shift, scale = config.vae["shift_factor"], config.vae["scaling_factor"]
+    return pipelines.decode(vae, latents, scale=scale, shift=shift)
+
+
+def training_cost(
+    config: Config,
+    args: ModelArgs,
+    dtype: torch.dtype,
+    add_adapter: Callable[[torch.nn.Module], object],
+    batch_size: int,
+    latent_shape: tuple[int, int, int],
+    *,
+    checkpointing: bool,
+) -> tuple[SD3Transformer2DModel, cost.Cost]:
+    """A model on the meta device as it will be trained, and what one micro-batch costs on it."""
+    with torch.device("meta"):
+        transformer: Any = SD3Transformer2DModel.from_config(config.transformer)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(batch_size, *shape, dtype=dtype, device="meta")
+
+    latents = empty(*latent_shape)
+    tokens = config.clip_tokens + args.max_sequence_length
+    embeds = empty(tokens, config.transformer["joint_attention_dim"])
+    pooled = empty(config.transformer["pooled_projection_dim"])
+    sigma = torch.empty(batch_size, device="meta")
+
+    def loss() -> Tensor:
+        return velocity(transformer, latents, sigma, embeds, pooled, dtype).mean()
+
+    return transformer, cost.training_cost(
+        transformer, add_adapter, loss, dtype, checkpointing=checkpointing
+    )

@@ -1,0 +1,226 @@
+"""Captions to what the transformer reads, and what takes its place when a caption is dropped.
+
+One caption is `prompt_embeds` [T, D], CLIP rows first (CLIP-L and CLIP-G side by side, zeros up to
+D), then T5's, and `pooled_prompt_embeds` [P], CLIP-L's part first. SD3 has no attention mask, so
+padding is attended to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from dojo.models import loaded
+from dojo.models.folder import Embeds
+from dojo.models.sd3.config import Config, ModelArgs
+from dojo.models.sd3.models import load_text_pipeline
+from dojo.models.truncation import Reader
+
+EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # [B, T, D] and [B, P]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextArgs:
+    """How captions become embeddings, and what stands for no caption."""
+
+    t5_padding: Literal["unmodified", "zero"] = "unmodified"
+    """T5's rows of padding: as the encoder gives them (as the pipeline does), or zeros"""
+    uncond: Literal["empty_string", "zeros"] = "empty_string"
+    """what the empty caption becomes in caption dropout and at validation: the embeddings of "", as
+    in the pipeline, or zeros, as the base model was trained with"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDropoutArgs(TextArgs):
+    """The same, and how often single encoders are left out in training."""
+
+    clip_l_dropout: float = 0.0
+    """share of samples whose CLIP-L embeddings are zeros, independently of the other encoders"""
+    clip_g_dropout: float = 0.0
+    """the same for CLIP-G"""
+    t5_dropout: float = 0.0
+    """the same for T5"""
+
+    def __post_init__(self) -> None:
+        for name, share in self.dropout.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"--{name}_dropout must lie between 0 and 1")
+
+    @property
+    def dropout(self) -> dict[str, float]:
+        """Share of dropped samples per encoder."""
+        return {"clip_l": self.clip_l_dropout, "clip_g": self.clip_g_dropout, "t5": self.t5_dropout}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each encoder's numbers lie in the embeddings of a caption."""
+
+    clip_tokens: int
+    clip_l_width: int
+    clip_g_width: int
+    clip_l_pooled: int
+
+    @classmethod
+    def of(cls, config: Config) -> Layout:
+        """Reads the widths from the encoders' configurations."""
+
+        def read(part: str) -> dict[str, Any]:
+            return json.loads((config.folder / part / "config.json").read_text())
+
+        clip_l, clip_g = read("text_encoder"), read("text_encoder_2")
+        return cls(
+            clip_tokens=config.clip_tokens,
+            clip_l_width=clip_l["hidden_size"],
+            clip_g_width=clip_g["hidden_size"],
+            clip_l_pooled=clip_l["projection_dim"],
+        )
+
+    def drop(self, embeds: Mapping[str, Tensor], dropped: Mapping[str, Tensor]) -> Embeds:
+        """Zeros in place of single encoders' outputs, as SD3 was trained (arXiv:2403.03206, B.3).
+
+        Args:
+            dropped: `clip_l`, `clip_g`, `t5`, each bool [B]: whose output a sample goes without.
+        """
+        rows = embeds["prompt_embeds"].clone()  # [B, T, D]
+        pooled = embeds["pooled_prompt_embeds"].clone()  # [B, P]
+        n, split, end = self.clip_tokens, self.clip_l_width, self.clip_l_width + self.clip_g_width
+        rows[dropped["clip_l"], :n, :split] = 0
+        pooled[dropped["clip_l"], : self.clip_l_pooled] = 0
+        rows[dropped["clip_g"], :n, split:end] = 0
+        pooled[dropped["clip_g"], self.clip_l_pooled :] = 0
+        rows[dropped["t5"], n:] = 0
+        return {"prompt_embeds": rows, "pooled_prompt_embeds": pooled}
+
+
+def readers(config: Config, args: ModelArgs) -> list[Reader]:
+    """The tokenizers of a model and how much its encoders read, without the encoders."""
+    folder, limit = config.folder, config.clip_tokens
+    found = [
+        Reader("CLIP", loaded.tokenizer(CLIPTokenizer, folder, part, flag=config.flag), limit)
+        for part in ("tokenizer", "tokenizer_2")
+    ]
+    if config.has_t5:
+        t5 = loaded.tokenizer(T5Tokenizer, folder, "tokenizer_3", flag=config.flag)
+        found.append(Reader("T5", t5, args.max_sequence_length, "--max_sequence_length"))
+    return found
+
+
+class TextEncoders:
+    """The three text encoders; the two CLIPs may be in training.
+
+    Equal to `StableDiffusion3Pipeline.encode_prompt` bit for bit when T5's padding is unmodified.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        max_sequence_length: int,
+        t5_padding: Literal["unmodified", "zero"],
+        width: int,
+        device: torch.device,
+    ) -> None:
+        """Takes the encoders of a pipeline.
+
+        Args:
+            max_sequence_length: tokens of T5.
+            width: D, that the transformer reads.
+            device: where the encoders compute.
+        """
+        self.clip_tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2]
+        self.clips = [pipeline.text_encoder, pipeline.text_encoder_2]
+        self.tokenizer_3 = pipeline.tokenizer_3
+        self.t5 = pipeline.text_encoder_3
+        self.clip_tokens = pipeline.tokenizer.model_max_length
+        self.t5_tokens = max_sequence_length
+        self.width = width
+        self.zero_padding = t5_padding == "zero"
+        self.device = device
+
+    @classmethod
+    def load(
+        cls,
+        config: Config,
+        args: ModelArgs,
+        text: TextArgs,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        with_t5: bool = True,
+    ) -> TextEncoders:
+        """The frozen encoders of a model."""
+        pipeline: Any = load_text_pipeline(config, args, dtype, with_t5=with_t5)
+        for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+            if part is not None:
+                part.requires_grad_(False).eval().to(device)
+        return cls(
+            pipeline,
+            max_sequence_length=args.max_sequence_length,
+            t5_padding=text.t5_padding,
+            width=int(config.transformer["joint_attention_dim"]),
+            device=device,
+        )
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Embeds:
+        """Everything that the transformer reads of the captions, on the CPU."""
+        rows, pooled = self.clip(captions)
+        t5_rows = self._t5(captions).to(rows.dtype)
+        prompt_embeds = torch.cat([rows, t5_rows], dim=1)
+        return {"prompt_embeds": prompt_embeds.cpu(), "pooled_prompt_embeds": pooled.cpu()}
+
+    def clip(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """CLIP's rows [B, clip tokens, D] and pooled vectors [B, P], with gradients if they train.
+
+        A caption longer than CLIP's 77 tokens is cut; T5 sees more of it.
+        """
+        rows, pooled = [], []
+        for tokenizer, encoder in zip(self.clip_tokenizers, self.clips, strict=True):
+            tokens = tokenizer(
+                list(captions),
+                padding="max_length",
+                max_length=self.clip_tokens,
+                truncation=True,
+                return_tensors="pt",
+            )
+            encoder.train(torch.is_grad_enabled())  # dropout of adapters in training only
+            output = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
+            rows.append(output.hidden_states[-2])
+            pooled.append(output[0])
+        side_by_side = torch.cat(rows, dim=-1)
+        padded = F.pad(side_by_side, (0, self.width - side_by_side.shape[-1]))
+        return padded, torch.cat(pooled, dim=-1)
+
+    def free_t5(self) -> None:
+        """Forgets T5, the largest of the three, once its rows are cached."""
+        self.t5 = None
+
+    def _t5(self, captions: Sequence[str]) -> Tensor:
+        if self.t5 is None:  # a checkpoint without T5: the pipeline gives zeros too
+            return torch.zeros(len(captions), self.t5_tokens, self.width, device=self.device)
+        tokens = self.tokenizer_3(
+            list(captions),
+            padding="max_length",
+            max_length=self.t5_tokens,
+            truncation=True,
+            return_tensors="pt",
+        )
+        rows = self.t5(tokens.input_ids.to(self.device))[0]
+        if self.zero_padding:
+            rows = rows * tokens.attention_mask.to(rows).unsqueeze(-1)
+        return rows
+
+
+def with_live_clip(cached: Mapping[str, Tensor], rows: Tensor, pooled: Tensor) -> Embeds:
+    """Cached embeddings with CLIP's part replaced by what CLIP says now (it is in training)."""
+    tail = cached["prompt_embeds"][:, rows.shape[1] :]
+    joined = torch.cat([rows, tail.to(rows.dtype)], dim=1)
+    return {"prompt_embeds": joined, "pooled_prompt_embeds": pooled}
