@@ -29,7 +29,7 @@ from dojo.finetune import lora
 from dojo.finetune import weights as trained
 from dojo.finetune import whole as full
 from dojo.inputs import pretraining_pictures as pretraining
-from dojo.inputs import prompts, texts
+from dojo.inputs import prompts, steering, texts
 from dojo.launch import interrupt
 from dojo.maths import denoising, preference
 from dojo.methods import refl as direct
@@ -156,7 +156,7 @@ def main(args: Args) -> None:
         captions = [prompt.text for prompt in batch]
         with run.accelerator.accumulate(model):
             scored = args.refl.draw(run.seed, places[0] // micro_batch)
-            epsilon = direct.predictor(model, embed, captions, run.dtype, **guidance)
+            epsilon = steering.predictor(model, embed, captions, run.dtype, **guidance)
             noise = rng.normal(shape, run.keys("noise", places), run.device)
             clean = denoising.estimate(
                 *(epsilon, noise, way, run.keys("way", places)),

@@ -21,7 +21,7 @@ files: cli
 download: cli
 maths: rng
 data: cli files rng
-run: cli files launch models.folder
+run: cli files launch
 report: cli files
 models: cli files maths rng run
 finetune: cli files models rng run
@@ -29,7 +29,7 @@ lora: finetune
 publish: cli files run
 pocket: cli files finetune maths models report rng run
 rewards: cli data files models pocket.scenes pocket.verifier
-inputs: cli data files finetune launch maths methods.refl models pocket.scenes rewards rng run
+inputs: cli data files finetune launch maths models pocket.scenes rewards rng run
 evaluate: cli data files finetune inputs launch maths models report rewards rng run
 methods: cli data evaluate finetune inputs maths models rewards rng run
 bench: cli files finetune maths models run
@@ -73,7 +73,7 @@ def imports(path: Path, package: str = "") -> Iterator[str]:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *([base] if base else [])])
             # `from dojo.maths import flow` names a module, `from dojo.maths.flow import loss` a
-            # function in one: both spellings are given, and the reader below takes what is a module.
+            # function in one: both spellings are given; the reader below takes what is a module.
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
@@ -155,9 +155,9 @@ def test_a_circle_is_found_where_there_is_one() -> None:
 
 def test_relative_and_nested_imports_are_seen(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
-    path.write_text("def f():\n    from .. import sd3\n    from .scenes import draw\n")
+    path.write_text("def f():\n    from .. import files\n    from .scenes import draw\n")
     names = set(imports(path, "dojo.pocket"))
-    assert {"dojo.models.sd3", "dojo.pocket.scenes"} <= names
+    assert {"dojo.files", "dojo.pocket.scenes"} <= names
 
 
 def test_the_maths_loads_without_the_libraries_of_the_parts() -> None:

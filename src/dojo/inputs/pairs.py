@@ -21,10 +21,10 @@ from dojo.cli.masking import hide
 from dojo.files import outputs
 from dojo.finetune.weights import Trained
 from dojo.inputs import pictures as frozen
+from dojo.inputs import steering
 from dojo.inputs.texts import Texts
 from dojo.launch import interrupt
 from dojo.maths import ddpm, preference
-from dojo.methods import refl as direct
 from dojo.models import sd15
 from dojo.rewards import spec, weights
 from dojo.run import checkpoint
@@ -372,7 +372,7 @@ def errors(
     dtype: torch.dtype,
 ) -> Tensor:
     """The mean squared error of the predicted noise, winners before losers: [2B]."""
-    epsilon = direct.predictor(unet, texts, captions, dtype)
+    epsilon = steering.predictor(unet, texts, captions, dtype)
     return ddpm.squared_error(epsilon(pairs.noisy, pairs.timestep), pairs.noise)
 
 

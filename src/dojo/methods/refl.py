@@ -23,10 +23,10 @@ from dojo.finetune import lora
 from dojo.finetune import whole as full
 from dojo.finetune.weights import Trained
 from dojo.inputs import pictures as frozen
+from dojo.inputs import steering
 from dojo.inputs.prompts import Prompt, read_file
 from dojo.inputs.texts import Texts
-from dojo.maths import ddpm, denoising
-from dojo.maths import transitions as samplers
+from dojo.maths import ddpm
 from dojo.models import folder as pipelines
 from dojo.models import sd15
 from dojo.rewards import Reward, RewardOutput
@@ -187,7 +187,7 @@ def pretraining_errors(
     noise = _normal(mean, keys, "noise", run)
     timestep = timesteps(keys, config.schedule).to(run.device)
     noisy = ddpm.add_noise(latents, noise, timestep, config.schedule)
-    epsilon = predictor(unet, texts, rows["caption"], run.dtype)
+    epsilon = steering.predictor(unet, texts, rows["caption"], run.dtype)
     return ddpm.squared_error(epsilon(noisy, timestep), noise)
 
 
@@ -315,33 +315,6 @@ class CostOptions(Protocol):
     def full(self) -> full.WholeArgs: ...
 
 
-def predictor(
-    unet: nn.Module,
-    texts: Texts,
-    prompts: Sequence[str],
-    dtype: torch.dtype,
-    *,
-    guidance_scale: float = 1.0,
-    negative_prompt: str = "",
-) -> denoising.Epsilon:
-    """The network's noise for B prompts, with guidance where the scale is above 1."""
-    embeds = texts(prompts)["prompt_embeds"]  # [B, T, D]
-
-    def plain(latents: Tensor, timestep: Tensor) -> Tensor:
-        return sd15.epsilon(unet, latents, timestep, embeds, dtype)
-
-    if guidance_scale == 1:
-        return plain
-    both = torch.cat([texts([negative_prompt] * len(prompts))["prompt_embeds"], embeds])
-
-    def guided(latents: Tensor, timestep: Tensor) -> Tensor:
-        twice = torch.cat([latents, latents]), torch.cat([timestep, timestep])
-        unconditional, conditional = sd15.epsilon(unet, *twice, both, dtype).chunk(2)
-        return samplers.guided(conditional, unconditional, guidance_scale)
-
-    return guided
-
-
 def evaluator(
     run: Run,
     config: sd15.Config,
@@ -372,14 +345,14 @@ def evaluator(
     }
 
     def draw(words: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        own = predictor(trained.network, texts, words, run.dtype, **guidance)
+        own = steering.predictor(trained.network, texts, words, run.dtype, **guidance)
         moved: list[Tensor] = []
 
         def watched(latents: Tensor, timestep: Tensor) -> Tensor:
             predicted = own(latents, timestep)
             if trained.has_reference:
                 with trained.reference() as before:
-                    other = predictor(before, texts, words, run.dtype, **guidance)
+                    other = steering.predictor(before, texts, words, run.dtype, **guidance)
                     moved.append(ddpm.squared_error(predicted, other(latents, timestep)))
             return predicted
 

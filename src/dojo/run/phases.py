@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import transformers
 from diffusers import AutoencoderKL
 from torch import nn
 
-from dojo.models.folder import PipelineConfig
 from dojo.run import cost
 
 CARDS = (8, 12, 16, 24, 48, 80)
@@ -24,11 +24,22 @@ CONTEXT = 1.0
 _GIB = 2**30
 
 
+class Parts(Protocol):
+    """A pipeline's folder and what is known of its autoencoder."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def vae(self) -> Mapping[str, Any]: ...
+    @property
+    def pixels_per_latent(self) -> int: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """What a run holds beside the network that it trains."""
 
-    config: PipelineConfig
+    config: Parts
     text: Sequence[str]
     """folders of the text encoders"""
     dtype: torch.dtype
