@@ -166,7 +166,8 @@ def rl_flags(folder: Path, model: Path) -> list[str]:
 # Runs a training script as a user would, and kills its own process at a chosen place.
 _DEADLY = """
 import os, runpy, signal, sys
-from dojo import checkpoint, training
+from dojo.run import checkpoint
+from dojo.run import run as training
 from dojo.data import shards
 
 shards.SHARD_SIZE = 2  # several shards of the ten scenes

@@ -39,7 +39,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 CHILD = """
 import sys, time
-from dojo import interrupt
+from dojo.launch import interrupt
 interrupt.watch()
 with interrupt.patience(sys.argv[1]):
     print("ready", flush=True)

@@ -248,7 +248,8 @@ def test_the_saved_names_are_those_that_diffusers_writes(
 
 _SAVE = """
 import sys, torch
-from dojo import lora, sd3
+from dojo.finetune import lora
+from dojo.models import sd3
 args = sd3.ModelArgs(pretrained_model_name_or_path=sys.argv[1])
 cpu = torch.device("cpu")
 model = sd3.load_transformer(sd3.open_model(args), args, torch.float32, cpu)

@@ -256,7 +256,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_is_not_overwritten(tmp_path: Pa
 HOLDER = """
 import sys
 from pathlib import Path
-from dojo import outputs
+from dojo.files import outputs
 sys.argv = ["train_x.py"]
 outputs.claim(Path(sys.stdin.readline().strip()), "run")
 print("held", flush=True)

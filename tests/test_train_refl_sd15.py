@@ -21,6 +21,7 @@ from torch import Tensor
 import train_refl_sd15
 from dojo.cli import TrainingStopped, UserError
 from dojo.finetune import lora
+from dojo.inputs import steering
 from dojo.maths import ddpm, denoising, preference
 from dojo.maths.gaussian import Gaussian
 from dojo.methods import refl as direct
@@ -365,7 +366,7 @@ def test_guidance_is_that_of_diffusers(
     pipeline.unet.eval()
     looked: list[Tensor] = []
     prompts: list[str] = []
-    predictor, estimate = direct.predictor, denoising.estimate
+    predictor, estimate = steering.predictor, denoising.estimate
 
     def asked(unet: Any, texts: Any, captions: Any, *others: Any, **options: Any) -> Any:
         prompts[:] = captions
@@ -382,7 +383,7 @@ def test_guidance_is_that_of_diffusers(
         looked.append(expected)
         return estimate(epsilon, noise, way, *others, **options)
 
-    monkeypatch.setattr(direct, "predictor", asked)
+    monkeypatch.setattr(steering, "predictor", asked)
     monkeypatch.setattr(denoising, "estimate", compared)
     guided = ("--guidance_scale", "4", "--negative_prompt", "a dog", *ONE_STEP)
     train(tmp_path, tiny_sd15, *NO_EVALUATION, *guided)
@@ -420,13 +421,13 @@ def test_prompts_that_fill_no_whole_batch_come_once_in_a_pass(
     tmp_path: Path, tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[str] = []
-    predictor = direct.predictor
+    predictor = steering.predictor
 
     def asked(unet: Any, texts: Any, captions: Any, *others: Any, **options: Any) -> Any:
         prompts.extend(captions)
         return predictor(unet, texts, captions, *others, **options)
 
-    monkeypatch.setattr(direct, "predictor", asked)
+    monkeypatch.setattr(steering, "predictor", asked)
     own = (*NO_EVALUATION, "--train_batch_size", "4", "--num_train_epochs", "2")
     flags = ("--max_train_steps", "None", "--sample_steps", "2")
     folder = train(tmp_path, tiny_sd15, *own, *flags)

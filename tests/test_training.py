@@ -657,7 +657,7 @@ def test_a_checkpoint_over_the_limit_that_a_kill_left_goes_at_the_next_start(
 
 
 def test_processes_whose_launcher_is_killed_end_too() -> None:
-    child = "from dojo import launcher; launcher.watch(0.05); print('on', flush=True)\n"
+    child = "from dojo.launch import launcher; launcher.watch(0.05); print('on', flush=True)\n"
     child += "import time; time.sleep(300)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     process = subprocess.Popen(
