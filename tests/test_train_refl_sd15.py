@@ -24,7 +24,6 @@ from dojo.finetune import lora
 from dojo.inputs import steering
 from dojo.maths import ddpm, denoising, preference
 from dojo.maths.gaussian import Gaussian
-from dojo.methods import refl as direct
 from dojo.methods.refl import ReflArgs
 from dojo.models import sd15
 from dojo.rewards import loading
