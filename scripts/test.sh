@@ -4,7 +4,7 @@
 #
 #   bash scripts/test.sh                    everything that is not marked slow
 #   bash scripts/test.sh -m slow            the slow tests
-#   bash scripts/test.sh tests/test_cli.py  one file
+#   bash scripts/test.sh tests/cli          one folder
 #   bash scripts/test.sh -n 0               one test after the other, in one process
 #
 # It needs no GPU and no hub. Each stage says how long it took.

@@ -35,10 +35,9 @@ from typing import Literal
 import torch
 
 from dojo import cli
-
-from .conftest import ROOT, make_scenes, make_tiny, rl_flags, run_flags
-from .test_train_dpo_sd15 import mine, write_pairs
-from .test_train_refl_sd15 import PROMPTS
+from tests.conftest import ROOT, make_scenes, make_tiny, rl_flags, run_flags
+from tests.scripts.test_train_dpo_sd15 import mine, write_pairs
+from tests.scripts.test_train_refl_sd15 import PROMPTS
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 IN_A_ROW = 4  # kills of one run before it is let to its end

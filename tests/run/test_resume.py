@@ -1,0 +1,292 @@
+"""Claims about what a run may be continued with, and what is said where it may not."""
+
+import importlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+
+import train_grpo_sd3
+import train_lora_sd3
+from dojo import cli
+from dojo.cli import UserError
+from dojo.run import optim
+from dojo.run import run as training
+from tests.conftest import ROOT, MakeArgs, reset_accelerate, rl_flags
+from tests.run.test_training import metrics, toy
+
+# The shape of the learning rate, when the length changes
+
+
+def span_of(*words: str, made: optim.Span, step: int, num_steps: int) -> optim.Span:
+    args = cli.parse(optim.OptimArgs, None, ["--learning_rate", "1e-3", *words])
+    return optim.new_span(args, made, step, num_steps)
+
+
+def test_the_length_of_a_rate_that_hangs_on_it_is_the_users_choice() -> None:
+    made = optim.Span(0, 100)
+
+    def span(*words: str, step: int = 100, num_steps: int = 200) -> optim.Span:
+        return span_of(
+            "--lr_scheduler", "cosine", *words, made=made, step=step, num_steps=num_steps
+        )
+
+    with pytest.raises(UserError) as refused:
+        span()
+    # From 0, where the cosine ended, to half of 1e-3: nobody wanted that unsaid.
+    said = str(refused.value)
+    assert "made for 100 optimizer steps and stands at 100 with a learning rate of 0;" in said
+    assert "stretch (as if it had been so long from the start: goes on at 0.0005)" in said
+    assert "restart (anew over the steps that are left: 0.001)" in said
+    assert "keep (as it was: 0)" in said
+    choice = "--lr_when_length_changes"
+    assert span(choice, "stretch") == optim.Span(0, 200)
+    assert span(choice, "restart") == optim.Span(100, 100)
+    assert span(choice, "keep") == made
+    assert span(num_steps=100, step=50) == made
+    # The same command again, on the way or after another kill: nothing is decided anew.
+    begun = optim.Span(100, 100)
+    again = span_of("--lr_scheduler", "linear", made=begun, step=150, num_steps=200)
+    assert again == begun
+    for words in (["--lr_scheduler", "constant"], ["--optimizer", "schedulefree"]):
+        assert span_of(*words, made=made, step=100, num_steps=200) == optim.Span(0, 200)
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("stretch", [0.5, 0.375, 0.25, 0.125, 0]),
+        ("restart", [1, 0.75, 0.5, 0.25, 0]),
+        ("keep", [0, 0, 0, 0, 0]),
+    ],
+)
+def test_the_rate_goes_on_as_chosen_and_after_a_resume(choice: str, expected: list[float]) -> None:
+    words = ["--learning_rate", "1", "--lr_scheduler", "linear", "--lr_when_length_changes", choice]
+    args = cli.parse(optim.OptimArgs, None, words)
+
+    class Length:
+        num_steps, samples_per_step, device = 4, 1, torch.device("cpu")
+
+    def made() -> tuple[Any, Any]:
+        return optim.make([torch.nn.Parameter(torch.zeros(1))], args, Length())
+
+    optimizer, schedule = made()
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+    span = optim.new_span(args, optim.Span(0, 4), 4, 8)
+    rates: list[float] = []
+    for step in range(4, 9):
+        saved = optimizer.state_dict(), schedule.state_dict()
+        Length.num_steps = 8
+        optimizer, schedule = made()  # a kill after every step
+        optimizer.load_state_dict(saved[0])
+        schedule.load_state_dict(saved[1])
+        optim.respan(optimizer, schedule, args, span)
+        assert schedule.last_epoch == step
+        rates.append(optim.learning_rate(optimizer))
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_a_longer_cosine_run_asks_before_it_changes_anything(
+    lora_args: MakeArgs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cosine = ["--lr_scheduler", "cosine", "--resume_from_checkpoint", "latest"]
+    train_lora_sd3.main(lora_args(tmp_path, *cosine, "--max_train_steps", "2"))
+    before = (tmp_path / "run" / "args.json").read_bytes()
+    longer = [*cosine, "--max_train_steps", "4"]
+    reset_accelerate()
+    with pytest.raises(UserError, match="--lr_when_length_changes stretch"):
+        train_lora_sd3.main(lora_args(tmp_path, *longer))
+    assert (tmp_path / "run" / "args.json").read_bytes() == before
+    reset_accelerate()
+    train_lora_sd3.main(lora_args(tmp_path, *longer, "--lr_when_length_changes", "restart"))
+    assert "cosine runs from step 2 over 2" in capsys.readouterr().out
+    rates = [row["lr"] for row in metrics(tmp_path / "run")]
+    assert rates == pytest.approx([0.5e-4, 0, 0.5e-4, 0])  # of the next step each
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "state.json").read_text())
+    assert (state["lr_start"], state["lr_steps"]) == (2, 2)
+
+
+# Batches
+
+
+def saved_by(args: Any, folder: Path, **plan: Any) -> training.Run:
+    """A run at its first step whose checkpoint lies in `folder / run`."""
+    reset_accelerate()
+    trained = toy(args)
+    trained.run.plan(args.optim, 100, "fingerprint", **plan)
+    trained.step(1.0)
+    for _ in range(args.optim.gradient_accumulation_steps - 1):
+        trained.step(1.0)
+    trained.run.save_checkpoint(lambda _: None, trained.optimizer, trained.schedule, now=True)
+    assert (folder / "run" / "checkpoint-1").is_dir()
+    return trained.run
+
+
+def resumed(args: Any, processes: int = 1, data: str = "fingerprint", **plan: Any) -> None:
+    """Begins a run that goes on from it, as one of so many processes."""
+    reset_accelerate()
+    run = training.start(args.run, args.optim)
+    run.accelerator.state._shared_state["num_processes"] = processes  # pyright: ignore
+    try:
+        run.plan(args.optim, 100, data, **plan)
+        run._check_resumed()
+    finally:
+        run.accelerator.state._shared_state["num_processes"] = 1  # pyright: ignore
+
+
+def test_another_number_of_processes_is_told_which_batches_go_on(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    def args(batch: int, steps: int) -> Any:
+        words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(steps)]
+        return lora_args(tmp_path, *words, "--resume_from_checkpoint", "latest")
+
+    saved_by(args(4, 2), tmp_path)
+    fitting = "--train_batch_size 2 --gradient_accumulation_steps 2 on 2 processes goes on"
+    with pytest.raises(UserError, match=rf"8, now 16; {fitting}"):
+        resumed(args(4, 2), processes=2)
+    resumed(args(2, 2), processes=2)
+    resumed(args(4, 1), processes=2)
+    with pytest.raises(UserError, match=r"with 3 processes it cannot .*, with 1 or 2 or 4 it can"):
+        resumed(args(4, 2), processes=3)
+    # Pictures of several sizes are dealt into batches over all processes: their order is other.
+    with pytest.raises(UserError, match=rf"batches of 4 .*, now 8; with the same data, {fitting}"):
+        resumed(args(4, 1), processes=2, data="other")
+
+
+def test_batches_on_which_the_numbers_hang_must_stay(lora_args: MakeArgs, tmp_path: Path) -> None:
+    def args(batch: int, steps: int) -> Any:
+        words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(steps)]
+        return lora_args(tmp_path, *words, "--resume_from_checkpoint", "latest")
+
+    def sizes(train: int, sample: int) -> dict[str, int]:
+        return {"train_batch_size": train, "sample_batch_size": sample}
+
+    saved_by(args(4, 2), tmp_path, together=sizes(4, 8))
+    resumed(args(4, 2), together=sizes(4, 8))
+    fitting = "--train_batch_size 2 --sample_batch_size 4 --gradient_accumulation_steps 2 on 2"
+    resumed(args(2, 2), processes=2, together=sizes(2, 4))
+    with pytest.raises(UserError, match=rf"--sample_batch_size\), now 4.*{fitting}"):
+        resumed(args(2, 2), processes=2, together=sizes(2, 2))
+    with pytest.raises(UserError, match=r"batches of 4 .*--train_batch_size\), now 2"):
+        resumed(args(2, 4), together=sizes(2, 8))
+
+
+def test_a_policy_is_not_sampled_in_other_batches_after_a_resume(
+    tiny_sd3: Path, tmp_path: Path
+) -> None:
+    flags = [*rl_flags(tmp_path, tiny_sd3), "--max_train_steps", "2"]
+    train_grpo_sd3.main(cli.parse(train_grpo_sd3.Args, None, flags))
+    reset_accelerate()
+    more = ["--resume_from_checkpoint", "latest", "--max_train_steps", "4"]
+    more += ["--sample_batch_size", "8"]
+    with pytest.raises(UserError, match=r"batches of 4 .*--sample_batch_size\), now 8"):
+        train_grpo_sd3.main(cli.parse(train_grpo_sd3.Args, None, [*flags, *more]))
+
+
+# What may change is named by its group
+
+
+def test_every_incidental_option_exists_in_its_group() -> None:
+    there: set[str] = set()
+    for path in ROOT.glob("train_*.py"):
+        for group, kind in get_type_hints(importlib.import_module(path.stem).Args).items():
+            there |= {f"{group}.{field.name}" for field in fields(kind)}
+    listed = training._INCIDENTAL.split()
+    assert set(listed) <= there
+    assert len(listed) == len(set(listed))
+
+
+def changed(folder: Path, args: Any, then: dict[str, Any], precision: str = "no") -> list[str]:
+    """What differs from a record in which some top-level entries were others."""
+    run = training.start(args.run, args.optim)
+    record = {**training.record(args, run), **then}
+    (folder / "args.json").write_text(json.dumps(record))
+    return training._changed_options(folder, args, precision)
+
+
+def test_where_the_precision_came_from_is_said(
+    lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = lora_args(tmp_path)
+    config = {"mixed_precision": "bf16", "mixed_precision_from": "by accelerate's configuration"}
+    [told] = changed(tmp_path, args, config)
+    assert told == (
+        "--mixed_precision was bf16 (by accelerate's configuration), now no (by the flag)"
+    )
+    unset = lora_args(tmp_path)
+    object.__setattr__(unset.run, "mixed_precision", None)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    [told] = changed(tmp_path, unset, config)
+    assert told.endswith(
+        "now no (by default: python and torchrun read no configuration of accelerate's)"
+    )
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    [told] = changed(tmp_path, unset, {"mixed_precision": "bf16"})
+    assert told.endswith("now no (by accelerate's configuration)")
+    assert changed(tmp_path, unset, {}) == []
+
+
+# Processes
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharding_is_refused_on_a_cpu_too(
+    lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    args = lora_args(tmp_path)
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(UserError, match=f"{kind} is not supported yet"):
+        training.start(args.run, args.optim)
+
+
+def test_fewer_processes_than_were_asked_for_are_said(
+    lora_args: MakeArgs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = lora_args(tmp_path)
+    training.start(args.run, args.optim)
+    assert "were asked for" not in capsys.readouterr().out
+    monkeypatch.setattr(training.launch, "asked_processes", lambda: 2)
+    training.start(args.run, args.optim)
+    said = capsys.readouterr().out
+    assert "2 processes were asked for and this run has 1" in said
+    assert "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2" in said
+
+
+# A length that nobody gave
+
+
+def test_an_unset_length_is_rounded_to_whole_epochs_and_said(
+    lora_args: MakeArgs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = lora_args(tmp_path)
+    object.__setattr__(args.optim, "max_train_steps", None)
+    run = training.start(args.run, args.optim)
+    run.plan(args.optim, 2 * 16, "fingerprint", whole_epochs=True)  # 16 steps of two
+    assert run.num_steps == 1008
+    said = capsys.readouterr().out
+    assert "no --max_train_steps: 1008 optimizer steps, which are 63 whole epochs of 16" in said
+    run.plan(args.optim, 2 * 16, "fingerprint")
+    assert run.num_steps == 1000
+
+
+@pytest.mark.parametrize("name", ["train_grpo_sd3", "train_ddpo_sd3"])
+def test_the_default_command_of_reinforcement_learning_is_accepted(
+    name: str, tiny_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = importlib.import_module(name)
+    words = ["--pretrained_model_name_or_path", str(tiny_sd3), "--output_dir", str(tmp_path)]
+    words += ["--prompt_set", "pocket", "--resolution", "64", "--max_sequence_length", "24"]
+    words += ["--reward", "jpeg_incompressibility", "--mixed_precision", "no", "--dry_run"]
+    script.main(cli.parse(script.Args, None, words))
+    assert "whole epochs of 16" in capsys.readouterr().out
