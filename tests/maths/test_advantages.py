@@ -12,6 +12,7 @@ from torch import Tensor
 from dojo.maths import advantages as policy
 from dojo.maths.advantages import GROUP_FLOOR, PromptBuffer, check_sizes
 from dojo.maths.gaussian import Gaussian
+from dojo.maths.surrogate import Ratio, clipped_surrogate, log_ratio, velocity_kl
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -321,7 +322,7 @@ def test_the_surrogate_is_ppos(clip_range: float) -> None:
     steps = torch.tensor([-3.0, -0.5, 0.0, 0.5, 3.0], dtype=torch.float64)
     ratio = (1 + steps * clip_range).repeat(2)
     advantages = torch.tensor([2.0, -2.0], dtype=torch.float64).repeat_interleave(5)
-    ours = policy.clipped_surrogate(ratio.log(), advantages, clip_range)
+    ours = clipped_surrogate(ratio.log(), advantages, clip_range)
     for i in range(10):
         r, a = ratio[i].item(), advantages[i].item()
         bounded = min(max(r, 1 - clip_range), 1 + clip_range)
@@ -337,7 +338,7 @@ def test_the_surrogate_pulls_within_the_clip_range_and_not_beyond() -> None:
     ratio = torch.tensor([1.0, 1.0, 1.1, 0.9, 1.3, 1.3, 0.7, 0.7])
     advantages = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, -2.0, 2.0, -2.0])
     log_ratio = ratio.log().requires_grad_()
-    policy.clipped_surrogate(log_ratio, advantages, 0.2).loss.sum().backward()
+    clipped_surrogate(log_ratio, advantages, 0.2).loss.sum().backward()
     expected = -advantages * ratio
     expected[[4, 7]] = 0  # good and likelier already, bad and less likely already
     assert log_ratio.grad is not None
@@ -348,9 +349,9 @@ def test_the_first_gradient_is_that_of_the_policy() -> None:
     mean = draw(3, 8).requires_grad_()
     old, new = Gaussian(mean.detach(), 0.5), Gaussian(mean, 0.5)
     x, advantages = old.sample(draw(3, 8, seed=1)), torch.tensor([1.5, -0.5, 0.0])
-    ratio = policy.log_ratio(new, old, x)
+    ratio = log_ratio(new, old, x)
     assert torch.equal(ratio, torch.zeros(3))
-    policy.clipped_surrogate(ratio, advantages, 1e-5).loss.sum().backward()
+    clipped_surrogate(ratio, advantages, 1e-5).loss.sum().backward()
     # -A grad log p: a good sample draws the mean towards itself
     expected = -advantages[:, None] * (x - mean.detach()) / (0.5**2 * 8)
     assert mean.grad is not None
@@ -360,7 +361,7 @@ def test_the_first_gradient_is_that_of_the_policy() -> None:
 @pytest.mark.parametrize("clip_range", [0.0, -1.0])
 def test_a_clip_range_without_width_is_refused(clip_range: float) -> None:
     with pytest.raises(ValueError, match="--clip_range"):
-        policy.clipped_surrogate(torch.zeros(2), torch.ones(2), clip_range)
+        clipped_surrogate(torch.zeros(2), torch.ones(2), clip_range)
 
 
 # How far the policy has moved
@@ -377,17 +378,17 @@ def test_the_ratio_is_that_of_the_densities() -> None:
     new, old, x = moved(0.1)
     densities = [torch.distributions.Normal(one.mean, one.std).log_prob(x) for one in (new, old)]
     expected = (densities[0] - densities[1]).mean(1)
-    torch.testing.assert_close(policy.log_ratio(new, old, x), expected, rtol=1e-3, atol=1e-6)
-    unscaled = policy.log_ratio(new, old, x, "unscaled")
+    torch.testing.assert_close(log_ratio(new, old, x), expected, rtol=1e-3, atol=1e-6)
+    unscaled = log_ratio(new, old, x, "unscaled")
     torch.testing.assert_close(unscaled, 2 * 0.3**2 * expected, rtol=1e-3, atol=1e-6)
 
 
 def test_the_guarded_ratio_is_that_of_grpo_guard() -> None:
     new, old, x = moved(0.1)
-    exact = policy.log_ratio(new, old, x)
+    exact = log_ratio(new, old, x)
     k = old.std  # sqrt(-dt) s
     theirs = exact * k + (new.mean - old.mean).square().mean(1) / (2 * k)
-    ours = policy.log_ratio(new, old, x, "guard")
+    ours = log_ratio(new, old, x, "guard")
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
@@ -396,7 +397,7 @@ def test_the_guarded_ratio_is_centred_and_of_one_scale_in_all_steps() -> None:
     spreads: list[float] = []
     for std in (0.1, 0.8):
         new, old, x = moved(step / std, std)
-        exact, guard = (policy.log_ratio(new, old, x, kind) for kind in ("exact", "guard"))
+        exact, guard = (log_ratio(new, old, x, kind) for kind in ("exact", "guard"))
         assert abs(guard.mean().item()) < 4 * guard.std().item() / math.sqrt(500)
         spreads.append(guard.std().item())
         if std == 0.1:  # E[log ratio] = -|difference|^2 / (2 std^2)
@@ -405,20 +406,20 @@ def test_the_guarded_ratio_is_centred_and_of_one_scale_in_all_steps() -> None:
 
 
 @pytest.mark.parametrize("kind", ["exact", "unscaled", "guard"])
-def test_a_ratio_of_steps_without_noise_is_refused(kind: policy.Ratio) -> None:
+def test_a_ratio_of_steps_without_noise_is_refused(kind: Ratio) -> None:
     still = Gaussian(draw(2, 3), 0.0)
     with pytest.raises(ValueError, match="cannot be trained"):
-        policy.log_ratio(still, still, still.mean, kind)
+        log_ratio(still, still, still.mean, kind)
 
 
 def test_the_velocitys_divergence_is_the_transitions_up_to_a_factor_of_the_step() -> None:
     from dojo.maths.transitions import transition
 
     x, v, reference = draw(3, 16), draw(3, 16, seed=1), draw(3, 16, seed=2)
-    ours = policy.velocity_kl(v, reference)
+    ours = velocity_kl(v, reference)
     torch.testing.assert_close(ours, (v - reference).square().mean(1))
     for sigma, after in ((0.9, 0.8), (0.5, 0.3)):
         here, there = (transition("cps", x, u, sigma, after, 0.8) for u in (v, reference))
         factor = here.kl(there) / ours
         torch.testing.assert_close(factor, factor[:1].expand(3), rtol=1e-4, atol=0)
-    assert policy.velocity_kl(v.bfloat16(), reference).dtype == torch.float32
+    assert velocity_kl(v.bfloat16(), reference).dtype == torch.float32

@@ -1,7 +1,7 @@
-"""The noise-predicting diffusion, against diffusers' schedulers and closed forms."""
+"""The diffusion of Stable Diffusion 1, against diffusers' schedulers and closed forms."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from dojo.maths import ddpm, denoising
 from dojo.pocket.models import DDPM
 
 SCHEDULE = ddpm.Schedule.of(DDPM)
+ZERO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+DARK = ddpm.Schedule.of(DDPM | ZERO)  # ends without signal
 SHAPE = (4, 8, 8)
 
 
@@ -142,6 +144,123 @@ def test_latents_in_half_precision_are_refused() -> None:
         ddpm.transition(zeros, zeros, 10, 5, SCHEDULE, 0)
 
 
+# -- velocity, and schedules that end without signal ---------------------------------------------
+
+EVERY = torch.tensor([0, 10, 400, 800, 999])
+
+
+def test_the_last_timestep_of_a_rescaled_schedule_is_pure_noise() -> None:
+    theirs = scheduler(DDIMScheduler, 10, **ZERO).alphas_cumprod
+    assert torch.allclose(DARK.alphas_cumprod.float(), theirs, atol=1e-6)
+    assert DARK.at(999) == 0
+    assert DARK.at(0) == pytest.approx(SCHEDULE.at(0), rel=1e-12)
+    assert DARK.ends_without_signal
+    assert not SCHEDULE.ends_without_signal
+
+
+def test_nothing_is_left_below_no_signal() -> None:
+    with pytest.raises(ValueError, match="to 0 or above"):
+        ddpm.Schedule(torch.tensor([0.9, 0.1, -0.1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("spacing", get_args(ddpm.Spacing))
+def test_the_timesteps_of_every_spacing_are_diffusers(spacing: ddpm.Spacing) -> None:
+    for steps in (*range(1, 61), 100, 125, 200, 250, 500, 1000):
+        theirs = scheduler(DDIMScheduler, steps, timestep_spacing=spacing).timesteps
+        ours = SCHEDULE.sampling_timesteps(steps, spacing=spacing)
+        assert list(ours) == theirs.clamp(max=999).tolist(), steps
+
+
+@pytest.mark.parametrize("spacing", get_args(ddpm.Spacing))
+def test_timesteps_of_every_spacing_fall_within_the_schedule(spacing: ddpm.Spacing) -> None:
+    # diffusers' trailing has one too many, -1, at 61 steps among others: its table is a range of
+    # floats, whose end hangs on rounding.
+    for steps in range(1, 1001):
+        ours = SCHEDULE.sampling_timesteps(steps, 0, spacing)
+        assert len(ours) == steps
+        assert 999 >= ours[0] >= ours[-1] >= 0
+        assert all(before > after for before, after in ddpm.pairwise(ours))
+        assert spacing != "trailing" or ours[0] == 999
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, DARK])
+def test_velocity_and_noising_are_diffusers(schedule: ddpm.Schedule) -> None:
+    more: dict[str, Any] = ZERO if schedule is DARK else {}
+    theirs = scheduler(DDIMScheduler, 10, **more)
+    clean, noise = draws(5, "clean"), draws(5, "noise")
+    ours = ddpm.velocity(clean, noise, EVERY, schedule)
+    assert torch.allclose(ours, theirs.get_velocity(clean, noise, EVERY), atol=1e-5)
+    noisy = ddpm.add_noise(clean, noise, EVERY, schedule)
+    assert torch.allclose(noisy, theirs.add_noise(clean, noise, EVERY), atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, DARK])
+def test_the_true_velocity_gives_picture_and_noise_back(schedule: ddpm.Schedule) -> None:
+    clean, noise = draws(5, "clean"), draws(5, "noise")
+    noisy = ddpm.add_noise(clean, noise, EVERY, schedule)
+    v = ddpm.velocity(clean, noise, EVERY, schedule)
+    # Nothing is divided by the signal, so no digits are lost where it is weak.
+    picture = ddpm.clean_estimate(noisy, v, EVERY, schedule, "v_prediction")
+    assert torch.allclose(picture, clean, atol=2e-6)
+    back = ddpm.noise_estimate(noisy, v, EVERY, schedule, "v_prediction")
+    assert torch.allclose(back, noise, atol=2e-6)
+
+
+def test_any_velocity_and_its_noise_point_to_one_picture() -> None:
+    noisy, v = draws(5, "noisy"), draws(5, "any")
+    epsilon = ddpm.noise_estimate(noisy, v, EVERY, SCHEDULE, "v_prediction")
+    assert torch.equal(ddpm.noise_estimate(noisy, epsilon, EVERY, SCHEDULE), epsilon)
+    one = ddpm.clean_estimate(noisy, v, EVERY, SCHEDULE, "v_prediction")
+    other = ddpm.clean_estimate(noisy, epsilon, EVERY, SCHEDULE)
+    assert torch.allclose(one, other, atol=2e-4)
+    assert torch.allclose(ddpm.velocity(one, epsilon, EVERY, SCHEDULE), v, atol=2e-5)
+
+
+def test_without_signal_the_velocity_is_the_picture_turned_over() -> None:
+    clean, noise, last = draws(1, "clean"), draws(1, "noise"), torch.tensor([999])
+    assert torch.equal(ddpm.add_noise(clean, noise, last, DARK), noise)
+    v = ddpm.velocity(clean, noise, last, DARK)
+    assert torch.equal(v, -clean)
+    assert torch.equal(ddpm.clean_estimate(noise, v, last, DARK, "v_prediction"), clean)
+    assert torch.equal(ddpm.noise_estimate(noise, v, last, DARK, "v_prediction"), noise)
+    assert DARK.snr(last).item() == 0
+
+
+@pytest.mark.parametrize("more", [{"prediction_type": "v_prediction"}, ZERO])
+@pytest.mark.parametrize(("steps", "eta"), [(10, 0), (40, 0), (10, 0.9), (50, 0.9)])
+def test_a_step_by_velocity_is_diffusers_ddim(more: dict[str, Any], steps: int, eta: float) -> None:
+    # At eta 1 theirs is NaN where the signal ends: the root of what rounding left below zero.
+    theirs = scheduler(
+        DDIMScheduler, steps, **more, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    schedule = DARK if more is ZERO else SCHEDULE
+    way = schedule.sampling_timesteps(steps, spacing="trailing")
+    assert way[0] == 999
+    latents = draws(2, "latents")
+    for timestep, previous in ddpm.pairwise(way):
+        v, noise = draws(2, f"v {timestep}"), draws(2, f"noise {timestep}")
+        ours = ddpm.transition(latents, v, timestep, previous, schedule, eta, "v_prediction")
+        expected = theirs.step(v, timestep, latents, eta=eta, variance_noise=noise).prev_sample
+        assert torch.allclose(ours.mean + ours.std * noise, expected, atol=3e-5)
+        latents = expected
+
+
+def test_predicted_noise_is_refused_where_the_signal_ends() -> None:
+    zeros = torch.zeros(1, *SHAPE)
+    with pytest.raises(ValueError, match="v_prediction"):
+        ddpm.clean_estimate(zeros, zeros, torch.tensor([5]), DARK)
+    with pytest.raises(ValueError, match="v_prediction"):
+        ddpm.transition(zeros, zeros, 999, 899, DARK, 0)
+
+
+def test_offset_noise_moves_whole_channels() -> None:
+    noise, drawn = draws(400, "noise"), rng.normal((4, 1, 1), [("offset", i) for i in range(400)])
+    moved = ddpm.offset_noise(noise, drawn, 0.5)
+    assert torch.equal(moved - noise, (noise + 0.5 * drawn) - noise)
+    assert moved.mean((2, 3)).var().item() == pytest.approx(0.25 + 1 / 64, rel=0.1)
+    assert torch.equal(ddpm.offset_noise(noise, drawn, 0), noise)
+
+
 # -- the whole way -------------------------------------------------------------------------------
 
 
@@ -176,6 +295,23 @@ def test_the_whole_way_is_diffusers_ddim() -> None:
             latents = theirs.step(network.factor * latents, timestep, latents).prev_sample
     assert torch.allclose(ours, latents, atol=2e-4)
     assert network.timesteps[-1] == 1
+
+
+@pytest.mark.parametrize("eta", [0, 1])
+def test_the_whole_way_by_velocity_from_pure_noise(eta: int) -> None:
+    # A network that knows the one picture there is: every way leads to it.
+    picture = draws(1, "picture")
+
+    def network(latents: Tensor, timestep: Tensor) -> Tensor:
+        signal, spread = DARK.roots(timestep, latents)
+        return (signal * latents - picture) / spread
+
+    steps = DARK.sampling_timesteps(8, spacing="trailing")
+    way = denoising.Way(schedule=DARK, timesteps=steps, eta=eta, prediction="v_prediction")
+    found = denoising.sample(network, draws(2, "noise"), way, KEYS)
+    assert torch.allclose(found, picture.expand_as(found), atol=1e-5)
+    early = denoising.estimate(network, draws(2, "noise"), way, KEYS, last=0)
+    assert torch.allclose(early, picture.expand_as(early), atol=1e-5)
 
 
 def test_a_picture_does_not_depend_on_its_batch() -> None:

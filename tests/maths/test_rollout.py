@@ -17,6 +17,7 @@ from dojo.maths import advantages as policy
 from dojo.maths import rollout
 from dojo.maths.gaussian import Gaussian
 from dojo.maths.rollout import Plan, RolloutArgs, Trajectory, Velocity, sigma_schedule
+from dojo.maths.surrogate import Ratio, clipped_surrogate, log_ratio, velocity_kl
 from dojo.maths.transitions import Sampler, guided
 
 NOISY: tuple[Sampler, ...] = ("sde", "cps", "dance")
@@ -250,11 +251,11 @@ def test_every_sample_needs_a_key() -> None:
 
 
 def log_ratios(
-    trajectory: Trajectory, velocity: Velocity, kind: policy.Ratio = "exact"
+    trajectory: Trajectory, velocity: Velocity, kind: Ratio = "exact"
 ) -> dict[int, Tensor]:
     """As a training pass takes them, with gradients."""
     return {
-        number: policy.log_ratio(
+        number: log_ratio(
             rollout.predict(velocity, step.latents, number, trajectory.plan)[0],
             step.policy,
             step.reached,
@@ -269,14 +270,14 @@ def log_ratios(
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 @pytest.mark.parametrize("sampler", NOISY)
 def test_the_ratio_before_the_first_update_is_exactly_one(
-    sampler: Sampler, guidance: float, autocast: bool, kind: policy.Ratio
+    sampler: Sampler, guidance: float, autocast: bool, kind: Ratio
 ) -> None:
     network = Network()
     velocity = velocity_of(network, 6, guidance, autocast)
     trajectory = roll(plan(sampler, trained=range(5)), velocity)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5, 2.0, -2.0])
     for ratio in log_ratios(trajectory, velocity, kind).values():
-        surrogate = policy.clipped_surrogate(ratio, advantages, 1e-5)
+        surrogate = clipped_surrogate(ratio, advantages, 1e-5)
         assert torch.equal(surrogate.ratio, torch.ones(6))
         surrogate.loss.mean().backward()
     gradients = [p.grad for p in network.parameters()]
@@ -298,7 +299,7 @@ def test_a_step_along_the_gradient_makes_good_samples_likelier() -> None:
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
     optimizer = torch.optim.SGD(network.parameters(), lr=0.3)
     for ratio in log_ratios(trajectory, velocity).values():
-        policy.clipped_surrogate(ratio, advantages, 0.2).loss.mean().backward()
+        clipped_surrogate(ratio, advantages, 0.2).loss.mean().backward()
     optimizer.step()
     total = torch.stack([*log_ratios(trajectory, velocity).values()]).sum(0)
     assert (advantages * total).mean() > 0
@@ -354,7 +355,7 @@ Judge = Callable[[Tensor, Tensor], policy.Advantages]
 
 
 def train(
-    sampler: Literal["sde", "cps", "dance"], judge: Judge, ratio: policy.Ratio, noise_level: float
+    sampler: Literal["sde", "cps", "dance"], judge: Judge, ratio: Ratio, noise_level: float
 ) -> tuple[float, float]:
     """The mean reward of ODE samples before and after 40 epochs of 96 points."""
     network = Drift()
@@ -379,8 +380,8 @@ def train(
         for inner in range(2):
             for number, step in trajectory.steps.items():
                 new, _ = rollout.predict(velocity, step.latents, number, trajectory.plan)
-                moved = policy.log_ratio(new, step.policy, step.reached, ratio)
-                loss = policy.clipped_surrogate(moved, advantages.values.clamp(-5, 5), 0.2)
+                moved = log_ratio(new, step.policy, step.reached, ratio)
+                loss = clipped_surrogate(moved, advantages.values.clamp(-5, 5), 0.2)
                 if inner == 0 and number == trajectory.plan.trained[0]:
                     assert torch.equal(loss.ratio, torch.ones(96))
                 loss.loss.mean().backward()
@@ -398,7 +399,7 @@ def grouped(scores: Tensor, prompt: Tensor) -> policy.Advantages:
     [("sde", "exact", 0.7), ("cps", "exact", 0.8), ("dance", "exact", 0.7), ("cps", "guard", 0.8)],
 )
 def test_points_learn_to_go_where_their_prompts_reward_is(
-    sampler: Literal["sde", "cps", "dance"], ratio: policy.Ratio, noise_level: float
+    sampler: Literal["sde", "cps", "dance"], ratio: Ratio, noise_level: float
 ) -> None:
     before, after = train(sampler, grouped, ratio, noise_level)
     assert before < -3  # the targets lie 1.5 from the origin, the points spread by almost 1
@@ -432,7 +433,7 @@ def test_the_divergence_from_a_reference_holds_the_policy() -> None:
     here, v = rollout.predict(lambda a, s: network(a, s, prompt), x, 1, own)
     there, u = rollout.predict(lambda a, s: reference(a, s, prompt), x, 1, own)
     assert isinstance(here, Gaussian)
-    for loss in (here.kl(there).mean(), policy.velocity_kl(v, u).mean()):
+    for loss in (here.kl(there).mean(), velocity_kl(v, u).mean()):
         network.zero_grad()
         loss.backward(retain_graph=True)
         grad = network.last.bias.grad
@@ -487,7 +488,7 @@ def test_samples_that_part_late_share_their_way_until_then(trained: range, guida
     torch.testing.assert_close(way.final, whole.final, rtol=1e-4, atol=1e-5)
     for number, step in way.steps.items():
         now, _ = rollout.predict(velocity, step.latents, number, plan, step.copies)
-        ratio = policy.log_ratio(now, step.policy, step.reached).exp()
+        ratio = log_ratio(now, step.policy, step.reached).exp()
         assert torch.equal(ratio, torch.ones(6))
     with pytest.raises(ValueError, match="6 samples"):
         rollout.sample(velocity, noise, plan, keys[:2], copies=3)

@@ -1,4 +1,4 @@
-"""From scores to a loss: advantages, and the clipped surrogate of PPO.
+"""From scores to advantages: how much better a sample is than what it is compared with.
 
 Scores and ids are those of an epoch's samples over all processes, gathered: N of them, R rewards.
 Statistics are float64 and do not hang on the order of the samples, so two processes reach the
@@ -17,14 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dojo.maths.gaussian import Gaussian
-
 Spread = Literal["group", "global"]
 """what a score's distance from its group's mean is divided by: the std of the group, or of all"""
-
-Ratio = Literal["exact", "unscaled", "guard"]
-"""how far the policy has moved at a sample: by the log-probability, by CPS's unscaled one, or as
-GRPO-Guard measures it"""
 
 # What is added to a standard deviation before dividing, so that noise is not blown up: a part of
 # the std within groups, so that rewards may have any scale (the papers' codes add 1e-4 and 1e-6
@@ -33,8 +27,6 @@ GROUP_FLOOR = 1e-4
 BUFFER_FLOOR = 1e-6
 RESOLUTION = 2.0**-23  # of a float32 number, relative to it
 _COARSE = 20  # scores whose std is below so many of these steps are coarse
-
-# ---------------------------------------------------------------------------------- advantages
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -322,74 +314,3 @@ def _divided(scores: Tensor, std: Tensor) -> Tensor:
 def _differs(scores: Tensor) -> bool:
     """Whether the samples [n, R] are not all alike."""
     return bool((scores != scores[:1]).any())
-
-
-# ------------------------------------------------------------------------------- the surrogate
-
-
-def log_ratio(new: Gaussian, old: Gaussian, x: Tensor, kind: Ratio = "exact") -> Tensor:
-    """The logarithm of how much likelier the new policy makes the transition to `x`: [B].
-
-    `guard` is GRPO-Guard's (Wang et al. 2025, arXiv:2510.22319): the exact one times the std, less
-    its bias of -|new mean - old mean|^2 / (2 std). What is left is the mean over dimensions of
-    z (new mean - old mean), z being the noise that was drawn: zero on average where the others
-    fall as the policy moves, and of one scale in all steps.
-
-    Exactly 0 where the two are the same distribution.
-
-    Raises:
-        ValueError: a std of zero.
-    """
-    if kind == "guard":
-        return (old.noise(x) * (new.mean - old.mean)).flatten(1).mean(1)
-    scaled = kind == "exact"
-    return new.log_prob(x, scaled=scaled) - old.log_prob(x, scaled=scaled)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Surrogate:
-    """The clipped surrogate of every sample; all but the loss without gradient."""
-
-    loss: Tensor
-    """[B]"""
-    ratio: Tensor
-    """[B]; exactly 1 before the first update after a rollout"""
-    clipped_high: Tensor
-    """bool [B]: a good sample, likelier than 1 + clip range already, that pulls no more"""
-    clipped_low: Tensor
-    """bool [B]: a bad sample, less likely than 1 - clip range already"""
-    approx_kl: Tensor
-    """[B]: half the squared logarithm of the ratio"""
-
-
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Surrogate:
-    """PPO's loss (Schulman et al. 2017, arXiv:1707.06347, Equation 7), to be minimised.
-
-    Args:
-        log_ratio: [B], of the new policy to the one that made the rollout, with gradient.
-        advantages: [B].
-    Raises:
-        ValueError: a clip range that is not positive.
-    """
-    if clip_range <= 0:
-        raise ValueError(f"--clip_range must be above 0, not {clip_range}")
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-    ratio, log_ratio = ratio.detach(), log_ratio.detach()
-    return Surrogate(
-        loss=loss,
-        ratio=ratio,
-        clipped_high=(ratio > 1 + clip_range) & (advantages > 0),
-        clipped_low=(ratio < 1 - clip_range) & (advantages < 0),
-        approx_kl=log_ratio.square() / 2,
-    )
-
-
-def velocity_kl(velocity: Tensor, reference: Tensor) -> Tensor:
-    """The mean squared difference of two velocities: [B, ...] -> [B], in float32.
-
-    The divergence of the transitions (`Gaussian.kl`) without its factor, which depends on the step
-    alone: every step is held to the reference alike.
-    """
-    return (velocity.float() - reference.float()).square().flatten(1).mean(1)

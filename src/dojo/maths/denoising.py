@@ -1,4 +1,4 @@
-"""Sampling with a network that predicts the noise: all the way to the picture, or part of it.
+"""Sampling with a network that predicts noise (or v): all the way to the picture, or part of it.
 
 A `Way` fixes the timesteps and the sampler before the network is asked. `sample` goes to the end
 without gradients. `estimate` stops early and tells the clean latents that the last step points to,
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dojo import rng
 from dojo.maths import ddpm
-from dojo.maths.ddpm import Schedule
+from dojo.maths.ddpm import Prediction, Schedule
 
 Epsilon = Callable[[Tensor, Tensor], Tensor]
-"""(latents float32 [B, ...], timestep int64 [B]) -> predicted noise [B, ...]"""
+"""(latents float32 [B, ...], timestep int64 [B]) -> predicted noise [B, ...], or what `Way` says"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,6 +31,8 @@ class Way:
     """the noisiest first"""
     eta: float
     """0 is DDIM, deterministic; 1 is DDPM's ancestral sampling"""
+    prediction: Prediction = "epsilon"
+    """what the network says"""
 
     @classmethod
     def of(cls, schedule: Schedule, steps: int, *, eta: float, offset: int = 1) -> Way:
@@ -43,7 +45,9 @@ class Way:
         """The latents after step `number`, counted from 0."""
         timestep, previous = ddpm.pairwise(self.timesteps)[number]
         predicted = epsilon(latents, _all(timestep, latents))
-        gaussian = ddpm.transition(latents, predicted, timestep, previous, self.schedule, self.eta)
+        gaussian = ddpm.transition(
+            *(latents, predicted, timestep, previous, self.schedule, self.eta, self.prediction)
+        )
         if gaussian.std == 0:
             return gaussian.mean
         own = [(*key, number) for key in keys]
@@ -103,4 +107,5 @@ def estimate(
         with nullcontext() if number > last - grad_steps else torch.no_grad():
             latents = way.step(epsilon, latents, number, keys)
     timestep = _all(way.timesteps[last], latents)
-    return ddpm.clean_estimate(latents, epsilon(latents, timestep), timestep, way.schedule)
+    predicted = epsilon(latents, timestep)
+    return ddpm.clean_estimate(latents, predicted, timestep, way.schedule, way.prediction)

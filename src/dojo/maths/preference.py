@@ -28,6 +28,15 @@ class Preference:
     loser_drift: Tensor
     """[B]: likewise for the loser"""
 
+    def row(self) -> dict[str, Tensor]:
+        """What metrics say of it, by name."""
+        return {
+            "accuracy": self.accuracy,
+            "margin": self.margin,
+            "winner_drift": self.winner_drift,
+            "loser_drift": self.loser_drift,
+        }
+
 
 def dpo(
     winner: Tensor,
