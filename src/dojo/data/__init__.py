@@ -11,6 +11,7 @@ from dojo.data.cache import (
     encoded_at_a_time,
 )
 from dojo.data.contents import file_hashes, write_json
+from dojo.data.geometry import Geometry
 from dojo.data.identity import identified
 from dojo.data.images import BadSample, Size, cover_box, fit, fit_mask, read_image
 from dojo.data.options import DataArgs
@@ -51,6 +52,7 @@ __all__ = [
     "DataArgs",
     "Draw",
     "Folder",
+    "Geometry",
     "Latents",
     "Pair",
     "PairArgs",

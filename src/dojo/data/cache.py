@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from dojo.cli import UserError
+from dojo.cli import UserError, option
 from dojo.data.contents import write_json
 from dojo.data.identity import identified
 from dojo.data.images import READER, Size
@@ -35,9 +35,9 @@ _DECODERS = 4  # threads that read pictures, and pictures that lie ready for the
 class TextCacheArgs:
     """Text encoders' work that is done before training and kept on disk."""
 
-    latent_cache_dir: Path = Path("outputs/cache")
+    latent_cache_dir: Path = option(Path("outputs/cache"), incidental=True)
     """folder of the caches of latents and text embeddings, shared by all runs"""
-    no_cache_text_embeddings: bool = False
+    no_cache_text_embeddings: bool = option(False, incidental=True)
     """keep the text encoders and encode the captions anew at every use"""
 
 
@@ -45,7 +45,7 @@ class TextCacheArgs:
 class CacheArgs(TextCacheArgs):
     """The autoencoder's too."""
 
-    no_cache_latents: bool = False
+    no_cache_latents: bool = option(False, incidental=True)
     """encode the pictures anew at every use; needed for --random_crop"""
 
     def check(self, data: DataArgs) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from dojo.cli import option
 from dojo.data.images import Size
 
 CaptionStrategy = Literal["auto", "column", "sidecar", "filename", "folder", "instance"]
@@ -20,14 +21,14 @@ _BUCKETS = ("bucket_step", "bucket_min", "bucket_max")
 class DataArgs:
     """Pictures and captions to train on."""
 
-    dataset_name: str | None = None
+    dataset_name: str | None = option(None, incidental=True, common=True)
     """Hub id or local folder: pictures with metadata.csv, .jsonl or .parquet (file_name, text),
     pictures with .txt files of the same name, parquet or arrow files, a save_to_disk folder."""
-    train_data_dir: str | None = None
+    train_data_dir: str | None = option(None, incidental=True)
     """The same as dataset_name, under the name that other trainers use for local folders."""
-    instance_data_dir: str | None = None
+    instance_data_dir: str | None = option(None, incidental=True)
     """The same as dataset_name, under the name that DreamBooth scripts use."""
-    data_config: Path | None = None
+    data_config: Path | None = option(None, incidental=True)
     """YAML or JSON file that lists several folders, each with options of its own; instead of
     dataset_name."""
     dataset_config_name: str | None = None
@@ -44,13 +45,13 @@ class DataArgs:
     """Where captions come from: a column, sidecar .txt or .caption files (a line each), the names
     of files or of their folders, or instance_prompt. auto: instance_prompt if given, else a
     column, else sidecars."""
-    instance_prompt: str | None = None
+    instance_prompt: str | None = option(None, common=True)
     """One caption for all pictures."""
-    cache_dir: str | None = None
+    cache_dir: str | None = option(None, incidental=True)
     """Where downloaded data sets are kept. Default: the datasets library's own place."""
-    max_train_samples: int | None = None
+    max_train_samples: int | None = option(None, incidental=True)
     """Train on the first N samples only; regularisation pictures do not count."""
-    resolution: tuple[int, ...] = (512,)
+    resolution: tuple[int, ...] = option((512,), common=True)
     """Height and width in pixels that pictures are resized and cropped to. Several take turns
     from epoch to epoch."""
     height: int | None = None
@@ -90,14 +91,14 @@ class DataArgs:
     """Take each picture's alpha channel for its mask: opaque is trained on."""
     masked_loss_weight: float = 0.0
     """Weight of the loss where the mask is black, in [0, 1]."""
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: int = option(0, incidental=True)
     """Processes that read pictures. 0: the main process reads them."""
-    on_bad_sample: Literal["skip", "error"] = "error"
+    on_bad_sample: Literal["skip", "error"] = option("error", incidental=True)
     """What to do about unreadable pictures and missing captions: stop, or leave them out and
     report them."""
-    eval_fraction: float = 0.0
+    eval_fraction: float = option(0.0, incidental=True)
     """Fraction of the samples held out for the eval loss, in [0, 1)."""
-    eval_data_dir: str | None = None
+    eval_data_dir: str | None = option(None, incidental=True)
     """Folder or hub id of samples for the eval loss, instead of eval_fraction."""
 
     def __post_init__(self) -> None:

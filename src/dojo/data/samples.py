@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dojo import rng
+from dojo.data.geometry import framed
 from dojo.data.images import Size, fit, fit_mask
 from dojo.data.options import DataArgs
 from dojo.data.order import Draw
@@ -32,7 +33,8 @@ class Pictures(Dataset[Batch]):
     """Captioned pictures as pixels, read from their files at every use.
 
     A row holds `place`, `caption`, `size`, `weight` (of its loss), `regularisation`, `pixels`
-    (float32 [3, H, W] in [-1, 1]) and, if the source has masks, `mask` (float32 [1, h, w]).
+    (float32 [3, H, W] in [-1, 1]) and, if the source has masks, `mask` (float32 [1, h, w]). Of a
+    source that was verified it holds `original` and `crop` too: see `Geometry`.
     """
 
     def __init__(
@@ -125,8 +127,20 @@ class Pictures(Dataset[Batch]):
             )
         return seen
 
+    def framing(self, draw: Draw) -> Framing:
+        """Where the crop of this use lies, and whether it is mirrored."""
+        crop, flip = self.view(draw)
+        if self.source.recipe(draw.index).random_crop and not self.is_still:
+            return (self._uniform("top", draw), self._uniform("left", draw)), flip
+        return self.anchor(draw.index, crop), flip
+
+    def geometry(self, index: int, size: Size, framing: Framing) -> dict[str, Tensor]:
+        """`original` and `crop` of one sample, without reading it; {} before `verify`."""
+        sizes = self.source.sizes
+        return framed(sizes[index], size, *framing) if sizes else {}
+
     def row(self, draw: Draw) -> Batch:
-        """What a row holds besides the picture."""
+        """What a row holds besides the picture and its geometry."""
         recipe = self.source.recipe(draw.index)
         alternatives = self.source.captions[draw.index]
         caption = (
@@ -143,11 +157,12 @@ class Pictures(Dataset[Batch]):
         }
 
     def __getitem__(self, draw: Draw) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
-        crop, flip = self.view(draw)
-        anchor = self.anchor(draw.index, crop)
-        if self.source.recipe(draw.index).random_crop and not self.is_still:
-            anchor = self._uniform("top", draw), self._uniform("left", draw)
-        return {**self.row(draw), **self.render(draw.index, draw.size, [(anchor, flip)])[0]}
+        framing = self.framing(draw)
+        return {
+            **self.row(draw),
+            **self.geometry(draw.index, draw.size, framing),
+            **self.render(draw.index, draw.size, [framing])[0],
+        }
 
     def _uniform(self, stream: str, draw: Draw) -> float:
         return rng.uniform([(self.seed, stream, draw.place)]).item()  # in (0, 1]
@@ -189,9 +204,12 @@ class Latents(Dataset[Batch]):
         return shards.read(rows[index], crop, int(flip))
 
     def __getitem__(self, draw: Draw) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
-        crop, flip = self.pictures.view(draw)
+        pictures = self.pictures
+        crop, flip = pictures.view(draw)
+        framing = pictures.anchor(draw.index, crop), flip
         return {
-            **self.pictures.row(draw),
+            **pictures.row(draw),
+            **pictures.geometry(draw.index, draw.size, framing),
             **self.stored(draw.index, draw.size, crop=crop, flip=flip),
         }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dojo.cli import UserError
+from dojo.cli import UserError, option
 from dojo.data.cache import CacheArgs
 from dojo.data.images import Size
 from dojo.data.options import DataArgs
@@ -20,19 +20,19 @@ CHOICE_MODELS: Mapping[str, str] = {"hps": "hpsv2.1", "aesthetics": "aesthetic"}
 class PairArgs:
     """Pairs of pictures for a caption, of which people or a model prefer one."""
 
-    dataset_name: str | None = None
+    dataset_name: str | None = option(None, incidental=True, common=True)
     """Hub id or local folder: Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption) as parquet or
     save_to_disk, or pictures with metadata.csv, .jsonl or .parquet: image_0, image_1 and label_0 (1
     where image_0 is preferred, 0 where image_1 is, 0.5 for a tie), or images (a list, the best
     first), or images and scores (numbers, higher is better), and caption."""
-    train_data_dir: str | None = None
+    train_data_dir: str | None = option(None, incidental=True)
     """The same as dataset_name, under the name that other trainers use for local folders."""
     dataset_config_name: str | None = None
     """Configuration of a data set that has several."""
     dataset_split: str = "train"
     """Split of the data set, or sub-folder of a local folder (the folder itself if there is no
     sub-folder train)."""
-    cache_dir: str | None = None
+    cache_dir: str | None = option(None, incidental=True)
     """Where downloaded data sets are kept. Default: the datasets library's own place."""
     caption_column: str | None = None
     """Column of the captions. Default: the first of caption, prompt, text that there is."""
@@ -43,9 +43,9 @@ class PairArgs:
     """Reward that chooses instead of the labels: aesthetic, clip, pickscore, hps, imagereward (in
     any case), or any that --list_rewards shows. Ties of the labels are then pairs like the others,
     and labels may be missing."""
-    max_train_samples: int | None = None
+    max_train_samples: int | None = option(None, incidental=True)
     """Train on the first N pairs only."""
-    resolution: int = 512
+    resolution: int = option(512, common=True)
     """Height and width in pixels that pictures are resized and cropped to."""
     height: int | None = None
     """Height in pixels, where it differs from resolution."""
@@ -60,12 +60,12 @@ class PairArgs:
     instead of both alike."""
     proportion_empty_prompts: float = 0.0
     """Share of the captions that are replaced by the empty one."""
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: int = option(0, incidental=True)
     """Processes that read pictures. 0: the main process reads them."""
-    on_bad_sample: Literal["skip", "error"] = "error"
+    on_bad_sample: Literal["skip", "error"] = option("error", incidental=True)
     """What to do about unreadable pictures, wrong labels and missing captions: stop, or leave
     their pairs out and report them."""
-    eval_fraction: float = 0.0
+    eval_fraction: float = option(0.0, incidental=True)
     """Fraction of the pairs held out for evaluation, in [0, 1); no caption is in both parts."""
 
     def __post_init__(self) -> None:

@@ -29,9 +29,9 @@ from dojo.data.sources.captions import CaptionArgs, choose
 class PairSet(Dataset[Batch]):
     """Preference pairs to train on; `collate` makes batches of its rows.
 
-    A row holds `place`, `caption` and, the winner first, either `mean` and `std` of the
+    A row holds `place`, `caption`, `size` and, the winner first, either `mean` and `std` of the
     autoencoder's posterior (float32 [2, C, h, w], unscaled) or `pixels` (float32 [2, 3, H, W] in
-    [-1, 1]).
+    [-1, 1]); of pictures that were checked `original` and `crop` too, [2, 2]: see `Geometry`.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class PairSet(Dataset[Batch]):
     def __getitem__(self, draw: Draw) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
         pair = self.pairs.pairs[draw.index]
         both = [
-            self._picture(index, draw, *self._framing(draw, side))
+            self._picture(index, draw, self._framing(draw, side))
             for side, index in enumerate((pair.winner, pair.loser))
         ]
         seen = {name: torch.stack([one[name] for one in both]) for name in both[0]}
         caption = pair.caption
         if not self.is_still:
             caption = choose([caption], self._captions, self.seed, draw.place)
-        return {"place": draw.place, "caption": caption, **seen}
+        return {"place": draw.place, "caption": caption, "size": draw.size, **seen}
 
     @property
     def _captions(self) -> CaptionArgs:
@@ -111,12 +111,12 @@ class PairSet(Dataset[Batch]):
             return (0.5, 0.5), flip
         return (uniform("top", side), uniform("left", side)), flip
 
-    def _picture(
-        self, index: int, draw: Draw, anchor: tuple[float, float], flip: bool
-    ) -> dict[str, Tensor]:
+    def _picture(self, index: int, draw: Draw, framing: Framing) -> dict[str, Tensor]:
         if isinstance(self.rows, Latents):
-            return self.rows.stored(index, draw.size, flip=flip)
-        return self.rows.render(index, draw.size, [(anchor, flip)])[0]
+            geometry = self.rows.pictures.geometry(index, draw.size, framing)
+            return {**geometry, **self.rows.stored(index, draw.size, flip=framing[1])}
+        geometry = self.rows.geometry(index, draw.size, framing)
+        return {**geometry, **self.rows.render(index, draw.size, [framing])[0]}
 
 
 def pair_fingerprint(pairs: Pairs, args: PairArgs) -> str:
