@@ -1,10 +1,11 @@
 """Claims about the command line: flat flags, lists, refusals and how a script ends."""
 
+import dataclasses
 import importlib
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,6 +166,27 @@ def test_another_trainers_flag_is_answered_with_ours(
     assert answer in refusal(capsys, *words)
 
 
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("train_dpo_sd15", "error: --use_lora: this is now --finetune lora\n"),
+        ("train_refl_sd15", "error: --use_lora: this is now --finetune lora\n"),
+        ("train_lora_sd3", "use_lora"),  # it has no choice
+    ],
+)
+def test_our_own_flag_of_before_is_answered_with_that_of_now(
+    name: str, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = importlib.import_module(name)
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(script.Args, script.__doc__, ["--use_lora", "--output_dir", "out"])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert answer in said
+    assert ("--finetune" in said) == (name != "train_lora_sd3")
+
+
 def test_a_wrong_flag_is_refused_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "--learning_rat", "1e-3")
     assert "--learning_rat" in message
@@ -253,14 +275,12 @@ def test_a_good_run_just_returns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fields(args_type: Any) -> set[str]:
-    from dataclasses import fields as own
-    from dataclasses import is_dataclass
     from typing import get_type_hints
 
     hints = get_type_hints(args_type)
     names: set[str] = set()
-    for field in own(args_type):
-        names |= fields(hints[field.name]) if is_dataclass(hints[field.name]) else {field.name}
+    for name in (option.name for option in dataclasses.fields(args_type)):
+        names |= fields(hints[name]) if dataclasses.is_dataclass(hints[name]) else {name}
     return names
 
 
@@ -271,6 +291,8 @@ def test_the_table_of_other_trainers_names_leads_to_flags_that_exist() -> None:
     assert not set(foreign.RENAMED.values()) - ours
     assert not (foreign.RENAMED.keys() | foreign.ANSWERS.keys()) & ours
     assert not foreign.RENAMED.keys() & foreign.ANSWERS.keys()
+    assert {text.split()[0] for text in foreign.FORMER.values()} <= ours
+    assert not foreign.FORMER.keys() & (ours | foreign.RENAMED.keys() | foreign.ANSWERS.keys())
     named = {
         flag for text in foreign.ANSWERS.values() for flag in re.findall(r"--([a-z_0-9]+)", text)
     }
@@ -281,7 +303,7 @@ def test_the_table_of_other_trainers_names_leads_to_flags_that_exist() -> None:
 def test_every_script_explains_all_its_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     script = importlib.import_module(name)
     with pytest.raises(SystemExit) as stopped:
-        cli.parse(script.Args, script.__doc__, ["--help"])
+        cli.parse(script.Args, script.__doc__, ["--help", "all"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     missing = {field for field in fields(script.Args) if f"--{field}" not in shown}
@@ -299,6 +321,78 @@ def test_help_works_from_the_shell_in_any_folder(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "--pretrained_model_name_or_path" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marked:
+    """Options with marks."""
+
+    folder: Path = field(metadata=cli.marks(incidental=True))
+    """without a default"""
+    rank: int = cli.option(16, common=True)
+    """a number"""
+    layers: tuple[str, ...] = cli.option(("attn",), common=True, incidental=True)
+    """a list"""
+    cache: Path | None = cli.option(None)
+    """nothing
+    in two lines"""
+    precision: Literal["no", "bf16"] = cli.option("no", incidental=True)
+    """a choice"""
+    flip: bool = cli.option(False)
+    """a switch"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overridden(Marked):
+    """Options that another class has too."""
+
+    rank: int = cli.option(32, incidental=True)
+    """another number"""
+    flip: bool = True
+    """another switch"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkedArgs:
+    """A script's options."""
+
+    marked: Overridden
+
+
+def test_marks_change_nothing_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.parse(Marked, None, ["--folder", "a"]) == Marked(folder=Path("a"))
+    plain = cli.parse(MarkedArgs, None, ["--folder", "a"]).marked
+    assert (plain.rank, plain.layers, plain.cache, plain.flip) == (32, ("attn",), None, True)
+    words = ["--folder", "b", "--layers", "x", "y", "--cache", "c", "--precision", "BF16"]
+    given = cli.parse(Marked, None, [*words, "--flip", "--rank", "4"])
+    assert given == Marked(
+        folder=Path("b"), rank=4, layers=("x", "y"), cache=Path("c"), precision="bf16", flip=True
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(Marked, None, [])
+    assert stopped.value.code == 2
+    capsys.readouterr()
+    for args_type, texts in {
+        Marked: ("without a default (required)", "a number (default: 16)", "nothing", "in two"),
+        MarkedArgs: ("another number (default: 32)", "a list (default: attn)", "another switch"),
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            cli.parse(args_type, None, ["--help", "all"])
+        assert stopped.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(text in shown for text in texts), shown
+
+
+def test_a_mark_is_read_at_the_field_and_an_override_states_its_own() -> None:
+    def marked(args_type: Any, name: str) -> set[str]:
+        return {
+            option.name for option in dataclasses.fields(args_type) if option.metadata.get(name)
+        }
+
+    assert marked(Marked, "common") == {"rank", "layers"}
+    assert marked(Marked, "incidental") == {"folder", "layers", "precision"}
+    assert marked(Overridden, "common") == {"layers"}
+    assert marked(Overridden, "incidental") == {"folder", "layers", "precision", "rank"}
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(

@@ -1,6 +1,6 @@
 """Turns a script's frozen dataclass `Args` into flat `--snake_case` flags.
 
-The only file that knows tyro; it also says how a mistake of the user's ends a script.
+The only package that knows tyro; it also says how a mistake of the user's ends a script.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import field, fields, is_dataclass
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tqdm import tqdm
 
-from dojo.cli import foreign
+from dojo.cli import foreign, help
 from dojo.cli.masking import hide
 
 ArgsT = TypeVar("ArgsT")
+DefaultT = TypeVar("DefaultT")
 
 # Nested option groups become flat flags; a boolean is a bare flag without a negated twin.
 _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
@@ -46,6 +47,46 @@ class TrainingStopped(RuntimeError):
     exit_code = 1
 
 
+def option(default: DefaultT, *, common: bool = False, incidental: bool = False) -> DefaultT:
+    """The default of an option of a dataclass, with marks; its docstring stands below as ever.
+
+    An override in a subclass states its own marks. An option without a default is marked by
+    `field(metadata=marks(...))`.
+
+    Args:
+        common: `--help` shows it; it shows the others' groups only.
+        incidental: a run may be continued with another value of it.
+    """
+    return field(default=default, metadata=marks(common=common, incidental=incidental))
+
+
+def marks(*, common: bool = False, incidental: bool = False) -> dict[str, bool]:
+    """The metadata of a dataclass's field that `option` sets; what the marks mean stands there."""
+    return {"common": common, "incidental": incidental}
+
+
+def incidental(group: type[ArgsT]) -> type[ArgsT]:
+    """Marks a whole group of options: a run may be continued with another value of any."""
+    group.__incidental__ = True  # pyright: ignore[reportAttributeAccessIssue]
+    return group
+
+
+def incidental_options(groups: Mapping[str, Any]) -> set[str]:
+    """The options that a run may be continued with another value of, as `group.name`.
+
+    By group, since two groups may have an option of one name that means two things.
+
+    Args:
+        groups: dataclasses or their values by the names of their groups.
+    """
+    return {
+        f"{name}.{option.name}"
+        for name, group in groups.items()
+        for option in fields(group)
+        if getattr(group, "__incidental__", False) or option.metadata.get("incidental")
+    }
+
+
 def parse(args_type: type[ArgsT], doc: str | None, argv: Sequence[str] | None = None) -> ArgsT:
     """Parses `argv` (the process's own when None) into `args_type`; `doc` heads the help.
 
@@ -53,21 +94,40 @@ def parse(args_type: type[ArgsT], doc: str | None, argv: Sequence[str] | None = 
     values. A bare flag also takes True or False, a choice is found in any case of its letters, and
     a number has to be finite. A wrong flag or value ends the process with exit code 2 and a
     suggestion, another trainer's flag with ours, and so does a `ValueError` from the dataclass's
-    own checks.
+    own checks. What `--help` shows stands in `dojo.cli.help`.
     """
-    words = _settled(args_type, list(sys.argv[1:] if argv is None else argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if (topic := help.asked(words)) is not None:
+        _help(args_type, doc, topic)
 
     def read(words: list[str]) -> ArgsT:
-        return tyro.cli(
-            args_type,
-            description=doc,
-            args=words,
-            use_underscores=True,
-            config=_CONFIG,
-            registry=_REGISTRY,
-        )
+        return _read(args_type, doc, words)
 
-    return _without_secrets(read, words)
+    return _without_secrets(read, _settled(args_type, words))
+
+
+def _read(args_type: type[ArgsT], doc: str | None, words: list[str]) -> ArgsT:
+    return tyro.cli(
+        args_type,
+        description=doc,
+        args=words,
+        use_underscores=True,
+        config=_CONFIG,
+        registry=_REGISTRY,
+    )
+
+
+def _help(args_type: type, doc: str | None, topic: str) -> NoReturn:
+    """Prints the help that is asked for, and ends the process."""
+
+    def draw(shown: type, doc: str | None) -> None:
+        _read(shown, doc, ["--help"])
+
+    try:
+        help.show(args_type, doc, topic, draw)
+    except ValueError as error:
+        _end(f"error: {error}", 2)
+    sys.exit(0)
 
 
 def run(
@@ -121,7 +181,7 @@ def _interrupted() -> int:
     return 130
 
 
-def _end(message: str, code: int) -> None:
+def _end(message: str, code: int) -> NoReturn:
     """Ends the process with a message on a line of its own, also behind a half-drawn bar."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()

@@ -1,4 +1,4 @@
-"""What other trainers call an option, answered with ours, or with why there is none.
+"""What other trainers, and we before, call an option, answered with ours, or why there is none.
 
 A table of words and nothing else: `dojo.cli` asks it when a flag is unknown. The names are those
 of diffusers' example scripts, kohya's sd-scripts, SimpleTuner, flow_grpo's configuration (`sample.`
@@ -8,6 +8,11 @@ and `train.` stand before its names), Diffusion-DPO and DiffSynth-Studio, as of 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+
+# Our own name of before -> the flag, and its value, that it is now.
+FORMER: Mapping[str, str] = {
+    "use_lora": "finetune lora",
+}
 
 # Another trainer's name -> our flag with the same meaning.
 RENAMED: Mapping[str, str] = {
@@ -217,7 +222,7 @@ ANSWERS: Mapping[str, str] = {
     "least)",
     "checkpoint_epoch_interval": f"{_EPOCHS} --checkpointing_steps",
     "data_backend_config": "--dataset_name FOLDER, or --data_config FILE for several folders (its "
-    "form is in the README)",
+    "form is in docs/data.md)",
     "lora_type": "LoRA, with --use_dora DoRA; LyCORIS' kinds are not here",
     "lycoris_config": "not here: adapters are LoRA, with --use_dora DoRA",
     "model_family": "the script's own name says it, and --pretrained_model_name_or_path",
@@ -260,6 +265,8 @@ def answer(name: str, known: Collection[str]) -> str | None:
         known: this script's own flags.
     """
     plain = name.removeprefix("config.")
+    if plain in FORMER and FORMER[plain].split()[0] in known:
+        return f"this is now --{FORMER[plain]}"
     if plain in RENAMED:
         ours = RENAMED[plain]
         missing = "" if ours in known else " (which this script does not have)"
