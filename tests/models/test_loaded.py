@@ -166,15 +166,17 @@ def load_for_training(folder: Path, family: str, part: str, variant: str | None 
     if family == "sd15":
         args = sd15.ModelArgs(pretrained_model_name_or_path=name, variant=variant)
         config = sd15.open_model(args)
-        load: Any = {"unet": sd15.load_unet, "vae": sd15.load_vae}.get(part, sd15.load_text_encoder)
+        load: Any = {"unet": config.load_network, "vae": config.load_vae}.get(
+            part, config.load_text
+        )
     else:
         args = sd3.ModelArgs(pretrained_model_name_or_path=name, variant=variant)
         config = sd3.open_model(args)
-        load = {"transformer": sd3.load_transformer, "vae": sd3.load_vae}.get(part)
+        load = {"transformer": config.load_network, "vae": config.load_vae}.get(part)
         if load is None:
-            sd3.load_text_pipeline(config, args, torch.float32)
+            sd3.load_text_pipeline(config, torch.float32)
             return
-    load(config, args, *([] if part == "vae" else [torch.float32]), CPU)
+    load(*([] if part == "vae" else [torch.float32]), CPU)
 
 
 def refusal(load: Callable[[], object]) -> str:
@@ -273,7 +275,7 @@ def test_a_tokenizer_without_its_words_is_refused(
 def test_a_table_may_be_larger_than_the_vocabulary(tiny_sd15: Path) -> None:
     """Tables are rounded up, and textual inversion adds rows."""
     args = sd15.ModelArgs(pretrained_model_name_or_path=str(tiny_sd15))
-    texts = sd15.load_text_encoder(sd15.open_model(args), args, torch.float32, CPU)
+    texts = sd15.open_model(args).load_text(torch.float32, CPU)
     size = len(texts.tokenizer)
     for rows in (size, size + 1, size + 128):
         texts.encoder.resize_token_embeddings(rows)
@@ -391,12 +393,12 @@ def test_both_spellings_of_clip_are_read_and_the_classic_one_is_written(
     assert classic_names(folder / "text_encoder") == {False}
     args = sd15.ModelArgs(pretrained_model_name_or_path=str(folder))
     config = sd15.open_model(args)
-    newer = sd15.load_text_encoder(config, args, torch.float32, CPU)(["a red star"])
-    sd15.copy_parts(config, args, tmp_path / "result", ("text_encoder", "tokenizer"))
+    newer = config.load_text(torch.float32, CPU)(["a red star"])
+    sd15.copy_parts(config, tmp_path / "result", ("text_encoder", "tokenizer"))
     assert classic_names(tmp_path / "result" / "text_encoder") == {True}
     shutil.rmtree(folder / "text_encoder")
     shutil.copytree(tmp_path / "result" / "text_encoder", folder / "text_encoder")
-    older = sd15.load_text_encoder(config, args, torch.float32, CPU)(["a red star"])
+    older = config.load_text(torch.float32, CPU)(["a red star"])
     assert torch.equal(newer["prompt_embeds"], older["prompt_embeds"])
 
 

@@ -31,7 +31,7 @@ def args_of(folder: Path | str, **options: Any) -> sd15.ModelArgs:
 
 
 @pytest.fixture(scope="module")
-def config(tiny_sd15: Path) -> sd15.Config:
+def config(tiny_sd15: Path) -> sd15.Model:
     """What is known of the tiny model without its weights."""
     return sd15.open_model(args_of(tiny_sd15))
 
@@ -61,7 +61,7 @@ def changed(folder: Path, source: Path, part: str, **settings: Any) -> Path:
 
 
 def test_latents_have_the_shape_that_the_autoencoder_gives(
-    config: sd15.Config, pipeline: Any
+    config: sd15.Model, pipeline: Any
 ) -> None:
     shape = config.latent_shape(32, 64)
     mean, std = sd15.posterior(pipeline.vae, torch.zeros(2, 3, 32, 64))
@@ -74,7 +74,8 @@ def test_latents_have_the_shape_that_the_autoencoder_gives(
 
 
 def test_the_real_sizes_are_those_of_sd15() -> None:
-    real = sd15.Config(
+    real = sd15.Model(
+        args=args_of(Path("-")),
         folder=Path(),
         unet={"block_out_channels": [320, 640, 1280, 1280], "in_channels": 4, "sample_size": 64},
         vae={"block_out_channels": [128, 256, 512, 512]},  # says no scaling_factor
@@ -94,14 +95,14 @@ def test_the_real_sizes_are_those_of_sd15() -> None:
     ],
 )
 def test_impossible_sizes_are_refused_with_the_nearest(
-    config: sd15.Config, height: int, width: int, message: str
+    config: sd15.Model, height: int, width: int, message: str
 ) -> None:
     with pytest.raises(UserError) as refused:
         config.latent_shape(height, width)
     assert message in str(refused.value)
 
 
-def test_the_schedule_is_the_schedulers_own(config: sd15.Config, pipeline: Any) -> None:
+def test_the_schedule_is_the_schedulers_own(config: sd15.Model, pipeline: Any) -> None:
     torch.testing.assert_close(
         config.schedule.alphas_cumprod.float(), pipeline.scheduler.alphas_cumprod
     )
@@ -113,7 +114,7 @@ def test_the_schedule_is_the_schedulers_own(config: sd15.Config, pipeline: Any) 
 
 
 def test_a_draw_from_the_posterior_is_what_diffusers_scripts_train_on(
-    config: sd15.Config, pipeline: Any
+    config: sd15.Model, pipeline: Any
 ) -> None:
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
@@ -123,7 +124,7 @@ def test_a_draw_from_the_posterior_is_what_diffusers_scripts_train_on(
     torch.testing.assert_close(found, sample * 0.18215)
 
 
-def test_decode_is_the_pipelines_own(config: sd15.Config, pipeline: Any) -> None:
+def test_decode_is_the_pipelines_own(config: sd15.Model, pipeline: Any) -> None:
     def draw(output: str) -> Tensor:
         return pipeline(
             "a red circle",
@@ -138,8 +139,8 @@ def test_decode_is_the_pipelines_own(config: sd15.Config, pipeline: Any) -> None
     torch.testing.assert_close(found, draw("pt"), rtol=0, atol=1e-5)
 
 
-def test_a_gradient_goes_back_through_the_decoder(config: sd15.Config, tiny_sd15: Path) -> None:
-    vae = sd15.load_vae(config, args_of(tiny_sd15), CPU)
+def test_a_gradient_goes_back_through_the_decoder(config: sd15.Model, tiny_sd15: Path) -> None:
+    vae = config.load_vae(CPU)
     # Of a size at which the untrained decoder does not leave [0, 1], where there is no gradient.
     latents = (0.1 * noise(1, 4, 4, 4)).requires_grad_()
     images = sd15.decode(vae, config, latents)
@@ -153,12 +154,12 @@ def test_a_gradient_goes_back_through_the_decoder(config: sd15.Config, tiny_sd15
 
 
 def test_the_decoder_recomputes_its_activations_where_asked(
-    config: sd15.Config, tiny_sd15: Path
+    config: sd15.Model, tiny_sd15: Path
 ) -> None:
     """The autoencoder is frozen and in eval mode: fewer bytes are kept, the gradient is equal."""
 
     def measure(checkpointing: bool) -> tuple[int, Tensor, Tensor]:
-        vae = sd15.load_vae(config, args_of(tiny_sd15), CPU, checkpointing=checkpointing)
+        vae = config.load_vae(CPU, checkpointing=checkpointing)
         assert not vae.training
         latents = noise(1, 4, 8, 8).requires_grad_()
         kept: dict[int, Tensor] = {}
@@ -183,9 +184,9 @@ def test_the_decoder_recomputes_its_activations_where_asked(
 
 
 def test_latents_are_float32_even_from_a_half_precision_autoencoder(
-    config: sd15.Config, tiny_sd15: Path
+    config: sd15.Model, tiny_sd15: Path
 ) -> None:
-    vae = sd15.load_vae(config, args_of(tiny_sd15, vae_dtype="bf16"), CPU)
+    vae = sd15.open_model(args_of(tiny_sd15, vae_dtype="bf16")).load_vae(CPU)
     assert vae.dtype == torch.bfloat16
     mean, std = sd15.posterior(vae, torch.zeros(1, 3, 16, 16))
     latents = config.scaled(mean, std, noise(*mean.shape))
@@ -195,8 +196,8 @@ def test_latents_are_float32_even_from_a_half_precision_autoencoder(
 # Noise
 
 
-def test_epsilon_is_the_unets_own(config: sd15.Config, tiny_sd15: Path, pipeline: Any) -> None:
-    unet = sd15.load_unet(config, args_of(tiny_sd15), torch.float32, CPU)
+def test_epsilon_is_the_unets_own(config: sd15.Model, tiny_sd15: Path, pipeline: Any) -> None:
+    unet = config.load_network(torch.float32, CPU)
     assert not any(param.requires_grad for param in unet.parameters())
     noisy, embeds, timestep = noise(2, 4, 8, 8), noise(2, 20, 64), torch.tensor([3, 999])
     with torch.no_grad():
@@ -218,19 +219,16 @@ def test_epsilon_is_float32_whatever_the_network_computes_in() -> None:
 
 
 def test_the_unet_recomputes_its_activations_where_asked(
-    config: sd15.Config, tiny_sd15: Path
+    tiny_sd15: Path,
 ) -> None:
-    unet = sd15.load_unet(
-        config, args_of(tiny_sd15, gradient_checkpointing=True), torch.float32, CPU
-    )
+    config = sd15.open_model(args_of(tiny_sd15, gradient_checkpointing=True))
+    unet = config.load_network(torch.float32, CPU)
     assert unet.is_gradient_checkpointing
 
 
-def test_operations_grow_with_batch_and_recomputation(config: sd15.Config, tiny_sd15: Path) -> None:
+def test_operations_grow_with_batch_and_recomputation(config: sd15.Model, tiny_sd15: Path) -> None:
     def cost(batch: int, checkpointing: bool = False) -> Any:
-        return sd15.training_cost(
-            config,
-            args_of(tiny_sd15),
+        return config.training_cost(
             torch.float32,
             lambda model: lora.add(model, lora.LoraArgs(rank=2)),
             batch,
@@ -248,11 +246,11 @@ def test_operations_grow_with_batch_and_recomputation(config: sd15.Config, tiny_
 
 
 def test_texts_are_encoded_as_the_pipeline_does_it(
-    config: sd15.Config, pipeline: Any, tiny_sd15: Path
+    config: sd15.Model, pipeline: Any, tiny_sd15: Path
 ) -> None:
     # The last is longer than CLIP reads: it is cut before the end token.
     captions = [*CAPTIONS, " ".join(["red"] * 90) + " star"]
-    encode = sd15.load_text_encoder(config, args_of(tiny_sd15), torch.float32, CPU)
+    encode = config.load_text(torch.float32, CPU)
     found = encode(captions)
     with torch.no_grad():
         embeds, _ = pipeline.encode_prompt(captions, CPU, 1, False)
@@ -264,28 +262,27 @@ def test_texts_are_encoded_as_the_pipeline_does_it(
 
 
 def test_the_encoder_sits_in_the_precision_that_was_asked(
-    config: sd15.Config, tiny_sd15: Path
+    config: sd15.Model, tiny_sd15: Path
 ) -> None:
-    encode = sd15.load_text_encoder(config, args_of(tiny_sd15), torch.bfloat16, CPU)
+    encode = config.load_text(torch.bfloat16, CPU)
     assert encode(["a star"])["prompt_embeds"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("no_cache", [False, True])
 def test_prepared_texts_are_those_of_the_encoder(
-    config: sd15.Config, tiny_sd15: Path, tmp_path: Path, no_cache: bool, monkeypatch: Any
+    config: sd15.Model, tiny_sd15: Path, tmp_path: Path, no_cache: bool, monkeypatch: Any
 ) -> None:
     run_args = training.RunArgs(output_dir=tmp_path / "run", report_to="none", seed=0)
     run = training.start(run_args, OptimArgs(max_train_steps=1))
-    model = args_of(tiny_sd15)
     cache = data.TextCacheArgs(latent_cache_dir=tmp_path, no_cache_text_embeddings=no_cache)
-    embed = texts.prepare_sd15(run, config, model, cache, [CAPTIONS[:2], [""]])
+    embed = texts.prepare(run, config, cache, [CAPTIONS[:2], [""]])
     found = embed(CAPTIONS)
-    expected = sd15.load_text_encoder(config, model, torch.float32, CPU)(CAPTIONS)
+    expected = config.load_text(torch.float32, CPU)(CAPTIONS)
     assert found.keys() == {"prompt_embeds"}
     torch.testing.assert_close(found["prompt_embeds"], expected["prompt_embeds"], rtol=0, atol=1e-5)
     if not no_cache:  # the second time nothing is loaded
-        monkeypatch.setattr(sd15, "load_text_encoder", None)
-        again = texts.prepare_sd15(run, config, model, cache, [CAPTIONS])(CAPTIONS)
+        monkeypatch.setattr(sd15.Model, "load_text", lambda *_, **__: pytest.fail("loaded"))
+        again = texts.prepare(run, config, cache, [CAPTIONS])(CAPTIONS)
         assert again.keys() == {"prompt_embeds"}
 
 
@@ -343,7 +340,7 @@ def test_a_unet_with_further_channels_is_refused(tmp_path: Path, tiny_sd15: Path
 
 
 def test_a_fingerprint_changes_with_a_weight(
-    config: sd15.Config, tmp_path: Path, tiny_sd15: Path
+    config: sd15.Model, tmp_path: Path, tiny_sd15: Path
 ) -> None:
     parts = ["vae", *sd15.TEXT_FOLDERS]
     copy = Path(shutil.copytree(tiny_sd15, tmp_path / "copy"))
@@ -369,7 +366,7 @@ def test_copied_parts_load_in_one_plain_call_as_float32(
     args = args_of(half, variant="fp16")
     config = sd15.open_model(args)
     result = tmp_path / "result"
-    sd15.copy_parts(config, args, result, PARTS)
+    sd15.copy_parts(config, result, PARTS)
     shutil.copytree(tiny_sd15 / "unet", result / "unet")
     found: Any = StableDiffusionPipeline.from_pretrained(result)
     for part in ("unet", "vae", "text_encoder"):
@@ -404,17 +401,17 @@ def test_a_safety_checker_comes_along_where_there_is_one(tmp_path: Path, tiny_sd
     args = args_of(base)
     config = sd15.open_model(args)
     result = tmp_path / "result"
-    sd15.copy_parts(config, args, result, ("unet", *PARTS))
+    sd15.copy_parts(config, result, ("unet", *PARTS))
     found: Any = StableDiffusionPipeline.from_pretrained(result)
     assert found.safety_checker.dtype == torch.float32
     assert found.feature_extractor is not None
     assert found.config["requires_safety_checker"]
     for part in ("safety_checker", "feature_extractor"):  # listed, but not downloaded
         shutil.rmtree(base / part)
-    sd15.copy_parts(config, args, result, ("unet", *PARTS))
+    sd15.copy_parts(config, result, ("unet", *PARTS))
     found = StableDiffusionPipeline.from_pretrained(result)
     assert found.safety_checker is None
     # For pictures of a training nobody needs it.
-    drawing: Any = sd15.load_pipeline(config, args, torch.float32, CPU)
+    drawing: Any = config.load_pipeline(torch.float32, CPU)
     assert drawing.safety_checker is None
     assert drawing.unet.dtype == torch.float32

@@ -26,7 +26,7 @@ def args_of(folder: Path | str, **options: Any) -> sd3.ModelArgs:
 
 
 @pytest.fixture(scope="module")
-def config(tiny_sd3: Path) -> sd3.Config:
+def config(tiny_sd3: Path) -> sd3.Model:
     """What is known of the tiny model without its weights."""
     return sd3.open_model(args_of(tiny_sd3))
 
@@ -43,7 +43,7 @@ def pipeline(tiny_sd3: Path) -> Any:
 
 
 def test_latents_have_the_shape_that_the_autoencoder_gives(
-    config: sd3.Config, pipeline: Any
+    config: sd3.Model, pipeline: Any
 ) -> None:
     shape = config.latent_shape(32, 64)
     mean, std = sd3.posterior(pipeline.vae, torch.zeros(2, 3, 32, 64))
@@ -64,14 +64,14 @@ def test_latents_have_the_shape_that_the_autoencoder_gives(
     ],
 )
 def test_impossible_sizes_are_refused_with_the_nearest(
-    config: sd3.Config, height: int, width: int, message: str
+    config: sd3.Model, height: int, width: int, message: str
 ) -> None:
     with pytest.raises(UserError) as refused:
         config.latent_shape(height, width)
     assert message in str(refused.value)
 
 
-def test_the_largest_size_runs_through_the_transformer(config: sd3.Config, pipeline: Any) -> None:
+def test_the_largest_size_runs_through_the_transformer(config: sd3.Model, pipeline: Any) -> None:
     shape = config.latent_shape(256, 16)
     out = sd3.velocity(
         pipeline.transformer,
@@ -87,14 +87,14 @@ def test_the_largest_size_runs_through_the_transformer(config: sd3.Config, pipel
 # Shift
 
 
-def test_the_shift_is_the_schedulers_own_unless_told(config: sd3.Config) -> None:
+def test_the_shift_is_the_schedulers_own_unless_told(config: sd3.Model) -> None:
     assert config.shift(None, 64, 64) == config.shift(None, 256, 256) == 3.0
     assert config.shift(1.5, 64, 64) == 1.5
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 32), (128, 64), (256, 256)])
 def test_the_automatic_shift_follows_the_root_of_the_tokens(
-    config: sd3.Config, height: int, width: int
+    config: sd3.Model, height: int, width: int
 ) -> None:
     native = (config.transformer["sample_size"] // 2) ** 2  # pyright: ignore
     tokens = (height // 16) * (width // 16)
@@ -102,7 +102,8 @@ def test_the_automatic_shift_follows_the_root_of_the_tokens(
 
 
 def test_the_automatic_shift_is_three_at_the_native_size_of_sd35() -> None:
-    medium = sd3.Config(
+    medium = sd3.Model(
+        args=args_of("-"),
         folder=Path(),
         transformer={"sample_size": 128, "patch_size": 2, "in_channels": 16},
         vae={"block_out_channels": [128, 256, 512, 512]},
@@ -113,13 +114,13 @@ def test_the_automatic_shift_is_three_at_the_native_size_of_sd35() -> None:
 
 
 def test_the_saved_scheduler_samples_with_the_shift_of_the_training(
-    config: sd3.Config, tmp_path: Path
+    config: sd3.Model, tmp_path: Path
 ) -> None:
     shift = config.shift("auto", 32, 32)
-    config.make_scheduler(shift).save_pretrained(tmp_path)
+    config.with_shift(shift).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert saved["shift"] == shift == 1.5
-    grid = config.make_scheduler(shift).sigmas
+    grid = config.with_shift(shift).sigmas
     even = torch.linspace(1, 1000, 1000).flip(0) / 1000
     torch.testing.assert_close(grid, flow.shift_sigma(even, shift))
 
@@ -136,20 +137,21 @@ def test_an_unbounded_weight_is_refused() -> None:
     sd3.NoiseArgs(weighting_scheme="sigma_sqrt", precondition_outputs=True)
 
 
-def test_options_reach_the_density() -> None:
+def test_options_reach_the_density(config: sd3.Model) -> None:
     uniform = torch.linspace(0.01, 1, 50)
-    noise = sd3.NoiseArgs(logit_mean=0.7, logit_std=0.5)
+    noise = sd3.NoiseArgs(logit_mean=0.7, logit_std=0.5, flow_shift=2.0)
     expected = flow.draw_sigma(uniform, "logit_normal", shift=2.0, logit_mean=0.7, logit_std=0.5)
-    assert torch.equal(noise.draw(uniform, 2.0), expected)
-    mode = sd3.NoiseArgs(weighting_scheme="mode", mode_scale=0.3)
-    assert torch.equal(mode.draw(uniform, 1.0), flow.draw_sigma(uniform, "mode", mode_scale=0.3))
+    assert torch.equal(config.objective((64, 64), noise).level(uniform), expected)
+    mode = sd3.NoiseArgs(weighting_scheme="mode", mode_scale=0.3, flow_shift=1.0)
+    found = config.objective((64, 64), mode).level(uniform)
+    assert torch.equal(found, flow.draw_sigma(uniform, "mode", mode_scale=0.3))
 
 
 # Latents
 
 
 def test_a_draw_from_the_posterior_is_what_diffusers_scripts_train_on(
-    config: sd3.Config, pipeline: Any
+    config: sd3.Model, pipeline: Any
 ) -> None:
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
@@ -161,9 +163,9 @@ def test_a_draw_from_the_posterior_is_what_diffusers_scripts_train_on(
 
 
 def test_latents_are_float32_even_from_a_half_precision_autoencoder(
-    config: sd3.Config, tiny_sd3: Path
+    config: sd3.Model, tiny_sd3: Path
 ) -> None:
-    vae = sd3.load_vae(config, args_of(tiny_sd3, vae_dtype="bf16"), CPU)
+    vae = sd3.open_model(args_of(tiny_sd3, vae_dtype="bf16")).load_vae(CPU)
     assert vae.dtype == torch.bfloat16
     assert not any(param.requires_grad for param in vae.parameters())
     mean, std = sd3.posterior(vae, torch.zeros(1, 3, 32, 32))
@@ -172,7 +174,7 @@ def test_latents_are_float32_even_from_a_half_precision_autoencoder(
     assert sd3.decode(vae, config, latents).dtype == torch.float32
 
 
-def test_decode_is_the_pipelines_own(config: sd3.Config, pipeline: Any) -> None:
+def test_decode_is_the_pipelines_own(config: sd3.Model, pipeline: Any) -> None:
     def draw(output: str) -> Tensor:
         return pipeline(
             "a red circle",
@@ -190,7 +192,7 @@ def test_decode_is_the_pipelines_own(config: sd3.Config, pipeline: Any) -> None:
     )
 
 
-def test_decode_undoes_the_scaling(config: sd3.Config, pipeline: Any) -> None:
+def test_decode_undoes_the_scaling(config: sd3.Model, pipeline: Any) -> None:
     raw = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = (pipeline.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
@@ -229,9 +231,9 @@ def test_the_timestep_is_a_thousand_sigma_in_float32(dtype: torch.dtype) -> None
 
 
 def test_nearby_sigmas_are_told_apart_by_a_bfloat16_model(
-    config: sd3.Config, tiny_sd3: Path
+    config: sd3.Model, tiny_sd3: Path
 ) -> None:
-    model = sd3.load_transformer(config, args_of(tiny_sd3), torch.bfloat16, CPU)
+    model = config.load_network(torch.bfloat16, CPU)
     seen: list[Tensor] = []
 
     def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -252,50 +254,49 @@ def test_nearby_sigmas_are_told_apart_by_a_bfloat16_model(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_frozen_transformer_has_no_gradients_of_its_own(
-    config: sd3.Config, tiny_sd3: Path, checkpointing: bool
+    tiny_sd3: Path, checkpointing: bool
 ) -> None:
-    args = args_of(tiny_sd3, gradient_checkpointing=checkpointing)
-    model = sd3.load_transformer(config, args, torch.bfloat16, CPU)
+    config = sd3.open_model(args_of(tiny_sd3, gradient_checkpointing=checkpointing))
+    model = config.load_network(torch.bfloat16, CPU)
     assert model.dtype == torch.bfloat16
     assert model.is_gradient_checkpointing == checkpointing
     assert not any(param.requires_grad for param in model.parameters())
 
 
-def test_counting_needs_no_memory(config: sd3.Config, tiny_sd3: Path) -> None:
-    meta, _ = sd3.training_cost(
-        config,
-        args_of(tiny_sd3, max_sequence_length=24),
+def test_counting_needs_no_memory(tiny_sd3: Path) -> None:
+    config = sd3.open_model(args_of(tiny_sd3, max_sequence_length=24))
+    meta, _ = config.training_cost(
         torch.bfloat16,
         lambda model: model.get_submodule("proj_out").requires_grad_(True),
         1,
         (16, 8, 8),
         checkpointing=False,
     )
-    real = sd3.load_transformer(config, args_of(tiny_sd3), torch.float32, CPU)
+    real = config.load_network(torch.float32, CPU)
     assert {param.device.type for param in meta.parameters()} == {"meta"}
     assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in real.parameters())
 
 
 def test_each_block_is_compiled_and_nothing_else(
-    config: sd3.Config, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+    config: sd3.Model, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
-    model = sd3.load_transformer(config, args_of(tiny_sd3), torch.float32, CPU)
+    model = config.load_network(torch.float32, CPU)
     assert compiled == []
-    model = sd3.load_transformer(config, args_of(tiny_sd3, torch_compile=True), torch.float32, CPU)
+    model = sd3.open_model(args_of(tiny_sd3, torch_compile=True)).load_network(torch.float32, CPU)
     assert compiled == list(model.transformer_blocks)
 
 
 @pytest.mark.slow
 def test_a_compiled_transformer_trains_an_adapter_as_before(
-    config: sd3.Config, tiny_sd3: Path
+    tiny_sd3: Path,
 ) -> None:
     found = []
     names = set()
     for compile_ in (False, True):
-        args = args_of(tiny_sd3, torch_compile=compile_)
-        model = sd3.load_transformer(config, args, torch.float32, CPU)
+        config = sd3.open_model(args_of(tiny_sd3, torch_compile=compile_))
+        model = config.load_network(torch.float32, CPU)
         torch.manual_seed(0)
         params = lora.add(model, lora.LoraArgs(rank=2))
         generator = torch.Generator().manual_seed(0)
@@ -312,17 +313,17 @@ def test_a_compiled_transformer_trains_an_adapter_as_before(
 # Text
 
 
-def encoders(config: sd3.Config, args: sd3.ModelArgs, dtype: torch.dtype) -> sd3.TextEncoders:
-    return sd3.TextEncoders.load(config, args, sd3.TextArgs(), dtype, CPU)
+def encoders(args: sd3.ModelArgs, dtype: torch.dtype) -> sd3.TextEncoders:
+    return sd3.open_model(args).load_text(dtype, CPU)
 
 
 @pytest.mark.parametrize("length", [1, 24, 77, 256])
 def test_texts_are_encoded_as_the_pipeline_does_it(
-    config: sd3.Config, pipeline: Any, tiny_sd3: Path, length: int
+    config: sd3.Model, pipeline: Any, tiny_sd3: Path, length: int
 ) -> None:
     captions = ["a red circle", "two blue stars on a black background", ""]
     args = args_of(tiny_sd3, max_sequence_length=length)
-    found = encoders(config, args, torch.float32)(captions)
+    found = encoders(args, torch.float32)(captions)
     with torch.no_grad():
         embeds, _, pooled, _ = pipeline.encode_prompt(
             captions, captions, captions, max_sequence_length=length
@@ -332,17 +333,17 @@ def test_texts_are_encoded_as_the_pipeline_does_it(
     torch.testing.assert_close(found["pooled_prompt_embeds"], pooled, rtol=0, atol=1e-5)
 
 
-def test_a_long_caption_uses_the_whole_sequence_length(config: sd3.Config, tiny_sd3: Path) -> None:
+def test_a_long_caption_uses_the_whole_sequence_length(config: sd3.Model, tiny_sd3: Path) -> None:
     # The predecessor cut T5's text at 77 tokens whatever --max_sequence_length said.
     start = " ".join(["red"] * 90)
-    encode = encoders(config, args_of(tiny_sd3, max_sequence_length=200), torch.float32)
+    encode = encoders(args_of(tiny_sd3, max_sequence_length=200), torch.float32)
     first, second = encode([f"{start} circle", f"{start} star"])["prompt_embeds"]
     assert not torch.allclose(first[20:], second[20:], atol=1e-4)
 
 
-def test_encoders_sit_in_the_precision_that_was_asked(config: sd3.Config, tiny_sd3: Path) -> None:
+def test_encoders_sit_in_the_precision_that_was_asked(config: sd3.Model, tiny_sd3: Path) -> None:
     # transformers takes the dtype from config.json, diffusers float32: both must obey.
-    encode = encoders(config, args_of(tiny_sd3), torch.bfloat16)
+    encode = encoders(args_of(tiny_sd3), torch.bfloat16)
     assert encode.t5 is not None
     assert [part.dtype for part in (*encode.clips, encode.t5)] == [torch.bfloat16] * 3
     assert encode(["a star"])["prompt_embeds"].dtype == torch.bfloat16
@@ -463,13 +464,12 @@ def test_a_fingerprint_ignores_parts_that_were_not_asked_for(
 # Cost
 
 
-def test_operations_grow_with_batch_and_recomputation(config: sd3.Config, tiny_sd3: Path) -> None:
+def test_operations_grow_with_batch_and_recomputation(tiny_sd3: Path) -> None:
+    config = sd3.open_model(args_of(tiny_sd3, max_sequence_length=24))
+
     def cost(batch: int, checkpointing: bool = False) -> int:
-        _, found = sd3.training_cost(
-            config,
-            args_of(tiny_sd3, max_sequence_length=24),
+        _, found = config.training_cost(
             torch.float32,
-            # Something at the very beginning trains.
             lambda model: model.get_submodule("pos_embed.proj").requires_grad_(True),
             batch,
             (16, 8, 8),
@@ -482,8 +482,8 @@ def test_operations_grow_with_batch_and_recomputation(config: sd3.Config, tiny_s
     assert cost(2, checkpointing=True) == pytest.approx(1.5 * cost(2), rel=0.05)
 
 
-def test_the_scheduler_of_a_config_is_not_changed(config: sd3.Config) -> None:
-    config.make_scheduler(7.0)
+def test_the_scheduler_of_a_config_is_not_changed(config: sd3.Model) -> None:
+    config.with_shift(7.0)
     assert config.scheduler["shift"] == 3.0
     assert replace(config, scheduler={}).shift(None, 64, 64) == 1.0
 
@@ -496,7 +496,7 @@ FLOWS = {
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_another_scheduler_of_the_flow_keeps_class_and_shift(
-    config: sd3.Config, tmp_path: Path, name: str
+    config: sd3.Model, tmp_path: Path, name: str
 ) -> None:
     kind = getattr(diffusers, name)
     kind(**FLOWS[name], flow_shift=5.0).save_pretrained(tmp_path)
@@ -504,7 +504,7 @@ def test_another_scheduler_of_the_flow_keeps_class_and_shift(
     other = replace(config, scheduler=saved)
     assert other.shift(None, 64, 64) == 5
     assert other.shift("auto", 32, 32) == pytest.approx(config.shift("auto", 32, 32) * 5 / 3)
-    made = other.make_scheduler(7.0)
+    made = other.with_shift(7.0)
     assert type(made) is kind
     made.set_timesteps(4)
     expected = kind(**FLOWS[name], flow_shift=7.0)

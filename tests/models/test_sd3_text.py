@@ -13,12 +13,10 @@ from dojo.models import sd3
 CAPTIONS = ["a red star", "two blue circles above a very small green square on the left"]
 
 
-def encoders(folder: Path, length: int = 24, **text: Any) -> tuple[sd3.Config, sd3.TextEncoders]:
+def encoders(folder: Path, length: int = 24, **text: Any) -> tuple[sd3.Model, sd3.TextEncoders]:
     args = sd3.ModelArgs(pretrained_model_name_or_path=str(folder), max_sequence_length=length)
-    config = sd3.open_model(args)
-    device = torch.device("cpu")
-    loaded = sd3.TextEncoders.load(config, args, sd3.TextArgs(**text), torch.float32, device)
-    return config, loaded
+    config = sd3.open_model(args, sd3.TextArgs(**text))
+    return config, config.load_text(torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("length", [8, 24, 77])
@@ -48,7 +46,7 @@ def test_zero_padding_changes_the_rows_of_padding_alone(tiny_sd3: Path) -> None:
 def test_a_model_without_t5_gets_zeros_for_it(tiny_sd3: Path) -> None:
     config, there = encoders(tiny_sd3)
     full = there(CAPTIONS)["prompt_embeds"]
-    there.free_t5()
+    there.free_others()
     without = there(CAPTIONS)["prompt_embeds"]
     assert without.shape == full.shape
     assert not without[:, config.clip_tokens :].any()

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.files import tensors
-from dojo.models import folder as pipelines
-from dojo.models import sd3
+from dojo.models import folders, sd3
 from dojo.models.sd3 import keys
 from dojo.models.sd3.single_file import SingleFile, inspect
 
@@ -245,9 +244,9 @@ def test_every_part_of_the_file_is_loaded_bit_for_bit(
         save_file({name: x + 1 for name, x in load_file(path).items()}, path, {"format": "pt"})
     args = args_of(file, other)
     config = sd3.open_model(args)
-    texts = sd3.load_text_pipeline(config, args, torch.float32)
-    assert equal(source.transformer, sd3.load_transformer(config, args, torch.float32, CPU))
-    assert equal(source.vae, sd3.load_vae(config, args, CPU))
+    texts = sd3.load_text_pipeline(config, torch.float32)
+    assert equal(source.transformer, config.load_network(torch.float32, CPU))
+    assert equal(source.vae, config.load_vae(CPU))
     for part in sd3.TEXT_ENCODERS:
         assert equal(getattr(source, part), getattr(texts, part)), part
     assert config.clip_tokens == 20
@@ -262,13 +261,13 @@ def test_options_hold_for_a_single_file_too(folder: Path, file: Path, tmp_path: 
         path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float16"}))
     args = args_of(file, half, gradient_checkpointing=True, vae_dtype="fp16")
     config = sd3.open_model(args)
-    transformer = sd3.load_transformer(config, args, torch.bfloat16, CPU)
+    transformer = config.load_network(torch.bfloat16, CPU)
     assert transformer.dtype == torch.bfloat16
     assert transformer.is_gradient_checkpointing
     assert not any(param.requires_grad for param in transformer.parameters())
-    assert sd3.load_vae(config, args, CPU).dtype == torch.float16
+    assert config.load_vae(CPU).dtype == torch.float16
     for dtype in (torch.float32, torch.bfloat16):
-        texts: Any = sd3.load_text_pipeline(config, args, dtype)
+        texts: Any = sd3.load_text_pipeline(config, dtype)
         assert [getattr(texts, part).dtype for part in sd3.TEXT_ENCODERS] == [dtype] * 3
 
 
@@ -283,9 +282,9 @@ def test_parts_that_the_file_lacks_come_from_the_folder(
     save_file(bare, path)
     args = args_of(path, folder)
     config = sd3.open_model(args)
-    texts = sd3.load_text_pipeline(config, args, torch.float32)
-    assert equal(source.transformer, sd3.load_transformer(config, args, torch.float32, CPU))
-    assert equal(source.vae, sd3.load_vae(config, args, CPU))
+    texts = sd3.load_text_pipeline(config, torch.float32)
+    assert equal(source.transformer, config.load_network(torch.float32, CPU))
+    assert equal(source.vae, config.load_vae(CPU))
     assert equal(source.text_encoder_3, texts.text_encoder_3)
 
 
@@ -296,14 +295,14 @@ def test_a_file_without_t5_uses_the_folders_or_none(
     sd3.save_single_file(path, source, with_t5=False)
     assert "text_encoder_3" not in inspect(path)
     args = args_of(path, folder)
-    texts = sd3.load_text_pipeline(sd3.open_model(args), args, torch.float32)
+    texts = sd3.load_text_pipeline(sd3.open_model(args), torch.float32)
     assert equal(source.text_encoder_3, texts.text_encoder_3)
     args = args_of(path, without(folder, tmp_path / "none", "text_encoder_3"))
     config = sd3.open_model(args)
-    texts = sd3.load_text_pipeline(config, args, torch.float32)
+    texts = sd3.load_text_pipeline(config, torch.float32)
     assert texts.text_encoder_3 is None
     assert capsys.readouterr().out.count("no T5") == 1
-    found = sd3.TextEncoders.load(config, args, sd3.TextArgs(), torch.float32, CPU)(["a star"])
+    found = config.load_text(torch.float32, CPU)(["a star"])
     assert not found["prompt_embeds"][:, 20:].any()
     assert found["prompt_embeds"].shape == (1, 20 + 256, 192)
 
@@ -318,10 +317,10 @@ def test_an_8_bit_t5_is_read_and_kept_exactly(source: Any, folder: Path, tmp_pat
     save_file(mixed, path)
     args = args_of(path, folder)
     config = sd3.open_model(args)
-    texts: Any = sd3.load_text_pipeline(config, args, torch.bfloat16)
+    texts: Any = sd3.load_text_pipeline(config, torch.bfloat16)
     expected = source.text_encoder_3.shared.weight.to(torch.float8_e4m3fn).float()
     assert torch.equal(texts.text_encoder_3.shared.weight.float(), expected)
-    sd3.copy_parts(config, args, tmp_path / "copy", ["text_encoder_3", "tokenizer_3"])
+    sd3.copy_parts(config, tmp_path / "copy", ["text_encoder_3", "tokenizer_3"])
     saved = load_file(tmp_path / "copy" / "text_encoder_3" / "model.safetensors")
     assert torch.equal(saved["shared.weight"].float(), expected)
 
@@ -331,7 +330,7 @@ def test_a_model_without_clip_is_refused(source: Any, folder: Path, tmp_path: Pa
     sd3.save_single_file(path, {"transformer": source.transformer.state_dict()})
     args = args_of(path, without(folder, tmp_path / "none", "text_encoder_2"))
     with pytest.raises(UserError, match="CLIP"):
-        sd3.load_text_pipeline(sd3.open_model(args), args, torch.float32)
+        sd3.load_text_pipeline(sd3.open_model(args), torch.float32)
 
 
 # Which configuration
@@ -369,8 +368,8 @@ def test_what_the_file_has_is_not_downloaded_again(
         return str(folder)
 
     fetched: list[tuple[str, ...]] = []
-    monkeypatch.setattr(pipelines.DiffusionPipeline, "download", download)
-    monkeypatch.setattr(pipelines, "hf_hub_download", lambda *a, **_: fetched.append(a))
+    monkeypatch.setattr(folders.DiffusionPipeline, "download", download)
+    monkeypatch.setattr(folders, "hf_hub_download", lambda *a, **_: fetched.append(a))
     args = sd3.ModelArgs(
         pretrained_model_name_or_path=str(file), single_file_config="someone/sd3", revision="v2"
     )
@@ -429,7 +428,7 @@ def test_a_configuration_that_does_not_fit_is_refused(
     clip.write_text(json.dumps({**json.loads(clip.read_text()), "num_hidden_layers": 2}))
     args = args_of(file, other)
     with pytest.raises(UserError, match="text_encoder_2 of whole"):
-        sd3.load_text_pipeline(sd3.open_model(args), args, torch.float32)
+        sd3.load_text_pipeline(sd3.open_model(args), torch.float32)
     with pytest.raises(UserError, match="--single_file_config: there is no folder"):
         sd3.open_model(args_of(file, tmp_path / "none"))
 
@@ -455,7 +454,7 @@ def test_a_single_file_with_numbers_that_are_none_is_refused(
     save_file(state, tmp_path / "broken.safetensors")
     args = args_of(tmp_path / "broken.safetensors", folder)
     with pytest.raises(UserError, match=says):
-        sd3.load_pipeline(sd3.open_model(args), args, torch.float32, CPU)
+        sd3.open_model(args).load_pipeline(torch.float32, CPU)
 
 
 def test_the_autoencoder_of_a_single_file_is_whole_or_refused(
@@ -479,7 +478,7 @@ def test_old_merges_that_leave_text_model_out_are_read(
     assert f"{CLIP_L}embeddings.position_embedding.weight" in state
     save_file(state, tmp_path / "old.safetensors")
     args = args_of(tmp_path / "old.safetensors", folder)
-    texts = sd3.load_text_pipeline(sd3.open_model(args), args, torch.float32)
+    texts = sd3.load_text_pipeline(sd3.open_model(args), torch.float32)
     assert equal(source.text_encoder, texts.text_encoder)
 
 
@@ -555,7 +554,7 @@ def test_a_copied_half_precision_folder_is_whole_in_a_plain_call(
     base = halved(source, tmp_path / "base", variant, shards)
     assert bool(list(base.glob("*/*00001-of*"))) == shards
     args = args_of(base, None, variant=variant)
-    sd3.copy_parts(sd3.open_model(args), args, tmp_path / "result", FROZEN)
+    sd3.copy_parts(sd3.open_model(args), tmp_path / "result", FROZEN)
     assert not list((tmp_path / "result").glob("transformer*"))
     assert not list((tmp_path / "result").glob("scheduler*"))
     assert not list((tmp_path / "result").glob("*/*fp16*"))
@@ -571,7 +570,7 @@ def test_only_one_set_of_weights_is_copied(source: Any, tmp_path: Path) -> None:
     for variant, size in ((None, 4), ("fp16", 2)):
         args = args_of(base, None, variant=variant)
         result = tmp_path / f"result-{variant}"
-        sd3.copy_parts(sd3.open_model(args), args, result, FROZEN)
+        sd3.copy_parts(sd3.open_model(args), result, FROZEN)
         weights = list((result / "text_encoder_3").glob("*.safetensors"))
         assert [path.name for path in weights] == ["model.safetensors"]
         assert {x.itemsize for x in load_file(weights[0]).values()} == {size}
@@ -581,7 +580,7 @@ def test_a_single_files_parts_become_folders(
     source: Any, folder: Path, file: Path, tmp_path: Path
 ) -> None:
     args = args_of(file, without(folder, tmp_path / "base", *sd3.TEXT_ENCODERS))
-    sd3.copy_parts(sd3.open_model(args), args, tmp_path / "result", FROZEN)
+    sd3.copy_parts(sd3.open_model(args), tmp_path / "result", FROZEN)
     pipeline = finish(tmp_path / "result", source)
     for part in ("vae", *sd3.TEXT_ENCODERS):
         assert equal(getattr(source, part), getattr(pipeline, part)), part
@@ -596,7 +595,7 @@ def test_a_half_precision_file_stays_half_on_disk(
     path = tmp_path / "half.safetensors"
     sd3.save_single_file(path, source, torch.float16)
     args = args_of(path, folder)
-    sd3.copy_parts(sd3.open_model(args), args, tmp_path / "result", FROZEN)
+    sd3.copy_parts(sd3.open_model(args), tmp_path / "result", FROZEN)
     for saved in (tmp_path / "result").glob("*/*.safetensors"):
         assert {x.dtype for x in load_file(saved).values()} == {torch.float16}, saved
     pipeline = finish(tmp_path / "result", source)
@@ -610,7 +609,7 @@ def test_a_missing_t5_is_null_in_the_result(source: Any, folder: Path, tmp_path:
     sd3.save_single_file(path, source, with_t5=False)
     base = without(folder, tmp_path / "base", "text_encoder_3")
     args = args_of(path, base)
-    sd3.copy_parts(sd3.open_model(args), args, tmp_path / "result", FROZEN)
+    sd3.copy_parts(sd3.open_model(args), tmp_path / "result", FROZEN)
     index = json.loads((tmp_path / "result" / "model_index.json").read_text())
     assert index["text_encoder_3"] == [None, None]
     assert not (tmp_path / "result" / "text_encoder_3").exists()
@@ -618,5 +617,5 @@ def test_a_missing_t5_is_null_in_the_result(source: Any, folder: Path, tmp_path:
     pipeline = finish(tmp_path / "result", source, text_encoder_3=None)
     assert pipeline.text_encoder_3 is None
     args = args_of(tmp_path / "result", None)
-    texts = sd3.load_text_pipeline(sd3.open_model(args), args, torch.float32)
+    texts = sd3.load_text_pipeline(sd3.open_model(args), torch.float32)
     assert texts.text_encoder_3 is None

@@ -29,7 +29,7 @@ def test_each_encoder_cuts_where_it_does_and_not_before(tiny_sd3: Path) -> None:
     for tokens, over in [(8, [MIDDLE, *LONG]), (30, LONG), (100, [])]:
         args = sd3_args(tiny_sd3, tokens)
         config = sd3.open_model(args)
-        found = find_cut([*LONG, SHORT, MIDDLE, "", SHORT], sd3.readers(config, args))
+        found = find_cut([*LONG, SHORT, MIDDLE, "", SHORT], config.readers())
         assert found.count == 5
         assert found.limits == {"CLIP": 20, "T5": tokens}
         cut = {
@@ -46,7 +46,7 @@ def test_the_tokens_that_stay_are_those_that_the_tokenizer_leaves(
     tiny_sd3: Path, place: int
 ) -> None:
     args = sd3_args(tiny_sd3, 12)
-    reader = sd3.readers(sd3.open_model(args), args)[place]
+    reader = sd3.open_model(args).readers()[place]
     whole = reader.tokenizer(LONG[0])["input_ids"]
     cut = reader.tokenizer(LONG[0], truncation=True, max_length=reader.limit)["input_ids"]
     assert cut == [*whole[: reader.limit - 1], whole[-1]]
@@ -54,7 +54,7 @@ def test_the_tokens_that_stay_are_those_that_the_tokenizer_leaves(
 
 def test_texts_that_are_alike_without_a_cut_are_not_counted(tiny_sd15: Path) -> None:
     args = sd15.ModelArgs(pretrained_model_name_or_path=str(tiny_sd15))
-    readers = sd15.readers(sd15.open_model(args))
+    readers = sd15.open_model(args).readers()
     assert len({str(readers[0].tokenizer(text)["input_ids"]) for text in ("a  b", "a b")}) == 1
     found = find_cut(["a  b", "a b", *LONG], readers)
     assert found.alike == [LONG]
@@ -76,7 +76,7 @@ def prepared(folder: Path, model: Path, groups: list[list[str]]) -> tuple[list[s
     )
     args = sd15.ModelArgs(pretrained_model_name_or_path=str(model))
     cache = data.TextCacheArgs(latent_cache_dir=folder / "cache")
-    texts.prepare_sd15(run, sd15.open_model(args), args, cache, groups)
+    texts.prepare(run, sd15.open_model(args), cache, groups)
     report = json.loads((folder / "data_report.json").read_text(encoding="utf-8"))
     return [line for line in said if "freed" not in line], report
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import diffusers
 from torch import Tensor
 
 from dojo.cli import UserError
+from dojo.maths import ddpm
 from dojo.maths.ddpm import Schedule
-from dojo.models import folder as pipelines
-from dojo.models.folder import FLAG, UNET, PipelineArgs, PipelineConfig
+from dojo.models import family, folders
+from dojo.models.folders import FLAG, UNET
+from dojo.models.sd15 import network
 
 TEXT_FOLDERS = ("tokenizer", "text_encoder")
 
@@ -28,7 +29,7 @@ _FOREIGN = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelArgs(PipelineArgs):
+class ModelArgs(family.ModelArgs):
     """The model that is trained."""
 
     pretrained_model_name_or_path: str
@@ -36,9 +37,18 @@ class ModelArgs(PipelineArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PipelineConfig):
+class Config(family.Model):
     """What is known of a model without its weights."""
 
+    name = "Stable Diffusion 1"
+    tags = ("stable-diffusion",)
+    network_class = "UNet2DConditionModel"
+    network_facts = network.UNET
+    text_encoders = ("text_encoder",)
+    text_folders = TEXT_FOLDERS
+    embed_names = ("prompt_embeds",)
+
+    args: ModelArgs
     unet: dict[str, Any]
     text_encoder: dict[str, Any]
 
@@ -52,10 +62,10 @@ class Config(PipelineConfig):
         """What a sampler's timesteps are shifted by: 1 for the real models."""
         return int(self.scheduler.get("steps_offset", 0))
 
-    def make_scheduler(self) -> Any:
-        """The model's own scheduler, with which its pipeline draws."""
-        kind = getattr(diffusers, self.scheduler["_class_name"])
-        return kind.from_config(self.scheduler)
+    @property
+    def clip_tokens(self) -> int:
+        """Length that the CLIP tokenizer pads to (77 for the real models)."""
+        return folders.clip_tokens(self.folder, self.flag)
 
     @property
     def pixel_step(self) -> int:
@@ -92,20 +102,26 @@ class Config(PipelineConfig):
         return (mean.float() + std.float() * noise) * self.scaling_factor
 
 
-def open_model(args: ModelArgs) -> Config:
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def read(kind: type[ConfigT], args: ModelArgs, text: family.TextArgs) -> ConfigT:
     """Finds the model's folder (downloading a hub id) and reads its configurations.
 
     Raises:
         UserError: there is no such folder or hub repository, or it holds no SD1.
     """
-    folder = pipelines.find_folder(args.pretrained_model_name_or_path, FLAG, args)
-    pipelines.check_kind(folder, FLAG, "StableDiffusionPipeline", "Stable Diffusion 1")
-    config = Config(
+    name = args.pretrained_model_name_or_path
+    folder = folders.find_folder(name, FLAG, revision=args.revision, variant=args.variant)
+    folders.check_kind(folder, FLAG, "StableDiffusionPipeline", "Stable Diffusion 1")
+    config = kind(
+        args=args,
+        text=text,
         folder=folder,
-        unet=pipelines.read_config(folder, FLAG, UNET),
-        vae=pipelines.read_config(folder, FLAG, "vae"),
-        scheduler=pipelines.read_config(folder, FLAG, "scheduler", "scheduler_config.json"),
-        text_encoder=pipelines.read_config(folder, FLAG, "text_encoder"),
+        unet=folders.read_config(folder, FLAG, UNET),
+        vae=folders.read_config(folder, FLAG, "vae"),
+        scheduler=folders.read_config(folder, FLAG, "scheduler", "scheduler_config.json"),
+        text_encoder=folders.read_config(folder, FLAG, "text_encoder"),
     )
     _check_unet(folder, config)
     _check_scheduler(folder, config)
@@ -114,19 +130,19 @@ def open_model(args: ModelArgs) -> Config:
 
 def _check_unet(folder: Path, config: Config) -> None:
     unet, where = config.unet, f"{FLAG}: {folder}/{UNET}/config.json"
-    channels, width, _ = pipelines.whole_numbers(
+    channels, width, _ = folders.whole_numbers(
         unet, where, "in_channels", "cross_attention_dim", "sample_size"
     )
     if not isinstance(unet.get("block_out_channels"), list):
         raise UserError(f"{where} has no list of block_out_channels")
-    pipelines.check_channels(folder, config.vae, channels, "UNet")
+    folders.check_channels(folder, config.vae, channels, "UNet")
     text = config.text_encoder.get("hidden_size", 512)
     if text != width:
         raise UserError(
             f"{FLAG}: {folder} does not fit together: the text encoder gives {text} numbers per "
             f"token, the UNet reads {width} (cross_attention_dim)"
         )
-    pipelines.check_tokens(config, FLAG, {"text_encoder": config.text_encoder})
+    folders.check_tokens(folder, FLAG, {"text_encoder": config.text_encoder})
     for name, what in _FOREIGN.items():
         if unet.get(name) is not None:
             raise UserError(
@@ -148,6 +164,6 @@ def _check_scheduler(folder: Path, config: Config) -> None:
             "says nothing of the picture"
         )
     try:
-        _ = config.schedule
+        ddpm.require_signal(config.schedule)
     except ValueError as error:
         raise UserError(f"{FLAG}: the scheduler of {folder}: {error}") from error

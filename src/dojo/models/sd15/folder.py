@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from dojo.models import folder as pipelines
-from dojo.models import loaded
-from dojo.models.sd15.config import Config, ModelArgs
+from dojo.models import folders, loaded
+from dojo.models.family import Saving
+from dojo.models.sd15.config import TEXT_FOLDERS, Config
 
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def copy_parts(config: Config, args: ModelArgs, folder: Path, parts: Sequence[str]) -> None:
+def copy_parts(config: Config, folder: Path, parts: Sequence[str]) -> None:
     """Fills a result folder with frozen parts of the base model and with model_index.json.
 
     Afterwards `StableDiffusionPipeline.from_pretrained(folder)`, once the parts not named here
@@ -35,13 +35,19 @@ def copy_parts(config: Config, args: ModelArgs, folder: Path, parts: Sequence[st
             flag=config.flag,
             kind=StableDiffusionPipeline,
             dtype=torch.float32,
-            variant=args.variant,
+            variant=config.args.variant,
             unet=None,
         )
         return getattr(pipeline, part)
 
     wanted = list(dict.fromkeys([*parts, *_OPTIONAL]))
-    index = pipelines.copy_parts(config.folder, folder, wanted, args.variant, load)
+    index = folders.copy_parts(config.folder, folder, wanted, config.args.variant, load)
     if index.get("safety_checker", [None])[0] is None:
         # Or diffusers would warn of a checker that was taken away.
-        pipelines.write_index(folder, {**index, "requires_safety_checker": False})
+        folders.write_index(folder, {**index, "requires_safety_checker": False})
+
+
+def save_whole(folder: Path, unet: Any, config: Config, saving: Saving) -> None:
+    """Writes the whole pipeline, every component, so that one plain call loads the folder."""
+    folders.save_network(folder, unet, config.part, saving.dtype, saving.max_shard_size)
+    copy_parts(config, folder, ("vae", "scheduler", *TEXT_FOLDERS))

@@ -6,15 +6,16 @@ token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dojo.models import loaded
-from dojo.models.folder import Embeds
-from dojo.models.sd15.config import Config, ModelArgs
+from dojo.models.folders import Embeds
+from dojo.models.sd15.config import Config
 from dojo.models.truncation import Reader
 
 
@@ -29,7 +30,21 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any, encoder: Any, device: torch.device) -> None:
         """Takes a tokenizer and the CLIP that computes on `device`."""
-        self.tokenizer, self.encoder, self.device = tokenizer, encoder, device
+        self.tokenizer, self.device = tokenizer, device
+        self.encoder: Any = encoder
+
+    @property
+    def trainable(self) -> list[Any]:
+        """None of them is trained yet."""
+        return []
+
+    def refresh(self, cached: Mapping[str, Tensor], captions: Sequence[str]) -> Embeds:
+        """Cached embeddings as they are."""
+        return dict(cached)
+
+    def free_others(self) -> None:
+        """Lets go of CLIP."""
+        self.encoder = None
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Embeds:
@@ -44,16 +59,14 @@ class TextEncoder:
         return {"prompt_embeds": self.encoder(tokens.input_ids.to(self.device))[0].cpu()}
 
 
-def load_text_encoder(
-    config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
-) -> TextEncoder:
+def load_text_encoder(config: Config, dtype: torch.dtype, device: torch.device) -> TextEncoder:
     """The frozen encoder of a model."""
     encoder = loaded.network(
         CLIPTextModel,
         *(config.folder, "text_encoder"),
         flag=config.flag,
         dtype=dtype,
-        variant=args.variant,
+        variant=config.args.variant,
     )
     tokenizer = loaded.tokenizer(
         CLIPTokenizer, config.folder, "tokenizer", flag=config.flag, encoder=encoder

@@ -4,26 +4,21 @@ Shapes: B batch, C = 16 latent channels, h = height / 8, T = CLIP tokens + T5 to
 the real models), D = 4096. Latents are those that the transformer sees: shifted and scaled.
 """
 
-from dojo.models.folder import Embeds, fingerprint, posterior
+from dojo.models.folders import Embeds, fingerprint, posterior
 from dojo.models.sd3.config import (
+    EMBEDS,
     TEXT_ENCODERS,
     TEXT_FOLDERS,
     Config,
     ModelArgs,
     NoiseArgs,
-    open_model,
+    TextArgs,
+    TextDropoutArgs,
 )
 from dojo.models.sd3.folder import copy_parts
 from dojo.models.sd3.guidance import why_no_skipping
-from dojo.models.sd3.models import (
-    decode,
-    load_text_pipeline,
-    load_transformer,
-    load_vae,
-    training_cost,
-    velocity,
-)
-from dojo.models.sd3.pipeline import load_pipeline
+from dojo.models.sd3.model import Model, open_model
+from dojo.models.sd3.models import decode, load_text_pipeline, velocity
 from dojo.models.sd3.schedule import (
     draws_noise,
     own_shift,
@@ -33,15 +28,7 @@ from dojo.models.sd3.schedule import (
     with_shift,
 )
 from dojo.models.sd3.single_file import save_single_file
-from dojo.models.sd3.text import (
-    EMBEDS,
-    Layout,
-    TextArgs,
-    TextDropoutArgs,
-    TextEncoders,
-    readers,
-    with_live_clip,
-)
+from dojo.models.sd3.text import Layout, TextEncoders, with_live_clip
 
 __all__ = [
     "EMBEDS",
@@ -50,6 +37,7 @@ __all__ = [
     "Config",
     "Embeds",
     "Layout",
+    "Model",
     "ModelArgs",
     "NoiseArgs",
     "TextArgs",
@@ -59,19 +47,14 @@ __all__ = [
     "decode",
     "draws_noise",
     "fingerprint",
-    "load_pipeline",
     "load_text_pipeline",
-    "load_transformer",
-    "load_vae",
     "open_model",
     "own_shift",
     "posterior",
-    "readers",
     "save_single_file",
     "scheduler_config",
     "shift_name",
     "step_noise",
-    "training_cost",
     "velocity",
     "why_no_skipping",
     "with_live_clip",

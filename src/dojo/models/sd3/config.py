@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from dojo.cli import UserError
-from dojo.files import outputs
+from dojo.cli import UserError, option
 from dojo.maths import flow
-from dojo.models import folder as pipelines
-from dojo.models import loaded
-from dojo.models.folder import FLAG, PipelineArgs, PipelineConfig
+from dojo.models import family, folders, loaded
+from dojo.models.folders import FLAG
 from dojo.models.sd3 import schedule, single_file
 from dojo.models.sd3.keys import PREFIXES
+from dojo.models.sd3.network import MMDIT
 from dojo.models.sd3.single_file import SingleFile
 
 TEXT_FOLDERS = tuple(
@@ -30,10 +30,11 @@ _NEEDED = (
     *("joint_attention_dim", "pooled_projection_dim"),
 )
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # [B, T, D] and [B, P]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelArgs(PipelineArgs):
+class ModelArgs(family.ModelArgs):
     """The model that is trained."""
 
     pretrained_model_name_or_path: str
@@ -43,7 +44,7 @@ class ModelArgs(PipelineArgs):
     tokenizers and the parts that the file lacks; unset is Stability's repository of that size"""
     max_sequence_length: int = 256
     """tokens of T5, 1 to 512; the same in training, validation and demo.py"""
-    torch_compile: bool = False
+    torch_compile: bool = option(False, incidental=True)
     """compile the transformer's repeated blocks (regional compilation)"""
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class ModelArgs(PipelineArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseArgs:
+class NoiseArgs(family.NoiseArgs):
     """The flow-matching objective: which noise levels are trained, and how they weigh."""
 
     weighting_scheme: flow.WeightingScheme = "logit_normal"
@@ -92,22 +93,54 @@ class NoiseArgs:
         if not -1 <= self.mode_scale <= 2 / (math.pi - 2):
             raise ValueError("--mode_scale must lie in [-1, 1.75], or sigma would leave [0, 1]")
 
-    def draw(self, uniform: Tensor, shift: float) -> Tensor:
-        """Uniform numbers [B] to sigmas [B] of this density."""
-        return flow.draw_sigma(
-            uniform,
-            self.weighting_scheme,
-            shift=shift,
-            logit_mean=self.logit_mean,
-            logit_std=self.logit_std,
-            mode_scale=self.mode_scale,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class TextArgs(family.TextArgs):
+    """How captions become embeddings, and what stands for no caption."""
+
+    t5_padding: Literal["unmodified", "zero"] = "unmodified"
+    """T5's rows of padding: as the encoder gives them (as the pipeline does), or zeros"""
+    uncond: Literal["empty_string", "zeros"] = "empty_string"
+    """what the empty caption becomes in caption dropout and at validation: the embeddings of "", as
+    in the pipeline, or zeros, as the base model was trained with"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PipelineConfig):
+class TextDropoutArgs(TextArgs):
+    """The same, and how often single encoders are left out in training."""
+
+    clip_l_dropout: float = 0.0
+    """share of samples whose CLIP-L embeddings are zeros, independently of the other encoders"""
+    clip_g_dropout: float = 0.0
+    """the same for CLIP-G"""
+    t5_dropout: float = 0.0
+    """the same for T5"""
+
+    def __post_init__(self) -> None:
+        for name, share in self.dropout.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"--{name}_dropout must lie between 0 and 1")
+
+    @property
+    def dropout(self) -> dict[str, float]:
+        """Share of dropped samples per encoder."""
+        return {"clip_l": self.clip_l_dropout, "clip_g": self.clip_g_dropout, "t5": self.t5_dropout}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(family.Model):
     """What is known of a model without its weights."""
 
+    name = "Stable Diffusion 3"
+    tags = ("stable-diffusion-3",)
+    network_class = "SD3Transformer2DModel"
+    network_facts = MMDIT
+    text_encoders = TEXT_ENCODERS
+    text_folders = TEXT_FOLDERS
+    embed_names = EMBEDS
+
+    args: ModelArgs
+    text: TextArgs = field(default_factory=TextArgs)
     transformer: dict[str, Any]
     checkpoint: SingleFile | None = None
     """the single file that some parts come from, instead of `folder`"""
@@ -117,9 +150,20 @@ class Config(PipelineConfig):
         """What the user named the folder with."""
         return FLAG if self.checkpoint is None else "--single_file_config"
 
-    def text_numbers(self, max_sequence_length: int) -> int:
+    @property
+    def clip_tokens(self) -> int:
+        """Length that the CLIP tokenizers pad to (77 for the real models)."""
+        return folders.clip_tokens(self.folder, self.flag)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """T5 may be missing."""
+        return ("vae", *TEXT_ENCODERS[:2], self.part)
+
+    @property
+    def text_numbers(self) -> int:
         """Numbers in the embeddings of one caption."""
-        tokens = self.clip_tokens + max_sequence_length
+        tokens = self.clip_tokens + self.args.max_sequence_length
         return tokens * self._int("joint_attention_dim") + self._int("pooled_projection_dim")
 
     @property
@@ -134,6 +178,11 @@ class Config(PipelineConfig):
     def pixel_step(self) -> int:
         """Height and width of a picture must be multiples of this (16 for SD3.5)."""
         return self.pixels_per_latent * self._int("patch_size")
+
+    @property
+    def native_size(self) -> int:
+        """Height and width, in pixels, that the model was trained at."""
+        return self._int("sample_size") * self.pixels_per_latent
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """[C, h, w] of a picture.
@@ -168,13 +217,9 @@ class Config(PipelineConfig):
             return own * math.sqrt(tokens / native)
         return choice
 
-    def make_scheduler(self, shift: float) -> Any:
+    def with_shift(self, shift: float) -> Any:
         """The model's scheduler, of its own class, with another shift."""
         return schedule.with_shift(self.scheduler, shift)
-
-    def save_scheduler(self, folder: Path, shift: float) -> None:
-        """Writes `scheduler/` into a folder, as diffusers reads it."""
-        outputs.fill(folder / "scheduler", self.make_scheduler(shift).save_pretrained)
 
     def scaled(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """A draw from the autoencoder's posterior, as the transformer sees it: [B, C, h, w]."""
@@ -182,7 +227,7 @@ class Config(PipelineConfig):
         return (mean.float() + std.float() * noise - shift) * scale  # pyright: ignore
 
     def check_weights(self, parts: Sequence[str]) -> None:
-        """See `PipelineConfig`; a single file has its own."""
+        """See `family.Model`; a single file has its own."""
         super().check_weights([p for p in parts if not self.checkpoint or p not in self.checkpoint])
 
     def fingerprint(self, parts: Sequence[str]) -> str:
@@ -202,15 +247,19 @@ class Config(PipelineConfig):
         return value
 
 
-def open_model(args: ModelArgs) -> Config:
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def read(kind: type[ConfigT], args: ModelArgs, text: TextArgs) -> ConfigT:
     """Finds the model's folder (downloading a hub id) and reads its configurations.
 
     Raises:
         UserError: there is no such folder, file or hub repository, or it holds no SD3.
     """
+    find = partial(folders.find_folder, revision=args.revision, variant=args.variant)
     if not args.is_single_file:
         name, flag = args.pretrained_model_name_or_path, FLAG
-        return _read_folder(pipelines.find_folder(name, flag, args), flag)
+        return _read_folder(kind, find(name, flag), flag, args, text)
     checkpoint = single_file.inspect(Path(args.pretrained_model_name_or_path).expanduser())
     flag = "--single_file_config"
     name = args.single_file_config or checkpoint.hub_id
@@ -222,24 +271,29 @@ def open_model(args: ModelArgs) -> Config:
     # What the file has is not downloaded; the configurations of these parts still are.
     passed = {part: None for part in PREFIXES if part in checkpoint}
     config = replace(
-        _read_folder(pipelines.find_folder(name, flag, args, passed), flag), checkpoint=checkpoint
+        _read_folder(kind, find(name, flag, passed=passed), flag, args, text),
+        checkpoint=checkpoint,
     )
     checkpoint.check(config.transformer, config.vae)
     return config
 
 
-def _read_folder(folder: Path, flag: str) -> Config:
-    pipelines.check_kind(folder, flag, "StableDiffusion3", "Stable Diffusion 3")
-    config = Config(
+def _read_folder(
+    kind: type[ConfigT], folder: Path, flag: str, args: ModelArgs, text: TextArgs
+) -> ConfigT:
+    folders.check_kind(folder, flag, "StableDiffusion3", "Stable Diffusion 3")
+    config = kind(
+        args=args,
+        text=text,
         folder=folder,
-        transformer=pipelines.read_config(folder, flag, "transformer"),
-        vae=pipelines.read_config(folder, flag, "vae"),
-        scheduler=pipelines.read_config(folder, flag, "scheduler", "scheduler_config.json"),
+        transformer=folders.read_config(folder, flag, "transformer"),
+        vae=folders.read_config(folder, flag, "vae"),
+        scheduler=folders.read_config(folder, flag, "scheduler", "scheduler_config.json"),
     )
     schedule.check_flow(config.scheduler, f"{flag}: {folder}")
     where = f"{flag}: {folder}/transformer/config.json"
-    channels, *_ = pipelines.whole_numbers(config.transformer, where, *_NEEDED)
-    pipelines.check_channels(folder, config.vae, channels, "transformer")
+    channels, *_ = folders.whole_numbers(config.transformer, where, *_NEEDED)
+    folders.check_channels(folder, config.vae, channels, "transformer")
     for name in ("scaling_factor", "shift_factor"):
         if not isinstance(config.vae.get(name), float | int):
             raise UserError(f"{flag}: {folder}/vae/config.json has no number for {name}")
@@ -249,8 +303,8 @@ def _read_folder(folder: Path, flag: str) -> Config:
 
 def _check_texts(config: Config, flag: str) -> None:
     """Refuses text encoders of other widths than the transformer reads."""
-    clips = {part: pipelines.read_config(config.folder, flag, part) for part in TEXT_ENCODERS[:2]}
-    pipelines.check_tokens(config, flag, clips)
+    clips = {part: folders.read_config(config.folder, flag, part) for part in TEXT_ENCODERS[:2]}
+    folders.check_tokens(config.folder, flag, clips)
     has_t5 = (config.folder / TEXT_ENCODERS[2] / "config.json").is_file()
     if has_t5:
         where = loaded.subject(config.folder, "tokenizer_3", flag)
@@ -264,7 +318,7 @@ def _check_texts(config: Config, flag: str) -> None:
     if rows > sizes["joint_attention_dim"]:
         wrong = f"{rows} numbers per token from the CLIPs", "joint_attention_dim"
     if has_t5:
-        t5 = pipelines.read_config(config.folder, flag, TEXT_ENCODERS[2])
+        t5 = folders.read_config(config.folder, flag, TEXT_ENCODERS[2])
         if t5.get("d_model", 512) != sizes["joint_attention_dim"]:
             wrong = f"{t5.get('d_model', 512)} numbers per token from T5", "joint_attention_dim"
     if wrong is not None:

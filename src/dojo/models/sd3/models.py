@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,19 +13,18 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from dojo.cli import UserError
-from dojo.models import folder as pipelines
-from dojo.models import loaded
-from dojo.models.folder import FLAG
-from dojo.models.sd3.config import Config, ModelArgs
+from dojo.models import folders, loaded
+from dojo.models.folders import FLAG
+from dojo.models.sd3.config import Config
 from dojo.models.sd3.single_file import load_encoder
-from dojo.run import cost
 
 
 def load_transformer(
-    config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
+    config: Config, dtype: torch.dtype, device: torch.device
 ) -> SD3Transformer2DModel:
     """The frozen MMDiT in `dtype`."""
-    transformer: Any = load_part(SD3Transformer2DModel, "transformer", config, args, dtype)
+    args = config.args
+    transformer: Any = load_part(SD3Transformer2DModel, "transformer", config, dtype)
     transformer.requires_grad_(False)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -36,13 +35,19 @@ def load_transformer(
     return transformer.to(device)
 
 
-def load_vae(config: Config, args: ModelArgs, device: torch.device) -> AutoencoderKL:
-    """The frozen autoencoder in `--vae_dtype`."""
-    vae = load_part(AutoencoderKL, "vae", config, args, pipelines.DTYPES[args.vae_dtype])
+def load_vae(config: Config, device: torch.device, *, checkpointing: bool = False) -> AutoencoderKL:
+    """The frozen autoencoder in `--vae_dtype`.
+
+    Args:
+        checkpointing: recompute the decoder's activations when a gradient goes back through it.
+    """
+    vae = load_part(AutoencoderKL, "vae", config, folders.DTYPES[config.args.vae_dtype])
+    if checkpointing:
+        vae.enable_gradient_checkpointing()
     return vae.requires_grad_(False).eval().to(device)
 
 
-def load_part(kind: Any, part: str, config: Config, args: ModelArgs, dtype: torch.dtype) -> Any:
+def load_part(kind: Any, part: str, config: Config, dtype: torch.dtype) -> Any:
     """A part in diffusers' own class, from the single file if it has it, else from the folder.
 
     Raises:
@@ -68,12 +73,12 @@ def load_part(kind: Any, part: str, config: Config, args: ModelArgs, dtype: torc
         loaded.check_finite(made.state_dict(), where)
         return made
     return loaded.network(
-        kind, config.folder, part, flag=config.flag, dtype=dtype, variant=args.variant
+        kind, config.folder, part, flag=config.flag, dtype=dtype, variant=config.args.variant
     )
 
 
 def load_text_pipeline(
-    config: Config, args: ModelArgs, dtype: torch.dtype, *, with_t5: bool = True
+    config: Config, dtype: torch.dtype, *, with_t5: bool = True
 ) -> StableDiffusion3Pipeline:
     """Tokenizers and text encoders in `dtype`, without transformer and autoencoder.
 
@@ -97,7 +102,7 @@ def load_text_pipeline(
         elif part == "text_encoder_3" and not with_t5:
             parts[part] = None
         else:
-            parts[part] = _load_encoder(kind, part, config, args, dtype)
+            parts[part] = _load_encoder(kind, part, config, dtype)
         if parts[part] is None and not (config.folder / tokenizer).is_dir():
             parts[tokenizer] = None
         else:
@@ -107,7 +112,7 @@ def load_text_pipeline(
                 flag=config.flag,
                 encoder=parts[part],
             )
-    scheduler = config.make_scheduler(config.scheduler.get("shift", 1.0))
+    scheduler = config.with_shift(config.scheduler.get("shift", 1.0))
     return StableDiffusion3Pipeline(**parts, scheduler=scheduler)
 
 
@@ -128,7 +133,7 @@ def _lacks_t5(config: Config, index: Mapping[str, Any]) -> bool:
     return config.checkpoint is not None or index.get(part, [None])[0] is None
 
 
-def _load_encoder(kind: Any, part: str, config: Config, args: ModelArgs, dtype: torch.dtype) -> Any:
+def _load_encoder(kind: Any, part: str, config: Config, dtype: torch.dtype) -> Any:
     """One text encoder, from the single file if it has it, else from the folder."""
     if config.checkpoint is not None:
         if part in config.checkpoint:
@@ -139,7 +144,7 @@ def _load_encoder(kind: Any, part: str, config: Config, args: ModelArgs, dtype: 
                 f"{config.folder / part} has the weights of CLIP"
             )
     return loaded.network(
-        kind, config.folder, part, flag=config.flag, dtype=dtype, variant=args.variant
+        kind, config.folder, part, flag=config.flag, dtype=dtype, variant=config.args.variant
     ).eval()
 
 
@@ -164,39 +169,7 @@ def velocity(
     )[0].float()
 
 
-@torch.no_grad()
 def decode(vae: AutoencoderKL, config: Config, latents: Tensor) -> Tensor:
     """Latents as the transformer sees them to pictures: float32 [B, 3, H, W] in [0, 1]."""
     shift, scale = config.vae["shift_factor"], config.vae["scaling_factor"]
-    return pipelines.decode(vae, latents, scale=scale, shift=shift)
-
-
-def training_cost(
-    config: Config,
-    args: ModelArgs,
-    dtype: torch.dtype,
-    add_adapter: Callable[[torch.nn.Module], object],
-    batch_size: int,
-    latent_shape: tuple[int, int, int],
-    *,
-    checkpointing: bool,
-) -> tuple[SD3Transformer2DModel, cost.Cost]:
-    """A model on the meta device as it will be trained, and what one micro-batch costs on it."""
-    with torch.device("meta"):
-        transformer: Any = SD3Transformer2DModel.from_config(config.transformer)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(batch_size, *shape, dtype=dtype, device="meta")
-
-    latents = empty(*latent_shape)
-    tokens = config.clip_tokens + args.max_sequence_length
-    embeds = empty(tokens, config.transformer["joint_attention_dim"])
-    pooled = empty(config.transformer["pooled_projection_dim"])
-    sigma = torch.empty(batch_size, device="meta")
-
-    def loss() -> Tensor:
-        return velocity(transformer, latents, sigma, embeds, pooled, dtype).mean()
-
-    return transformer, cost.training_cost(
-        transformer, add_adapter, loss, dtype, checkpointing=checkpointing
-    )
+    return folders.decode(vae, latents, scale=scale, shift=shift)

@@ -5,20 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 from dojo.models.sd3 import schedule
-from dojo.models.sd3.config import Config, ModelArgs
+from dojo.models.sd3.config import Config
 from dojo.models.sd3.models import load_text_pipeline, load_transformer, load_vae
 
 
 def load_pipeline(
-    config: Config, args: ModelArgs, dtype: torch.dtype, device: torch.device
+    config: Config, dtype: torch.dtype, device: torch.device
 ) -> StableDiffusion3Pipeline:
     """The model as trained, every part in `dtype`, with the scheduler's own shift."""
-    parts: Any = load_text_pipeline(config, args, dtype).components
-    parts["transformer"] = load_transformer(config, args, dtype, device)
-    vae: Any = load_vae(config, args, device)
+    parts: Any = load_text_pipeline(config, dtype).components
+    parts["transformer"] = load_transformer(config, dtype, device)
+    vae: Any = load_vae(config, device)
     parts["vae"] = vae.to(dtype)
-    parts["scheduler"] = config.make_scheduler(schedule.own_shift(config.scheduler))
+    parts["scheduler"] = config.with_shift(schedule.own_shift(config.scheduler))
     return StableDiffusion3Pipeline(**parts).to(device)
+
+
+def around(
+    transformer: Any, vae: AutoencoderKL, config: Config, shift: float
+) -> StableDiffusion3Pipeline:
+    """A pipeline without text encoders: it is given embeddings."""
+    absent: Any = None
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=config.with_shift(shift),
+        vae=vae,
+        text_encoder=absent,
+        tokenizer=absent,
+        text_encoder_2=absent,
+        tokenizer_2=absent,
+        text_encoder_3=absent,
+        tokenizer_3=absent,
+    )

@@ -21,7 +21,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from dojo.cli import UserError
 from dojo.files import tensors
 from dojo.models import classic, loaded
-from dojo.models.folder import FLAG
+from dojo.models.folders import FLAG
 from dojo.models.sd3 import keys
 
 _MARK = "joint_blocks.0.context_block.adaLN_modulation.1.bias"

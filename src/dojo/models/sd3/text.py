@@ -18,45 +18,10 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from dojo.models import loaded
-from dojo.models.folder import Embeds
-from dojo.models.sd3.config import Config, ModelArgs
+from dojo.models.folders import Embeds
+from dojo.models.sd3.config import Config
 from dojo.models.sd3.models import load_text_pipeline
 from dojo.models.truncation import Reader
-
-EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # [B, T, D] and [B, P]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextArgs:
-    """How captions become embeddings, and what stands for no caption."""
-
-    t5_padding: Literal["unmodified", "zero"] = "unmodified"
-    """T5's rows of padding: as the encoder gives them (as the pipeline does), or zeros"""
-    uncond: Literal["empty_string", "zeros"] = "empty_string"
-    """what the empty caption becomes in caption dropout and at validation: the embeddings of "", as
-    in the pipeline, or zeros, as the base model was trained with"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextDropoutArgs(TextArgs):
-    """The same, and how often single encoders are left out in training."""
-
-    clip_l_dropout: float = 0.0
-    """share of samples whose CLIP-L embeddings are zeros, independently of the other encoders"""
-    clip_g_dropout: float = 0.0
-    """the same for CLIP-G"""
-    t5_dropout: float = 0.0
-    """the same for T5"""
-
-    def __post_init__(self) -> None:
-        for name, share in self.dropout.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"--{name}_dropout must lie between 0 and 1")
-
-    @property
-    def dropout(self) -> dict[str, float]:
-        """Share of dropped samples per encoder."""
-        return {"clip_l": self.clip_l_dropout, "clip_g": self.clip_g_dropout, "t5": self.t5_dropout}
 
 
 @dataclass(frozen=True)
@@ -100,7 +65,7 @@ class Layout:
         return {"prompt_embeds": rows, "pooled_prompt_embeds": pooled}
 
 
-def readers(config: Config, args: ModelArgs) -> list[Reader]:
+def readers(config: Config) -> list[Reader]:
     """The tokenizers of a model and how much its encoders read, without the encoders."""
     folder, limit = config.folder, config.clip_tokens
     found = [
@@ -109,7 +74,7 @@ def readers(config: Config, args: ModelArgs) -> list[Reader]:
     ]
     if config.has_t5:
         t5 = loaded.tokenizer(T5Tokenizer, folder, "tokenizer_3", flag=config.flag)
-        found.append(Reader("T5", t5, args.max_sequence_length, "--max_sequence_length"))
+        found.append(Reader("T5", t5, config.args.max_sequence_length, "--max_sequence_length"))
     return found
 
 
@@ -149,22 +114,20 @@ class TextEncoders:
     def load(
         cls,
         config: Config,
-        args: ModelArgs,
-        text: TextArgs,
         dtype: torch.dtype,
         device: torch.device,
         *,
         with_t5: bool = True,
     ) -> TextEncoders:
         """The frozen encoders of a model."""
-        pipeline: Any = load_text_pipeline(config, args, dtype, with_t5=with_t5)
+        pipeline: Any = load_text_pipeline(config, dtype, with_t5=with_t5)
         for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
             if part is not None:
                 part.requires_grad_(False).eval().to(device)
         return cls(
             pipeline,
-            max_sequence_length=args.max_sequence_length,
-            t5_padding=text.t5_padding,
+            max_sequence_length=config.args.max_sequence_length,
+            t5_padding=config.text.t5_padding,
             width=int(config.transformer["joint_attention_dim"]),
             device=device,
         )
@@ -199,7 +162,16 @@ class TextEncoders:
         padded = F.pad(side_by_side, (0, self.width - side_by_side.shape[-1]))
         return padded, torch.cat(pooled, dim=-1)
 
-    def free_t5(self) -> None:
+    @property
+    def trainable(self) -> list[Any]:
+        """The two CLIPs."""
+        return self.clips
+
+    def refresh(self, cached: Mapping[str, Tensor], captions: Sequence[str]) -> Embeds:
+        """Cached embeddings with CLIP's part replaced by what CLIP says now (it is in training)."""
+        return with_live_clip(cached, *self.clip(captions))
+
+    def free_others(self) -> None:
         """Forgets T5, the largest of the three, once its rows are cached."""
         self.t5 = None
 

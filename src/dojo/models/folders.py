@@ -11,22 +11,24 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import hf_hub_download
-from torch import Tensor, nn
+from torch import Tensor
 
-from dojo.cli import UserError
+from dojo.cli import TrainingStopped, UserError
 from dojo.files import outputs
+from dojo.files.tensors import obey_umask
 from dojo.models import classic, loaded
+from dojo.run import finite
 
 FLAG = "--pretrained_model_name_or_path"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SAVED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TRANSFORMER, UNET = "transformer", "unet"
 Embeds = dict[str, Tensor]
 
@@ -36,96 +38,23 @@ _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetenso
 _ANY_WEIGHTS = re.compile(r".*\.(safetensors|bin|msgpack|h5|onnx|pth|pt|index(\..+)?\.json)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PipelineArgs:
-    """The model that is trained: which files of it, and how its frozen parts compute."""
-
-    revision: str | None = None
-    """branch, tag or commit of the hub repository"""
-    variant: str | None = None
-    """file variant of the hub repository, such as fp16"""
-    vae_dtype: Literal["no", "fp16", "bf16"] = "no"
-    """precision of the frozen autoencoder; no is float32"""
-    gradient_checkpointing: bool = False
-    """recompute the blocks' activations in the backward pass: less memory, about 30 % slower"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineConfig:
-    """What is known of a pipeline without its weights."""
-
-    folder: Path
-    vae: dict[str, Any]
-    scheduler: dict[str, Any]
-
-    @property
-    def flag(self) -> str:
-        """What the user named the folder with."""
-        return FLAG
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """8 for every known autoencoder of Stable Diffusion."""
-        channels = self.vae["block_out_channels"]
-        assert isinstance(channels, list | tuple)
-        return 2 ** (len(channels) - 1)
-
-    @property
-    def clip_tokens(self) -> int:
-        """Length that the CLIP tokenizers pad to (77 for the real models)."""
-        folder, file = self.folder / "tokenizer", "tokenizer_config.json"
-        settings = loaded.read_json(folder / file, f"{self.flag}: {folder}")
-        (length,) = whole_numbers(settings, f"{self.flag}: {folder}/{file}", "model_max_length")
-        return length
-
-    @property
-    def pixel_step(self) -> int:
-        """Height and width of a picture must be multiples of this."""
-        raise NotImplementedError
-
-    def check_weights(self, parts: Sequence[str]) -> None:
-        """Refuses, without reading any, a model that lacks the weights of a part.
-
-        Raises:
-            UserError: naming the part.
-        """
-        for part in parts:
-            names = [path.name for path in (self.folder / part).glob("*")]
-            if not any(name.endswith((".safetensors", ".bin")) for name in names):
-                raise UserError(f"{self.flag}: {self.folder}/{part} holds no weights")
-
-    def check_step(self, height: int, width: int) -> None:
-        """Refuses sizes that the network cannot halve as often as it wants to.
-
-        Raises:
-            UserError: naming the nearest size.
-        """
-        for name, pixels in (("height", height), ("width", width)):
-            if pixels % self.pixel_step:
-                nearest = max(1, round(pixels / self.pixel_step)) * self.pixel_step
-                raise UserError(
-                    f"--{name} (or --resolution) {pixels} is not a multiple of {self.pixel_step}, "
-                    f"which this model needs; the nearest is {nearest}"
-                )
-
-    def fingerprint(self, parts: Sequence[str]) -> str:
-        """Identifies the model files that some parts (names of sub-folders) are loaded from."""
-        return fingerprint(self.folder, parts)
-
-
-def part_of(network: nn.Module) -> str:
-    """The name that a pipeline has for its trained network: unet or transformer."""
-    return UNET if isinstance(network, UNet2DConditionModel) else TRANSFORMER
-
-
 # ---- finding and reading ----
 
 
 def find_folder(
-    name: str, flag: str, args: PipelineArgs, passed: Mapping[str, None] | None = None
+    name: str,
+    flag: str,
+    *,
+    revision: str | None,
+    variant: str | None,
+    passed: Mapping[str, None] | None = None,
 ) -> Path:
     """A folder, or the local copy of a hub repository without the `passed` parts' weights.
 
+    Args:
+        flag: what the user named it with.
+        revision: branch, tag or commit of the repository.
+        variant: which of its files, such as fp16.
     Raises:
         UserError: there is none.
     """
@@ -135,12 +64,10 @@ def find_folder(
         raise UserError(f"{flag}: there is no folder {name}")
     try:
         folder = Path(
-            DiffusionPipeline.download(
-                name, revision=args.revision, variant=args.variant, **(passed or {})
-            )
+            DiffusionPipeline.download(name, revision=revision, variant=variant, **(passed or {}))
         )
         for part in passed or ():  # diffusers skips a passed part's configuration too
-            hf_hub_download(name, f"{part}/config.json", revision=args.revision)
+            hf_hub_download(name, f"{part}/config.json", revision=revision)
     except OSError as error:
         raise UserError(
             f"{flag}: {name} is neither a folder nor a reachable hub "
@@ -183,7 +110,19 @@ def whole_numbers(config: Mapping[str, Any], where: str, *names: str) -> list[in
     return [config[name] for name in names]
 
 
-def check_tokens(config: PipelineConfig, flag: str, encoders: Mapping[str, Any]) -> None:
+def clip_tokens(folder: Path, flag: str) -> int:
+    """Length that the CLIP tokenizers of a folder pad to (77 for the real models).
+
+    Raises:
+        UserError: `tokenizer/` does not say it.
+    """
+    where = f"{flag}: {folder / 'tokenizer'}"
+    settings = loaded.read_json(folder / "tokenizer" / "tokenizer_config.json", where)
+    (length,) = whole_numbers(settings, f"{where}/tokenizer_config.json", "model_max_length")
+    return length
+
+
+def check_tokens(folder: Path, flag: str, encoders: Mapping[str, Any]) -> None:
     """Refuses CLIPs whose tokenizers are not there, or pad to more places than they have.
 
     Args:
@@ -193,12 +132,12 @@ def check_tokens(config: PipelineConfig, flag: str, encoders: Mapping[str, Any])
     """
     for part, settings in encoders.items():
         tokenizer = part.replace("text_encoder", "tokenizer")
-        where = loaded.subject(config.folder, tokenizer, flag)
-        loaded.check_vocabulary_files(config.folder / tokenizer, where)
-        places = settings.get("max_position_embeddings", 77)
-        if config.clip_tokens > places:
+        where = loaded.subject(folder, tokenizer, flag)
+        loaded.check_vocabulary_files(folder / tokenizer, where)
+        tokens, places = clip_tokens(folder, flag), settings.get("max_position_embeddings", 77)
+        if tokens > places:
             raise UserError(
-                f"{flag}: {config.folder}: the tokenizer pads to {config.clip_tokens} tokens "
+                f"{flag}: {folder}: the tokenizer pads to {tokens} tokens "
                 f"(model_max_length), {part} has {places} places for them"
             )
 
@@ -324,6 +263,41 @@ def _copy_weights(source: Path, target: Path, variant: str | None) -> bool:
         else:
             shutil.copyfile(files[old], target / name)
     return True
+
+
+# ---- a trained network ----
+
+
+def save_network(
+    folder: Path, network: Any, part: str, dtype: torch.dtype, max_shard_size: str
+) -> dict[str, Tensor]:
+    """Writes the trained network of a result, and returns its weights as they are in the files.
+
+    Args:
+        part: its name in the pipeline.
+        dtype: that it is written in.
+        max_shard_size: of a file, such as 5GB.
+    Raises:
+        TrainingStopped: a weight is too large for `dtype`.
+    """
+    with torch.device("meta"):
+        twin: Any = type(network).from_config(network.config)
+    cast = {name: value.to("cpu", dtype) for name, value in network.state_dict().items()}
+    if finite.not_finite({"weights": cast.values()}):
+        name = next(name for name, one in SAVED.items() if one == dtype)
+        raise TrainingStopped(
+            f"the result's weights are too large for --save_dtype {name}: it was not "
+            "written; give --resume_from_checkpoint latest --save_dtype bf16 (or fp32)"
+        )
+    twin.load_state_dict(cast, assign=True)
+
+    def write(inside: Path) -> None:
+        twin.save_pretrained(inside, max_shard_size=max_shard_size)
+        for path in inside.glob("*.safetensors"):
+            obey_umask(path)
+
+    outputs.fill(folder / part, write)
+    return cast
 
 
 # ---- the autoencoder ----

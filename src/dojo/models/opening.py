@@ -1,0 +1,67 @@
+"""Which family a model is of: the one place that lists them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dojo.cli import UserError
+from dojo.models import loaded, sd3, sd15
+from dojo.models.facts import NetworkFacts
+from dojo.models.family import Model, ModelArgs, TextArgs
+from dojo.models.folders import FLAG, find_folder
+from dojo.models.sd3 import single_file
+
+# The beginning of a pipeline's class in model_index.json, and the package of its family. The first
+# that fits counts.
+FAMILIES: dict[str, Any] = {"StableDiffusion3": sd3, "StableDiffusionPipeline": sd15}
+
+
+def open_model(args: ModelArgs, text: TextArgs | None = None) -> Model:
+    """Opens a model by its configurations; no weights are read.
+
+    Options of a family's own open that family and refuse another; plain `ModelArgs` open whatever
+    is there: a folder or hub repository by its model_index.json, a .safetensors file by its header.
+
+    Raises:
+        UserError: there is no such model, or it is of another family, or of none that is known.
+    """
+    for family in FAMILIES.values():
+        if isinstance(args, family.ModelArgs):
+            return family.open_model(args, text)
+    family = family_of(args)
+    given = {field.name: getattr(args, field.name) for field in fields(ModelArgs)}
+    return family.open_model(family.ModelArgs(**given), text)
+
+
+def family_of(args: ModelArgs) -> Any:
+    """The package of the family that a model is of.
+
+    Raises:
+        UserError: there is no such model, or its family is not known.
+    """
+    name = args.pretrained_model_name_or_path
+    path = Path(name).expanduser()
+    if path.is_file():
+        single_file.inspect(path)  # of one file there is one family yet: refuses all others
+        return sd3
+    folder = find_folder(name, FLAG, revision=args.revision, variant=args.variant)
+    kind = str(loaded.read_index(folder, FLAG)["_class_name"])
+    for beginning, family in FAMILIES.items():
+        if kind.startswith(beginning):
+            return family
+    known = ", ".join(family.Model.name for family in FAMILIES.values())
+    raise UserError(f"{FLAG}: {folder} holds a {kind}; known are {known}")
+
+
+def facts_of(network: nn.Module) -> NetworkFacts:
+    """What is known of a network, by its class or one that its class comes from.
+
+    A network of an unknown class can be trained too, by adapters on layers that are named.
+    """
+    known = {family.Model.network_class: family.Model.network_facts for family in FAMILIES.values()}
+    names = (kind.__name__ for kind in type(network).__mro__)
+    return next((known[name] for name in names if name in known), NetworkFacts(part="transformer"))
