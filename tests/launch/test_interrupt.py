@@ -20,6 +20,7 @@ from dojo.evaluate import loss as eval_loss
 from dojo.finetune import lora
 from dojo.launch import interrupt
 from dojo.run import run as training
+from dojo.run.learner import Learner
 from tests.conftest import ROOT, lora_flags, reset_accelerate, rl_flags
 from tests.run.test_training import metrics
 
@@ -275,15 +276,15 @@ def at_step(
     monkeypatch: pytest.MonkeyPatch, call: int, act: Callable[[training.Run], None]
 ) -> None:
     """Does something in the call-th backward pass of the next run."""
-    real, calls = training.Run.update, []
+    real, calls = Learner.step, []
 
-    def update(run: training.Run, *args: Any) -> float | None:
+    def step(learner: Learner, loss: Any) -> bool:
         calls.append(1)
         if len(calls) == call:
-            act(run)
-        return real(run, *args)
+            act(learner.run)
+        return real(learner, loss)
 
-    monkeypatch.setattr(training.Run, "update", update)
+    monkeypatch.setattr(Learner, "step", step)
 
 
 def by_signal(monkeypatch: pytest.MonkeyPatch, number: int) -> Callable[[training.Run], None]:

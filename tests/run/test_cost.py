@@ -67,18 +67,17 @@ def test_sd35_medium_costs_what_was_counted_elsewhere(
         "qk_norm": "rms_norm",
     }
 
-    class Medium(sd3.Config):
+    class Medium(sd3.Model):
         clip_tokens = 77  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     config = Medium(
+        args=sd3.ModelArgs(pretrained_model_name_or_path="-", max_sequence_length=length),
         folder=Path(),
         transformer=transformer,
         vae={"block_out_channels": [1] * 4},
         scheduler={"shift": 3.0},
     )
-    model, counted = sd3.training_cost(
-        config,
-        sd3.ModelArgs(pretrained_model_name_or_path="-", max_sequence_length=length),
+    model, counted = config.training_cost(
         torch.bfloat16,
         partial(lora.add, args=lora.LoraArgs(rank=4)),
         1,

@@ -5,12 +5,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 import train_lora_sd3 as script
 from dojo import cli, report
@@ -18,13 +17,11 @@ from dojo.cli import TrainingStopped, UserError
 from dojo.files import records
 from dojo.files.pictures import contact_sheet
 from dojo.finetune import lora
-from dojo.finetune import whole as full
-from dojo.run import checkpoint, finite
-from dojo.run import optim as optimizers
-from dojo.run import run as training
-from tests.conftest import ROOT, MakeArgs, lora_flags, reset_accelerate
+from dojo.models.folders import save_network
+from dojo.run import checkpoint, finite, folders
+from tests.conftest import MakeArgs, lora_flags, reset_accelerate
+from tests.run.test_training import toy
 
-SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
 INSIDE = ["optimizer.pt", "schedule.pt", "state.json", lora.WEIGHTS]  # of a LoRA's checkpoint
 
 
@@ -99,23 +96,17 @@ def test_one_number_that_is_none_is_found(dtype: torch.dtype, value: float) -> N
 def test_what_is_not_finite_is_no_checkpoint(
     lora_args: MakeArgs, tmp_path: Path, spoil: Callable[..., Tensor], named: str
 ) -> None:
-    args = lora_args(tmp_path, "--checkpointing_steps", "1")
-    run = training.start(args.run, args.optim)
-    run.plan(args.optim, 100, "fingerprint")
-    run.begin(args, lora.WEIGHTS)
-    weight, average = nn.Parameter(torch.ones(4)), torch.ones(4)
-    optimizer, schedule = optimizers.make([weight], args.optim, run)
-    optimizer: Any = run.accelerator.prepare(optimizer)
-    run.resume(lambda folder: None, optimizer, schedule, lambda: [average])
-    weight.grad = torch.ones(4)
-    optimizer.step()
-    run.step = 1
-    run.save_checkpoint(lambda folder: None, optimizer, schedule)
+    args = lora_args(tmp_path, "--checkpointing_steps", "1", "--use_ema")
+    trained = toy(args)
+    run, learner = trained.run, trained.learner
+    trained.step(1.0)
+    learner.keep()
     run.step = 2
+    [average] = learner._averaged.shadows()
     with torch.no_grad():
-        spoil(weight, optimizer.state[weight], average)[2] = torch.inf
+        spoil(trained.weight, learner.optimizer.state[trained.weight], average)[0] = torch.inf
     with pytest.raises(TrainingStopped, match=rf"step 2 .*{named}.*checkpoint-1.*--learning_rate"):
-        run.save_checkpoint(lambda folder: None, optimizer, schedule)
+        learner.keep()
     assert [step for step, _ in checkpoint.existing(run.output_dir)] == [1]
 
 
@@ -137,16 +128,10 @@ def test_a_result_that_its_precision_cannot_hold_is_not_written(
     network = SD3Transformer2DModel.from_pretrained(tiny_sd3, subfolder="transformer")
     network.proj_out.bias.data[0] = 7e4  # fp16 ends at 65504
     with pytest.raises(TrainingStopped, match=r"--save_dtype fp16.*--save_dtype bf16"):
-        full._save_network(tmp_path, network, full.WholeArgs(save_dtype="fp16"))
+        save_network(tmp_path, network, "transformer", torch.float16, "5GB")
     assert not list(tmp_path.iterdir())
-    full._save_network(tmp_path, network, full.WholeArgs(save_dtype="bf16"))
+    save_network(tmp_path, network, "transformer", torch.bfloat16, "5GB")
     assert (tmp_path / "transformer").is_dir()
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_has_its_average_looked_at(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    assert "run.resume(restore, optimizer, schedule, averaged.shadows)" in text
 
 
 # Checkpoints
@@ -258,15 +243,13 @@ def test_a_damaged_mark_of_the_end_is_said_and_the_end_is_made_again(
     capsys: pytest.CaptureFixture[str],
     content: str,
 ) -> None:
-    args = lora_args(tmp_path)
-    run = training.start(args.run, args.optim)
     marker = tmp_path / "finished.json"
-    assert run._finished_at(marker) == -1
+    assert folders._finished_at(marker, print) == -1
     assert not capsys.readouterr().out
     marker.write_text(content)
-    assert run._finished_at(marker) == -1
+    assert folders._finished_at(marker, print) == -1
     assert "finished.json is damaged" in capsys.readouterr().out
-    assert run._finished_at(whole / "finished.json") == 3
+    assert folders._finished_at(whole / "finished.json", print) == 3
 
 
 GARBAGE = ["", "\x00\x00\x00", '{"step": 2, "lo', "[1]", '{"loss": 1}', '{"step": "two"}', "null"]

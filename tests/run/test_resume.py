@@ -13,7 +13,7 @@ import train_grpo_sd3
 import train_lora_sd3
 from dojo import cli
 from dojo.cli import UserError
-from dojo.run import optim
+from dojo.run import folders, optim
 from dojo.run import run as training
 from tests.conftest import ROOT, MakeArgs, reset_accelerate, rl_flags
 from tests.run.test_training import metrics, toy
@@ -124,7 +124,7 @@ def saved_by(args: Any, folder: Path, **plan: Any) -> training.Run:
     trained.step(1.0)
     for _ in range(args.optim.gradient_accumulation_steps - 1):
         trained.step(1.0)
-    trained.run.save_checkpoint(lambda _: None, trained.optimizer, trained.schedule, now=True)
+    trained.learner.keep(now=True)
     assert (folder / "run" / "checkpoint-1").is_dir()
     return trained.run
 
@@ -136,7 +136,7 @@ def resumed(args: Any, processes: int = 1, data: str = "fingerprint", **plan: An
     run.accelerator.state._shared_state["num_processes"] = processes  # pyright: ignore
     try:
         run.plan(args.optim, 100, data, **plan)
-        run._check_resumed()
+        run.check_folder(args)
     finally:
         run.accelerator.state._shared_state["num_processes"] = 1  # pyright: ignore
 
@@ -194,22 +194,87 @@ def test_a_policy_is_not_sampled_in_other_batches_after_a_resume(
 # What may change is named by its group
 
 
-def test_every_incidental_option_exists_in_its_group() -> None:
+# How far, how to show, where to keep things. Data, seed, the schedule's length and the sizes of
+# batches have checks of their own. Groups of which every option is incidental stand by their name.
+INCIDENTAL = [
+    "run.resume_from_checkpoint",
+    "run.overwrite_output_dir",
+    "run.dry_run",
+    "run.output_dir",
+    "run.checkpointing_steps",
+    "run.checkpointing_minutes",
+    "run.checkpoints_total_limit",
+    "run.report_to",
+    "run.tracker_project_name",
+    "run.logging_steps",
+    "optim.max_train_steps",
+    "optim.num_train_epochs",
+    "optim.steps_per_epoch",
+    "optim.train_batch_size",
+    "optim.gradient_accumulation_steps",
+    "optim.lr_when_length_changes",
+    "model.gradient_checkpointing",
+    "model.torch_compile",
+    "data.dataset_name",
+    "data.train_data_dir",
+    "data.instance_data_dir",
+    "data.data_config",
+    "data.cache_dir",
+    "data.dataloader_num_workers",
+    "data.on_bad_sample",
+    "data.eval_fraction",
+    "data.eval_data_dir",
+    "data.max_train_samples",
+    "prior.class_data_dir",
+    "prior.sample_batch_size",
+    "pretrain.pretrain_data_dir",
+    "pretrain.pretrain_dataset_name",
+    "sample.sample_batch_size",
+    "sample.max_invalid",
+    "cache.latent_cache_dir",
+    "cache.no_cache_latents",
+    "cache.no_cache_text_embeddings",
+    "prompts.prompt_file",
+    "prompts.prompt_dataset_name",
+    "prompts.eval_prompt_file",
+    "reward.reward_device",
+    "reward.reward_batch_size",
+    "reward.list_rewards",
+    "scorers.reward_device",
+    "scorers.reward_batch_size",
+    "scorers.list_rewards",
+    "ema.offload_ema",
+    "full.save_dtype",
+    "full.max_shard_size",
+    "full.single_file",
+    "full.single_file_without_t5",
+    "lora.lora_format",
+    "validation",
+    "evaluation",
+    "publish",
+]
+
+
+def test_a_run_may_be_continued_with_other_values_of_these_options_and_no_others() -> None:
     there: set[str] = set()
     for path in ROOT.glob("train_*.py"):
-        for group, kind in get_type_hints(importlib.import_module(path.stem).Args).items():
-            there |= {f"{group}.{field.name}" for field in fields(kind)}
-    listed = training._INCIDENTAL.split()
-    assert set(listed) <= there
-    assert len(listed) == len(set(listed))
+        groups = get_type_hints(importlib.import_module(path.stem).Args)
+        names = {
+            f"{group}.{field.name}" for group, kind in groups.items() for field in fields(kind)
+        }
+        free = {name for name in names if {name, name.split(".")[0]} & set(INCIDENTAL)}
+        assert cli.incidental_options(groups) == free
+        there |= names | {*groups}
+    assert set(INCIDENTAL) <= there
+    assert len(INCIDENTAL) == len(set(INCIDENTAL))
 
 
 def changed(folder: Path, args: Any, then: dict[str, Any], precision: str = "no") -> list[str]:
     """What differs from a record in which some top-level entries were others."""
     run = training.start(args.run, args.optim)
-    record = {**training.record(args, run), **then}
+    record = {**folders.record(args, run.seed, run.accelerator), **then}
     (folder / "args.json").write_text(json.dumps(record))
-    return training._changed_options(folder, args, precision)
+    return folders._changed_options(folder, args, precision)
 
 
 def test_where_the_precision_came_from_is_said(

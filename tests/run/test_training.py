@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import train_lora_sd3 as script
@@ -22,10 +22,11 @@ from dojo import files as files_module
 from dojo.cli import TrainingStopped, UserError
 from dojo.finetune import lora
 from dojo.models import sd3
-from dojo.run import checkpoint, phases
-from dojo.run import optim as optimizers
+from dojo.models.sd3 import models
+from dojo.run import checkpoint, dry_run, folders, phases, trackers
 from dojo.run import run as training
 from dojo.run.cost import Cost
+from dojo.run.learner import Learner
 from tests.conftest import MakeArgs, lora_flags, reset_accelerate
 
 
@@ -71,21 +72,45 @@ def again(flags: list[str], *more: str) -> None:
 # One step
 
 
+class Number:
+    """One number that is trained."""
+
+    def __init__(self) -> None:
+        network = nn.Linear(1, 1, bias=False)
+        self.weight = network.weight = nn.Parameter(torch.ones(1, 1))
+        self.modules = [network]
+        self.params = self.groups = [self.weight]
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        save_file({"weight": self.weight.detach()}, folder / "number.safetensors")
+
+    def restore(self, folder: Path) -> None:
+        self.weight.data.copy_(load_file(folder / "number.safetensors")["weight"])
+
+    def save_average(self, folder: Path) -> None:
+        self.save(folder / "average")
+
+    def restore_average(self, folder: Path) -> None:
+        self.restore(folder / "average")
+
+
 @dataclass
 class Toy:
     """A run that trains one number: the loss is its own factor times the number."""
 
     run: training.Run
     weight: nn.Parameter
-    optimizer: Any
-    schedule: Any
+    learner: Learner
 
-    def step(self, factor: float, max_grad_norm: float = 1e9) -> float | None:
-        loss = (self.weight * factor).sum()
-        with self.run.accelerator.accumulate(nn.Identity()):
-            return self.run.update(
-                loss, [self.weight], self.optimizer, self.schedule, max_grad_norm
-            )
+    def step(self, factor: float) -> bool:
+        with self.learner.accumulate():
+            return self.learner.step((self.weight * factor).sum())
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last row of the run's metrics."""
+        return metrics(self.run.output_dir)[-1]
 
 
 def started(args: script.Args) -> training.Run:
@@ -103,14 +128,14 @@ def toy(args: script.Args, *, scaler: torch.amp.GradScaler | None = None) -> Toy
         run.accelerator.scaler = scaler  # pyright: ignore
         run.accelerator.native_amp = True
         run.accelerator.state._mixed_precision = "fp16"  # pyright: ignore
-    weight = nn.Parameter(torch.ones(1))
-    optimizer, schedule = optimizers.make([weight], args.optim, run)
-    return Toy(run, weight, run.accelerator.prepare(optimizer), schedule)
+    number = Number()
+    return Toy(run, number.weight, Learner(run, number, args.optim, args.ema))
 
 
 def test_the_gradient_norm_is_that_before_clipping(lora_args: MakeArgs, tmp_path: Path) -> None:
-    trained = toy(lora_args(tmp_path))
-    assert trained.step(5.0, max_grad_norm=0.1) == pytest.approx(5)
+    trained = toy(lora_args(tmp_path, "--max_grad_norm", "0.1"))
+    assert trained.step(5.0)
+    assert trained.last["grad_norm"] == pytest.approx(5)
     assert trained.run.step == 1
 
 
@@ -119,9 +144,7 @@ def test_the_logged_loss_is_the_mean_since_the_last_row(
 ) -> None:
     trained = toy(lora_args(tmp_path, "--logging_steps", "3", "--learning_rate", "1e-9"))
     for factor in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
-        norm = trained.step(factor)
-        assert norm is not None
-        trained.run.log_step(1e-9, norm)
+        assert trained.step(factor)
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 3, 6]
     assert [row["loss"] for row in rows] == pytest.approx([1, 2.5, 5])
@@ -133,11 +156,11 @@ def test_an_accumulated_loss_is_the_mean_of_its_micro_batches(
 ) -> None:
     args = lora_args(tmp_path, "--gradient_accumulation_steps", "2", "--learning_rate", "1e-9")
     trained = toy(args)
-    assert trained.step(2.0) is None
+    assert not trained.step(2.0)
     assert trained.run.step == 0
-    assert trained.step(4.0) == pytest.approx(3)  # the gradient is the mean too
-    trained.run.log_step(1e-9, 3.0)
-    assert metrics(tmp_path / "run")[0]["loss"] == pytest.approx(3)
+    assert trained.step(4.0)
+    assert trained.last["loss"] == pytest.approx(3)
+    assert trained.last["grad_norm"] == pytest.approx(3)  # the gradient is the mean too
 
 
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
@@ -164,13 +187,14 @@ def test_one_bad_micro_batch_stops_the_step(lora_args: MakeArgs, tmp_path: Path)
 
 def test_steps_that_the_scaler_skips_do_not_count(lora_args: MakeArgs, tmp_path: Path) -> None:
     trained = toy(lora_args(tmp_path), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
-    assert [trained.step(math.inf), trained.step(math.inf)] == [None, None]
+    assert [trained.step(math.inf), trained.step(math.inf)] == [False, False]
     assert trained.run.step == 0
-    assert trained.schedule.last_epoch == 0
+    assert trained.learner.schedule.last_epoch == 0
     assert trained.weight.item() == 1
     assert trained.run.accelerator.scaler.get_scale() == 2  # pyright: ignore
-    assert trained.step(3.0) == pytest.approx(3)  # the norm without the scale
-    assert trained.run.step == trained.schedule.last_epoch == 1
+    assert trained.step(3.0)
+    assert trained.last["grad_norm"] == pytest.approx(3)  # without the scale
+    assert trained.run.step == trained.learner.schedule.last_epoch == 1
     assert trained.weight.item() < 1
 
 
@@ -189,9 +213,7 @@ def test_twenty_skipped_steps_in_a_row_stop_the_run(lora_args: MakeArgs, tmp_pat
 def test_skipped_losses_do_not_reach_the_logs(lora_args: MakeArgs, tmp_path: Path) -> None:
     trained = toy(lora_args(tmp_path), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
     trained.step(math.inf)
-    norm = trained.step(1.0)
-    assert norm is not None
-    trained.run.log_step(1e-4, norm)
+    assert trained.step(1.0)
     assert [row["loss"] for row in metrics(tmp_path / "run")] == pytest.approx([1.0])
 
 
@@ -244,9 +266,7 @@ def test_a_row_has_means_and_peaks_since_the_last_one_and_what_was_noted(
         run.peak(deviation=torch.tensor(values))
         if i != 1:
             run.note({"reward": float(i)})
-        norm = trained.step(1.0 + i)
-        assert norm is not None
-        run.log_step(1e-9, norm)
+        assert trained.step(1.0 + i)
     run.log_rest()
     run.log_rest()  # nothing is left
     rows = [
@@ -263,7 +283,7 @@ def test_the_rest_of_an_epoch_gets_a_row_of_its_own(lora_args: MakeArgs, tmp_pat
     trained.run.num_steps = 99
     for factor in (1.0, 2.0, 4.0):
         trained.run.average(kl=torch.tensor([factor]))
-        trained.run.log_step(1e-9, trained.step(factor) or 0.0)
+        assert trained.step(factor)
     trained.run.log_rest()
     first, rest = metrics(tmp_path / "run")
     assert (first["step"], rest["step"]) == (1, 3)
@@ -273,36 +293,38 @@ def test_the_rest_of_an_epoch_gets_a_row_of_its_own(lora_args: MakeArgs, tmp_pat
 def test_what_was_learned_is_kept_when_something_outside_stops_the_run(
     lora_args: MakeArgs, tmp_path: Path
 ) -> None:
-    run, kept = started(lora_args(tmp_path)), []
+    trained = toy(lora_args(tmp_path, "--max_train_steps", "9"))
+    learner = trained.learner
+    trained.step(1.0)
 
-    def keep() -> None:
-        kept.append(run.step)
+    def kept() -> list[int]:
+        return [step for step, _ in checkpoint.existing(tmp_path / "run")]
 
-    with run.kept_when_stopped(keep):
-        assert kept == []
+    with learner.kept_when_stopped():
+        assert kept() == []
     # A mistake in the code may have left anything.
-    with pytest.raises(RuntimeError, match="mistake"), run.kept_when_stopped(keep):
+    with pytest.raises(RuntimeError, match="mistake"), learner.kept_when_stopped():
         raise RuntimeError("mistake")
-    assert kept == []
-    with pytest.raises(TrainingStopped, match="server"), run.kept_when_stopped(keep):
+    assert kept() == []
+    with pytest.raises(TrainingStopped, match="server"), learner.kept_when_stopped():
         raise TrainingStopped("server")
-    assert kept == [0]
+    assert kept() == [1]
 
 
 def test_a_checkpoint_is_due_when_a_step_since_the_last_one_was(
     lora_args: MakeArgs, tmp_path: Path
 ) -> None:
     args = lora_args(tmp_path, "--checkpointing_steps", "3", "--max_train_steps", "14")
-    trained, written = toy(args), []
+    trained = toy(args)
+
+    def steps() -> list[int]:
+        return [step for step, _ in checkpoint.existing(tmp_path / "run")]
 
     def save(step: int, **options: Any) -> list[int]:
+        before = steps()
         trained.run.step = step
-        trained.run.save_checkpoint(
-            lambda _: written.append(step), trained.optimizer, trained.schedule, **options
-        )
-        new = [*written]
-        written.clear()
-        return new
+        trained.learner.keep(**options)
+        return [step for step in steps() if step not in before]
 
     assert save(0, now=True) == []  # nothing has been learned
     assert save(2, since=0) == []
@@ -441,7 +463,7 @@ def test_a_loss_that_is_not_finite_ends_the_script_and_harms_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
-    real, calls = sd3.velocity, []
+    real, calls = models.velocity, []
     kept: dict[str, tuple[int, bytes]] = {}
 
     def poisoned(*args: Any, **options: Any) -> Tensor:
@@ -451,7 +473,7 @@ def test_a_loss_that_is_not_finite_ends_the_script_and_harms_nothing(
         kept.update(files(run / "checkpoint-2"))
         return real(*args, **options) * math.inf
 
-    monkeypatch.setattr(sd3, "velocity", poisoned)
+    monkeypatch.setattr(models, "velocity", poisoned)
     monkeypatch.setattr(sys, "argv", ["train_lora_sd3.py", *flags, "--output_dir", str(run)])
     with pytest.raises(SystemExit) as stopped:
         cli.run(script.main, script.Args, script.__doc__)
@@ -518,8 +540,7 @@ def test_an_earlier_run_is_replaced_when_asked(lora_args: MakeArgs, tmp_path: Pa
     run = tmp_path / "run"
     trained = toy(lora_args(tmp_path))
     trained.step(1.0)
-    trained.run.log_step(1e-4, 1.0)
-    trained.run.save_checkpoint(lambda folder: None, trained.optimizer, trained.schedule, now=True)
+    trained.learner.keep(now=True)
     trained.run.finish()
     own = [run / "notes.txt", run / "validation" / "mine.png", run / "logs" / "mine.txt"]
     own += [run / "checkpoint-1" / "notes.txt"]
@@ -537,7 +558,6 @@ def test_what_the_trackers_wrote_is_the_runs(lora_args: MakeArgs, tmp_path: Path
     tensorboard = ("--report_to", "tensorboard", "--tracker_project_name", "my [project]")
     trained = toy(lora_args(tmp_path, *tensorboard))
     trained.step(1.0)
-    trained.run.log_step(1e-4, 1.0)
     trained.run.finish()
     logs = tmp_path / "run" / "logs"
     assert list(logs.rglob("events.out.tfevents.*"))
@@ -568,12 +588,12 @@ def test_tokens_stay_out_of_every_record(lora_args: MakeArgs, tmp_path: Path) ->
     secret = Secret(Hub(), args.run)
     run = training.start(args.run, args.optim)
     assert run.begin(secret, lora.WEIGHTS)
-    assert training.options(secret)["hub"] == {
+    assert folders.options(secret)["hub"] == {
         "hub_model_id": "someone/model",
         "folders": ["a", "b"],
     }
-    assert "hf_secret" not in json.dumps(training.record(secret, run))
-    assert "hf_secret" not in json.dumps(training._flat(secret))
+    assert "hf_secret" not in json.dumps(folders.record(secret, run.seed, run.accelerator))
+    assert "hf_secret" not in json.dumps(trackers._flat(secret))
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or b"hf_secret" not in path.read_bytes()
 
@@ -584,9 +604,9 @@ def test_rows_of_lost_steps_are_forgotten(lora_args: MakeArgs, tmp_path: Path) -
     rows = [{"step": 0, "eval_loss": 1.0}, *({"step": n, "loss": 0.5} for n in range(1, 6))]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_text(text + '{"step": 6, "lo')  # killed while it wrote
-    run._forget_metrics_after(3)
+    assert run.metrics.forget_after(3) == 1
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2, 3]
-    run._forget_metrics_after(0)
+    run.metrics.forget_after(0)
     assert path.read_text() == ""
 
 
@@ -650,8 +670,8 @@ def test_a_checkpoint_over_the_limit_that_a_kill_left_goes_at_the_next_start(
         trained.run.step = step
         folder = tmp_path / "run" / f"checkpoint-{step}"
         checkpoint.write_whole(folder, lambda inside: (inside / "state.json").touch())
-    trained.run._resumed = tmp_path / "run" / "checkpoint-2"
-    trained.run._forget_metrics_after(2)
+    trained.run.resumed = tmp_path / "run" / "checkpoint-2"
+    trained.learner._forget_later()
     assert [step for step, _ in checkpoint.existing(tmp_path / "run")] == [2]
 
 
@@ -691,7 +711,7 @@ def test_the_plan_says_the_numbers(
     needs = phases.Needs(
         config=config, text=(), dtype=torch.float32, vae_dtype=torch.float32, size=(64, 64)
     )
-    training.print_plan(run, args, model, Cost(3 * 10**12, 2**29), 3, needs=needs)
+    dry_run.print_plan(run, args, model, Cost(3 * 10**12, 2**29), 3, needs=needs)
     shown = capsys.readouterr().out
     assert "trainable parameters: 65,536\n" in shown
     assert "total parameters: 1,114,112\n" in shown
@@ -718,13 +738,13 @@ def test_hours_are_told_from_the_speed_of_the_folders_own_run(
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "run" / "metrics.jsonl").write_text(text)
     # 90 steps of 4 pictures at half a picture a second.
-    assert run.hours(1e12).startswith("0.2 (at the 0.5 images/s")
+    assert dry_run.hours(run, 1e12).startswith("0.2 (at the 0.5 images/s")
 
 
 def test_a_dry_run_refuses_a_tracker_that_is_not_installed(
     lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "find_spec", lambda _: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="the package wandb is not installed"):
         script.main(lora_args(tmp_path, "--dry_run", "--report_to", "wandb"))
 

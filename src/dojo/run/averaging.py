@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
 
-from dojo.cli import UserError
+from dojo.cli import UserError, option
 from dojo.files import tensors
 
 STATE = "ema.json"
@@ -29,13 +29,13 @@ SHADOWS = "ema.safetensors"
 class EmaArgs:
     """An exponential moving average of the trained weights."""
 
-    use_ema: bool = False
+    use_ema: bool = option(False, common=True)
     """keep an average of the weights; validation and the result use it"""
     ema_decay: float = 0.9999
     """decay per update; early updates use (1 + n) / (10 + n) where that is smaller"""
     ema_update_every: int = 1
     """optimizer steps between two updates of the average"""
-    offload_ema: bool = False
+    offload_ema: bool = option(False, incidental=True)
     """keep the average in CPU memory between updates"""
 
     def __post_init__(self) -> None:

@@ -330,3 +330,50 @@ def check_same_run(folder: Path, saved: State, now: State) -> None:
                 f"{folder} was made with another value of {advice}: "
                 f"{getattr(saved, name)}, now {getattr(now, name)}; start a new --output_dir"
             )
+
+
+def check_batches(folder: Path, saved: State, now: State, processes: int) -> None:
+    """Refuses to go on with other batches than those on which the numbers hang.
+
+    Args:
+        processes: how many there are now.
+    Raises:
+        UserError: saying with which options it could go on.
+    """
+
+    def fitting() -> str:
+        return _batches_of(saved, processes)
+
+    if saved.batch_size != now.batch_size:
+        raise UserError(
+            f"{folder} was made with another number of samples per step (batch size, "
+            f"accumulation, processes): {saved.batch_size}, now {now.batch_size}; {fitting()}"
+        )
+    for name, then in saved.together.items():
+        if now.together.get(name, then) != then:
+            raise UserError(
+                f"{folder} was made with batches of {then} samples over all processes "
+                f"(--{name}), now {now.together[name]}: other numbers would come out; {fitting()}"
+            )
+    if saved.data != now.data and saved.micro_batch not in (0, now.micro_batch):
+        raise UserError(
+            f"{folder} was made from other data, or its pictures of several sizes were dealt "
+            f"into batches of {saved.micro_batch} over all processes, now {now.micro_batch}; "
+            f"with the same data, {fitting()}"
+        )
+
+
+def _batches_of(saved: State, processes: int) -> str:
+    """The options with which a checkpoint goes on with as many processes as there are now."""
+    whole = saved.batch_size
+    together = {"train_batch_size": saved.micro_batch or whole, **saved.together}
+    if any(size % processes for size in together.values()):
+        fitting = [n for n in range(1, whole + 1) if not any(v % n for v in together.values())]
+        return (
+            f"with {processes} processes it cannot go on exactly, with "
+            f"{' or '.join(map(str, fitting))} it can"
+        )
+    flags = [f"--{name} {size // processes}" for name, size in together.items()]
+    flags.append(f"--gradient_accumulation_steps {whole // together['train_batch_size']}")
+    several = "1 process" if processes == 1 else f"{processes} processes"
+    return f"{' '.join(flags)} on {several} goes on exactly"

@@ -15,7 +15,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from dojo.cli import UserError, ranges
+from dojo.cli import UserError, option, ranges
 from dojo.run import split
 
 Groups = Sequence[nn.Parameter] | Sequence[dict[str, Any]]
@@ -37,15 +37,15 @@ SPLIT_BYTES = {"adamw": 14, "lion": 10, "adafactor": 6}
 class OptimArgs:
     """Length of the training, batch, optimizer and its schedule."""
 
-    train_batch_size: int = 4
+    train_batch_size: int = option(4, incidental=True, common=True)
     """samples per process and micro-step"""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = option(1, incidental=True, common=True)
     """micro-steps per optimizer step"""
-    max_train_steps: int | None = None
+    max_train_steps: int | None = option(None, incidental=True, common=True)
     """optimizer steps; wins over num_train_epochs; both unset is 1000 steps"""
-    num_train_epochs: int | None = None
+    num_train_epochs: int | None = option(None, incidental=True)
     """passes over the data"""
-    steps_per_epoch: int | None = None
+    steps_per_epoch: int | None = option(None, incidental=True)
     """optimizer steps that count as one epoch; unset is what the data set takes"""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedulefree"] = (
         "adamw"
@@ -58,7 +58,7 @@ class OptimArgs:
     """the same as --optimizer adamw8bit"""
     use_adafactor: bool = False
     """the same as --optimizer adafactor"""
-    learning_rate: float = 1e-4
+    learning_rate: float = option(1e-4, common=True)
     """learning rate after warm-up"""
     scale_lr: bool = False
     """multiply the learning rate by batch size, accumulation steps and processes"""
@@ -72,7 +72,9 @@ class OptimArgs:
     """hard restarts of cosine_with_restarts"""
     lr_power: float = 1.0
     """power of polynomial"""
-    lr_when_length_changes: Literal["stretch", "restart", "keep"] | None = None
+    lr_when_length_changes: Literal["stretch", "restart", "keep"] | None = option(
+        None, incidental=True
+    )
     """a run that goes on with another length, where the shape hangs on it: stretch takes the rate
     of a run that was so long from the start, restart begins the shape anew over the steps that are
     left, keep leaves it as it was; unset refuses"""

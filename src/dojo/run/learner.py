@@ -1,0 +1,339 @@
+"""What learns: the optimizer of what is trained, its schedule, its average, its checkpoints.
+
+learner = Learner(run, trained, args.optim, args.ema)
+for batch in run.batches(loader):
+    with learner.accumulate():
+        loss = ...  # of a pass through learner.network
+        if learner.step(loss):
+            learner.look(evaluate, due=...)
+            learner.keep()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dojo.cli import TrainingStopped
+from dojo.files import tensors
+from dojo.run import checkpoint, finite
+from dojo.run import optim as optimizers
+from dojo.run.averaging import Averaged, EmaArgs
+from dojo.run.optim import OptimArgs
+from dojo.run.run import Run
+
+MAX_SKIPPED_STEPS = 20  # of the fp16 gradient scaler, in a row
+
+
+class Trained(Protocol):
+    """What is trained, and how it is written down."""
+
+    @property
+    def params(self) -> Sequence[nn.Parameter]:
+        """The weights that are trained."""
+        ...
+
+    @property
+    def groups(self) -> optimizers.Groups:
+        """The same as the optimizer takes them."""
+        ...
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The network, and the text encoders that are trained too."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the weights, and what belongs beside them, into a checkpoint."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Reads them back, to the bit."""
+        ...
+
+    def save_average(self, folder: Path) -> None:
+        """Writes the weights to where a checkpoint has their average, which is in the model."""
+        ...
+
+    def restore_average(self, folder: Path) -> None:
+        """Reads a checkpoint's average into the model."""
+        ...
+
+
+class Part(Protocol):
+    """Something else that a checkpoint keeps."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it needs to go on exactly."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Goes on from there."""
+        ...
+
+
+class Evaluation(Protocol):
+    """What looks at the model from time to time."""
+
+    def __call__(self) -> None:
+        """Looks now."""
+        ...
+
+    def catch_up(self, *, due: bool) -> None:
+        """Looks before the first step, or where a run that goes on has not looked yet."""
+        ...
+
+
+class Learner:
+    """Takes the optimizer steps of a run, from the checkpoint on that it resumes.
+
+    Args:
+        parts: further things that every checkpoint keeps, by the name of their file.
+        passes: backward passes of a micro-batch.
+    Attributes:
+        modules: what is trained, as accelerate prepared it.
+    Raises:
+        UserError: the checkpoint is damaged, or that of another run; the optimizer cannot train
+            these weights.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        trained: Trained,
+        optim: OptimArgs,
+        ema: EmaArgs,
+        *,
+        parts: Mapping[str, Part] | None = None,
+        passes: int = 1,
+    ) -> None:
+        self.run, self.trained, self.parts = run, trained, parts or {}
+        self.max_grad_norm = optim.max_grad_norm
+        self._micro_loss = torch.zeros((), device=run.device)
+        self._skipped = 0
+        self.optimizer, self.schedule = optimizers.make(trained.groups, optim, run)
+        self._averaged = Averaged(trained.params, ema, self.optimizer)
+        self._resume()
+        network, *others = trained.modules
+        prepared: Any = run.accelerator.prepare(network, self.optimizer, *others)
+        self.modules: list[nn.Module] = [prepared[0], *prepared[2:]]
+        self.optimizer = prepared[1]
+        run.accelerator.gradient_accumulation_steps *= passes
+
+    @property
+    def network(self) -> Any:
+        """The network, as accelerate prepared it."""
+        return self.modules[0]
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The averaged weights in the model for a while, where an average is kept."""
+        return self._averaged.applied()
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def accumulate(self) -> AbstractContextManager[Any]:
+        """A micro-batch, from its forward to its backward pass."""
+        return self.run.accelerator.accumulate(*self.modules)
+
+    def step(self, loss: Tensor) -> bool:
+        """Backward pass of a micro-batch and, when its turn has come, the optimizer step.
+
+        Returns:
+            Whether the weights have moved: not between two steps, and not in one that the fp16
+            scaler skipped.
+        Raises:
+            TrainingStopped: loss or gradients are not finite.
+            Interrupted: the run was asked to stop within an epoch that cannot be kept in part.
+        """
+        run = self.run
+        run.accelerator.backward(loss)
+        self._micro_loss += loss.detach()
+        if not run.accelerator.sync_gradients:
+            return False
+        run.samples += run.samples_per_step
+        grad_norm, micro_loss, asked = self._measured()
+        whole = math.isfinite(grad_norm) and math.isfinite(micro_loss)
+        if not whole and run.accelerator.scaler is None:
+            self._stop(f"loss {micro_loss:g}, gradient norm {grad_norm:g}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # Asked of the gradients and not of accelerate: GradScaler calls the fused AdamW's step in
+        # any case and lets the kernel skip, so that accelerate sees no skipped step.
+        if whole:
+            self._count()
+        else:
+            self._skip()
+        self._micro_loss.zero_()
+        run.end_step(asked)
+        if whole:
+            self._averaged.update(run.step)
+            run.log_step(optimizers.learning_rate(self.optimizer), grad_norm)
+        return whole
+
+    def _measured(self) -> tuple[float, float, list[float]]:
+        """The gradients' norm before it is clipped, the micro-batches' loss, and what was asked of
+        the run, equal on all processes: all stop, or none."""
+        run = self.run
+        norm = run.accelerator.clip_grad_norm_(self.trained.params, self.max_grad_norm)
+        assert norm is not None  # DeepSpeed alone keeps it to itself
+        asked = run.stopping.requests.local()
+        numbers = torch.stack([norm.float(), self._micro_loss])
+        if run.accelerator.num_processes > 1:
+            numbers = torch.cat([numbers, numbers.new_tensor(asked)])
+            numbers = run.accelerator.reduce(numbers, "mean")
+        grad_norm, micro_loss, *heard = numbers.tolist()  # pyright: ignore
+        return grad_norm, micro_loss, heard or asked
+
+    def _count(self) -> None:
+        self._skipped = 0
+        self.schedule.step()
+        self.run.step += 1
+        loss = self._micro_loss / self.run.accelerator.gradient_accumulation_steps
+        self.run.metrics.add_step(loss, self.run.samples_per_step)
+
+    def _skip(self) -> None:
+        self._skipped += 1
+        if self._skipped >= MAX_SKIPPED_STEPS:
+            self._stop(f"{self._skipped} steps in a row overflowed under fp16")
+
+    def _stop(self, what: str, step: int | None = None) -> NoReturn:
+        run = self.run
+        run.metrics.close_bar()
+        whole = checkpoint.existing(run.output_dir)
+        last = f"the last good checkpoint is {whole[-1][1]}" if whole else "there is no checkpoint"
+        number = run.step + 1 if step is None else step
+        raise TrainingStopped(
+            f"step {number} is not finite: {what}; {last}. Try a lower --learning_rate, "
+            "--lr_warmup_steps, a smaller --max_grad_norm, or bf16 instead of fp16"
+        )
+
+    # -- evaluation ---------------------------------------------------------------------------
+
+    def look(self, *evaluations: Callable[[], None], due: bool) -> None:
+        """Looks at the averaged model when it is due or was asked for; keeps what was learned when
+        something outside ends the run meanwhile."""
+        if self.run.pictures_due(due):
+            with self.kept_when_stopped(), self.averaged():
+                for evaluate in evaluations:
+                    evaluate()
+
+    def catch_up(self, *evaluations: Evaluation, due: bool) -> None:
+        """What is due before the first step, or was left out when the run stopped."""
+        with self.averaged():
+            for evaluation in evaluations:
+                evaluation.catch_up(due=due)
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    @contextmanager
+    def kept_when_stopped(self) -> Iterator[None]:
+        """Keeps what was learned when something outside stops the run: a reward's server, say."""
+        try:
+            yield
+        except TrainingStopped:
+            self.run.metrics.close_bar()
+            self.keep(now=True)
+            raise
+
+    def keep(self, *, since: int | None = None, now: bool = False) -> None:
+        """Writes `checkpoint-<step>` when it is due: every `checkpointing_steps`, the last, and
+        when one was asked for.
+
+        Args:
+            since: where steps come several at a time, the step before them: it is due when one of
+                them was.
+            now: it is due, unless it is there already or nothing has been learned yet.
+        Raises:
+            TrainingStopped: weights, average or optimizer are not finite; nothing is written.
+        """
+        run = self.run
+        if not self._due(run.step - 1 if since is None else since, now=now):
+            return
+        with run.phase("checkpoint"):
+            # The result is written after the last one: it is of finite numbers too. Equal on all
+            # processes, so that all stop, or none.
+            if broken := self._not_finite():
+                self._stop(f"NaN or infinite numbers in {broken}", run.step)
+            state = run.state()  # a collective: on all processes
+            if run.main:
+                folder = run.output_dir / f"checkpoint-{run.step}"
+                checkpoint.write_whole(folder, lambda inside: self._write(inside, state))
+                checkpoint.rotate(run.output_dir, run.args.checkpoints_total_limit)
+            run.accelerator.wait_for_everyone()
+            run.stopping.requests.saved()
+            # A signal that came meanwhile need not wait for another step.
+            run.stopping.listen()
+
+    def _due(self, before: int, *, now: bool) -> bool:
+        run = self.run
+        if now:
+            return run.step > 0 and not (run.output_dir / f"checkpoint-{run.step}").exists()
+        every, requests = run.args.checkpointing_steps, run.stopping.requests
+        asked = requests.save or bool(requests.stop)
+        return run.step // every > before // every or run.step == run.num_steps or asked
+
+    def _write(self, folder: Path, state: checkpoint.State) -> None:
+        self._save_weights(folder)
+        scaler = self.run.accelerator.scaler
+        checkpoint.save_training(folder, state, self.optimizer, self.schedule, scaler)
+        checkpoint.add_checksums(folder)
+
+    def _save_weights(self, folder: Path) -> None:
+        self.trained.save(folder)
+        self._averaged.save(folder, lambda: self.trained.save_average(folder))
+        for name, part in self.parts.items():
+            tensors.save(folder / name, part.state_dict())
+
+    def _load_weights(self, folder: Path) -> None:
+        self._averaged.restore(folder, lambda: self.trained.restore_average(folder))
+        self.trained.restore(folder)
+        for name, part in self.parts.items():
+            part.load_state_dict(checkpoint.load_part(folder, name))
+
+    def _resume(self) -> None:
+        """Continues from the chosen checkpoint, if there is one; sets the run's step."""
+        run, folder = self.run, self.run.resumed
+        if folder is not None:
+            state = checkpoint.read_state(folder)
+            checkpoint.check_same_run(folder, state, run.state())
+            with checkpoint.reading(folder):
+                self._load_weights(folder)
+                scaler = run.accelerator.scaler
+                checkpoint.load_training(folder, self.optimizer, self.schedule, scaler)
+            if broken := self._not_finite():
+                raise checkpoint.damaged(folder, f"NaN or infinite numbers in {broken}")
+            if run.span != optimizers.Span(0, run.num_steps) or (
+                state.lr_steps and state.lr_start + state.lr_steps != run.num_steps
+            ):
+                optimizers.respan(self.optimizer, self.schedule, run.optim, run.span)
+            run.step, run.samples = state.step, state.samples
+            run.metrics.load_state(state)
+            run.say(f"resuming from {folder} at step {state.step}")
+        if run.main:
+            self._forget_later()
+        run.accelerator.wait_for_everyone()
+
+    def _forget_later(self) -> None:
+        """Checkpoints of a branch that was left would be taken for the latest."""
+        run = self.run
+        if run.resumed is not None:
+            checkpoint.forget_after(run.output_dir, run.step)
+            # A kill may have come between a checkpoint and the removal of those over the limit.
+            checkpoint.rotate(run.output_dir, run.args.checkpoints_total_limit)
+        if bad := run.metrics.forget_after(run.step):
+            run.say(f"{run.metrics.path}: {bad} damaged lines are left out")
+
+    def _not_finite(self) -> str:
+        """What holds NaN or infinite numbers, in words; nothing where all is well."""
+        groups = {
+            "the weights": [p for group in self.optimizer.param_groups for p in group["params"]],
+            "their moving average": self._averaged.shadows(),
+            "the optimizer's state": finite.tensors_in(self.optimizer.state_dict()),
+        }
+        return ", ".join(finite.not_finite(groups))

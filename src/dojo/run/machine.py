@@ -1,0 +1,50 @@
+"""The machine that a run is on: its memory, its name, how fast it could be."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import psutil
+import torch
+
+# Dense bfloat16 peak in FLOP/s by the device's name (vendors' data sheets), for the utilisation.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak of allocated GPU memory, or of the process's resident memory without a GPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def used_memory_gib(device: torch.device) -> float:
+    """Allocated GPU memory, or the process's resident memory without a GPU, in GiB, now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the device's type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def arithmetic(device: torch.device) -> dict[str, str]:
+    """What, besides a network and its input, decides the last bits of what is computed here.
+
+    On a CPU the threads share a sum out among them, so their number decides how it is rounded. It
+    belongs into the fingerprint of every cache: a run of one thread would leave numbers that a run
+    of two does not make.
+    """
+    if device.type == "cuda":
+        return {}
+    return {"device": device.type, "threads": str(torch.get_num_threads())}
+
+
+def device_peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 peak of a known GPU, in FLOP/s."""
+    name = device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
