@@ -46,7 +46,7 @@ def base(tiny_sd3: Path) -> SD3Transformer2DModel:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:
     args = sd3.ModelArgs(pretrained_model_name_or_path=str(folder))
-    return sd3.load_transformer(sd3.open_model(args), args, dtype, torch.device("cpu"))
+    return sd3.open_model(args).load_network(dtype, torch.device("cpu"))
 
 
 def trained(model: SD3Transformer2DModel, args: lora.LoraArgs) -> SD3Transformer2DModel:
@@ -252,7 +252,7 @@ from dojo.finetune import lora
 from dojo.models import sd3
 args = sd3.ModelArgs(pretrained_model_name_or_path=sys.argv[1])
 cpu = torch.device("cpu")
-model = sd3.load_transformer(sd3.open_model(args), args, torch.float32, cpu)
+model = sd3.open_model(args).load_network(torch.float32, cpu)
 torch.manual_seed(0)
 lora.add(model, lora.LoraArgs(rank=2, lora_alpha=3.0, lora_layers=("all-linear",)))
 lora.save(__import__("pathlib").Path(sys.argv[2]), model)

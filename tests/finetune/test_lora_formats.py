@@ -1,8 +1,6 @@
 """Claims about LoRA files in three public formats: one model's output, whatever the names."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from dojo.finetune.lora import __main__ as command_line
 from dojo.finetune.lora import formats, reading
 from dojo.models import sd3
 from dojo.models.sd3 import keys
+from tests.processes import spawn
 
 ORIGINAL = ("kohya", "comfyui")
 CPU = torch.device("cpu")
@@ -49,7 +48,7 @@ def embed(model: Any) -> Tensor:
 def base(tiny_sd3: Path) -> SD3Transformer2DModel:
     """The frozen MMDiT."""
     args = sd3.ModelArgs(pretrained_model_name_or_path=str(tiny_sd3))
-    return sd3.load_transformer(sd3.open_model(args), args, torch.float32, CPU)
+    return sd3.open_model(args).load_network(torch.float32, CPU)
 
 
 @pytest.fixture
@@ -342,10 +341,9 @@ def test_the_command_converts_and_does_not_overwrite(base: Any, tmp_path: Path) 
     trained(tmp_path / "run", base, "attn")
     target = tmp_path / "hearts.safetensors"
     words = ["--input", str(tmp_path / "run"), "--output", str(target), "--lora_format", "kohya"]
-    command = [sys.executable, "-m", "dojo.finetune.lora", "convert", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    assert "{'transformer': 38} layers in kohya's format" in done.stdout
+    code, said = spawn("dojo.lora", ["convert", *words], tmp_path / "log")
+    assert code == 0, said
+    assert "{'transformer': 38} layers in kohya's format" in said
     exported = load_file(lora.export(tmp_path / "run", "kohya"))
     converted = load_file(target)
     assert exported.keys() == converted.keys()

@@ -26,7 +26,7 @@ ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0"
 
 def load(folder: Path) -> UNet2DConditionModel:
     args = sd15.ModelArgs(pretrained_model_name_or_path=str(folder))
-    return sd15.load_unet(sd15.open_model(args), args, torch.float32, torch.device("cpu"))
+    return sd15.open_model(args).load_network(torch.float32, torch.device("cpu"))
 
 
 def draw(*shape: int) -> Tensor:

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from dojo import finetune
 from dojo.cli import UserError
-from dojo.finetune import lora
-from dojo.finetune import weights as trained
-from dojo.finetune import whole as full
-from dojo.finetune.weights import Trained
+from dojo.finetune import Adapters, AllWeights, Trained, lora, whole
+from dojo.maths.objective import Flow
 from dojo.models import sd3, sd15
+from dojo.models.family import Model, ModelArgs
+from dojo.models.opening import open_model
 from dojo.run import averaging, optim
 from dojo.run import run as training
+from tests.conftest import reset_accelerate
 
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Groups:
-    """A script's options."""
+OPTIM = optim.OptimArgs(max_train_steps=2)
+EMA = averaging.EmaArgs(use_ema=True)
+LORA = lora.LoraArgs(rank=2, lora_alpha=4.0)
+KINDS = ("lora", "full")
 
-    lora: lora.LoraArgs = field(default_factory=lambda: lora.LoraArgs(rank=2, lora_alpha=4.0))
-    full: full.WholeArgs = field(default_factory=full.FullArgs)
-    optim: optim.OptimArgs = field(default_factory=lambda: optim.OptimArgs(max_train_steps=2))
-    ema: averaging.EmaArgs = field(default_factory=lambda: averaging.EmaArgs(use_ema=True))
+
+def make(run: training.Run, kind: str) -> Trained:
+    """What is trained, of either kind, not loaded yet."""
+    return Adapters(run, LORA) if kind == "lora" else AllWeights(run, finetune.FullArgs())
 
 
 def draw(*shape: int) -> Tensor:
@@ -50,7 +55,8 @@ def predict_sd3(network: Any) -> Tensor:
     return sd3.velocity(network, draw(2, 16, 8, 8), torch.tensor([0.1, 0.9]), *text, torch.float32)
 
 
-Case = tuple[trained.Family, Callable[[Any], Tensor]]
+OBJECTIVE = Flow(shift=2.0)
+Case = tuple[Model, Callable[[Any], Tensor]]
 
 
 @pytest.fixture(params=["sd3", "sd15"])
@@ -58,17 +64,16 @@ def case(request: pytest.FixtureRequest) -> Case:
     """A family, and a prediction of its network."""
     folder = str(request.getfixturevalue(f"tiny_{request.param}"))
     if request.param == "sd3":
-        model = sd3.ModelArgs(pretrained_model_name_or_path=folder)
-        return trained.Sd3Family(sd3.open_model(model), model, 2.0), predict_sd3
-    other = sd15.ModelArgs(pretrained_model_name_or_path=folder)
-    return trained.Sd15Family(sd15.open_model(other), other), predict_sd15
+        return sd3.open_model(sd3.ModelArgs(pretrained_model_name_or_path=folder)), predict_sd3
+    return sd15.open_model(sd15.ModelArgs(pretrained_model_name_or_path=folder)), predict_sd15
 
 
-def start(folder: Path) -> training.Run:
+def start(folder: Path, precision: Any = "no") -> training.Run:
+    reset_accelerate()
     args = training.RunArgs(
-        output_dir=folder / "run", report_to="none", seed=0, mixed_precision="no"
+        output_dir=folder / "run", report_to="none", seed=0, mixed_precision=precision
     )
-    return training.start(args, optim.OptimArgs(max_train_steps=2))
+    return training.start(args, OPTIM)
 
 
 def shake(made: Trained, seed: int) -> None:
@@ -79,17 +84,17 @@ def shake(made: Trained, seed: int) -> None:
             param.add_(0.05 * torch.randn(param.shape, generator=generator))
 
 
-@pytest.mark.parametrize("is_lora", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_is_the_base_model_now_and_later(
-    tmp_path: Path, case: Case, is_lora: bool
+    tmp_path: Path, case: Case, kind: str
 ) -> None:
-    family, predict = case
-    base = family.load(torch.float32, CPU).eval()
+    model, predict = case
+    base = model.load_network(torch.float32, CPU).eval()
     with torch.no_grad():
         expected = predict(base)
-    made = Trained(start(tmp_path), family, Groups(), is_lora=is_lora, with_reference=True)
+    made = make(start(tmp_path), kind)
+    made.load(model, OBJECTIVE, with_reference=True)
     assert made.has_reference
-    assert made.card_weights == (lora.WEIGHTS if is_lora else "")
     assert torch.equal(predict(made.network), expected)
     shake(made, 0)
     assert not torch.equal(predict(made.network), expected)
@@ -100,94 +105,176 @@ def test_the_reference_is_the_base_model_now_and_later(
     assert all(param.grad is not None and param.grad.isfinite().all() for param in made.params)
 
 
-@pytest.mark.parametrize("is_lora", [True, False])
-def test_a_checkpoint_is_read_back_to_the_bit(tmp_path: Path, case: Case, is_lora: bool) -> None:
-    family, predict = case
-    run, args = start(tmp_path), Groups()
+def test_only_adapters_have_a_reference_for_nothing(tmp_path: Path, case: Case) -> None:
+    for kind in KINDS:
+        made = make(start(tmp_path), kind)
+        made.load(case[0], OBJECTIVE)
+        assert made.has_reference == made.reference_is_free == (kind == "lora")
 
-    def make() -> tuple[Trained, averaging.Averaged]:
-        made = Trained(run, family, args, is_lora=is_lora, with_reference=False)
-        optimizer = torch.optim.SGD(made.params)
-        return made, averaging.Averaged(made.params, args.ema, optimizer)
 
-    made, averaged = make()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_read_back_to_the_bit(tmp_path: Path, case: Case, kind: str) -> None:
+    model, predict = case
+    run, folder = start(tmp_path), tmp_path / "checkpoint-2"
+
+    def loaded() -> tuple[Trained, averaging.Averaged]:
+        made = make(run, kind)
+        made.load(model, OBJECTIVE)
+        optimizer, _ = optim.make(made.groups, OPTIM, run)
+        return made, averaging.Averaged(made.params, EMA, optimizer)
+
+    run.num_steps, run.samples_per_step = 2, 1
+    made, averaged = loaded()
     shake(made, 0)
     averaged.update(1)
     shake(made, 1)
-    made.save(tmp_path / "checkpoint-2", averaged)
-    other, average = make()
+    made.save(folder)
+    averaged.save(folder, partial(made.save_average, folder))
+    other, average = loaded()
     assert not torch.equal(predict(other.network), predict(made.network))
-    other.restore(tmp_path / "checkpoint-2", average)
+    average.restore(folder, partial(other.restore_average, folder))
+    other.restore(folder)
     assert torch.equal(predict(other.network), predict(made.network))
     pairs = zip(other.params, made.params, strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
     with averaged.applied(), average.applied():
         assert torch.equal(predict(other.network), predict(made.network))
-    names = {path.name for path in (tmp_path / "checkpoint-2").iterdir() if path.is_dir()}
-    whole = {family.part, full.average(family.part)}
-    scheduler = {"scheduler"} if family.part == "transformer" else set()
-    assert names == (scheduler | ({averaging.FOLDER} if is_lora else whole))
+    names = {path.name for path in folder.iterdir() if path.is_dir()}
+    weights = {model.part, whole.average(model.part)} if kind == "full" else {averaging.FOLDER}
+    scheduler = {"scheduler"} if model.part == "transformer" else set()
+    assert names == scheduler | weights
 
 
-def test_a_lora_result_loads_in_plain_diffusers(tmp_path: Path, tiny_sd15: Path) -> None:
-    model = sd15.ModelArgs(pretrained_model_name_or_path=str(tiny_sd15))
-    family = trained.Sd15Family(sd15.open_model(model), model)
-    args = Groups(lora=lora.LoraArgs(rank=2, lora_alpha=4.0, lora_format="kohya"))
-    made = Trained(start(tmp_path), family, args, is_lora=True, with_reference=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_on_the_meta_device_has_the_weights_of_a_loaded_one(
+    tmp_path: Path, case: Case, kind: str
+) -> None:
+    """What a dry run counts is what will be trained."""
+    model, _ = case
+    run, rows = start(tmp_path), (16 if model.part == "transformer" else 4, 8, 8)
+    made = make(run, kind)
+    planned, cost = finetune.cost_of(run, made, model, 2, rows, checkpointing=False)
+    made.load(model, OBJECTIVE)
+
+    def sizes(network: Any) -> dict[str, Any]:
+        params = network.named_parameters()
+        return {name: (param.shape, param.dtype, param.requires_grad) for name, param in params}
+
+    assert sizes(planned) == sizes(made.network)
+    assert {param.device.type for param in planned.parameters()} == {"meta"}
+    assert cost.flops > cost.forward_flops > 0
+
+
+def test_the_result_of_adapters_loads_in_plain_diffusers(
+    tmp_path: Path, case: Case, request: pytest.FixtureRequest
+) -> None:
+    model, predict = case
+    made = Adapters(start(tmp_path), replace(LORA, lora_format="kohya"))
+    made.load(model, OBJECTIVE)
     shake(made, 0)
-    assert made.save_result(tmp_path) == tmp_path / trained.result_name(is_lora=True)
-    expected = predict_sd15(made.network)
-    for path in (tmp_path, tmp_path / "pytorch_lora_weights_kohya.safetensors"):
-        pipeline: Any = StableDiffusionPipeline.from_pretrained(tiny_sd15)
+    assert made.save_result(tmp_path) == tmp_path / made.result_name
+    assert made.card_weights == made.result_name
+    expected = predict(made.network)
+    base = request.getfixturevalue("tiny_sd3" if model.part == "transformer" else "tiny_sd15")
+    paths = [tmp_path, tmp_path / "pytorch_lora_weights_kohya.safetensors"]
+    for path in paths[: 1 if model.part == "transformer" else 2]:
+        pipeline: Any = DiffusionPipeline.from_pretrained(base)
         pipeline.load_lora_weights(str(path))
-        torch.testing.assert_close(predict_sd15(pipeline.unet), expected)
+        torch.testing.assert_close(predict(getattr(pipeline, model.part)), expected)
 
 
-def test_a_whole_result_is_a_pipeline_of_one_plain_call(tmp_path: Path, tiny_sd15: Path) -> None:
-    model = sd15.ModelArgs(pretrained_model_name_or_path=str(tiny_sd15))
-    family = trained.Sd15Family(sd15.open_model(model), model)
-    args = Groups(full=full.WholeArgs(freeze=("conv_in",), max_shard_size="500KB"))
-    made = Trained(start(tmp_path), family, args, is_lora=False, with_reference=False)
-    assert not made.network.conv_in.weight.requires_grad
+def test_the_result_of_all_weights_is_a_pipeline_of_one_plain_call(
+    tmp_path: Path, case: Case
+) -> None:
+    model, predict = case
+    frozen = "conv_in" if model.part == "unet" else "pos_embed"
+    args = finetune.FullArgs(freeze=(frozen,), max_shard_size="500KB")
+    made = AllWeights(start(tmp_path), args)
+    made.load(model, OBJECTIVE)
+    still = [name for name, param in made.network.named_parameters() if not param.requires_grad]
+    assert any(name.startswith(frozen) for name in still)
     shake(made, 0)
     result = tmp_path / "result"
     assert made.save_result(result) == result
-    assert (result / trained.result_name(is_lora=False)).is_file()
-    assert len(list((result / "unet").glob("*.safetensors"))) > 1
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(result)
+    assert made.card_weights == ""
+    assert (result / made.result_name).is_file()
+    assert len(list((result / model.part).glob("*.safetensors"))) > 1
+    pipeline: Any = DiffusionPipeline.from_pretrained(result)
     pipeline.set_progress_bar_config(disable=True)
-    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {
+    network = getattr(pipeline, model.part)
+    assert {part.dtype for part in (network, pipeline.vae, pipeline.text_encoder)} == {
         torch.float32
     }
-    assert torch.equal(predict_sd15(pipeline.unet), predict_sd15(made.network))
+    assert torch.equal(predict(network), predict(made.network))
     index = json.loads((result / "model_index.json").read_text())
-    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
-    assert pipeline("a red circle", num_inference_steps=1).images[0].size == (64, 64)
+    assert index[model.part] == ["diffusers", type(made.network).__name__]
+    drawn = pipeline("a red circle", num_inference_steps=1, height=64, width=64).images[0]
+    assert drawn.size == (64, 64)
     # And our own scripts start from it.
-    again = sd15.open_model(sd15.ModelArgs(pretrained_model_name_or_path=str(result)))
-    assert again.latent_shape(64, 64) == (4, 8, 8)
+    again = open_model(ModelArgs(pretrained_model_name_or_path=str(result)))
+    assert type(again) is type(model)
+    assert again.latent_shape(64, 64)[1:] == (8, 8)
 
 
 def test_what_could_not_be_trained_is_refused(tmp_path: Path) -> None:
-    run, args = start(tmp_path), Groups(full=full.WholeArgs(train_dtype="bf16"))
-    trained.check(run, args, is_lora=True)
-    assert trained.trained_dtype(args, is_lora=True) == torch.float32
+    run, low = start(tmp_path), finetune.WholeArgs(train_dtype="bf16")
+
+    def chosen(kind: Any, **options: Any) -> Trained:
+        return finetune.choose(
+            finetune.FinetuneArgs(finetune=kind), run, lora=replace(LORA, **options), full=low
+        )
+
+    chosen("lora").check(OPTIM)
+    assert chosen("lora").dtype == torch.float32
     with pytest.raises(UserError, match="--train_dtype bf16 needs --mixed_precision bf16"):
-        trained.check(run, args, is_lora=False)
+        chosen("full").check(OPTIM)
+    with pytest.raises(UserError, match="--lora_dropout: the network and its reference would not"):
+        chosen("lora", lora_dropout=0.1)
+
+
+def test_an_optimizer_that_cannot_train_bfloat16_is_refused(tmp_path: Path) -> None:
+    run = start(tmp_path, "bf16")
+    made = AllWeights(run, finetune.WholeArgs(train_dtype="bf16"))
+    made.check(OPTIM)
+    with pytest.raises(UserError, match="--optimizer prodigy cannot train bfloat16 weights"):
+        made.check(optim.OptimArgs(max_train_steps=2, optimizer="prodigy"))
 
 
 def test_a_reference_costs_its_weights_where_all_are_trained(tmp_path: Path) -> None:
-    run, args = start(tmp_path), Groups()
+    run = start(tmp_path)
 
-    def size(*, is_lora: bool, with_reference: bool) -> int:
-        return trained.bytes_per_weight(run, args, is_lora=is_lora, with_reference=with_reference)
+    def size(kind: str, *, with_reference: bool) -> int:
+        return make(run, kind).bytes_per_weight(OPTIM, EMA, with_reference=with_reference)
 
-    alone = size(is_lora=False, with_reference=False)
-    assert size(is_lora=False, with_reference=True) == alone + 4
-    assert size(is_lora=True, with_reference=True) == size(is_lora=True, with_reference=False)
+    alone = size("full", with_reference=False)
+    assert size("full", with_reference=True) == alone + 4
+    assert size("lora", with_reference=True) == size("lora", with_reference=False) == alone
+
+
+def test_autocast_costs_a_copy_of_the_weights_where_all_are_trained(tmp_path: Path) -> None:
+    sizes = {
+        (kind, precision): make(start(tmp_path, precision), kind).bytes_per_weight(OPTIM, EMA)
+        for kind in KINDS
+        for precision in ("no", "bf16")
+    }
+    assert sizes["full", "bf16"] == sizes["full", "no"] + 2
+    assert sizes["lora", "bf16"] == sizes["lora", "no"]
 
 
 def test_a_single_file_is_an_option_of_sd3_alone() -> None:
-    assert full.FullArgs(single_file=True).single_file
+    assert finetune.FullArgs(single_file=True).single_file
     with pytest.raises(TypeError):
-        full.WholeArgs(single_file=True)  # pyright: ignore[reportCallIssue]
+        finetune.WholeArgs(single_file=True)  # pyright: ignore[reportCallIssue]
+
+
+def test_every_script_has_one_option_for_what_is_trained() -> None:
+    for name, usual in {
+        **{"train_ddpo_sd3": "lora", "train_grpo_sd3": "lora"},
+        **{"train_dpo_sd15": "full", "train_refl_sd15": "full"},
+    }.items():
+        (group,) = (
+            hint
+            for hint in get_type_hints(importlib.import_module(name).Args).values()
+            if issubclass(hint, finetune.FinetuneArgs)
+        )
+        assert group().finetune == usual

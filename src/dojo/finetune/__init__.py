@@ -1,1 +1,22 @@
-"""What of a model is trained, adapters or every weight, and how it is saved."""
+"""What of a network is trained, by one contract: adapters, or every weight."""
+
+from dojo.finetune.adapters import Adapters
+from dojo.finetune.contract import Trained
+from dojo.finetune.cost import begin, cost_of
+from dojo.finetune.lora import LoraArgs
+from dojo.finetune.options import FinetuneAllArgs, FinetuneArgs, choose
+from dojo.finetune.whole import AllWeights, FullArgs, WholeArgs
+
+__all__ = [
+    "Adapters",
+    "AllWeights",
+    "FinetuneAllArgs",
+    "FinetuneArgs",
+    "FullArgs",
+    "LoraArgs",
+    "Trained",
+    "WholeArgs",
+    "begin",
+    "choose",
+    "cost_of",
+]

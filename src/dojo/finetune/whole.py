@@ -8,27 +8,29 @@ original names.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dojo.cli import TrainingStopped, UserError
-from dojo.files import outputs
-from dojo.files.tensors import obey_umask
-from dojo.models import loaded, sd3, sd15
-from dojo.models.folder import TRANSFORMER, part_of
-from dojo.run import finite
+from dojo.cli import UserError, option
+from dojo.finetune.contract import Trained
+from dojo.maths.objective import Objective
+from dojo.models import loaded
+from dojo.models.family import Model, Saving
+from dojo.models.folders import SAVED
+from dojo.models.opening import facts_of
+from dojo.run.averaging import EmaArgs
+from dojo.run.optim import OptimArgs
+from dojo.run.run import Run
 
 _EMA = "_ema"
-AVERAGE = TRANSFORMER + _EMA
 RESULT = "model_index.json"
-SINGLE_FILE = "model.safetensors"
 PRESETS = {"adaln": r"(.*\.)?(norm1|norm1_context|norm_out)\.linear\..*"}
-_STORED = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +44,9 @@ class WholeArgs:
     """weights that stay as they are: adaln (SD3's modulation layers, a third of SD3.5-Medium's
     weights), parts of names (pos_embed, context_embedder, transformer_blocks.0, conv_in), or re:
     and a regular expression over full names"""
-    save_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    save_dtype: Literal["fp32", "fp16", "bf16"] = option("fp32", incidental=True)
     """precision of the result's network (and single file); checkpoints keep the training's own"""
-    max_shard_size: str = "5GB"
+    max_shard_size: str = option("5GB", incidental=True)
     """largest file of the result's network"""
 
     def __post_init__(self) -> None:
@@ -63,22 +65,36 @@ class WholeArgs:
     @property
     def dtype(self) -> torch.dtype:
         """Of the trained weights."""
-        return DTYPES[self.train_dtype]
+        return SAVED[self.train_dtype]
+
+    @property
+    def saving(self) -> Saving:
+        """The form of the result."""
+        return Saving(dtype=SAVED[self.save_dtype], max_shard_size=self.max_shard_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullArgs(WholeArgs):
     """The same for SD3, which other programs know as one file too."""
 
-    single_file: bool = False
+    single_file: bool = option(False, incidental=True)
     """also write model.safetensors: all of it with the original SD3 names, for other programs"""
-    single_file_without_t5: bool = False
+    single_file_without_t5: bool = option(False, incidental=True)
     """leave T5 out of that file"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.single_file_without_t5 and not self.single_file:
             raise ValueError("--single_file_without_t5 needs --single_file")
+
+    @property
+    def saving(self) -> Saving:
+        """The form of the result."""
+        return replace(
+            super().saving,
+            single_file=self.single_file,
+            largest_encoder=not self.single_file_without_t5,
+        )
 
 
 def average(part: str) -> str:
@@ -89,14 +105,13 @@ def average(part: str) -> str:
 def thaw(network: nn.Module, args: WholeArgs) -> list[nn.Parameter]:
     """Makes the weights trainable but for the frozen ones, and returns those that train.
 
-    The text query of SD3's last block is left alone: nothing reads it, its gradient is zero, and
-    weight decay would eat it.
+    What nothing reads is left alone: its gradient is zero, and weight decay would eat it.
 
     Raises:
         UserError: a pattern of `--freeze` matches nothing, or everything is frozen.
     """
     names = [name for name, _ in network.named_parameters()]
-    still = set(_dead(names))
+    still = facts_of(network).unread(names)
     for word in args.freeze:
         pattern = PRESETS.get(word.lower(), rf"(.*\.)?{re.escape(word)}(\..*)?")
         if word.startswith("re:"):
@@ -119,15 +134,6 @@ def thaw(network: nn.Module, args: WholeArgs) -> list[nn.Parameter]:
     return params
 
 
-def _dead(names: list[str]) -> list[str]:
-    blocks = [int(m[1]) for name in names if (m := re.match(r"transformer_blocks\.(\d+)\.", name))]
-    if not blocks:
-        return []
-    parts = ("attn.add_q_proj", "attn.norm_added_q")
-    prefixes = tuple(f"transformer_blocks.{max(blocks)}.{part}." for part in parts)
-    return [name for name in names if name.startswith(prefixes)]
-
-
 def save(folder: Path, network: Any) -> None:
     """Writes the network in its own precision, for a checkpoint."""
     network.save_pretrained(folder)
@@ -146,60 +152,96 @@ def restore(folder: Path, network: Any) -> None:
     network.load_state_dict(saved.state_dict())
 
 
-def save_result(
-    folder: Path,
-    transformer: Any,
-    config: sd3.Config,
-    model: sd3.ModelArgs,
-    args: FullArgs,
-    shift: float,
-) -> None:
-    """Writes the whole pipeline, every component, so that one plain call loads the folder."""
-    dtype = DTYPES[args.save_dtype]
-    outputs.discard(folder / SINGLE_FILE)  # of a longer run's shorter past
-    cast = _save_network(folder, transformer, args)
-    config.save_scheduler(folder, shift)
-    sd3.copy_parts(config, model, folder, ("vae", *sd3.TEXT_FOLDERS))
-    if args.single_file:
-        modules: dict[str, Any] = sd3.load_text_pipeline(config, model, dtype).components
-        exact = replace(model, vae_dtype="no")  # whatever it was encoded with
-        modules["vae"] = sd3.load_vae(config, exact, torch.device("cpu"))
-        parts = {name: modules[name].state_dict() for name in _STORED if modules[name] is not None}
-        sd3.save_single_file(
-            outputs.own(folder / SINGLE_FILE),
-            {**parts, "transformer": cast},
-            dtype,
-            with_t5=not args.single_file_without_t5,
-            title=folder.resolve().name,
-        )
+class AllWeights(Trained):
+    """Every weight that `--freeze` leaves, in the precision of `--train_dtype`.
 
+    A checkpoint holds the network as diffusers reads it, and a second one for the average. The
+    reference is a frozen copy, if one was asked for.
+    """
 
-def save_result_sd15(
-    folder: Path, unet: Any, config: sd15.Config, model: sd15.ModelArgs, args: WholeArgs
-) -> None:
-    """The same for Stable Diffusion 1."""
-    _save_network(folder, unet, args)
-    sd15.copy_parts(config, model, folder, ("vae", "scheduler", *sd15.TEXT_FOLDERS))
+    result_name = RESULT
+    card_weights = ""
+    reference_is_free = False
 
+    def __init__(self, run: Run, args: WholeArgs) -> None:
+        super().__init__(run)
+        self.args = args
+        self.has_reference = False
+        self._copy: nn.Module | None = None
 
-def _save_network(folder: Path, network: Any, args: WholeArgs) -> dict[str, Tensor]:
-    """Writes the network's folder of a result, and returns its weights as they are in it."""
-    place = folder / part_of(network)
-    with torch.device("meta"):
-        twin: Any = type(network).from_config(network.config)
-    dtype = DTYPES[args.save_dtype]
-    cast = {name: value.to("cpu", dtype) for name, value in network.state_dict().items()}
-    if finite.not_finite({"weights": cast.values()}):
-        raise TrainingStopped(
-            f"the result's weights are too large for --save_dtype {args.save_dtype}: it was not "
-            "written; give --resume_from_checkpoint latest --save_dtype bf16 (or fp32)"
-        )
-    twin.load_state_dict(cast, assign=True)
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of `--train_dtype`."""
+        return self.args.dtype
 
-    def write(inside: Path) -> None:
-        twin.save_pretrained(inside, max_shard_size=args.max_shard_size)
-        for path in inside.glob("*.safetensors"):
-            obey_umask(path)
+    def check(self, args: OptimArgs) -> None:
+        """See `Trained`."""
+        self.args.check(self.run.dtype)
+        super().check(args)
 
-    outputs.fill(place, write)
-    return cast
+    def adapt(self, network: nn.Module) -> list[nn.Parameter]:
+        """Makes the weights trainable."""
+        return thaw(network, self.args)
+
+    def stored(self, network: nn.Module) -> nn.Module:
+        """In `--train_dtype`, the frozen weights too."""
+        return network.to(self.dtype)
+
+    def bytes_per_weight(
+        self, optim: OptimArgs, ema: EmaArgs, *, with_reference: bool = False
+    ) -> int:
+        """See `Trained`."""
+        autocast = self.run.dtype.itemsize if self.run.dtype != self.dtype else 0
+        copy = self.dtype.itemsize if with_reference else 0
+        return optim.state_bytes(self.dtype) + ema.bytes_per_weight + autocast + copy
+
+    def load(
+        self,
+        model: Model,
+        objective: Objective,
+        *,
+        with_reference: bool = False,
+        text_encoders: Sequence[nn.Module] = (),
+        text_lr: float | None = None,
+    ) -> None:
+        """Reads the network, and a second time for the reference; see `Trained`."""
+        assert not text_encoders, "text encoders are trained by adapters only"
+        self.model, self.objective = model, objective
+        self.network = model.load_network(self.dtype, self.run.device)
+        self.modules = [self.network]
+        self.params = self.adapt(self.network)
+        self.groups = [{"params": self.params}]
+        self.has_reference = with_reference
+        if with_reference:
+            self._copy = model.load_network(self.dtype, self.run.device).eval()
+        self.network.eval()
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The copy."""
+        assert self._copy is not None, "load with_reference"
+        # accelerate has wrapped the trained network's forward pass only.
+        with self.run.accelerator.autocast():
+            yield self._copy
+
+    def save(self, folder: Path) -> None:
+        """See `Trained`."""
+        save(folder / self.model.part, self.network)
+        self.model.finish(folder, self.objective)
+
+    def restore(self, folder: Path) -> None:
+        """See `Trained`."""
+        restore(folder / self.model.part, self.network)
+
+    def save_average(self, folder: Path) -> None:
+        """See `Trained`."""
+        save(folder / average(self.model.part), self.network)
+
+    def restore_average(self, folder: Path) -> None:
+        """See `Trained`."""
+        restore(folder / average(self.model.part), self.network)
+
+    def save_result(self, folder: Path) -> Path:
+        """Writes the whole pipeline."""
+        self.model.save_whole(folder, self.network, self.args.saving, self.objective)
+        return folder

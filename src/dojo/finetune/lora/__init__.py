@@ -5,24 +5,15 @@ that what is saved says its alpha, in three public formats, and that what is loa
 trainer, arrives at the strength that it was made with.
 """
 
-from dojo.finetune.lora.adapter import (
-    ADAPTER,
-    PRESETS,
-    LoraArgs,
-    add,
-    add_text,
-    disabled,
-    state,
-    target_layers,
-)
+from dojo.finetune.lora.adapter import LoraArgs, add, add_text, target_layers
 from dojo.finetune.lora.files import WEIGHTS, export, find, load, restore, save, start_from
+from dojo.finetune.lora.injected import ADAPTER, disabled, state
 from dojo.finetune.lora.reading import PEFT_WEIGHTS, PICKLES, is_lora
 
 __all__ = [
     "ADAPTER",
     "PEFT_WEIGHTS",
     "PICKLES",
-    "PRESETS",
     "WEIGHTS",
     "LoraArgs",
     "add",

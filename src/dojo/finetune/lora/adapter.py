@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 
-from dojo.cli import UserError
+from dojo.cli import UserError, option
 from dojo.finetune.lora.formats import Format
+from dojo.finetune.lora.injected import inject
+from dojo.models.facts import NetworkFacts
+from dojo.models.opening import facts_of
 
-ADAPTER = "default"
-
-_BLOCK = r"(.*\.)?transformer_blocks\.\d+"  # at the top in SD3, deep inside a UNet
-_ATTENTION = r"attn[12]?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _CLIP_ATTENTION = re.compile(
     r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 )
-PRESETS = {
-    "attn": rf"{_BLOCK}\.{_ATTENTION}",
-    "attn+ff": rf"{_BLOCK}\.({_ATTENTION}|ff(_context)?\.net\.(0\.proj|2))",
-    "all-linear": rf"{_BLOCK}\..*",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraArgs:
     """The adapter."""
 
-    rank: int = 16
+    rank: int = option(16, common=True)
     """rank of the two factors"""
     lora_alpha: float | None = None
     """the update is scaled by alpha / rank; unset is the rank, a scale of 1"""
@@ -48,7 +40,7 @@ class LoraArgs:
     init_lora_weights_path: str | None = None
     """start from this LoRA (file, folder or hub id of any public trainer): its layers must be
     adapted here too, its rank may be smaller"""
-    lora_format: Format = "diffusers"
+    lora_format: Format = option("diffusers", incidental=True)
     """write the result in this format too, beside diffusers' file, which resuming needs; for SD1
     ComfyUI reads kohya's"""
 
@@ -70,18 +62,18 @@ class LoraArgs:
 def target_layers(model: nn.Module, choice: Sequence[str]) -> list[str]:
     """Full names of the linear layers that `--lora_layers` means.
 
-    The query of the text stream in SD3's last block is left out: its output is thrown away, so it
-    would get a zero gradient for ever.
+    Layers whose result nothing reads are left out: they would get a zero gradient for ever.
 
     Raises:
         UserError: a name or expression matches no layer; the message names it.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    dead = _dead_layers(linear)
+    facts = facts_of(model)
+    presets = _presets(facts)
     found: list[str] = []
     for word in [part.strip() for item in choice for part in _parts(item)]:
-        if word in PRESETS:
-            pattern = PRESETS[word]
+        if word in presets:
+            pattern = presets[word]
         elif word.startswith("re:"):
             pattern = word.removeprefix("re:")
         else:
@@ -98,7 +90,7 @@ def target_layers(model: nn.Module, choice: Sequence[str]) -> list[str]:
                 f"{', '.join(linear[:6])}"
             )
         found += matches
-    wanted = set(found) - dead
+    wanted = set(found) - facts.unread(linear)
     if not wanted:
         raise UserError(
             f"--lora_layers: {', '.join(found)} alone would never learn: nothing reads its result"
@@ -110,10 +102,13 @@ def _parts(item: str) -> list[str]:
     return [item] if item.startswith("re:") else item.split(",")
 
 
-def _dead_layers(linear: Sequence[str]) -> set[str]:
-    """Layers of the last joint block whose result nothing reads."""
-    blocks = [int(m[1]) for name in linear if (m := re.match(r"transformer_blocks\.(\d+)\.", name))]
-    return {f"transformer_blocks.{max(blocks)}.attn.add_q_proj"} if blocks else set()
+def _presets(facts: NetworkFacts) -> dict[str, str]:
+    """The words that stand for many layers, as expressions for full names."""
+    return {
+        "attn": rf"{facts.block}\.{facts.attention}",
+        "attn+ff": rf"{facts.block}\.({facts.attention}|{facts.feed_forward})",
+        "all-linear": rf"{facts.block}\..*",
+    }
 
 
 def add(model: nn.Module, args: LoraArgs) -> list[nn.Parameter]:
@@ -146,26 +141,10 @@ def _add(model: nn.Module, args: LoraArgs, rank: int, layers: list[str]) -> list
         use_dora=args.use_dora,
         init_lora_weights="gaussian",
     )
-    model.add_adapter(config, ADAPTER)  # pyright: ignore
+    inject(model, config)
     params = [param for param in model.parameters() if param.requires_grad]
     for param in params:
         # peft creates them in the base's dtype; a bfloat16 weight of 0.02 cannot take a step of
         # 1e-5, which is below half a unit in its last place.
         param.data = param.data.float()
     return params
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model for a while: the reference of KL terms and of before/after pictures."""
-    model.disable_adapters()  # pyright: ignore
-    try:
-        yield
-    finally:
-        model.enable_adapters()  # pyright: ignore
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under peft's names, on the CPU."""
-    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dojo.cli import UserError
 from dojo.files import outputs, tensors
 from dojo.finetune.lora import formats, reading
-from dojo.finetune.lora.adapter import ADAPTER, LoraArgs, state
+from dojo.finetune.lora.adapter import LoraArgs
 from dojo.finetune.lora.formats import Format
+from dojo.finetune.lora.injected import ADAPTER, config_of, set_state, state
 from dojo.finetune.lora.layers import Factors, Layers, Lora, is_dora
 from dojo.finetune.lora.placing import add_loaded, base_layer, check_lost, fit, in_file
 from dojo.finetune.lora.reading import METADATA, PEFT_CONFIG, PEFT_WEIGHTS
-from dojo.models.folder import UNET, part_of
+from dojo.models.folders import UNET
+from dojo.models.opening import facts_of
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -42,7 +43,7 @@ def save(
     config: dict[str, Any] = {}
     for part, model in _models(network, text_encoder, text_encoder_2).items():
         weights |= _named(part, model)
-        for name, value in model.peft_config[ADAPTER].to_dict().items():  # pyright: ignore
+        for name, value in config_of(model)[ADAPTER].to_dict().items():
             if name == "base_model_name_or_path":
                 continue  # a path of this machine
             if name == "target_modules":
@@ -99,7 +100,7 @@ def restore(
         )
     for part, model in models.items():
         mine = {name: saved[f"{part}.{in_file(part, name)}"] for name in state(model)}
-        set_peft_model_state_dict(model, mine, adapter_name=ADAPTER)
+        set_state(model, mine)
 
 
 def start_from(
@@ -150,7 +151,7 @@ def _models(
 ) -> dict[str, nn.Module]:
     """The adapted models by their names in a pipeline and in a file."""
     models = {
-        part_of(network): network,
+        facts_of(network).part: network,
         "text_encoder": text_encoder,
         "text_encoder_2": text_encoder_2,
     }

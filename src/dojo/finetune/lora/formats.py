@@ -16,10 +16,10 @@ import torch
 
 from dojo.cli import UserError
 from dojo.files import tensors
+from dojo.finetune.lora import keys
 from dojo.finetune.lora.layers import Factors, Layers, Lora, is_dora, to_original
 from dojo.finetune.lora.reading import METADATA
-from dojo.models.folder import TRANSFORMER, UNET
-from dojo.models.sd3 import keys
+from dojo.models.folders import TRANSFORMER, UNET
 
 Format = Literal["diffusers", "kohya", "comfyui"]
 PARTS = (TRANSFORMER, "text_encoder", "text_encoder_2")  # of SD3; SD1 has unet and text_encoder
@@ -116,9 +116,9 @@ def _metadata(path: Path, lora: Lora) -> dict[str, str]:
         architecture = "stable-diffusion-3.5-medium"
     elif 2432 in widths:
         architecture = "stable-diffusion-3.5-large"
-    module, base = "networks.lora_sd3", "sd3"
+    module, base = keys.KOHYA_MMDIT
     if UNET in lora:
-        module, base, architecture = "networks.lora", "sd_v1", "stable-diffusion-v1"
+        (module, base), architecture = keys.KOHYA_UNET, "stable-diffusion-v1"
     return {
         "ss_network_module": module,
         "ss_network_dim": str(config["r"]),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dojo.cli import UserError
-from dojo.models.sd3 import keys
+from dojo.finetune.lora import keys
 
 
 @dataclass(frozen=True)

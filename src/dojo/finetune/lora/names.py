@@ -22,8 +22,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from dojo.models.folder import TRANSFORMER, UNET
-from dojo.models.sd3 import keys
+from dojo.finetune.lora import keys
+from dojo.models.folders import TRANSFORMER, UNET
 
 _NETWORK = ""  # unet or transformer: the rest of the name tells
 _PREFIXES = {

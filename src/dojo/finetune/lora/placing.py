@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dojo.cli import UserError
 from dojo.finetune.lora import formats, names
+from dojo.finetune.lora.injected import inject
 from dojo.finetune.lora.layers import Factors, Layers, Lora
 
 TEXT_MODEL = "text_model."
@@ -103,7 +104,7 @@ def add_loaded(model: nn.Module, layers: Layers, adapter: str) -> None:
         "use_dora": any(factors.magnitude is not None for factors in layers.values()),
     }
     with torch.random.fork_rng():  # peft fills what is overwritten below with random numbers
-        model.add_adapter(LoraConfig(**config), adapter)  # pyright: ignore
+        inject(model, LoraConfig(**config), adapter)
     for name, factors in layers.items():
         module: Any = model.get_submodule(name)
         _set(module.lora_A[adapter].weight, factors.down)

@@ -1,0 +1,134 @@
+"""What all ways of training a network promise, so that no script asks which one it has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dojo.maths.objective import Objective
+from dojo.models.family import Model
+from dojo.run import optim
+from dojo.run.averaging import EmaArgs
+from dojo.run.optim import OptimArgs
+from dojo.run.run import Run
+
+
+class Trained(ABC):
+    """What of a network is trained: how it is loaded, kept, and what it leaves behind.
+
+    It is made before any weights are read: what could not be trained is refused, what training
+    takes is counted, and the result is known by its name. `load` brings the network. A network is
+    in eval mode then, without dropout, so that two passes over one input agree.
+    """
+
+    result_name: str
+    """The file by which a finished run is known."""
+    card_weights: str
+    """The result, as the model card calls it."""
+    reference_is_free: bool
+    """Whether the model as it was can be asked without a copy of it."""
+
+    has_reference: bool
+    """Whether there is a `reference`."""
+    model: Model
+    objective: Objective
+    network: Any
+    """The network, as it was loaded: accelerate's wrapping is not in it."""
+    params: list[nn.Parameter]
+    """What is trained, of all `modules`."""
+    groups: list[dict[str, Any]]
+    """The same for the optimizer: `params`, and `lr` where it is not the run's."""
+    modules: list[Any]
+    """The network, and text encoders that are trained beside it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    # ---- before weights are read ----
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are trained."""
+
+    def check(self, args: OptimArgs) -> None:
+        """Refuses what could not be trained.
+
+        Raises:
+            UserError: the weights' precision does not fit the run's or the optimizer's.
+        """
+        optim.check(args, self.dtype)
+
+    @abstractmethod
+    def adapt(self, network: nn.Module) -> list[nn.Parameter]:
+        """Makes what is trained of a frozen network (also on the meta device), and returns it."""
+
+    @abstractmethod
+    def stored(self, network: nn.Module) -> nn.Module:
+        """The network, adapted and in the run's precision, with weights as they lie in memory."""
+
+    @abstractmethod
+    def bytes_per_weight(
+        self, optim: OptimArgs, ema: EmaArgs, *, with_reference: bool = False
+    ) -> int:
+        """What training one weight takes: itself, gradient, optimizer, average, autocast's copy,
+        and the reference's."""
+
+    # ---- the network ----
+
+    @abstractmethod
+    def load(
+        self,
+        model: Model,
+        objective: Objective,
+        *,
+        with_reference: bool = False,
+        text_encoders: Sequence[nn.Module] = (),
+        text_lr: float | None = None,
+    ) -> None:
+        """Reads the network and readies it for training.
+
+        Args:
+            objective: that is trained; a scheduler that goes with it is saved beside the weights.
+            with_reference: whether the model as it was will be asked for.
+            text_encoders: CLIPs, frozen, that are trained too; only adapters can.
+            text_lr: their learning rate.
+        Raises:
+            UserError: the options name layers or weights that are not there.
+        """
+
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[nn.Module]:
+        """The model as it was before training, in the trained network's own precision."""
+
+    # ---- files ----
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes the weights, and what belongs beside them, for a checkpoint."""
+
+    @abstractmethod
+    def restore(self, folder: Path) -> None:
+        """Reads a checkpoint's weights back, to the bit.
+
+        Raises:
+            UserError: it holds others.
+        """
+
+    @abstractmethod
+    def save_average(self, folder: Path) -> None:
+        """Writes the weights, which are averaged ones now, into their place in a checkpoint."""
+
+    @abstractmethod
+    def restore_average(self, folder: Path) -> None:
+        """Reads a checkpoint's averaged weights into the network."""
+
+    @abstractmethod
+    def save_result(self, folder: Path) -> Path:
+        """Writes what the training was for, and returns the file or folder that holds it."""

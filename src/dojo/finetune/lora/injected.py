@@ -1,0 +1,68 @@
+"""Adapters inside a network, by peft's own functions: any module can have them.
+
+Networks without the mixin by which diffusers and transformers hand these on, such as a
+HunyuanDiT, are treated alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+ADAPTER = "default"
+
+# diffusers' pipelines ask this of their parts before they scale, switch or unload adapters.
+_HAS_ADAPTERS = "_hf_peft_config_loaded"
+
+
+def inject(network: nn.Module, config: LoraConfig, adapter: str = ADAPTER) -> None:
+    """Adds an adapter to a network, in the weights' own precision; it becomes the active one.
+
+    What is random in it is drawn from torch's global generator.
+    """
+    if adapter in config_of(network):
+        raise ValueError(f"there is an adapter {adapter} already")
+    inject_adapter_in_model(config, network, adapter)
+    for layer in _layers(network):
+        layer.set_adapter([adapter])
+    if hasattr(network, _HAS_ADAPTERS):
+        setattr(network, _HAS_ADAPTERS, True)
+
+
+def config_of(network: nn.Module) -> Mapping[str, LoraConfig]:
+    """The configurations of a network's adapters by their names."""
+    configs: Any = getattr(network, "peft_config", {})
+    return configs
+
+
+@contextmanager
+def disabled(network: nn.Module) -> Iterator[None]:
+    """The base model for a while: the reference of KL terms and of before/after pictures."""
+    for layer in _layers(network):
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in _layers(network):
+            layer.enable_adapters(True)
+
+
+def state(network: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's names, on the CPU."""
+    tensors = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def set_state(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `state` gave, into an adapter of the same layers and rank."""
+    set_peft_model_state_dict(network, dict(tensors), adapter_name=ADAPTER)
+
+
+def _layers(network: nn.Module) -> Iterator[BaseTunerLayer]:
+    return (module for module in network.modules() if isinstance(module, BaseTunerLayer))
