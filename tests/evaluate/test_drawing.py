@@ -69,7 +69,7 @@ def test_sd15_is_drawn_to_the_bit_as_its_pipeline_draws(tiny_sd15: Path, name: s
 def test_sd3_is_drawn_to_the_bit_as_its_pipeline_draws(tiny_sd3: Path, shift: float) -> None:
     pipeline = quiet(StableDiffusion3Pipeline.from_pretrained(tiny_sd3))
     config = sd3.open_model(sd3.ModelArgs(pretrained_model_name_or_path=str(tiny_sd3)))
-    pipeline.scheduler = config.make_scheduler(shift)
+    pipeline.scheduler = config.with_shift(shift)
     expected = by_pipeline(
         pipeline, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=24
     )
@@ -153,7 +153,16 @@ def test_the_evaluation_of_a_policy_is_that_of_demo(
 
 
 SD15 = ["--max_train_steps", "1", "--eval_batch_size", "1", "--eval_sample_steps", "3"]
-SD15 += ["--eval_guidance_scale", "2", "--use_lora", "--rank", "2", "--learning_rate", "1e-2"]
+SD15 += [
+    "--eval_guidance_scale",
+    "2",
+    "--finetune",
+    "lora",
+    "--rank",
+    "2",
+    "--learning_rate",
+    "1e-2",
+]
 
 
 def sd15_flags(folder: Path, model: Path, *more: str) -> list[str]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import random
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +31,7 @@ from dojo.models import sd3
 from dojo.run import optim
 from dojo.run import run as training
 from tests.conftest import ROOT
+from tests.processes import together
 
 SIZE = (64, 64)  # of training
 CLIP = ROOT / "models" / "pocket-clip"
@@ -81,11 +79,10 @@ def micro_sd3(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Fixed:
-    """What the validator asks of `frozen.Frozen`; a text that was not announced is an error."""
+    """What the validator asks of `pictures.Inputs`; a text that was not announced is an error."""
 
-    def __init__(
-        self, config: sd3.Config, texts: Sequence[str], evaluation: Sequence[EvalSet] = ()
-    ):
+    def __init__(self, config: sd3.Model, texts: Sequence[str], evaluation: Sequence[EvalSet] = ()):
+        self.model = config
         self.vae = AutoencoderKL.from_pretrained(config.folder, subfolder="vae").eval()
         self.evaluation = list(evaluation)
         self.texts = set(texts)
@@ -101,11 +98,14 @@ class Fixed:
             ),
         }
 
-    def latents(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def posterior(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         return batch["mean"].float(), batch["std"].float()
 
+    def geometry(self, batch: dict[str, Any]) -> None:
+        return None
 
-def model_of(folder: Path) -> tuple[sd3.Config, torch.nn.Module]:
+
+def model_of(folder: Path) -> tuple[sd3.Model, torch.nn.Module]:
     config = sd3.open_model(sd3.ModelArgs(pretrained_model_name_or_path=str(folder)))
     network: Any = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
     return config, network
@@ -121,13 +121,14 @@ def start(folder: Path, report_to: str = "none") -> training.Run:
 
 def validator(
     run: training.Run,
-    config: sd3.Config,
+    config: sd3.Model,
+    network: Any,
     args: validation.ValidationArgs,
     evaluation: Sequence[EvalSet] = (),
     noise: sd3.NoiseArgs | None = None,
 ) -> validation.Validator:
     fixed: Any = Fixed(config, [*args.texts, "a caption"], evaluation)
-    return validation.Validator(run, fixed, config, noise or sd3.NoiseArgs(), args, 3.0, SIZE)
+    return validation.Validator(run, fixed, network, noise or sd3.NoiseArgs(), args, SIZE)
 
 
 def eval_set(
@@ -392,8 +393,8 @@ def test_pictures_are_those_of_the_plain_pipeline(tmp_path: Path, micro_sd3: Pat
     )
     config, network = model_of(micro_sd3)
     run = start(tmp_path / "run")
-    watch = validator(run, config, args)
-    watch(network)
+    watch = validator(run, config, network, args)
+    watch()
     found = drawn(run.output_dir)
     absent: Any = None
     pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
@@ -409,8 +410,8 @@ def test_pictures_are_those_of_the_plain_pipeline(tmp_path: Path, micro_sd3: Pat
         ("01-a_ring-48x32-seed9.png", "a ring", "blurry", (32, 48), 9, 2.0, 12),
     ):
         embeds = {
-            **watch.fixed.text([prompt]),
-            **{f"negative_{k}": v for k, v in watch.fixed.text([negative]).items()},
+            **watch.inputs.text([prompt]),
+            **{f"negative_{k}": v for k, v in watch.inputs.text([negative]).items()},
         }
         common = {
             **embeds,
@@ -438,19 +439,19 @@ def test_watching_changes_nothing_and_loads_no_text_encoder(
     network.train()
     run = start(tmp_path / "run")
     sets = [eval_set("eval", [SIZE], lambda i: 0.5)]
-    watch = validator(run, config, args_of("a star", "一只猫"), sets)
+    watch = validator(run, config, network, args_of("a star", "一只猫"), sets)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("something was loaded during validation")
 
-    monkeypatch.setattr(sd3, "TextEncoders", refuse)
+    monkeypatch.setattr(sd3.Model, "load_text", refuse)
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
     monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "from_pretrained", refuse)
     monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", refuse)
     weights = {name: value.clone() for name, value in network.state_dict().items()}
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    watch(network)
+    watch()
     assert torch.equal(torch.get_rng_state(), before)
     assert network.training
     assert all(param.grad is None for param in network.parameters())
@@ -461,7 +462,7 @@ def test_watching_changes_nothing_and_loads_no_text_encoder(
     mine = folder / "mine.png"
     for stale in (outputs.own(folder / "99-of_a_branch_that_was_left.png"), mine):
         Image.new("RGB", (8, 8)).save(stale)
-    watch(network)
+    watch()
     mine.unlink()  # a user's own stayed
     again = {name: picture.tobytes() for name, picture in drawn(run.output_dir).items()}
     assert first == again
@@ -470,7 +471,7 @@ def test_watching_changes_nothing_and_loads_no_text_encoder(
         for param in network.parameters():
             param.mul_(1.1)
     run.step = 1
-    watch(network)
+    watch()
     other = drawn(run.output_dir, 1)
     assert all(other[name].tobytes() != first[name] for name in first)
 
@@ -480,10 +481,12 @@ def test_the_contact_sheet_has_a_row_per_picture_and_a_column_per_step(
 ) -> None:
     config, network = model_of(micro_sd3)
     run = start(tmp_path / "run")
-    watch = validator(run, config, args_of("a star", "一只猫", validation_inference_steps=1))
+    watch = validator(
+        run, config, network, args_of("a star", "一只猫", validation_inference_steps=1)
+    )
     for step in (0, 1):
         run.step = step
-        watch(network)
+        watch()
     watch.finish()
     sheet = Image.open(run.output_dir / "contact_sheet.png").convert("RGB")
     assert sheet.size == (170 + 2 * 198, 26 + 2 * 198)
@@ -497,8 +500,8 @@ def test_the_contact_sheet_has_a_row_per_picture_and_a_column_per_step(
 def test_without_prompts_and_pictures_nothing_is_written(tmp_path: Path, micro_sd3: Path) -> None:
     config, network = model_of(micro_sd3)
     run = start(tmp_path / "run")
-    watch = validator(run, config, args_of(validation_clip_model="models/never-read"))
-    watch(network)
+    watch = validator(run, config, network, args_of(validation_clip_model="models/never-read"))
+    watch()
     watch.finish()
     assert {path.name for path in run.output_dir.iterdir()} == {"manifest.jsonl", ".lock"}
 
@@ -526,9 +529,9 @@ def test_the_clip_score_is_the_mean_cosine_of_pictures_and_prompts(
     first = next(iter(pictures))
     pictures["and " * 100 + first] = pictures[first]  # more than CLIP reads
     args = args_of(*pictures, validation_clip_model=str(CLIP))
-    watch = validator(run, config, args)
+    watch = validator(run, config, network, args)
     monkeypatch.setattr(watch, "_draw", lambda _, picture: pictures[picture.prompt])
-    watch(network)
+    watch()
     model: Any = transformers.CLIPModel.from_pretrained(CLIP)
     processor: Any = transformers.CLIPProcessor.from_pretrained(CLIP)
     scores = []
@@ -577,7 +580,7 @@ def test_the_strata_go_from_the_least_noise_to_the_most(
     run = start(tmp_path / "run")
     noise = sd3.NoiseArgs(weighting_scheme=scheme, flow_shift=1.0)
     sets = [eval_set("eval", [SIZE] * 40, lambda i: 0.0)]
-    validator(run, config, args_of(eval_sigmas=5), sets, noise)(Away())
+    validator(run, config, Away(), args_of(eval_sigmas=5), sets, noise)()
     (row,) = metrics(run.output_dir)
     strata = [row[f"eval_loss_sigma_{k}"] for k in range(1, 6)]
     assert strata == sorted(strata)
@@ -605,7 +608,7 @@ def test_the_eval_loss_is_the_velocitys_mean_square_for_a_network_that_says_zero
         eval_set("eval", sizes, lambda i: 2.0),
         eval_set("train", sizes, lambda i: 1.0, mask=torch.zeros(1, 8, 8), weight=torch.zeros(())),
     ]
-    validator(run, config, args_of(), sets)(Zero())
+    validator(run, config, Zero(), args_of(), sets)()
     (row,) = metrics(run.output_dir)
     # E (eps - x)^2 = 1 + x^2; 16 channels of 32 to 96 places, four draws each.
     assert row["eval_loss"] == pytest.approx(1 + 4, rel=0.02)
@@ -621,9 +624,9 @@ def test_equal_pictures_have_no_gap_and_masks_do_not_count(tmp_path: Path, micro
         eval_set("eval", sizes, lambda i: float(i)),
         eval_set("train", sizes, lambda i: float(i), mask=torch.zeros(1, 8, 8)),
     ]
-    watch = validator(run, config, args_of(), sets)
-    watch(network)
-    watch(network)
+    watch = validator(run, config, network, args_of(), sets)
+    watch()
+    watch()
     first, second = metrics(run.output_dir)
     assert first["eval_gap"] == 0
     assert first == second
@@ -638,7 +641,7 @@ def test_with_auto_shift_each_size_is_measured_at_its_own_density(
     for size in ((32, 32), (128, 128)):
         sets = [eval_set("eval", [size] * 20, lambda i: 0.0)]
         noise = sd3.NoiseArgs(flow_shift="auto")
-        validator(run, config, args_of(), sets, noise)(Away())
+        validator(run, config, Away(), args_of(), sets, noise)()
         rows.append(metrics(run.output_dir)[-1]["eval_loss"])
     assert rows[1] > 1.2 * rows[0]  # more pixels, more noise
 
@@ -655,8 +658,8 @@ def watch_all(folder: Path, model: Path) -> None:
     sizes = [(64, 64), (32, 64), (64, 64)]
     sets = [eval_set(name, sizes, lambda i: i / 2) for name in ("eval", "train")]
     args = args_of("a star", "a ring", "x", validation_clip_model=str(CLIP))
-    watch = validator(run, config, args, sets)
-    watch(network)
+    watch = validator(run, config, network, args, sets)
+    watch()
     watch.finish()
     print("processes", run.accelerator.num_processes)
 
@@ -664,25 +667,10 @@ def watch_all(folder: Path, model: Path) -> None:
 def test_two_processes_give_the_same_pictures_and_numbers_as_one(
     tmp_path: Path, micro_sd3: Path
 ) -> None:
-    script = tmp_path / "child.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\n"
-        "from tests.evaluate.test_validation import watch_all\n"
-        "watch_all(Path(sys.argv[1]), Path(sys.argv[2]))\n"
-    )
-    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    port = str(random.randint(20_000, 50_000))
-    python = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*python, "--master_port", port, str(script), str(tmp_path / "2"), str(micro_sd3)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("processes 2") == 2
+    work = (tmp_path / "2", micro_sd3)
+    code, said = together(watch_all, work, tmp_path / "log", processes=2)
+    assert code == 0, said
+    assert said.count("processes 2") == 2
     threads = torch.get_num_threads()
     watch_all(tmp_path / "1", micro_sd3)
     torch.set_num_threads(threads)
@@ -704,13 +692,13 @@ def watch_with(tracker: str, folder: Path, model: Path) -> None:
     run = start(folder, tracker)
     args = args_of("a star", "一只/猫", validation_resolution=("64", "48x32"))
     sets = [eval_set("eval", [SIZE], lambda i: 0.5)]
-    watch = validator(run, config, args, sets)
+    watch = validator(run, config, network, args, sets)
     for step in (0, 1, 2):
         run.step = step
         if step:
             run.write_metrics({"loss": 1 / step, "lr": 1e-4})
         if step != 1:
-            watch(network)
+            watch()
     run.accelerator.end_training()
 
 

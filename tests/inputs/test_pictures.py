@@ -13,7 +13,7 @@ from dojo.cli import UserError
 from dojo.data import Batch
 from dojo.data.colour import BAD_PROFILE
 from dojo.finetune import lora
-from dojo.inputs import pictures as frozen
+from dojo.inputs import pictures
 from dojo.maths import flow
 from dojo.models import sd3
 from dojo.run import run as training
@@ -25,12 +25,12 @@ class Opened:
 
     def __init__(self, args: Any, texts: tuple[str, ...] = ()) -> None:
         self.run = training.start(args.run, args.optim)
-        self.config = sd3.open_model(args.model)
-        sources = frozen.open_sources(self.run, args)
-        sources = frozen.check_samples(self.run, sources, self.config, args)
+        self.config = sd3.open_model(args.model, args.text)
+        sources = pictures.open_sources(self.run, args)
+        sources = pictures.check_samples(self.run, sources, self.config, args)
         self.run.plan(args.optim, sources.samples_per_epoch, sources.fingerprint(2))
         assert self.run.begin(args, lora.WEIGHTS)
-        self.fixed = frozen.prepare(self.run, sources, self.config, args, texts)
+        self.fixed = pictures.prepare(self.run, sources, self.config, args, texts)
 
     def batches(self, count: int, batch_size: int = 2) -> list[Batch]:
         loader = iter(self.fixed.loader(batch_size))
@@ -67,8 +67,8 @@ def test_caption_dropout_gives_what_uncond_says(lora_args: MakeArgs, tmp_path: P
 def test_single_encoders_are_dropped_as_often_as_asked(lora_args: MakeArgs, tmp_path: Path) -> None:
     flags = ("--clip_l_dropout", "0.5", "--t5_dropout", "0.25", "--seed", "0")
     opened = Opened(lora_args(tmp_path, *flags))
-    n, split = opened.config.clip_tokens, opened.fixed.layout.clip_l_width
-    end = split + opened.fixed.layout.clip_g_width
+    n, split = opened.config.clip_tokens, opened.config.layout.clip_l_width
+    end = split + opened.config.layout.clip_g_width
     gone = torch.zeros(3)
     for batch in opened.batches(100):
         rows = opened.fixed.conditions(batch)["prompt_embeds"]

@@ -32,7 +32,7 @@ def rows(model: Path, folder: Path, threads: int, words: list[str]) -> dict[str,
     args = sd3.ModelArgs(pretrained_model_name_or_path=str(model), max_sequence_length=24)
     config = sd3.open_model(args)
     cache = data.TextCacheArgs(latent_cache_dir=folder / "cache")
-    found: Any = texts.prepare(run, config, args, sd3.TextArgs(), cache, [words])
+    found: Any = texts.prepare(run, config, cache, [words])
     return found(words)
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dojo.cli import UserError, ranges
+from dojo.cli import UserError, incidental, option, ranges
 from dojo.evaluate import clip
 from dojo.evaluate.prompt_file import Entry, parse_size, read_prompts
 from dojo.files.pictures import slug
-from dojo.models import sd3
+from dojo.models.family import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,12 @@ class Picture:
     num_inference_steps: int
 
 
+@incidental
 @dataclass(frozen=True, kw_only=True)
 class ValidationArgs:
     """Pictures and the eval loss during training: at step 0, every so often, and at the end."""
 
-    validation_prompt: tuple[str, ...] = ()
+    validation_prompt: tuple[str, ...] = option((), common=True)
     """prompts of the validation pictures"""
     validation_prompts_file: Path | None = None
     """more prompts, with a name, negative prompt, size, seed, guidance and steps of their own where
@@ -143,7 +144,7 @@ class ValidationArgs:
             num_inference_steps=self.validation_inference_steps if steps is None else steps,
         )
 
-    def check(self, config: sd3.Config) -> None:
+    def check(self, model: Model) -> None:
         """Refuses what the model cannot do, before anything is loaded; reads the prompts' file.
 
         Raises:
@@ -157,24 +158,23 @@ class ValidationArgs:
                 sizes.append((f"--validation_prompts_file: {name!r}", entry.size))
         for source, (height, width) in sizes:
             try:
-                config.latent_shape(height, width)
+                model.latent_shape(height, width)
             except UserError as error:
                 # The options of training that it names are not to blame here.
                 reason = re.sub(r"--(height|width) \(or --resolution\)", r"\1", str(error))
                 raise UserError(f"{source} {width}x{height}: {reason}") from error
-        self._check_skipping(config.transformer["num_layers"])
+        self._check_skipping(model)
         if self.validation_clip_model and self.entries:
             clip.check(self.validation_clip_model)
 
-    def _check_skipping(self, num_layers: int) -> None:
+    def _check_skipping(self, model: Model) -> None:
         """Refuses skip-layer guidance that would change no picture."""
         if not self.validation_skip_guidance_layers:
             return
         own = {(entry.guidance_scale, entry.num_inference_steps) for entry in self.entries}
         reasons = [
-            sd3.why_no_skipping(
+            model.why_no_skipping(
                 self.validation_skip_guidance_layers,
-                num_layers,
                 guidance_scale=self.validation_guidance_scale if scale is None else scale,
                 scale=self.validation_skip_layer_guidance_scale,
                 num_steps=self.validation_inference_steps if steps is None else steps,

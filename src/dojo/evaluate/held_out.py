@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dojo.cli import TrainingStopped, UserError, ranges
+from dojo.cli import TrainingStopped, UserError, incidental, ranges
 from dojo.evaluate import log_pictures, write_prompts
 from dojo.files.outputs import clear, own
 from dojo.files.pictures import contact_sheet, slug, to_pil
@@ -35,6 +35,7 @@ Draw = Callable[[Sequence[str], Sequence[int]], tuple[Tensor, Tensor | None]]
 network's predictions are from the base model's [B], or None where nothing knows"""
 
 
+@incidental
 @dataclass(frozen=True, kw_only=True)
 class EvalArgs:
     """Held-out prompts, drawn as a user would: averaged weights, the model's own scheduler."""

@@ -9,21 +9,20 @@ from tqdm import tqdm
 from dojo import rng
 from dojo.data.samples import collate
 from dojo.evaluate.args import ValidationArgs
-from dojo.inputs.pictures import EvalSet, Frozen
+from dojo.inputs.pictures import EvalSet, Inputs
 from dojo.maths import flow
-from dojo.models import sd3
+from dojo.models.family import NoiseArgs
 from dojo.run.run import Run
 
 
 def eval_losses(
     run: Run,
-    transformer: nn.Module,
-    fixed: Frozen,
-    config: sd3.Config,
-    noise_args: sd3.NoiseArgs,
+    network: nn.Module,
+    inputs: Inputs,
+    noise_args: NoiseArgs,
     args: ValidationArgs,
 ) -> dict[str, float]:
-    """Mean squared velocity errors, equal on all processes and for any number of them.
+    """Mean squared errors of the prediction, equal on all processes and for any number of them.
 
     Each picture meets `eval_sigmas` noise levels, one in each stratum of the training density (of
     equal probability), and counts whole: masks and the weights of samples are for training.
@@ -35,8 +34,8 @@ def eval_losses(
         grows when the model learns its pictures by heart.
     """
     row: dict[str, float] = {}
-    for part in fixed.evaluation:
-        errors = _errors(run, transformer, fixed, config, noise_args, args, part)
+    for part in inputs.evaluation:
+        errors = _errors(run, network, inputs, noise_args, args, part)
         if part.name == "eval":
             row["eval_loss"] = errors.mean().item()
             strata = errors.mean(0).tolist()
@@ -51,10 +50,9 @@ def eval_losses(
 @torch.no_grad()
 def _errors(
     run: Run,
-    transformer: nn.Module,
-    fixed: Frozen,
-    config: sd3.Config,
-    noise_args: sd3.NoiseArgs,
+    network: nn.Module,
+    inputs: Inputs,
+    noise_args: NoiseArgs,
     args: ValidationArgs,
     part: EvalSet,
 ) -> Tensor:
@@ -63,6 +61,7 @@ def _errors(
     Picture i of every set meets the same levels, so that the sets' difference is that of their
     pictures.
     """
+    model = inputs.model
     levels, seed = args.eval_sigmas, args.validation_seed
     process, num_processes = run.share["process"], run.share["num_processes"]
     table = torch.zeros(len(part.draws), levels)
@@ -70,21 +69,20 @@ def _errors(
     share = run.paused(mine, len(part.draws))
     for (i,) in tqdm(share, f"{part.name} loss", len(mine), disable=not run.main, leave=False):
         batch = collate([part.dataset[part.draws[i]]])
-        mean, std = fixed.latents(batch)
-        clean = config.scaled(mean, std, torch.zeros_like(mean)).expand(levels, -1, -1, -1)
+        mean, std = inputs.posterior(batch)
+        clean = model.scaled(mean, std, torch.zeros_like(mean)).expand(levels, -1, -1, -1)
         noise_keys = [(seed, "eval noise", i, k) for k in range(levels)]
         noise = rng.normal(clean.shape[1:], noise_keys, run.device)
         offset = rng.uniform([(seed, "eval sigma", i, k) for k in range(levels)])
-        shift = config.shift(noise_args.flow_shift, *part.draws[i].size)  # as in training
-        sigma = noise_args.draw((torch.arange(levels) + offset) / levels, shift)
-        sigma = sigma.sort().values.to(run.device)  # `mode` falls with the uniform number
-        embeds = {
-            name: value.expand(levels, *value.shape[1:])
-            for name, value in fixed.text(batch["caption"]).items()
-        }
-        noisy = flow.interpolate(clean, noise, sigma)
-        predicted = sd3.velocity(transformer, noisy, sigma, **embeds, dtype=run.dtype)
-        table[i] = flow.squared_error(predicted, flow.velocity(clean, noise)).cpu()
+        objective = model.objective(part.draws[i].size, noise_args)  # as in training
+        level = objective.level((torch.arange(levels) + offset) / levels)
+        level = level.sort().values.to(run.device)  # `mode` falls with the uniform number
+        told = model.conditions(inputs.text(batch["caption"]), inputs.geometry(batch))
+        conditions = {name: value.expand(levels, *value.shape[1:]) for name, value in told.items()}
+        noisy = objective.noisy(clean, noise, level)
+        predicted = model.predict(network, noisy, level, conditions, run.dtype)
+        target = objective.target(clean, noise, level)
+        table[i] = flow.squared_error(predicted, target).cpu()
     # Each row is one process's and zero elsewhere: the sum is exact, whatever its order.
     if num_processes > 1:
         table = run.accelerator.reduce(table.to(run.device), "sum").cpu()  # pyright: ignore

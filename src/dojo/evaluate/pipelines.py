@@ -32,7 +32,7 @@ def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None 
         model = sd3.ModelArgs(
             pretrained_model_name_or_path=name, single_file_config=single_file_config
         )
-        pipeline: Any = sd3.load_pipeline(sd3.open_model(model), model, dtype, torch.device("cpu"))
+        pipeline: Any = sd3.open_model(model).load_pipeline(dtype, torch.device("cpu"))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
     if folder.is_dir() and not (folder / "model_index.json").is_file():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -21,18 +19,20 @@ from dojo.evaluate.clip import ClipScore
 from dojo.evaluate.loss import eval_losses
 from dojo.files.outputs import clear, own
 from dojo.files.pictures import contact_sheet, to_pil
-from dojo.inputs.pictures import Frozen
-from dojo.models import sd3
+from dojo.inputs.pictures import Inputs
+from dojo.models.family import NoiseArgs
 from dojo.run.checkpoint import write_file
 from dojo.run.run import Run
 
 
 class Validator:
-    """The validations of one run; made once on every process, after `frozen.prepare`.
+    """The validations of one run; made once on every process.
+
+    The pictures of all sizes are drawn with the saved scheduler, as a user of the result will.
 
     Args:
-        shift: that of the saved scheduler; the pictures of all sizes are drawn with it, as a user
-            of the result will draw them.
+        network: the trained one.
+        noise: the objective's options.
         size: height and width of training.
     Raises:
         UserError: see `ValidationArgs.check`.
@@ -41,16 +41,19 @@ class Validator:
     def __init__(
         self,
         run: Run,
-        fixed: Frozen,
-        config: sd3.Config,
-        noise: sd3.NoiseArgs,
+        inputs: Inputs,
+        network: nn.Module,
+        noise: NoiseArgs,
         args: ValidationArgs,
-        shift: float,
         size: tuple[int, int],
     ) -> None:
-        args.check(config)
-        self.run, self.fixed, self.config = run, fixed, config
-        self.noise, self.args, self.shift = noise, args, shift
+        model = inputs.model
+        args.check(model)
+        self.run, self.inputs, self.model = run, inputs, model
+        # Past DDP: the processes need not have equally many pictures.
+        self.network: Any = run.accelerator.unwrap_model(network)
+        self.noise, self.args = noise, args
+        self.objective = model.objective(size, noise)
         self.folder = run.output_dir / "validation"
         self.pictures = args.pictures(size)
         self.mine = range(len(self.pictures))[run.share["process"] :: run.share["num_processes"]]
@@ -61,17 +64,17 @@ class Validator:
         if self.pictures and run.main:
             write_prompts(self.folder, [asdict(picture) for picture in self.pictures])
 
-    def catch_up(self, model: nn.Module, *, due: bool) -> None:
+    def catch_up(self, *, due: bool) -> None:
         """The validation before the first step, or the one that a run did not stay for.
 
         Args:
             due: whether one belongs where the run stands.
         """
         if due and (self.run.step == 0 or not self._done()):
-            self(model)
+            self()
 
     def _done(self) -> bool:
-        names = ["eval_loss"] if self.fixed.evaluation else []
+        names = ["eval_loss"] if self.inputs.evaluation else []
         names += ["clip_score"] if self.pictures and self.args.validation_clip_model else []
         folder = self.folder / f"step-{self.run.step}"
         return all(self.run.has_logged(name) for name in names) and all(
@@ -79,7 +82,7 @@ class Validator:
         )
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> None:
+    def __call__(self) -> None:
         """Eval losses into metrics.jsonl and pictures into `validation/step-N/`, at the run's step.
 
         A collective: all processes call it. It draws from no global generator, so that a run with
@@ -88,18 +91,15 @@ class Validator:
         Raises:
             Interrupted: the run was asked to stop.
         """
-        # Past DDP: the processes need not have equally many pictures.
-        network: nn.Module = self.run.accelerator.unwrap_model(model)
+        network = self.network
         training = network.training
         network.eval()
         row: dict[str, float] = {}
         with self.run.phase("validation"):
-            if self.fixed.evaluation:
-                row |= eval_losses(
-                    self.run, network, self.fixed, self.config, self.noise, self.args
-                )
+            if self.inputs.evaluation:
+                row |= eval_losses(self.run, network, self.inputs, self.noise, self.args)
             if self.pictures:
-                row |= self._draw_all(network)
+                row |= self._draw_all()
                 if self.run.main:
                     log_pictures(self.run, self.folder / f"step-{self.run.step}")
         network.train(training)
@@ -113,7 +113,7 @@ class Validator:
             if sheet is not None:
                 sheet.save(own(self.run.output_dir / "contact_sheet.png"))
 
-    def _draw_all(self, network: nn.Module) -> dict[str, float]:
+    def _draw_all(self) -> dict[str, float]:
         """Draws this process's pictures; returns {"clip_score": ...} if there is a CLIP."""
         run, folder = self.run, self.folder / f"step-{self.run.step}"
         if run.main:
@@ -122,7 +122,8 @@ class Validator:
                 own(folder / picture.file)
             folder.mkdir(parents=True, exist_ok=True)
         run.accelerator.wait_for_everyone()
-        pipeline = self._pipeline(network)
+        pipeline = self.model.pipeline(self.network, self.inputs.vae, self.objective)
+        pipeline.set_progress_bar_config(disable=True)
         drawn: list[Image.Image] = []
         share = run.paused(self.mine, len(self.pictures))
         for (i,) in tqdm(share, "validation", len(self.mine), disable=not run.main, leave=False):
@@ -134,36 +135,18 @@ class Validator:
         run.accelerator.wait_for_everyone()
         return row
 
-    def _pipeline(self, network: Any) -> Any:
-        """A pipeline without text encoders: the texts were embedded before training."""
-        absent: Any = None
-        pipeline = StableDiffusion3Pipeline(
-            transformer=network,
-            scheduler=self.config.make_scheduler(self.shift),
-            vae=self.fixed.vae,
-            text_encoder=absent,
-            tokenizer=absent,
-            text_encoder_2=absent,
-            tokenizer_2=absent,
-            text_encoder_3=absent,
-            tokenizer_3=absent,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
     def _draw(self, pipeline: Any, picture: Picture) -> Image.Image:
         """The picture that every pipeline with the result draws from this seed."""
         args, dtype = self.args, self.run.dtype
-        embeds = self.fixed.text([picture.prompt])
-        negative = self.fixed.text([picture.negative])
+        embeds = self.inputs.text([picture.prompt])
+        negative = self.inputs.text([picture.negative])
         skip: dict[str, Any] = {}
         if args.validation_skip_guidance_layers:
             skip["skip_guidance_layers"] = list(args.validation_skip_guidance_layers)
             for name in ("scale", "start", "stop"):
                 option = f"skip_layer_guidance_{name}"
                 skip[option] = getattr(args, f"validation_{option}")
-        noisy = sd3.draws_noise(sd3.scheduler_config(pipeline.scheduler))
-        noise = sd3.step_noise(picture.seed) if noisy else nullcontext()
+        noise = self.model.step_noise(pipeline.scheduler, picture.seed)
         with self.run.accelerator.autocast(), noise:
             latents = pipeline(
                 **{name: value.to(dtype) for name, value in embeds.items()},
@@ -174,9 +157,10 @@ class Validator:
                 guidance_scale=picture.guidance_scale,
                 generator=torch.Generator().manual_seed(picture.seed),
                 output_type="latent",
+                **self.model.call_options,
                 **skip,
             ).images
-        return to_pil(sd3.decode(self.fixed.vae, self.config, latents))[0]
+        return to_pil(self.model.decode(self.inputs.vae, latents))[0]
 
     def _clip_score(self, drawn: list[Image.Image]) -> float:
         """Mean score of all pictures over all processes; each is scored where it was drawn."""

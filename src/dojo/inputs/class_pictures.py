@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from dojo import data, files, rng
-from dojo.cli import UserError, ranges
-from dojo.inputs import pictures as frozen
-from dojo.models import sd3
+from dojo.cli import UserError, option, ranges
+from dojo.inputs.pictures import refuse_inside
+from dojo.models.family import Model
 from dojo.run.run import Run
 
 _DRAWN = re.compile(r"class-\d{5}\.png")
@@ -29,9 +29,9 @@ _DRAWN = re.compile(r"class-\d{5}\.png")
 class PriorArgs:
     """Prior preservation."""
 
-    with_prior_preservation: bool = False
+    with_prior_preservation: bool = option(False, common=True)
     """train on pictures of the class beside those of the instance, as many in every batch"""
-    class_data_dir: Path | None = None
+    class_data_dir: Path | None = option(None, incidental=True)
     """folder of the class pictures: your own, or an empty one, into which num_class_images are
     drawn; none is drawn among your own"""
     class_prompt: str | None = None
@@ -40,7 +40,7 @@ class PriorArgs:
     """weight of the class pictures' loss beside the instance's"""
     num_class_images: int = 100
     """class pictures that there should be"""
-    sample_batch_size: int = 4
+    sample_batch_size: int = option(4, incidental=True)
     """class pictures drawn at a time"""
     prior_generation_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """precision of that drawing; unset is that of the run"""
@@ -73,11 +73,10 @@ class PriorArgs:
         return self.class_data_dir
 
 
-def draw_class_images(
+def draw(
     run: Run,
     args: PriorArgs,
-    config: sd3.Config,
-    model: sd3.ModelArgs,
+    model: Model,
     data_args: data.DataArgs,
     size: data.Size,
 ) -> None:
@@ -87,7 +86,7 @@ def draw_class_images(
     when it is whole: a process that is killed leaves its place to be filled the next time.
     """
     folder = args.folder
-    frozen.refuse_inside(folder, data_args.location, "class_data_dir")
+    refuse_inside(folder, data_args.location, "class_data_dir")
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
         files.sweep(folder.rglob(".class-*"))
@@ -117,7 +116,7 @@ def draw_class_images(
         for start in starts[run.share["process"] :: run.share["num_processes"]]
     ]
     if members:
-        _draw(run, args, config, model, size, members, free, captions=bool(found.sidecars))
+        _draw(run, args, model, size, members, free, captions=bool(found.sidecars))
     run.accelerator.wait_for_everyone()
 
 
@@ -130,8 +129,7 @@ def _name(folder: data.Folder, number: int) -> str:
 def _draw(
     run: Run,
     args: PriorArgs,
-    config: sd3.Config,
-    model: sd3.ModelArgs,
+    model: Model,
     size: tuple[int, int],
     batches: Sequence[Sequence[str]],
     wanted: Set[str],
@@ -141,7 +139,7 @@ def _draw(
     """Draws batches of pictures, named by their files, and keeps those that are wanted."""
     precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = precisions.get(args.prior_generation_precision or "", run.dtype)
-    pipeline: Any = sd3.load_pipeline(config, model, dtype, run.device)
+    pipeline: Any = model.load_pipeline(dtype, run.device)
     pipeline.set_progress_bar_config(disable=True)
     count = sum(name in wanted for some in batches for name in some)
     bar = tqdm(total=count, desc="drawing class pictures", disable=not run.main)
@@ -152,7 +150,8 @@ def _draw(
             width=size[1],
             guidance_scale=args.prior_guidance_scale,
             num_inference_steps=args.prior_inference_steps,
-            max_sequence_length=model.max_sequence_length,
+            **model.prompt_options,
+            **model.call_options,
             generator=[rng.generator("class picture", str(args.class_prompt), k) for k in some],
         ).images
         for name, picture in zip(some, pictures, strict=True):

@@ -7,35 +7,30 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dojo import data, rewards, rng
 from dojo.cli import UserError
 from dojo.cli.masking import hide
 from dojo.files import outputs
-from dojo.finetune.weights import Trained
-from dojo.inputs import pictures as frozen
-from dojo.inputs import steering
-from dojo.inputs.texts import Texts
+from dojo.inputs.pictures import latent_settings, posterior_of, refuse_inside
 from dojo.launch import interrupt
-from dojo.maths import ddpm, preference
-from dojo.models import sd15
+from dojo.models.family import Model
+from dojo.models.folders import posterior
 from dojo.rewards import spec, weights
 from dojo.run import checkpoint
-from dojo.run.run import Key, Run, arithmetic
+from dojo.run.machine import arithmetic
+from dojo.run.run import Key, Run
 
 
-class Options(Protocol):
+class Groups(Protocol):
     """The groups of a script's options that say what the pairs are and how they are read."""
 
-    @property
-    def model(self) -> sd15.ModelArgs: ...
     @property
     def data(self) -> data.PairArgs: ...
     @property
@@ -64,7 +59,7 @@ class Sources:
         return json.dumps({**counts, **dropped, **about}, indent=1, ensure_ascii=False)
 
 
-def open_sources(run: Run, args: Options) -> Sources:
+def open_sources(run: Run, args: Groups) -> Sources:
     """Finds the pairs, decodes every picture once, and holds some out: rank 0 goes first.
 
     A dry run decodes nothing, and remembers nothing.
@@ -86,7 +81,7 @@ def open_sources(run: Run, args: Options) -> Sources:
                 progress=run.main,
             )
     run.say(everything.description)
-    frozen.refuse_inside(run.output_dir, args.data.location, "output_dir")
+    refuse_inside(run.output_dir, args.data.location, "output_dir")
     train, held_out = data.split_pairs(
         everything,
         eval_fraction=args.data.eval_fraction,
@@ -101,7 +96,7 @@ def open_sources(run: Run, args: Options) -> Sources:
     return Sources(train, held_out, left_out)
 
 
-def chosen(run: Run, sources: Sources, args: Options) -> Sources:
+def chosen(run: Run, sources: Sources, args: Groups) -> Sources:
     """The pairs with their winners chosen by `--choice_model`, if there is one: a collective.
 
     Scores are kept among the caches: another run with the same pairs and model scores nothing.
@@ -179,12 +174,12 @@ def _own_weights(text: str, root: Path) -> dict[str, str]:
 def prepare(
     run: Run,
     sources: Sources,
-    config: sd15.Config,
+    model: Model,
     vae: AutoencoderKL,
-    args: Options,
+    args: Groups,
     *,
     with_held_out: bool,
-) -> tuple[data.PairSet, data.PairSet | None]:
+) -> Inputs:
     """Fills the cache of latents where the options allow it: a collective.
 
     Args:
@@ -198,15 +193,12 @@ def prepare(
     def cached(pairs: data.Pairs, *, still: bool) -> data.PairSet:
         return data.prepare_pairs(
             *(pairs, args.data, args.cache),
-            lambda pixels: sd15.posterior(vae, pixels),
-            {
-                **{"vae": config.fingerprint(["vae"]), "dtype": args.model.vae_dtype},
-                **arithmetic(run.device),
-            },
+            lambda pixels: posterior(vae, pixels),
+            latent_settings(run, model),
             seed=run.seed,
-            latent_channels=config.vae["latent_channels"],
-            pixel_step=config.pixel_step,
-            latent_step=config.pixels_per_latent,
+            latent_channels=model.vae["latent_channels"],
+            pixel_step=model.pixel_step,
+            latent_step=model.pixels_per_latent,
             still=still,
             **run.share,
         )
@@ -217,169 +209,59 @@ def prepare(
         if with_held_out and sources.held_out is not None:
             held_out = cached(sources.held_out, still=True)
         run.accelerator.wait_for_everyone()
-    return train, held_out
+    return Inputs(train, held_out, vae, model, run)
 
 
-def loader(run: Run, pairs: data.PairSet, batch_size: int) -> DataLoader[data.Batch]:
-    """Batches of this process from where the run stands, without end."""
-    return DataLoader(
-        pairs,
-        batch_sampler=data.Batches(
-            pairs.plan(),
-            batch_size,
-            seed=run.seed,
-            first_batch=run.samples // (batch_size * run.accelerator.num_processes),
-            **run.share,
-        ),
-        collate_fn=data.collate,
-        num_workers=pairs.args.dataloader_num_workers,
-        worker_init_fn=interrupt.stand_apart,
-        pin_memory=run.device.type == "cuda",
-    )
+@dataclass
+class Inputs:
+    """The pairs, and what a step reads of them. B pairs are 2B pictures, winners before losers."""
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Noised:
-    """B pairs on their way to noise, the winners before the losers."""
-
-    noisy: Tensor
-    """[2B, C, h, w]"""
-    noise: Tensor
-    """[2B, C, h, w]; a pair's two pictures have the same"""
-    timestep: Tensor
-    """int64 [2B], likewise"""
+    train: data.PairSet
+    held_out: data.PairSet | None
+    vae: AutoencoderKL
+    model: Model
+    run: Run
 
     @property
-    def winners(self) -> Noised:
-        """The preferred pictures alone."""
-        half = len(self.noisy) // 2
-        first = (value[:half] for value in (self.noisy, self.noise, self.timestep))
-        return Noised(**dict(zip(("noisy", "noise", "timestep"), first, strict=True)))
+    def held_out_texts(self) -> list[str]:
+        """The captions of the held-out pairs."""
+        return self.held_out.texts() if self.held_out else []
 
+    def loader(self, batch_size: int) -> DataLoader[data.Batch]:
+        """Batches of this process from where the run stands, without end."""
+        run = self.run
+        return DataLoader(
+            self.train,
+            batch_sampler=data.Batches(
+                self.train.plan(),
+                batch_size,
+                seed=run.seed,
+                first_batch=run.samples // (batch_size * run.accelerator.num_processes),
+                **run.share,
+            ),
+            collate_fn=data.collate,
+            num_workers=self.train.args.dataloader_num_workers,
+            worker_init_fn=interrupt.stand_apart,
+            pin_memory=run.device.type == "cuda",
+        )
 
-def noised(
-    rows: data.Batch,
-    keys: Sequence[Key],
-    timestep: Tensor,
-    config: sd15.Config,
-    vae: AutoencoderKL,
-    device: torch.device,
-) -> Noised:
-    """Draws both pictures of every pair from the autoencoder's posterior, each for itself, and
-    noises them alike.
-
-    Args:
-        keys: one per pair, of its noise.
-        timestep: int64 [B].
-    """
-    flat = {k: rows[k].flatten(0, 1) for k in ("mean", "std", "pixels") if k in rows}
-    mean, std = frozen.posterior_of(flat, vae, device)  # [2B, C, h, w], pair by pair
-    own = [(*key, "posterior", side) for key in keys for side in (0, 1)]
-    clean = config.scaled(mean, std, rng.normal(mean.shape[1:], own, device))
-    clean = torch.cat([clean[0::2], clean[1::2]])  # winners, losers
-    noise = rng.normal(mean.shape[1:], [(*key, "noise") for key in keys], device).repeat(2, 1, 1, 1)
-    timestep = timestep.to(device).repeat(2)
-    return Noised(
-        noisy=ddpm.add_noise(clean, noise, timestep, config.schedule),
-        noise=noise,
-        timestep=timestep,
-    )
-
-
-class Judge:
-    """What the network makes of the held-out pairs, with the same noise at every evaluation.
-
-    Args:
-        pairs: those held out, or None: then it says nothing.
-        num_timesteps: evenly spread timesteps at which each pair is looked at.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        config: sd15.Config,
-        vae: AutoencoderKL,
-        texts: Texts,
-        pairs: data.PairSet | None,
-        beta: float,
-        batch_size: int,
-        num_timesteps: int = 4,
-    ) -> None:
-        self.run, self.config, self.vae, self.texts = run, config, vae, texts
-        self.pairs, self.beta, self.batch_size = pairs, beta, batch_size
-        self.num_timesteps = num_timesteps
-
-    def catch_up(self, policy: Trained, *, due: bool) -> None:
-        """The look before the first step, or the one that a run did not stay for.
+    def latents(self, rows: data.Batch, keys: Sequence[Key]) -> Tensor:
+        """Both pictures of every pair, each drawn for itself from its posterior: [2B, C, h, w].
 
         Args:
-            due: whether one belongs where the run stands.
+            keys: one per pair.
         """
-        if due and not (self.run.step and self.run.has_logged("eval_accuracy")):
-            self(policy)
+        flat = {k: rows[k].flatten(0, 1) for k in ("mean", "std", "pixels") if k in rows}
+        mean, std = posterior_of(flat, self.vae, self.run.device)  # [2B, C, h, w], pair by pair
+        own = [(*key, "posterior", side) for key in keys for side in (0, 1)]
+        clean = self.model.scaled(mean, std, rng.normal(mean.shape[1:], own, self.run.device))
+        return torch.cat([clean[0::2], clean[1::2]])
 
-    @torch.no_grad()
-    def __call__(self, policy: Trained) -> None:
-        """Loss, accuracy and drifts into metrics.jsonl: a collective.
+    def noise(self, keys: Sequence[Key], like: Tensor) -> Tensor:
+        """Noise of which a pair's two pictures have the same: [2B, C, h, w] as `like`.
 
-        Raises:
-            Interrupted: the run was asked to stop.
+        For winners alone, [B, C, h, w], that of the pairs.
         """
-        if self.pairs is None:
-            return
-        run = self.run
-        total = self.config.schedule.num_timesteps
-        middles = [
-            (2 * k + 1) * total // (2 * self.num_timesteps) for k in range(self.num_timesteps)
-        ]
-        draws = self.pairs.draws()
-        mine = draws[run.share["process"] :: run.share["num_processes"]]
-        sums = torch.zeros(5, dtype=torch.float64)
-        share = run.paused(mine, len(draws), self.batch_size)
-        total = -(-len(mine) // self.batch_size)
-        with run.phase("validation"):
-            for some in tqdm(share, "held-out pairs", total, disable=not run.main, leave=False):
-                rows = data.collate([self.pairs[draw] for draw in some])
-                for timestep in middles:
-                    sums += self._look(policy, rows, timestep)
-            if run.accelerator.num_processes > 1:
-                reduced: Any = run.accelerator.reduce(sums.to(run.device), "sum")
-                sums = reduced.cpu()
-        names = ("eval_loss", "eval_accuracy", "eval_winner_drift", "eval_loser_drift")
-        means = (sums[:4] / sums[4]).tolist()
-        run.write_metrics(dict(zip(names, means, strict=True)))
-
-    def _look(self, policy: Trained, rows: data.Batch, timestep: int) -> Tensor:
-        """Sums over a batch, and how many pairs it has: float64 [5]."""
-        # Of the picture's place in the set and not of the run: every evaluation sees the same.
-        keys: list[Key] = [("held-out pairs", place, timestep) for place in rows["place"]]
-        every = torch.full((len(keys),), timestep)
-        noised_pairs = noised(rows, keys, every, self.config, self.vae, self.run.device)
-        captions = [*rows["caption"], *rows["caption"]]
-        usual = reference_errors(policy, noised_pairs, self.texts, captions)
-        own = errors(policy.network, noised_pairs, self.texts, captions, self.run.dtype)
-        found = preference.dpo(*own.chunk(2), *usual.chunk(2), beta=self.beta)
-        columns = (found.loss, found.accuracy, found.winner_drift, found.loser_drift)
-        each = [column.double().sum().cpu() for column in columns]
-        return torch.stack([*each, torch.tensor(float(len(keys)), dtype=torch.float64)])
-
-
-def errors(
-    unet: torch.nn.Module,
-    pairs: Noised,
-    texts: Texts,
-    captions: Sequence[str],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The mean squared error of the predicted noise, winners before losers: [2B]."""
-    epsilon = steering.predictor(unet, texts, captions, dtype)
-    return ddpm.squared_error(epsilon(pairs.noisy, pairs.timestep), pairs.noise)
-
-
-@torch.no_grad()
-def reference_errors(
-    policy: Trained, pairs: Noised, texts: Texts, captions: Sequence[str]
-) -> Tensor:
-    """`errors` of the model as it was before training, in the policy's own precision: [2B]."""
-    with policy.reference() as before:
-        return errors(before, pairs, texts, captions, policy.run.dtype)
+        streams = [(*key, "noise") for key in keys]
+        noise = rng.normal(like.shape[1:], streams, self.run.device)
+        return noise.repeat(len(like) // len(keys), 1, 1, 1)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKL
@@ -22,19 +22,17 @@ from dojo import data, rng
 from dojo.cli import UserError
 from dojo.inputs import texts
 from dojo.launch import interrupt
-from dojo.models import folder as pipelines
-from dojo.models import sd3
+from dojo.models.family import Model
+from dojo.models.folders import Embeds, posterior
 from dojo.run import checkpoint, phases
-from dojo.run.run import Run, arithmetic
+from dojo.run.machine import arithmetic
+from dojo.run.optim import OptimArgs
+from dojo.run.run import Run
 
 
-class Options(Protocol):
+class Groups(Protocol):
     """The groups of a script's options that say what the data are and how they are read."""
 
-    @property
-    def model(self) -> sd3.ModelArgs: ...
-    @property
-    def text(self) -> sd3.TextDropoutArgs: ...
     @property
     def data(self) -> data.DataArgs: ...
     @property
@@ -119,27 +117,41 @@ class EvalSet:
 
 
 @dataclass
-class Frozen:
+class Inputs:
     """The data sets and the frozen models' outputs for them."""
 
     train: data.Pictures | data.Latents
     evaluation: list[EvalSet]
     plan: data.Plan
     vae: AutoencoderKL
-    text: texts.Sd3Texts
-    layout: sd3.Layout
-    options: Options
+    text: texts.Texts
+    model: Model
+    options: Groups
     run: Run
 
-    def latents(self, batch: data.Batch) -> data.Posterior:
+    def posterior(self, batch: data.Batch) -> data.Posterior:
         """Mean and std of a batch's posterior: float32 [B, C, h, w], unscaled, on the device."""
         return posterior_of(batch, self.vae, self.run.device)
 
-    def conditions(self, batch: data.Batch) -> sd3.Embeds:
-        """The embeddings of a training batch, some encoders dropped as the options say."""
-        cached = {name: batch[name] for name in sd3.EMBEDS if name in batch}
+    def latents(self, batch: data.Batch) -> Tensor:
+        """A training batch as the network sees it, drawn anew from its posterior: [B, C, h, w]."""
+        mean, std = self.posterior(batch)
+        keys = self.run.keys("posterior", batch["place"])
+        return self.model.scaled(mean, std, rng.normal(mean.shape[1:], keys, self.run.device))
+
+    def conditions(self, batch: data.Batch) -> dict[str, Tensor]:
+        """What the network reads beside latents and level, some encoders dropped as the options
+        say."""
+        return self.model.conditions(self._embeds(batch), self.geometry(batch))
+
+    def geometry(self, batch: data.Batch) -> data.Geometry | None:
+        """Where a batch's pictures come from, for models that are told."""
+        return data.Geometry.of(batch) if self.model.sized else None
+
+    def _embeds(self, batch: data.Batch) -> Embeds:
+        cached = {name: batch[name] for name in self.model.embed_names if name in batch}
         embeds = self.text(batch["caption"], cached)
-        shares = self.options.text.dropout
+        shares = self.model.text.dropout
         if not any(shares.values()):
             return embeds
         dropped = {
@@ -148,7 +160,7 @@ class Frozen:
             )
             for name, share in shares.items()
         }
-        return self.layout.drop(embeds, dropped)
+        return self.model.drop(embeds, dropped)
 
     def area(self, batch: data.Batch) -> Tensor | None:
         """How much each place of the latents counts: [B, 1, h, w], or None where all count."""
@@ -197,7 +209,7 @@ class _WithText(Dataset[data.Batch]):
         return {**row, **{name: value[0] for name, value in embeds.items()}}
 
 
-def open_sources(run: Run, args: Options) -> Sources:
+def open_sources(run: Run, args: Groups) -> Sources:
     """Finds the samples and their captions; reads no picture. Rank 0 goes first (downloads)."""
     args.cache.check(args.data)
     with run.accelerator.main_process_first():
@@ -217,10 +229,16 @@ def open_sources(run: Run, args: Options) -> Sources:
     return Sources(train, held_out)
 
 
+def plan(run: Run, sources: Sources, optim: OptimArgs) -> None:
+    """Fixes the length of the run by the samples: see `Run.plan`."""
+    whole_batch = optim.train_batch_size * run.accelerator.num_processes
+    run.plan(optim, sources.samples_per_epoch, sources.fingerprint(whole_batch))
+
+
 def needs(
     run: Run,
-    config: sd3.Config,
-    args: Options,
+    model: Model,
+    args: Groups,
     size: data.Size,
     batch_size: int,
     *,
@@ -238,14 +256,10 @@ def needs(
         UserError: weights are not there, or one of several resolutions does not fit the model.
     """
     for side in args.data.resolution:
-        config.check_step(args.data.height or side, args.data.width or side)
-    config.check_weights(("vae", *sd3.TEXT_ENCODERS[:2], "transformer"))
-    return phases.Needs(
-        config=config,
-        text=sd3.TEXT_ENCODERS,
-        dtype=run.dtype,
-        vae_dtype=pipelines.DTYPES[args.model.vae_dtype],
-        size=size,
+        model.check_step(args.data.height or side, args.data.width or side)
+    return model.needs(
+        run.dtype,
+        size,
         encoded=batch_size if args.cache.no_cache_latents else data.encoded_at_a_time(size),
         decoded=int(drawn),
         class_pictures=class_pictures,
@@ -265,8 +279,8 @@ def refuse_inside(folder: Path, location: str, flag: str) -> None:
 def check_samples(
     run: Run,
     sources: Sources,
-    config: sd3.Config,
-    args: Options,
+    model: Model,
+    args: Groups,
     *,
     pair_regularisation: bool = False,
 ) -> Sources:
@@ -297,9 +311,9 @@ def check_samples(
     if sources.held_out is not None:
         held_out, more = check(sources.held_out)
         bad = bad + more
-        eval_plan = data.assign(held_out, args.data, config.pixel_step)
+        eval_plan = data.assign(held_out, args.data, model.pixel_step)
         bad += [data.BadReport(held_out.names[index], why) for index, why in eval_plan.left_out]
-    plan = data.assign(train, args.data, config.pixel_step, pair_regularisation=pair_regularisation)
+    plan = data.assign(train, args.data, model.pixel_step, pair_regularisation=pair_regularisation)
     too_small = [data.BadReport(train.names[index], why) for index, why in plan.left_out]
     if too_small and args.data.on_bad_sample == "error":
         shown = "\n".join(f"  {row.name}: {row.reason}" for row in too_small[:10])
@@ -311,7 +325,7 @@ def check_samples(
     if not plan.samples_per_epoch:
         raise UserError("there is nothing to train on")
     for height, width in plan.sizes:
-        config.latent_shape(height, width)  # refuses what the model cannot take
+        model.latent_shape(height, width)  # refuses what the model cannot take
     counts = f"{len(train) - len(too_small)} to train on, {len(held_out or ())} held out"
     run.say(f"pictures: {counts}, {len(bad)} left out")
     for row in bad[:10]:
@@ -324,17 +338,17 @@ def check_samples(
 def prepare(
     run: Run,
     sources: Sources,
-    config: sd3.Config,
-    args: Options,
+    model: Model,
+    args: Groups,
     others: Sequence[str],
     *,
-    train_clip: bool = False,
-) -> Frozen:
+    train_text: bool = False,
+) -> Inputs:
     """Fills the caches of latents and embeddings, where the options allow it.
 
     Args:
         others: captions that are needed besides the samples': validation and negative prompts.
-        train_clip: keep the two CLIPs, which will be trained; T5 is freed as ever.
+        train_text: keep the text encoders that can be trained; the others are freed as ever.
     """
     plan = sources.plan
     assert plan is not None, "check_samples comes first"
@@ -350,14 +364,14 @@ def prepare(
             *(source, args.data, args.captions),
             seed=run.seed,
             still=still,
-            latent_step=config.pixels_per_latent,
+            latent_step=model.pixels_per_latent,
         )
 
     train = pictures_of(sources.train)
-    vae = sd3.load_vae(config, args.model, run.device)
+    vae = model.load_vae(run.device)
 
     def cached(pictures: data.Pictures, some: data.Plan) -> data.Pictures | data.Latents:
-        return latents_of(run, pictures, some, vae, config, args.model.vae_dtype, args.cache)
+        return latents_of(run, pictures, some, vae, model, args.cache)
 
     with run.phase("cache"):
         evaluation: list[EvalSet] = []
@@ -381,27 +395,16 @@ def prepare(
             others += [sources.train.captions[draw.index][0] for draw in few]
         run.accelerator.wait_for_everyone()
     groups = [train.texts(), others]
-    text = texts.prepare(
-        *(run, config, args.model, args.text, args.cache, groups), train_clip=train_clip
-    )
-    layout = sd3.Layout.of(config)
-    return Frozen(train_rows, evaluation, plan, vae, text, layout, args, run)
+    text = texts.prepare(run, model, args.cache, groups, trained=train_text)
+    return Inputs(train_rows, evaluation, plan, vae, text, model, args, run)
 
 
 def posterior_of(batch: data.Batch, vae: AutoencoderKL, device: torch.device) -> data.Posterior:
     """Mean and std of a batch's posterior, cached or encoded now: float32, unscaled."""
     mean, std = (
-        (batch["mean"], batch["std"]) if "mean" in batch else sd3.posterior(vae, batch["pixels"])
+        (batch["mean"], batch["std"]) if "mean" in batch else posterior(vae, batch["pixels"])
     )
     return mean.to(device).float(), std.to(device).float()
-
-
-class Family(Protocol):
-    """What a cache of latents has to know of a model."""
-
-    @property
-    def vae(self) -> Mapping[str, Any]: ...
-    def fingerprint(self, parts: Sequence[str]) -> str: ...
 
 
 def latents_of(
@@ -409,8 +412,7 @@ def latents_of(
     pictures: data.Pictures,
     plan: data.Plan,
     vae: AutoencoderKL,
-    config: Family,
-    vae_dtype: str,
+    model: Model,
     cache: data.CacheArgs,
 ) -> data.Pictures | data.Latents:
     """Pictures with their posteriors on disk, where the options allow it.
@@ -422,12 +424,21 @@ def latents_of(
     return data.cache_latents(
         pictures,
         plan.needed(),
-        lambda pixels: sd3.posterior(vae, pixels),
+        lambda pixels: posterior(vae, pixels),
         cache.latent_cache_dir,
-        {"vae": config.fingerprint(["vae"]), "dtype": vae_dtype, **arithmetic(run.device)},
-        latent_channels=config.vae["latent_channels"],
+        latent_settings(run, model),
+        latent_channels=model.vae["latent_channels"],
         **run.share,
     )
+
+
+def latent_settings(run: Run, model: Model) -> dict[str, str]:
+    """What the latents of pictures hang on, besides the pictures."""
+    return {
+        "vae": model.fingerprint(["vae"]),
+        "dtype": model.args.vae_dtype,
+        **arithmetic(run.device),
+    }
 
 
 def _each_once(plan: data.Plan) -> list[data.Draw]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 
 from dojo import data
-from dojo.cli import UserError
-from dojo.inputs import pictures as frozen
+from dojo.cli import UserError, option
+from dojo.inputs.pictures import latents_of, refuse_inside
+from dojo.models.family import Model
 from dojo.run.run import Run
 
 
@@ -23,9 +23,9 @@ from dojo.run.run import Run
 class PretrainArgs:
     """Captioned pictures whose noise is predicted beside the reward; without them there is none."""
 
-    pretrain_data_dir: str | None = None
+    pretrain_data_dir: str | None = option(None, incidental=True, common=True)
     """local folder of captioned pictures (metadata.csv or .jsonl, .txt files, parquet)"""
-    pretrain_dataset_name: str | None = None
+    pretrain_dataset_name: str | None = option(None, incidental=True)
     """hub id or local folder, the same otherwise"""
     pretrain_caption_column: str | None = None
     """column of the captions; unset is the first of text, caption, prompt that there is"""
@@ -51,15 +51,6 @@ class PretrainArgs:
         return bool(self.location) and self.pretrain_weight > 0
 
 
-class Family(frozen.Family, Protocol):
-    """What is asked of a model's configuration."""
-
-    @property
-    def pixels_per_latent(self) -> int: ...
-    @property
-    def pixel_step(self) -> int: ...
-
-
 @dataclass
 class Pretraining:
     """The pictures, opened and checked."""
@@ -82,19 +73,18 @@ class Pretraining:
     def prepare(
         self,
         run: Run,
-        config: Family,
+        model: Model,
         vae: AutoencoderKL,
-        vae_dtype: str,
         cache: data.CacheArgs,
     ) -> None:
         """Fills the cache of latents, where the options allow it: a collective."""
         pictures = data.Pictures(
             *(self.source, self.args, data.CaptionArgs()),
             seed=run.seed,
-            latent_step=config.pixels_per_latent,
+            latent_step=model.pixels_per_latent,
         )
         with run.phase("cache"):
-            self.rows = frozen.latents_of(run, pictures, self.plan, vae, config, vae_dtype, cache)
+            self.rows = latents_of(run, pictures, self.plan, vae, model, cache)
             run.accelerator.wait_for_everyone()
 
     def batches(self, run: Run, batch_size: int) -> Iterator[data.Batch]:
@@ -111,7 +101,7 @@ class Pretraining:
 
 
 def open_pictures(
-    run: Run, config: Family, args: PretrainArgs, cache: data.CacheArgs, size: data.Size
+    run: Run, model: Model, args: PretrainArgs, cache: data.CacheArgs, size: data.Size
 ) -> Pretraining | None:
     """Finds and checks the pictures; None where there is no such loss.
 
@@ -139,8 +129,8 @@ def open_pictures(
             num_threads=2,
             progress=run.main,
         )
-    frozen.refuse_inside(run.output_dir, args.location, "output_dir")
+    refuse_inside(run.output_dir, args.location, "output_dir")
     run.say(f"pre-training loss: {source.description}, {len(source)} pictures")
     for line in data.told_notes(source):
         run.say(line)
-    return Pretraining(source, data.assign(source, options, config.pixel_step), options)
+    return Pretraining(source, data.assign(source, options, model.pixel_step), options)

@@ -11,6 +11,7 @@ every process knows the same.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -25,13 +26,14 @@ from typing import Any, Literal
 import torch
 
 from dojo import rng
-from dojo.cli import UserError
+from dojo.cli import UserError, option
 from dojo.data.lines import named, split_lines, split_options
 from dojo.data.options import DataArgs
 from dojo.data.sources.columns import one_line, shown
 from dojo.data.sources.metadata import read_json, read_metadata
 from dojo.data.sources.tables import load_dataset, load_saved
 from dojo.pocket import scenes
+from dojo.run.run import Run
 
 COLUMNS = ("prompt", "text", "caption")
 """Fields of a row that the prompt is taken from, the first one preferred."""
@@ -56,12 +58,12 @@ _DEFAULT_HELD_OUT, _LARGEST_SHARE = 32, 5  # 32 prompts, but no more than a fift
 class PromptArgs:
     """Prompts to draw pictures for, and those held out for evaluation."""
 
-    prompt_file: Path | None = None
+    prompt_file: Path | None = option(None, incidental=True, common=True)
     """.txt with a prompt per line, .jsonl or .csv with a column prompt (or text, or caption), whose
     other columns go to the rewards, or .json: a list of such rows, or of prompts"""
-    prompt_set: Literal["animals", "pocket"] | None = None
+    prompt_set: Literal["animals", "pocket"] | None = option(None, common=True)
     """a list that is built in: the 45 animals of DDPO, or 1,200 captions of the pocket grammar"""
-    prompt_dataset_name: str | None = None
+    prompt_dataset_name: str | None = option(None, incidental=True)
     """hub id, or local folder that the datasets library reads; other columns go to the rewards"""
     prompt_column: str = "prompt"
     """column of prompt_dataset_name that holds the prompts"""
@@ -75,7 +77,7 @@ class PromptArgs:
     num_eval_prompts: int | None = None
     """prompts held out of training for evaluation, 0 for none; unset is 32, or a fifth of the
     prompts if that is less"""
-    eval_prompt_file: Path | None = None
+    eval_prompt_file: Path | None = option(None, incidental=True)
     """file of prompts for evaluation instead, all of them or the first num_eval_prompts; no text of
     it is trained on"""
 
@@ -226,6 +228,14 @@ def _passes(seed: int, size: int, count: int, first: int) -> Iterator[list[int]]
 # -- opening ----------------------------------------------------------------------------------
 
 
+def open_together(run: Run, args: PromptArgs) -> Prompts:
+    """`open_prompts` on all processes, rank 0 first (downloads), and what was found is said."""
+    with run.accelerator.main_process_first():
+        source = open_prompts(args)
+    run.say(source.description)
+    return source
+
+
 def open_prompts(args: PromptArgs) -> Prompts:
     """Reads the prompts and holds some out.
 
@@ -332,12 +342,18 @@ def _pocket() -> list[Prompt]:
     200 of each would be balanced, but single_object has 72 captions in all: the others have 225 or
     226.
     """
-    by_task: dict[str, list[Prompt]] = {task: [] for task in scenes.TASKS}
+    return [Prompt(text=text, metadata={"task": task}) for text, task in _pocket_texts()]
+
+
+@functools.cache
+def _pocket_texts() -> tuple[tuple[str, str], ...]:
+    """Their captions and tasks."""
+    by_task: dict[str, list[tuple[str, str]]] = {task: [] for task in scenes.TASKS}
     for text in dict.fromkeys(scenes.evaluation_captions(_POCKET_DRAWS, _POCKET_SEED)):
         task = scenes.parse(text).task
-        by_task[task].append(Prompt(text=text, metadata={"task": task}))
+        by_task[task].append((text, task))
     turns = itertools.chain.from_iterable(itertools.zip_longest(*by_task.values()))
-    return list(itertools.islice(filter(None, turns), _POCKET_COUNT))
+    return tuple(itertools.islice(filter(None, turns), _POCKET_COUNT))
 
 
 # -- files and tables -------------------------------------------------------------------------

@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from dojo.data import Geometry
 from dojo.inputs.texts import Texts
-from dojo.maths import denoising
-from dojo.maths import transitions as samplers
-from dojo.models import sd15
+from dojo.maths import transitions
+from dojo.models.family import Model
+from dojo.models.folders import Embeds
+
+Predictor = Callable[[Tensor, Tensor], Tensor]
+"""(latents [B, C, h, w], levels [B]) -> what the network says of them, guided: float32"""
 
 
-def predictor(
-    unet: nn.Module,
-    texts: Texts,
-    prompts: Sequence[str],
-    dtype: torch.dtype,
-    *,
-    guidance_scale: float = 1.0,
-    negative_prompt: str = "",
-) -> denoising.Epsilon:
-    """The network's noise for B prompts, with guidance where the scale is above 1."""
-    embeds = texts(prompts)["prompt_embeds"]  # [B, T, D]
+@dataclass(frozen=True, kw_only=True)
+class Steering:
+    """What a network is asked besides latents and levels."""
 
-    def plain(latents: Tensor, timestep: Tensor) -> Tensor:
-        return sd15.epsilon(unet, latents, timestep, embeds, dtype)
+    model: Model
+    texts: Texts
+    size: tuple[int, int]
+    """height and width of the pictures in pixels"""
+    dtype: torch.dtype
+    """that the network computes in"""
+    guidance_scale: float = 1.0
+    """of classifier-free guidance; 1 is none"""
+    negative_prompt: str = ""
+    """what guidance leads away from"""
 
-    if guidance_scale == 1:
-        return plain
-    both = torch.cat([texts([negative_prompt] * len(prompts))["prompt_embeds"], embeds])
+    def embeds(self, prompts: Sequence[str]) -> Embeds:
+        """What the network reads: with guidance the negative prompt's B rows, then the prompts'."""
+        embeds = self.texts(prompts)
+        if self.guidance_scale == 1:
+            return embeds
+        negative = self.texts([self.negative_prompt])
+        return {
+            name: torch.cat([negative[name].expand_as(value), value])
+            for name, value in embeds.items()
+        }
 
-    def guided(latents: Tensor, timestep: Tensor) -> Tensor:
-        twice = torch.cat([latents, latents]), torch.cat([timestep, timestep])
-        unconditional, conditional = sd15.epsilon(unet, *twice, both, dtype).chunk(2)
-        return samplers.guided(conditional, unconditional, guidance_scale)
+    def predictor(self, network: nn.Module, embeds: Embeds) -> Predictor:
+        """What the network says, both branches of guidance in one batch."""
+        rows = len(next(iter(embeds.values())))
 
-    return guided
+        def plain(latents: Tensor, level: Tensor) -> Tensor:
+            # Fewer latents than prompts: pictures of one prompt that have not parted yet.
+            own = {name: value[:: rows // len(latents)] for name, value in embeds.items()}
+            whole = Geometry.whole(self.size, len(latents)) if self.model.sized else None
+            conditions = self.model.conditions(own, whole)
+            return self.model.predict(network, latents, level, conditions, self.dtype)
+
+        def guided(latents: Tensor, level: Tensor) -> Tensor:
+            both = plain(torch.cat([latents, latents]), torch.cat([level, level]))
+            unconditional, conditional = both.chunk(2)
+            return transitions.guided(conditional, unconditional, self.guidance_scale)
+
+        return plain if self.guidance_scale == 1 else guided
+
+    def __call__(self, network: nn.Module, prompts: Sequence[str]) -> Predictor:
+        """What the network says for these prompts."""
+        return self.predictor(network, self.embeds(prompts))

@@ -8,118 +8,77 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from dojo import data
-from dojo.models import sd3, sd15, truncation
-from dojo.models.folder import Embeds
+from dojo.models import truncation
+from dojo.models.family import Model, TextEncoders
+from dojo.models.folders import Embeds
 from dojo.run import checkpoint
-from dojo.run.run import Run, arithmetic, used_memory_gib
+from dojo.run.machine import arithmetic, used_memory_gib
+from dojo.run.run import Run
 
 Lookup = Callable[[Sequence[str]], Mapping[str, Tensor]]
-EncoderT = TypeVar("EncoderT", bound=Lookup)
 
 
 @dataclass
 class Texts:
-    """What the network reads in place of texts; made by `prepare` and `prepare_sd15`."""
+    """What the network reads in place of texts; made by `prepare`."""
 
     lookup: Lookup
     """the cache, or the encoders themselves"""
     device: torch.device
+    model: Model
+    encoders: TextEncoders | None = None
+    """the text encoders, where some of them are in training"""
 
     def __call__(
         self, captions: Sequence[str], cached: Mapping[str, Tensor] | None = None
     ) -> Embeds:
-        """The embeddings of captions, by the name of the network's argument, on the device.
+        """The embeddings of captions, by the model's `embed_names`, on the device.
 
         Args:
             cached: the cache's rows, where they have been read already.
         """
         cached = cached or self.lookup(captions)
-        return {name: value.to(self.device) for name, value in cached.items()}
-
-
-@dataclass
-class Sd3Texts(Texts):
-    """The same for SD3, where CLIP may be in training; the empty caption follows `--uncond`."""
-
-    encoders: sd3.TextEncoders | None
-    """the text encoders, where CLIP is in training"""
-    args: sd3.TextArgs
-
-    def __call__(
-        self, captions: Sequence[str], cached: Mapping[str, Tensor] | None = None
-    ) -> Embeds:
-        """`prompt_embeds` and `pooled_prompt_embeds` of captions, on the device."""
-        embeds = super().__call__(captions, cached)
+        embeds = {name: value.to(self.device) for name, value in cached.items()}
         if self.encoders is not None:
-            embeds = sd3.with_live_clip(embeds, *self.encoders.clip(captions))
-        if self.args.uncond == "zeros" and "" in captions:
-            there = torch.tensor([caption != "" for caption in captions], device=self.device)
-            embeds = {
-                name: value * there.view(-1, *[1] * (value.dim() - 1))
-                for name, value in embeds.items()
-            }
-        return embeds
+            embeds = self.encoders.refresh(embeds, captions)
+        return self.model.no_caption(embeds, captions)
 
 
 def prepare(
     run: Run,
-    config: sd3.Config,
-    model: sd3.ModelArgs,
-    args: sd3.TextArgs,
+    model: Model,
     cache: data.TextCacheArgs,
     groups: Sequence[Sequence[str]],
     *,
-    train_clip: bool = False,
-) -> Sd3Texts:
+    trained: bool = False,
+) -> Texts:
     """Fills the cache, loading the text encoders only if something is missing, and frees them.
 
     Args:
         groups: texts that are cached together; the first group's shards do not hang on the second.
-        train_clip: keep the two CLIPs, which will be trained; T5 is freed as ever.
+        trained: keep the encoders that can be trained; the others are freed as ever.
     """
-
-    def load(*, with_t5: bool = True) -> sd3.TextEncoders:
-        return sd3.TextEncoders.load(config, model, args, run.dtype, run.device, with_t5=with_t5)
-
-    once = _Once(load)
+    once = _Once(partial(model.load_text, run.dtype, run.device))
     settings = {
-        "encoders": config.fingerprint(sd3.TEXT_FOLDERS),
+        "encoders": model.fingerprint(model.text_folders),
         "dtype": str(run.dtype),
-        "max_sequence_length": model.max_sequence_length,
-        "t5_padding": args.t5_padding,
+        **model.text_settings,
     }
-    numbers = config.text_numbers(model.max_sequence_length)
-    lookup = _fill(run, cache, groups, once, settings, numbers)
-    _tell_cut(run, cache, groups, settings, partial(sd3.readers, config, model))
-    live = None
-    if train_clip:
-        live = once.loaded or load(with_t5=False)
+    lookup = _fill(run, cache, groups, once, settings, model.text_numbers)
+    _tell_cut(run, cache, groups, settings, model.readers)
+    live: TextEncoders | None = None
+    if trained:
+        live = once.loaded or model.load_text(run.dtype, run.device, whole=False)
         if lookup is not live:
-            live.free_t5()
-    _free(run, once, lookup, "text encoders" if live is None else "T5")
-    return Sd3Texts(lookup, run.device, live, args)
-
-
-def prepare_sd15(
-    run: Run,
-    config: sd15.Config,
-    model: sd15.ModelArgs,
-    cache: data.TextCacheArgs,
-    groups: Sequence[Sequence[str]],
-) -> Texts:
-    """`prepare` for Stable Diffusion 1: `prompt_embeds` alone, and "" for no caption."""
-    once = _Once(lambda: sd15.load_text_encoder(config, model, run.dtype, run.device))
-    settings = {"encoders": config.fingerprint(sd15.TEXT_FOLDERS), "dtype": str(run.dtype)}
-    lookup = _fill(run, cache, groups, once, settings, config.text_numbers)
-    _tell_cut(run, cache, groups, settings, partial(sd15.readers, config))
-    _free(run, once, lookup, "text encoder")
-    return Texts(lookup, run.device)
+            live.free_others()
+    what = "text encoders" if len(model.text_encoders) > 1 else "text encoder"
+    _free(run, once, lookup, what if live is None else f"{what} that do not train")
+    return Texts(lookup, run.device, model, live)
 
 
 def _tell_cut(
@@ -157,14 +116,14 @@ def _tell_cut(
     checkpoint.write_file(path, json.dumps(report, indent=1, ensure_ascii=False))
 
 
-class _Once(Generic[EncoderT]):
+class _Once:
     """Loads encoders at the first call."""
 
-    def __init__(self, load: Callable[[], EncoderT]) -> None:
+    def __init__(self, load: Callable[[], TextEncoders]) -> None:
         self._load = load
-        self.loaded: EncoderT | None = None
+        self.loaded: TextEncoders | None = None
 
-    def __call__(self) -> EncoderT:
+    def __call__(self) -> TextEncoders:
         if self.loaded is None:
             self.loaded = self._load()
         return self.loaded
@@ -213,7 +172,7 @@ def _one_by_one(lookup: Lookup) -> Lookup:
     return each
 
 
-def _free(run: Run, once: _Once[EncoderT], lookup: Lookup, what: str) -> None:
+def _free(run: Run, once: _Once, lookup: Lookup, what: str) -> None:
     """Lets go of encoders that `lookup` does not need, and says what of the memory came back."""
     before = used_memory_gib(run.device)
     idle = once.loaded is not None and once.loaded is not lookup
