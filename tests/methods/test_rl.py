@@ -17,11 +17,12 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 import train_grpo_sd3
-from dojo import cli, rng
+from dojo import cli, finetune, rng
 from dojo.cli import TrainingStopped, UserError
 from dojo.inputs.prompts import Prompt
-from dojo.maths import advantages as policy
+from dojo.inputs.steering import Steering
 from dojo.maths import rollout
+from dojo.maths.surrogate import clipped_surrogate, velocity_kl
 from dojo.methods import rl
 from dojo.methods.rl import episodes
 from dojo.models import sd3
@@ -324,10 +325,21 @@ def texts(captions: Sequence[str]) -> dict[str, Tensor]:
     }
 
 
-def steering(guidance: float, negative: str = "") -> rl.Steering:
+class Plain(sd3.Model):
+    """A model of which the velocity is asked, and nothing else."""
+
+
+def steering(guidance: float, negative: str = "") -> Steering:
     source: Any = texts
-    return rl.Steering(
-        texts=source, guidance_scale=guidance, negative_prompt=negative, dtype=torch.float32
+    nothing: Any = {}
+    args = sd3.ModelArgs(pretrained_model_name_or_path="-")
+    return Steering(
+        model=Plain(args=args, folder=Path(), vae=nothing, scheduler=nothing, transformer=nothing),
+        texts=source,
+        size=(64, 64),
+        guidance_scale=guidance,
+        negative_prompt=negative,
+        dtype=torch.float32,
     )
 
 
@@ -385,14 +397,6 @@ def test_what_pictures_have_in_common_is_computed_once(
     assert once.shape == common.shape
     apart = velocity(common.repeat_interleave(2, 0), sigma.repeat_interleave(2))
     torch.testing.assert_close(apart, once.repeat_interleave(2, 0), atol=2e-5, rtol=1e-5)
-
-
-def test_an_evaluation_may_be_guided_otherwise() -> None:
-    source: Any = texts
-    args = rl.SampleArgs(guidance_scale=3.0, negative_prompt="x")
-    assert rl.Steering.of(args, source, torch.float32).guidance_scale == 3
-    other = rl.Steering.of(args, source, torch.float32, 1.0)
-    assert (other.guidance_scale, other.negative_prompt) == (1, "x")
 
 
 # -- chunks -------------------------------------------------------------------------------------
@@ -461,7 +465,7 @@ class Notes:
 
 def test_a_record_tells_clipping_by_side_and_the_ratio_by_its_time() -> None:
     moved = torch.tensor([0.2, -0.2, 0.2, -0.2, 0.001]).log1p()
-    surrogate = policy.clipped_surrogate(moved, torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0]), 0.1)
+    surrogate = clipped_surrogate(moved, torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0]), 0.1)
     notes: Any = Notes({}, {})
     rl.record(notes, surrogate, fresh=True)
     assert notes.peaks == {"ratio_max_deviation": pytest.approx(0.2, abs=1e-6)}
@@ -476,15 +480,16 @@ def test_a_record_tells_clipping_by_side_and_the_ratio_by_its_time() -> None:
 # -- the reference ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("finetune", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_reference_stays_where_the_policy_began(
-    tmp_path: Path, tiny_sd3: Path, network: SD3Transformer2DModel, finetune: str
+    tmp_path: Path, tiny_sd3: Path, network: SD3Transformer2DModel, kind: str
 ) -> None:
-    flags = [*rl_flags(tmp_path, tiny_sd3), "--finetune", finetune]
+    flags = [*rl_flags(tmp_path, tiny_sd3), "--finetune", kind]
     args = cli.parse(train_grpo_sd3.Args, None, flags)
     run = training.start(args.run, args.optim)
     config = sd3.open_model(args.model)
-    trained = rl.Trained(run, config, args, 3.0, with_reference=True)
+    trained = finetune.choose(args.finetune, run, lora=args.lora, full=args.full)
+    trained.load(config, config.objective((64, 64)), with_reference=True)
     frozen = [param for param in trained.network.parameters() if not param.requires_grad]
     kept = [param.clone() for param in frozen]
     # What a step does to the weights; a LoRA's two factors both matter then.
@@ -495,24 +500,24 @@ def test_the_reference_stays_where_the_policy_began(
     plan = rollout.RolloutArgs(sample_steps=4, window_size=1).plan(3.0, 0, 0)
     embeds = steering(2.0).embeds(CAPTIONS)
     now, predicted = rollout.predict(
-        steering(2.0).velocity(trained.network, embeds), latents(), 0, plan
+        steering(2.0).predictor(trained.network, embeds), latents(), 0, plan
     )
     step = rollout.Step(latents=latents(), policy=now, reached=latents())
-    then, usual = trained.before(steering(2.0), embeds, step, 0, plan)
+    then, usual = rl.reference(run, trained, steering(2.0), embeds, step, 0, plan)
     with torch.no_grad():
         base, expected = rollout.predict(
-            steering(2.0).velocity(network, embeds), latents(), 0, plan
+            steering(2.0).predictor(network, embeds), latents(), 0, plan
         )
     assert torch.equal(usual, expected)
     assert torch.equal(then.mean, base.mean)
     assert not usual.requires_grad
-    assert policy.velocity_kl(predicted, usual).min() > 1e-4
+    assert velocity_kl(predicted, usual).min() > 1e-4
     # The policy is as it was before the reference was asked, and so is its gradient.
-    policy.velocity_kl(predicted, usual).mean().backward()
+    velocity_kl(predicted, usual).mean().backward()
     grads = [param.grad for param in trained.params]
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
     assert sum(float(grad.abs().sum()) for grad in grads if grad is not None) > 0
-    again, _ = rollout.predict(steering(2.0).velocity(trained.network, embeds), latents(), 0, plan)
+    again, _ = rollout.predict(steering(2.0).predictor(trained.network, embeds), latents(), 0, plan)
     assert torch.equal(again.mean, now.mean)
     assert all(torch.equal(*pair) for pair in zip(frozen, kept, strict=True))
     assert all(param.requires_grad for param in trained.params)

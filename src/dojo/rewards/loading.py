@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dojo.cli import UserError
+from dojo.cli import UserError, option
 from dojo.rewards import spec
 from dojo.rewards.foreign import Function
 from dojo.rewards.reward import Component, Reward
@@ -40,13 +40,13 @@ SCORERS = {
 class ScorerArgs:
     """Where and how pictures are scored."""
 
-    reward_device: str | None = None
+    reward_device: str | None = option(None, incidental=True)
     """device of the scorers' networks, as cuda:1; by default the device of the training"""
     reward_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """precision of their weights"""
-    reward_batch_size: int = 16
+    reward_batch_size: int = option(16, incidental=True)
     """pictures that are scored at a time"""
-    list_rewards: bool = False
+    list_rewards: bool = option(False, incidental=True)
     """print the scorers with checkpoint, size, licence and range, and exit"""
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class ScorerArgs:
 class RewardArgs(ScorerArgs):
     """What pictures are scored by."""
 
-    reward: str = "aesthetic"
+    reward: str = option("aesthetic", common=True)
     """what to maximise: scorers with weights, as "aesthetic=0.5,pickscore=1"; options stand in
     brackets, "clip[model=models/pocket-clip]"; own functions are "package.module:function" or
     "file.py:function", served ones "http://localhost:8000#pickscore" """

@@ -1,14 +1,20 @@
-"""The options that DDPO and GRPO share: what is sampled, what is trained, what is evaluated."""
+"""The options that DDPO and GRPO share: what is sampled, learned from, and evaluated."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from dojo.cli import UserError
-from dojo.evaluate import held_out as evaluation
+import torch
+
+from dojo.cli import UserError, option
+from dojo.evaluate import held_out
 from dojo.finetune import lora
-from dojo.maths import advantages as policy
+from dojo.inputs.steering import Steering
+from dojo.inputs.texts import Texts
+from dojo.maths.advantages import check_sizes
+from dojo.maths.surrogate import Ratio
+from dojo.models.family import Model
 from dojo.run.optim import OptimArgs
 
 
@@ -16,17 +22,17 @@ from dojo.run.optim import OptimArgs
 class SampleArgs:
     """The pictures of an epoch: all are sampled by one policy, and then it learns from them."""
 
-    resolution: int = 512
+    resolution: int = option(512, common=True)
     """height and width in pixels"""
     height: int | None = None
     """height in pixels, instead of --resolution"""
     width: int | None = None
     """width in pixels, instead of --resolution"""
-    num_prompts_per_epoch: int = 8
+    num_prompts_per_epoch: int = option(8, common=True)
     """prompts of an epoch, over all processes"""
-    group_size: int = 8
+    group_size: int = option(8, common=True)
     """pictures of each of them"""
-    sample_batch_size: int | None = None
+    sample_batch_size: int | None = option(None, incidental=True)
     """pictures per process that are sampled at a time, a multiple of --train_batch_size and by
     default the same; with more the likelihoods are computed anew in training's batches, so that
     both sides round alike"""
@@ -41,7 +47,7 @@ class SampleArgs:
     """what guidance leads away from"""
     flow_shift: float | Literal["auto"] | None = None
     """shift of sigma: unset is the scheduler's own, auto follows the size; saved with the result"""
-    max_invalid: float = 0.5
+    max_invalid: float = option(0.5, incidental=True)
     """share of an epoch's pictures that may be without a valid score; more stop the run"""
 
     def __post_init__(self) -> None:
@@ -74,6 +80,17 @@ class SampleArgs:
         """Pictures that share their way up to the first trained step."""
         return self.group_size if self.branch else 1
 
+    def steering(self, model: Model, texts: Texts, dtype: torch.dtype) -> Steering:
+        """How prompts steer the policy, in sampling and in training."""
+        return Steering(
+            model=model,
+            texts=texts,
+            size=self.size,
+            dtype=dtype,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+        )
+
     def batch_size(self, optim: OptimArgs) -> int:
         """Pictures that a process samples at a time."""
         return self.sample_batch_size or optim.train_batch_size
@@ -87,7 +104,7 @@ class SampleArgs:
         if optim.steps_per_epoch is not None:
             raise UserError("--steps_per_epoch: an epoch ends when its pictures are used up")
         try:
-            batches = policy.check_sizes(
+            batches = check_sizes(
                 *(self.num_prompts_per_epoch, self.group_size, self.batch_size(optim)),
                 *(num_processes, min_group),
             )
@@ -128,7 +145,7 @@ class PolicyArgs:
     its spread shrinks with their root: 1e-4 to 1e-5 is usual at 512 px, 1e-3 in the pocket world"""
     adv_clip_max: float = 5.0
     """advantages are clamped to this"""
-    ratio: policy.Ratio = "exact"
+    ratio: Ratio = "exact"
     """how a policy's move is measured: by the likelihood, by the unscaled one of CPS's authors, or
     as GRPO-Guard does"""
 
@@ -141,23 +158,10 @@ class PolicyArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneArgs:
-    """What of the model is trained."""
-
-    finetune: Literal["lora", "full"] = "lora"
-    """lora: adapters (--rank and the like); full: every weight (--train_dtype and the like)"""
-
-    @property
-    def is_lora(self) -> bool:
-        """Whether adapters are trained."""
-        return self.finetune == "lora"
-
-
-@dataclass(frozen=True, kw_only=True)
 class PolicyLoraArgs(lora.LoraArgs):
     """The adapter; Flow-GRPO's rank and alpha."""
 
-    rank: int = 32
+    rank: int = option(32, common=True)
     """rank of the two factors"""
     lora_alpha: float | None = 64
     """the update is scaled by alpha / rank"""
@@ -169,7 +173,7 @@ class PolicyLoraArgs(lora.LoraArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalArgs(evaluation.EvalArgs):
+class EvalArgs(held_out.EvalArgs):
     """Held-out prompts, drawn as a user would: averaged weights, the ODE, more steps."""
 
     eval_every: int = 10
@@ -179,6 +183,11 @@ class EvalArgs(evaluation.EvalArgs):
         super().__post_init__()
         if self.eval_every < 1:
             raise ValueError("--eval_every must be at least 1")
+
+    def steered(self, steering: Steering) -> Steering:
+        """The same with the evaluation's guidance."""
+        scale = self.eval_guidance_scale or steering.guidance_scale
+        return replace(steering, guidance_scale=scale)
 
     def due(self, epoch: int) -> bool:
         """Whether an evaluation belongs after so many epochs."""

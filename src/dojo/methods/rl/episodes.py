@@ -14,19 +14,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dojo import rng
 from dojo.cli import TrainingStopped
 from dojo.evaluate.held_out import together
-from dojo.inputs.prompts import Prompt
-from dojo.inputs.texts import Texts
-from dojo.maths import advantages as policy
+from dojo.inputs.prompts import Prompt, Prompts
 from dojo.maths import rollout
-from dojo.maths import transitions as samplers
+from dojo.maths.advantages import coarse
+from dojo.maths.surrogate import Surrogate
 from dojo.methods.rl.args import SampleArgs
-from dojo.models import sd3
 from dojo.rewards import Reward, RewardOutput
+from dojo.run.optim import OptimArgs
 from dojo.run.run import Key, Run
 
 _THUMB = 16  # pixels; diversity is measured on pictures of this size
@@ -70,6 +69,20 @@ class Batch:
         )
 
 
+def plan(run: Run, args: SampleArgs, optim: OptimArgs, source: Prompts, passes: int) -> None:
+    """Fixes the length of the run, which is one of whole epochs: see `Run.plan`.
+
+    Args:
+        passes: over the pictures of an epoch.
+    """
+    together = {
+        "train_batch_size": optim.train_batch_size,
+        "sample_batch_size": args.batch_size(optim),
+    }
+    uses = args.samples * passes
+    run.plan(optim, uses, source.fingerprint, whole_epochs=True, together=together)
+
+
 def batches(
     run: Run,
     args: SampleArgs,
@@ -94,59 +107,6 @@ def batches(
             Batch(epoch=epoch, places=places, prompt_ids=ids, prompts=[prompts[one] for one in ids])
         )
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steering:
-    """How prompts steer the network: their embeddings, and guidance where it is wanted."""
-
-    texts: Texts
-    guidance_scale: float
-    negative_prompt: str
-    dtype: torch.dtype
-
-    @classmethod
-    def of(
-        cls, args: SampleArgs, texts: Texts, dtype: torch.dtype, guidance_scale: float | None = None
-    ) -> Steering:
-        """As the options say; `guidance_scale` in place of theirs."""
-        return cls(
-            texts=texts,
-            guidance_scale=guidance_scale or args.guidance_scale,
-            negative_prompt=args.negative_prompt,
-            dtype=dtype,
-        )
-
-    def embeds(self, prompts: Sequence[str]) -> sd3.Embeds:
-        """What the network reads: with guidance the negative prompt's B rows, then the prompts'."""
-        embeds = self.texts(prompts)
-        if self.guidance_scale == 1:
-            return embeds
-        negative = self.texts([self.negative_prompt])
-        return {
-            name: torch.cat([negative[name].expand_as(value), value])
-            for name, value in embeds.items()
-        }
-
-    def velocity(self, network: nn.Module, embeds: sd3.Embeds) -> rollout.Velocity:
-        """The network's velocity, both branches of guidance in one batch."""
-
-        def plain(latents: Tensor, sigma: Tensor) -> Tensor:
-            # Fewer latents than prompts: pictures of one prompt that have not parted yet.
-            copies = len(embeds["prompt_embeds"]) // len(latents)
-            rows = {name: value[::copies] for name, value in embeds.items()}
-            return sd3.velocity(network, latents, sigma, **rows, dtype=self.dtype)
-
-        def guided(latents: Tensor, sigma: Tensor) -> Tensor:
-            both = plain(torch.cat([latents, latents]), torch.cat([sigma, sigma]))
-            unconditional, conditional = both.chunk(2)
-            return samplers.guided(conditional, unconditional, self.guidance_scale)
-
-        return plain if self.guidance_scale == 1 else guided
-
-    def __call__(self, network: nn.Module, prompts: Sequence[str]) -> rollout.Velocity:
-        """The network's velocity for these prompts."""
-        return self.velocity(network, self.embeds(prompts))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -318,7 +278,7 @@ class Scoring:
     def _say_coarse(self, components: dict[str, Tensor], prompt_ids: Tensor, valid: Tensor) -> None:
         """Says once of a reward that float32 cannot hold what its scores differ by."""
         table = torch.stack([*components.values()], dim=1)
-        for number in policy.coarse(table, prompt_ids, valid):
+        for number in coarse(table, prompt_ids, valid):
             name = [*components][number]
             largest = table[valid, number].abs().max().item()
             self.run.say_once(
@@ -328,7 +288,7 @@ class Scoring:
             )
 
 
-def record(run: Run, surrogate: policy.Surrogate, *, fresh: bool) -> None:
+def record(run: Run, surrogate: Surrogate, *, fresh: bool) -> None:
     """What metrics.jsonl says of a training batch's step.
 
     Args:

@@ -1,0 +1,144 @@
+"""Diffusion-DPO beside its loop: the cost of a step, and what becomes of the held-out pairs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dojo import data, rewards
+from dojo.finetune import Trained, cost_of
+from dojo.inputs.pairs import Inputs
+from dojo.inputs.steering import Steering
+from dojo.maths import preference
+from dojo.maths.objective import Diffusion
+from dojo.models.family import Model
+from dojo.run import Key, Run, phases
+from dojo.run.cost import Cost
+
+
+def pair_cost(
+    run: Run,
+    trained: Trained,
+    model: Model,
+    batch_size: int,
+    shape: tuple[int, int, int],
+    *,
+    with_reference: bool,
+    checkpointing: bool,
+) -> tuple[Any, Cost]:
+    """The cost of a batch of pairs, both pictures through network and reference; without a
+    reference, of the winners alone."""
+    rows = batch_size * (2 if with_reference else 1)
+    network, step = cost_of(run, trained, model, rows, shape, checkpointing=checkpointing)
+    more = step.forward_flops if with_reference else 0
+    return network, replace(step, flops=step.flops + more)
+
+
+def needs(run: Run, model: Model, args: Any, size: tuple[int, int], *, drawn: bool) -> phases.Needs:
+    """What a run holds beside its network, for the dry run; the watched rewards are loaded.
+
+    Args:
+        args: the script's options.
+        drawn: prompts are drawn at evaluations.
+    Raises:
+        UserError: weights are not there, or a reward cannot be loaded.
+    """
+    watched = args.scorers.load_all(run.device, args.evaluation.held_out_rewards)
+    return model.needs(
+        run.dtype,
+        size,
+        encoded=data.encoded_at_a_time(size),
+        decoded=(args.evaluation.eval_batch_size or args.optim.train_batch_size) * drawn,
+        scorers=rewards.networks(watched),
+    )
+
+
+class Judge:
+    """What the network makes of the held-out pairs, with the same noise at every evaluation.
+
+    Without held-out pairs it says nothing.
+
+    Args:
+        steering: without guidance.
+        num_timesteps: evenly spread timesteps at which each pair is looked at.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        steering: Steering,
+        objective: Diffusion,
+        trained: Trained,
+        beta: float,
+        batch_size: int,
+        *,
+        num_timesteps: int = 4,
+    ) -> None:
+        self.run, self.inputs, self.steering = inputs.run, inputs, steering
+        self.objective, self.trained = objective, trained
+        self.beta, self.batch_size, self.num_timesteps = beta, batch_size, num_timesteps
+
+    def catch_up(self, *, due: bool) -> None:
+        """The look before the first step, or the one that a run did not stay for.
+
+        Args:
+            due: whether one belongs where the run stands.
+        """
+        if due and not (self.run.step and self.run.has_logged("eval_accuracy")):
+            self()
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Loss, accuracy and drifts into metrics.jsonl: a collective.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
+        pairs = self.inputs.held_out
+        if pairs is None:
+            return
+        run = self.run
+        every, some = self.objective.schedule.num_timesteps, self.num_timesteps
+        middles = [(2 * k + 1) * every // (2 * some) for k in range(some)]
+        draws = pairs.draws()
+        mine = draws[run.share["process"] :: run.share["num_processes"]]
+        sums = torch.zeros(5, dtype=torch.float64)
+        share = run.paused(mine, len(draws), self.batch_size)
+        total = -(-len(mine) // self.batch_size)
+        with run.phase("validation"):
+            for part in tqdm(share, "held-out pairs", total, disable=not run.main, leave=False):
+                rows = data.collate([pairs[draw] for draw in part])
+                for timestep in middles:
+                    sums += self._look(rows, timestep)
+            if run.accelerator.num_processes > 1:
+                reduced: Any = run.accelerator.reduce(sums.to(run.device), "sum")
+                sums = reduced.cpu()
+        names = ("eval_loss", "eval_accuracy", "eval_winner_drift", "eval_loser_drift")
+        means = (sums[:4] / sums[4]).tolist()
+        run.write_metrics(dict(zip(names, means, strict=True)))
+
+    def _look(self, rows: data.Batch, timestep: int) -> Tensor:
+        """Sums over a batch, and how many pairs it has: float64 [5]."""
+        # Of the picture's place in the set and not of the run: every evaluation sees the same.
+        keys: list[Key] = [("held-out pairs", place, timestep) for place in rows["place"]]
+        clean = self.inputs.latents(rows, keys)  # [2B, C, h, w], winners before losers
+        noise = self.inputs.noise(keys, clean)
+        level = torch.full((len(clean),), timestep, device=clean.device)
+        noisy = self.objective.noisy(clean, noise, level)
+        captions = [*rows["caption"], *rows["caption"]]
+
+        def errors(network: nn.Module) -> Tensor:
+            predicted = self.steering(network, captions)(noisy, level)
+            return self.objective.errors(predicted, noisy, level, clean=clean, noise=noise)
+
+        own = errors(self.trained.network)
+        with self.trained.reference() as before:
+            reference = errors(before)
+        found = preference.dpo(*own.chunk(2), *reference.chunk(2), beta=self.beta)
+        columns = (found.loss, found.accuracy, found.winner_drift, found.loser_drift)
+        each = [column.double().sum().cpu() for column in columns]
+        return torch.stack([*each, torch.tensor(float(len(keys)), dtype=torch.float64)])

@@ -1,0 +1,116 @@
+"""Held-out prompts drawn by the model that is in training, as a user of the result would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from dojo.cli import option
+from dojo.evaluate import drawing, held_out
+from dojo.evaluate.held_out import Evaluator
+from dojo.finetune import Trained
+from dojo.inputs.prompts import Prompt, read_file
+from dojo.inputs.steering import Steering
+from dojo.maths.flow import squared_error
+from dojo.rewards import Reward
+from dojo.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArgs(held_out.StepEvalArgs):
+    """Held-out prompts, drawn as a user would: averaged weights, own scheduler, guidance."""
+
+    eval_sample_steps: int = 30
+    """denoising steps"""
+    eval_guidance_scale: float | None = 7.5
+    """classifier-free guidance; 1 switches it off"""
+    eval_negative_prompt: str = ""
+    """what guidance leads away from"""
+
+    def steered(self, steering: Steering) -> Steering:
+        """The same with the evaluation's guidance."""
+        return replace(
+            steering,
+            guidance_scale=self.eval_guidance_scale or 1.0,
+            negative_prompt=self.eval_negative_prompt,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptEvalArgs(EvalArgs):
+    """The same, with prompts of its own."""
+
+    validation_prompt: tuple[str, ...] = option((), common=True)
+    """prompts to draw"""
+    validation_prompts_file: Path | None = None
+    """more prompts: .txt with one per line, .jsonl or .csv with a column prompt (or text, or
+    caption), or .json, a list of such rows or of prompts"""
+
+    def prompts(self) -> list[Prompt]:
+        """All of them.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        path, flag = self.validation_prompts_file, "--validation_prompts_file"
+        given = [Prompt(text=text) for text in self.validation_prompt]
+        return given + (read_file(path, flag) if path else [])
+
+
+def evaluator(
+    run: Run,
+    args: held_out.EvalArgs,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    steering: Steering,
+    trained: Trained,
+    vae: AutoencoderKL,
+    batch_size: int,
+) -> Evaluator:
+    """The evaluations of one run; made once on every process.
+
+    How far the network has gone from its reference, if it has one, is the mean squared difference
+    of what both predict along the way.
+
+    Args:
+        prompts: those that are held out.
+        rewards: see `Evaluator`.
+        steering: with the guidance of the evaluation; knows the prompts' embeddings.
+        batch_size: pictures per process at a time.
+    """
+    model, objective = steering.model, trained.objective
+    shape = model.latent_shape(*steering.size)
+    scheduler = model.make_scheduler(objective)
+
+    def draw(words: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        embeds = steering.embeds(words)
+        own = steering.predictor(trained.network, embeds)
+        moved: list[Tensor] = []
+
+        def watched(latents: Tensor, timestep: Tensor) -> Tensor:
+            level = objective.of_timestep(timestep)
+            predicted = own(latents, level)
+            if trained.has_reference:
+                with trained.reference() as before:
+                    other = steering.predictor(before, embeds)(latents, level)
+                moved.append(squared_error(predicted, other))
+            return predicted
+
+        latents = drawing.sample(
+            watched,
+            shape,
+            seeds,
+            scheduler,
+            args.eval_sample_steps,
+            dtype=run.dtype,
+            device=run.device,
+        )
+        far = torch.stack(moved).mean(0) if moved else None
+        return model.decode(vae, latents), far
+
+    return Evaluator(run, args, prompts, rewards, draw, batch_size)
