@@ -2,5 +2,6 @@
 
 from dojo.publish.card import write_card
 from dojo.publish.hubs import PublishArgs, upload
+from dojo.publish.result import Card, finish
 
-__all__ = ["PublishArgs", "upload", "write_card"]
+__all__ = ["Card", "PublishArgs", "finish", "upload", "write_card"]

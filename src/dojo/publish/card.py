@@ -67,7 +67,7 @@ def write_card(
         folder: where the result lies; its `scheduler/` and `validation/` are looked at.
         base_model: hub id or folder of the model that was trained; "" when it is not known.
         dataset: hub id or folder of the data; "" is left out.
-        options: the script's options by group, as `training.options` gives them.
+        options: the script's options by group, as `run.folders.options` gives them.
         steps: optimizer steps; 0 when nothing is known of the training.
         weights: file of a LoRA, "" for a whole pipeline, "transformer" or "unet" for that part
             of one alone.

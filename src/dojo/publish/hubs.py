@@ -26,7 +26,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from dojo.cli import UserError
+from dojo.cli import UserError, incidental
 from dojo.files.records import read_table
 from dojo.publish.card import WEIGHTS, last_pictures
 
@@ -57,6 +57,7 @@ _HINTS = {
 _NOT_PRIVATE = "--hub_private_repo: the repository exists already and is not private"
 
 
+@incidental
 @dataclass(frozen=True, kw_only=True)
 class PublishArgs:
     """Where the result goes in the end; nothing leaves the machine unless it is asked for."""
