@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from diffusers import StableDiffusion3Pipeline
 
 import train_ddpo_sd3
 import train_grpo_sd3
-from dojo import cli
+from dojo import cli, finetune
 from dojo.bench import __main__ as command_line
 from dojo.bench import limits, models, rl, supervised
 from dojo.bench.rl import RlArgs
@@ -27,7 +28,7 @@ from dojo.cli import TrainingStopped, UserError
 from dojo.finetune import whole as full
 from dojo.methods import rl as learning
 from dojo.models import sd3
-from dojo.run import run as training
+from dojo.run import folders
 from dojo.run.cost import Cost
 
 
@@ -77,7 +78,7 @@ def test_the_text_encoders_are_shallow_but_as_wide_as_the_real_ones(tmp_path: Pa
     args = sd3.ModelArgs(pretrained_model_name_or_path=str(tmp_path / "model"))
     config = sd3.open_model(args)
     assert config.clip_tokens + args.max_sequence_length == 77 + 256
-    assert config.text_numbers(args.max_sequence_length) == 333 * 4096 + 2048
+    assert config.text_numbers == 333 * 4096 + 2048
     layout = sd3.Layout.of(config)
     assert (layout.clip_l_width, layout.clip_g_width) == (768, 1280)
     assert (config.shift(None, 1024, 1024), config.pixel_step) == (3.0, 16)
@@ -385,7 +386,7 @@ def said(words: list[str]) -> dict[str, Any]:
     script = {"grpo": train_grpo_sd3, "ddpo": train_ddpo_sd3}[Path(words[place]).name[6:10]]
     options = cli.parse(script.Args, None, words[place + 1 :])
     return {
-        "args": training.options(options),
+        "args": folders.options(options),
         "num_processes": 1,
         "mixed_precision": "bf16",
         "device": "NVIDIA H200",
@@ -454,19 +455,19 @@ def test_the_passes_of_a_picture_are_those_of_the_rule(
     assert tuple(rl.forward_passes(said(words), 3).values()) == passes
 
 
-@pytest.mark.parametrize("finetune", ["lora", "full"])
-def test_the_counted_operations_are_those_of_the_dry_run(finetune: Any) -> None:
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_counted_operations_are_those_of_the_dry_run(kind: Any) -> None:
     args = RlArgs(
-        model="pocket", finetune=finetune, guidance_scale=2.0, beta=0.1, gradient_checkpointing=True
+        model="pocket", finetune=kind, guidance_scale=2.0, beta=0.1, gradient_checkpointing=True
     )
     words = rl.command(args, models.POCKET, Path("work/runs/run"), [])
     options = cli.parse(train_grpo_sd3.Args, None, words[2:])
     run: Any = SimpleNamespace(dtype=torch.bfloat16)
+    config = sd3.open_model(options.model)
+    trained = finetune.choose(options.finetune, run, lora=options.lora, full=options.full)
+    larger = replace(options, optim=replace(options.optim, train_batch_size=48))
     _, cost = learning.episode_cost(
-        *(run, sd3.open_model(options.model), options, options.sample, options.rollout, 48),
-        num_inner_epochs=1,
-        with_reference=True,
-        checkpointing=True,
+        run, trained, config, larger, 1, with_reference=True, checkpointing=True
     )
     trace = epochs_of(*[{"sample": 1.0, "train": 1.0}] * 4)
     result = rl.summarise(args, trace, said(words))
@@ -474,7 +475,7 @@ def test_the_counted_operations_are_those_of_the_dry_run(finetune: Any) -> None:
     assert result["tflops"] == pytest.approx(192 / 2 * cost.flops / 48 / 1e12)
     assert result["forward_passes_by_rule"] == {"sample": 16, "train": 2 * 3 * 4, "reference": 6}
     backward = result["tflop_per_image"]["train"] / result["tflop_per_image"]["reference"]
-    assert (3.8 < backward <= 4) if finetune == "full" else (2.9 < backward < 3.4)
+    assert (3.8 < backward <= 4) if kind == "full" else (2.9 < backward < 3.4)
 
 
 def test_the_standard_cases_are_what_the_script_is_told() -> None:

@@ -14,8 +14,7 @@ import torch
 from dojo.bench import models
 from dojo.bench.table import markdown
 from dojo.cli import ranges
-from dojo.finetune import lora
-from dojo.finetune import whole as full
+from dojo.finetune import lora, whole
 from dojo.models import sd3
 from dojo.run.cost import Cost
 
@@ -55,9 +54,9 @@ class LimitArgs:
 
 
 def cost_per_image(
-    config: sd3.Config,
+    config: sd3.Model,
     model: sd3.ModelArgs,
-    adapter: lora.LoraArgs | full.FullArgs,
+    adapter: lora.LoraArgs | whole.FullArgs,
     height: int,
     width: int,
 ) -> Cost:
@@ -65,13 +64,11 @@ def cost_per_image(
     add = (
         partial(lora.add, args=adapter)
         if isinstance(adapter, lora.LoraArgs)
-        else partial(full.thaw, args=adapter)
+        else partial(whole.thaw, args=adapter)
     )
     shape = config.latent_shape(height, width)
     checkpointing = model.gradient_checkpointing
-    _, cost = sd3.training_cost(
-        config, model, torch.bfloat16, add, 1, shape, checkpointing=checkpointing
-    )
+    _, cost = config.training_cost(torch.bfloat16, add, 1, shape, checkpointing=checkpointing)
     return cost
 
 
@@ -99,9 +96,9 @@ def _rows(args: LimitArgs) -> Iterator[dict[str, str]]:
 
 
 def _cases(args: LimitArgs, folder: Path, size: int, tokens: int) -> Iterator[dict[str, str]]:
-    methods: dict[Method, lora.LoraArgs | full.FullArgs] = {
+    methods: dict[Method, lora.LoraArgs | whole.FullArgs] = {
         "lora": lora.LoraArgs(rank=args.rank),
-        "full": full.FullArgs(),
+        "full": whole.FullArgs(),
     }
     for method, adapter in methods.items():
         for checkpointing in (False, True):

@@ -37,8 +37,7 @@ from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError, ranges
 from dojo.files import outputs
 from dojo.files.records import read_rows, read_table
-from dojo.finetune import lora
-from dojo.finetune import whole as full
+from dojo.finetune import lora, whole
 from dojo.models import sd3
 from dojo.run import checkpoint
 from dojo.run.cost import Cost
@@ -310,8 +309,9 @@ def follow(
     rows: Rows = []
     # A SIGTERM for us must not leave the training behind.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    process = subprocess.Popen(words, env=environment, stdout=2, start_new_session=True)
+    process: subprocess.Popen[bytes] | None = None
     try:
+        process = subprocess.Popen(words, env=environment, stdout=2, start_new_session=True)
         while done(rows) < goal:
             running = process.poll() is None
             rows = read_rows(metrics)[0]
@@ -324,7 +324,8 @@ def follow(
                 )
             time.sleep(0.02)
     finally:
-        _kill(process)
+        if process is not None:
+            _kill(process)
         signal.signal(signal.SIGTERM, previous)
     while done(rows[:-1]) >= goal:  # these came while it was being ended
         rows.pop()
@@ -393,7 +394,7 @@ def cost_per_image(
     adapter = (
         lora.LoraArgs(**group(record, "lora"))
         if method == "lora"
-        else full.FullArgs(**group(record, "full"))
+        else whole.FullArgs(**group(record, "full"))
     )
     return limits.cost_per_image(sd3.open_model(model), model, adapter, height, width)
 

@@ -4,9 +4,11 @@ token per word and any other text still has tokens (bytes for CLIP, characters f
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import string
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
@@ -20,13 +22,14 @@ CLIP_LENGTH = 20  # tokens, start and end included; the longest caption of the g
 T5_LENGTH = 24  # tokens that the pocket SD3 sees most often in training
 
 
-def grammar_words() -> list[str]:
+@functools.cache
+def grammar_words() -> tuple[str, ...]:
     """Every word that a caption of the grammar can hold, and those of the novel shapes."""
     rng = random.Random(0)
     words = {word for _ in range(20_000) for word in scenes.sample(rng)[0].split()}
     for shape in scenes.NOVEL_SHAPES:
         words |= {shape, shape + "s"}
-    return sorted(words)
+    return tuple(sorted(words))
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -37,7 +40,7 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     )
 
 
-def _byte_pairs(words: list[str]) -> tuple[dict[str, int], Any]:
+def _byte_pairs(words: Sequence[str]) -> tuple[dict[str, int], Any]:
     """Merges that make each word one token; ids in CLIP's order (bytes, merges, start, end)."""
     tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
