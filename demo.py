@@ -28,8 +28,7 @@ from tqdm import tqdm
 from dojo import cli, rewards
 from dojo.cli import UserError, ranges
 from dojo.cli.masking import hide
-from dojo.evaluate import pipelines as inference
-from dojo.evaluate import versus
+from dojo.evaluate import pipelines, versus
 from dojo.files import outputs
 from dojo.files.pictures import labelled_grid
 from dojo.inputs.prompts import Prompt, read_file
@@ -46,33 +45,33 @@ class Args:
     """folder or hub id of a text-to-image pipeline, or one .safetensors file of SD3"""
     single_file_config: str | None = None
     """folder or hub id with the configurations and tokenizers that a single file lacks"""
-    prompt: tuple[str, ...] = ()
+    prompt: tuple[str, ...] = cli.option((), common=True)
     """one or more prompts"""
-    prompt_file: Path | None = None
+    prompt_file: Path | None = cli.option(None, common=True)
     """more prompts: .txt with one per line (behind it --n, --w, --h, --d, --s, --l as in kohya's
     sample prompts: negative prompt, width, height, seed, steps, guidance), or .json, .jsonl or .csv
     with a column prompt (or text, or caption), whose other columns go to the rewards"""
-    negative_prompt: str | None = None
+    negative_prompt: str | None = cli.option(None, common=True)
     """what the pictures should not show"""
-    lora_weights_path: tuple[str, ...] = ()
+    lora_weights_path: tuple[str, ...] = cli.option((), common=True)
     """LoRA files, folders or hub ids of any public trainer, all active at once"""
-    lora_scale: tuple[float, ...] = (1.0,)
+    lora_scale: tuple[float, ...] = cli.option((1.0,), common=True)
     """strength of each LoRA, or one for all"""
-    compare: bool = False
+    compare: bool = cli.option(False, common=True)
     """also draw without LoRA and lay both side by side in compare.png"""
     versus: str | None = None
     """a tuned pipeline, or a LoRA (with the strength lora_scale), that draws the same pictures too;
     the rewards then say which one wins"""
     reward: RewardArgs = field(default_factory=RewardArgs)
-    height: int | None = None
+    height: int | None = cli.option(None, common=True)
     """height in pixels; unset is the model's native size"""
-    width: int | None = None
+    width: int | None = cli.option(None, common=True)
     """width in pixels; unset is the model's native size"""
-    guidance_scale: float = 5.0
+    guidance_scale: float = cli.option(5.0, common=True)
     """classifier-free guidance; 1 switches it off"""
-    num_inference_steps: int = 28
+    num_inference_steps: int = cli.option(28, common=True)
     """sampling steps"""
-    num_images_per_prompt: int = 1
+    num_images_per_prompt: int = cli.option(1, common=True)
     """pictures per prompt"""
     max_sequence_length: int | None = None
     """tokens of T5 (SD3); unset is the pipeline's 256; use what was trained with"""
@@ -89,7 +88,7 @@ class Args:
     """fraction of the steps at which skip-layer guidance begins"""
     skip_layer_guidance_stop: float = 0.2
     """fraction of the steps at which skip-layer guidance ends"""
-    seed: int | None = None
+    seed: int | None = cli.option(None, common=True)
     """seed of the first picture of each prompt; unset is drawn and written to prompts.json"""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """precision; auto is bf16 on CUDA, fp16 on MPS, fp32 on a CPU"""
@@ -97,7 +96,7 @@ class Args:
     """where to compute"""
     offload: Literal["none", "model", "sequential"] = "none"
     """keep parts of the model in CPU memory while they are not needed (CUDA)"""
-    output_dir: Path = Path("outputs/demo")
+    output_dir: Path = cli.option(Path("outputs/demo"), common=True)
     """folder of the pictures"""
 
     def __post_init__(self) -> None:
@@ -135,7 +134,7 @@ def write_pictures(args: Args) -> None:
         alike = args.versus is not None
         prompts += read_file(args.prompt_file, "--prompt_file", with_options=not alike)
     wishes = [with_options(args, prompt) for prompt in prompts]
-    device = inference.choose_device(args.device, args.offload)
+    device = pipelines.choose_device(args.device, args.offload)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     seeds = [seed + k for k in range(args.num_images_per_prompt)]
     if args.versus is not None:
@@ -143,8 +142,8 @@ def write_pictures(args: Args) -> None:
         return
     pipeline = load(args, args.pretrained_model_name_or_path, device)
     base_scheduler = pipeline.scheduler
-    tuned_scheduler = inference.load_loras(pipeline, args.lora_weights_path, args.lora_scale)
-    inference.place(pipeline, device, args.offload)
+    tuned_scheduler = pipelines.load_loras(pipeline, args.lora_weights_path, args.lora_scale)
+    pipelines.place(pipeline, device, args.offload)
     tell_cut(pipeline, args, prompts)
 
     rows: list[list[Image.Image]] = []
@@ -190,9 +189,9 @@ def judge(
 ) -> None:
     """Draws with the base and with the tuned model, one in memory at a time, and compares."""
     base, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
-    if inference.is_lora(base, flag):
+    if pipelines.is_lora(base, flag):
         raise UserError(f"{flag}: {base} is a LoRA; --versus takes it")
-    is_lora = inference.is_lora(tuned, "--versus")
+    is_lora = pipelines.is_lora(tuned, "--versus")
     # Loaded and let go: what a reward lacks is said before hours of drawing, not after.
     (reward,) = replace(args.reward, reward_device="cpu").load(torch.device("cpu"))
     rewards.check_prompts(print, reward, prompts)
@@ -200,8 +199,8 @@ def judge(
 
     def opened(model: str, loras: tuple[str, ...]) -> versus.Draw:
         pipeline = load(args, model, device)
-        pipeline.scheduler = inference.load_loras(pipeline, loras, args.lora_scale)
-        inference.place(pipeline, device, args.offload)
+        pipeline.scheduler = pipelines.load_loras(pipeline, loras, args.lora_scale)
+        pipelines.place(pipeline, device, args.offload)
         tell_cut(pipeline, args, prompts)
         return partial(draw, pipeline, args)
 
@@ -224,13 +223,13 @@ def judge(
 def load(args: Args, name: str, device: torch.device) -> Any:
     """The pipeline of a name, on the CPU, in the precision of the device."""
     auto = {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
-    return inference.load_pipeline(name, DTYPES.get(args.dtype, auto), args.single_file_config)
+    return pipelines.load_pipeline(name, DTYPES.get(args.dtype, auto), args.single_file_config)
 
 
 def tell_cut(pipeline: Any, args: Args, prompts: list[Prompt]) -> None:
     """Says which prompts are longer than the model reads."""
     texts = [*(prompt.text for prompt in prompts), args.negative_prompt]
-    inference.tell_cut(pipeline, texts, args.max_sequence_length)
+    pipelines.tell_cut(pipeline, texts, args.max_sequence_length)
 
 
 def options_of(args: Args) -> dict[str, str]:
@@ -256,7 +255,7 @@ def check_skipping(pipeline: Any, args: Args) -> None:
 
 def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image.Image]:
     """One picture per seed."""
-    if len(seeds) > 1 and inference.draws_noise(pipeline):  # each under its own seed
+    if len(seeds) > 1 and pipelines.draws_noise(pipeline):  # each under its own seed
         return [draw(pipeline, args, prompt, [seed])[0] for seed in seeds]
     options: dict[str, Any] = {"height": args.height, "width": args.width}
     optional = {
@@ -272,7 +271,7 @@ def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image
     accepted = inspect.signature(pipeline.__call__).parameters
     texts: dict[str, Any] = {"prompt": prompt}
     if args.uncond == "zeros" or args.t5_padding == "zero":
-        found = inference.embeddings(
+        found = pipelines.embeddings(
             *(pipeline, prompt, args.negative_prompt or ""),
             max_sequence_length=args.max_sequence_length or 256,
             uncond=args.uncond,
@@ -287,7 +286,7 @@ def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image
         if value is not None:
             options[name] = value
     try:
-        with inference.step_noise(pipeline, seeds):
+        with pipelines.step_noise(pipeline, seeds):
             return pipeline(
                 **texts,
                 guidance_scale=args.guidance_scale,

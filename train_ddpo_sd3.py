@@ -19,19 +19,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from dojo import cli, data, publish, report, rewards, rng
-from dojo.files import tensors
-from dojo.finetune import whole as full
+import torch
+
+from dojo import cli, data, finetune, publish, rewards, rng
 from dojo.inputs import prompts, texts
 from dojo.launch import interrupt
-from dojo.maths import advantages as policy
 from dojo.maths import rollout
+from dojo.maths.advantages import PromptBuffer
+from dojo.maths.surrogate import clipped_surrogate, log_ratio
 from dojo.methods import rl
+from dojo.methods.drawing import evaluator
 from dojo.models import sd3
-from dojo.run import averaging, checkpoint, optim
-from dojo.run import run as training
+from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
 
 BUFFER = "prompt_buffer.safetensors"
 
@@ -67,18 +67,18 @@ class Args:
 
     model: sd3.ModelArgs
     text: sd3.TextArgs
-    run: training.RunArgs
+    run: RunArgs
     prompts: prompts.PromptArgs
     cache: data.TextCacheArgs
     reward: rewards.RewardArgs
     sample: DdpoSampleArgs
     rollout: rollout.RolloutArgs
     ddpo: DdpoArgs
-    finetune: rl.FinetuneArgs
+    finetune: finetune.FinetuneArgs
     lora: rl.PolicyLoraArgs
-    full: full.FullArgs
-    optim: optim.OptimArgs
-    ema: averaging.EmaArgs
+    full: finetune.FullArgs
+    optim: OptimArgs
+    ema: EmaArgs
     evaluation: rl.EvalArgs
     publish: publish.PublishArgs
 
@@ -86,92 +86,64 @@ class Args:
 def main(args: Args) -> None:
     """Trains from the options to the saved result."""
     # ---------------------------------------------------------------------------------- run
-    run = training.start(args.run, args.optim)
-    config = sd3.open_model(args.model)
+    run = start(args.run, args.optim)
+    model = sd3.open_model(args.model, args.text)
     args.publish.check(args.run.output_dir, args.run.report_to)
-    rl.check(run, args, is_lora=args.finetune.is_lora)
+    trained = finetune.choose(args.finetune, run, lora=args.lora, full=args.full)
+    trained.check(args.optim)
 
     # ------------------------------------------------------------------------------ prompts
-    with run.accelerator.main_process_first():
-        source = prompts.open_prompts(args.prompts)
-    run.say(source.description)
+    source = prompts.open_together(run, args.prompts)
     args.sample.check(args.optim, run.accelerator.num_processes, min_group=1)
-    shape = config.latent_shape(*args.sample.size)
-    shift = config.shift(args.sample.flow_shift, *args.sample.size)
+    size, shape = args.sample.size, model.latent_shape(*args.sample.size)
+    objective = model.objective(size, sd3.NoiseArgs(flow_shift=args.sample.flow_shift))
     batch_size, train_batch_size = args.sample.batch_size(args.optim), args.optim.train_batch_size
-    uses = args.sample.samples * args.ddpo.num_inner_epochs
-    together = {"train_batch_size": train_batch_size, "sample_batch_size": batch_size}
-    run.plan(args.optim, uses, source.fingerprint, whole_epochs=True, together=together)
+    passes = args.ddpo.num_inner_epochs
+    rl.plan(run, args.sample, args.optim, source, passes)
     args.ema.check(args.optim.kind, run.num_steps)
-    cost = partial(
-        rl.episode_cost,
-        *(run, config, args, args.sample, args.rollout, train_batch_size),
-        num_inner_epochs=args.ddpo.num_inner_epochs,
-        with_reference=False,
-    )
-    if args.run.dry_run:
-        planned = cost(checkpointing=args.model.gradient_checkpointing)
-        state = rl.bytes_per_weight(run, args, is_lora=args.finetune.is_lora, with_reference=False)
-        needs = rl.needs(run, config, args)
-        return training.print_plan(
-            run, args, *planned, train_batch_size, needs=needs, bytes_per_weight=state
-        )
-    if not run.begin(args, rl.result_name(is_lora=args.finetune.is_lora)):
-        return None
+    cost = partial(rl.episode_cost, run, trained, model, args, passes)
+    needs = partial(rl.needs, run, model, args)
+    if not finetune.begin(run, args, trained, cost, needs):
+        return
     reward, *watched = args.reward.load(run.device, *args.evaluation.held_out_rewards)
     rewards.check_prompts(run.say, reward, source.train, args.sample.max_invalid)
     words = [*source.texts, args.sample.negative_prompt]
-    embed = texts.prepare(run, config, args.model, args.text, args.cache, [words])
+    embed = texts.prepare(run, model, args.cache, [words])
 
     # -------------------------------------------------------------------------------- model
-    vae = sd3.load_vae(config, args.model, run.device)
-    trained = rl.Trained(run, config, args, shift, with_reference=False)
-    optimizer, schedule = optim.make(trained.params, args.optim, run)
-    averaged = averaging.Averaged(trained.params, args.ema, optimizer)
-    run.watch_flops(lambda: cost(checkpointing=False)[1], train_batch_size)
-
-    buffer = policy.PromptBuffer(args.ddpo.buffer_size, args.ddpo.buffer_min_count)
-
-    def save(folder: Path) -> None:
-        trained.save(folder, averaged)
-        tensors.save(folder / BUFFER, buffer.state_dict())
-
-    def restore(folder: Path) -> None:
-        trained.restore(folder, averaged)
-        buffer.load_state_dict(checkpoint.load_part(folder, BUFFER))
-
-    run.resume(restore, optimizer, schedule, averaged.shadows)
-    network = trained.network
-    model, optimizer = run.accelerator.prepare(network, optimizer)
+    vae = model.load_vae(run.device)
+    trained.load(model, objective)
+    buffer = PromptBuffer(args.ddpo.buffer_size, args.ddpo.buffer_min_count)
     # A batch is learned from in all its trained steps, a backward pass each.
-    run.accelerator.gradient_accumulation_steps *= len(args.rollout.trained_steps(run.seed, 0))
-    copies = args.sample.copies
-    steering = rl.Steering.of(args.sample, embed, run.dtype)
-    evaluate = rl.evaluator(
-        run, config, vae, args, source.held_out, [reward, *watched], embed, trained, shift
+    backwards = len(args.rollout.trained_steps(run.seed, 0))
+    learner = Learner(run, trained, args.optim, args.ema, passes=backwards, parts={BUFFER: buffer})
+    steering = args.sample.steering(model, embed, run.dtype)
+    steered = args.evaluation.steered(steering)
+    evaluate = evaluator(
+        run, args.evaluation, source.held_out, [reward, *watched], steered, trained, vae, batch_size
     )
-    keep = partial(run.save_checkpoint, save, optimizer, schedule)
+    copies = args.sample.copies
 
     # --------------------------------------------------------------------------------- loop
-    with averaged.applied():
-        evaluate.catch_up(due=args.evaluation.due(run.epoch) or run.step >= run.num_steps)
+    due = args.evaluation.due(run.epoch) or run.step >= run.num_steps
+    learner.catch_up(evaluate, due=due)
     for epoch in run.epochs():
         began = run.step
-        plan = args.rollout.plan(shift, run.seed, epoch)
+        plan = args.rollout.plan(objective.shift, run.seed, epoch)
         drawn = source.draw(run.seed, epoch, args.sample.num_prompts_per_epoch, replace=True)
         scoring = rl.Scoring(run, reward, args.sample.max_invalid)
         chunks: list[rl.Chunk] = []
-        with run.kept_when_stopped(partial(keep, now=True)):
+        with learner.kept_when_stopped():
             for batch in rl.batches(run, args.sample, source.train, drawn, epoch, batch_size):
                 with run.phase("sample", wait=True):
-                    velocity = steering(network, batch.texts)
+                    velocity = steering(trained.network, batch.texts)
                     noise = rng.normal(shape, batch.noise_keys(run, copies), run.device)
-                    way = rollout.sample(
-                        velocity, noise, plan, batch.keys(run, "way"), copies=copies
-                    )
-                    chunks += rl.split(batch, way, train_batch_size, partial(steering, network))
-                with run.phase("decode", wait=True):
-                    images = sd3.decode(vae, config, way.final)  # [B, 3, H, W]
+                    keys = batch.keys(run, "way")
+                    trajectory = rollout.sample(velocity, noise, plan, keys, copies=copies)
+                    again = partial(steering, trained.network)
+                    chunks += rl.split(batch, trajectory, train_batch_size, again)
+                with run.phase("decode", wait=True), torch.no_grad():
+                    images = model.decode(vae, trajectory.final)  # [B, 3, H, W]
                 scoring.submit(batch, images)
             with run.phase("reward"):
                 scores = scoring.collect()
@@ -179,51 +151,29 @@ def main(args: Args) -> None:
         advantages = buffer.advantages(scores.scores, scores.prompt_ids, scores.valid)
         run.note({**scores.row(), **advantages.row()})
 
-        for chunk in rl.shuffled(chunks, run, epoch, args.ddpo.num_inner_epochs):
-            velocity = steering(model, chunk.batch.texts)
+        for chunk in rl.shuffled(chunks, run, epoch, passes):
+            velocity = steering(learner.network, chunk.batch.texts)
             advantage = advantages.at(chunk.batch.places, args.ddpo.adv_clip_max).to(run.device)
             for number, step in chunk.steps.items():
-                with run.accelerator.accumulate(model):
-                    now, _ = rollout.predict(velocity, step.latents, number, plan, step.copies)
-                    moved = policy.log_ratio(now, step.policy, step.reached, args.ddpo.ratio)
-                    surrogate = policy.clipped_surrogate(moved, advantage, args.ddpo.clip_range)
+                with learner.accumulate():
+                    new, _ = rollout.predict(velocity, step.latents, number, plan, step.copies)
+                    moved = log_ratio(new, step.policy, step.reached, args.ddpo.ratio)
+                    surrogate = clipped_surrogate(moved, advantage, args.ddpo.clip_range)
                     loss = plan.weight(number) * surrogate.loss.mean()
                     rl.record(run, surrogate, fresh=run.step == began)
-                    grad_norm = run.update(
-                        loss, trained.params, optimizer, schedule, args.optim.max_grad_norm
-                    )
-                if grad_norm is None:
-                    continue
-                averaged.update(run.step)
-                run.log_step(optim.learning_rate(optimizer), grad_norm)
+                    learner.step(loss)
         run.log_rest()
-        if run.pictures_due(args.evaluation.due(epoch + 1) or run.step >= run.num_steps):
-            with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
-                evaluate()
-        keep(since=began)
+        due = args.evaluation.due(epoch + 1) or run.step >= run.num_steps
+        learner.look(evaluate, due=due)
+        learner.keep(since=began)
 
     # ------------------------------------------------------------------------------- result
-    if run.main:
-        with averaged.applied():
-            result = trained.save_result(args.run.output_dir)
-        evaluate.finish()
-        publish.write_card(
-            args.run.output_dir,
-            title="Stable Diffusion 3, trained by DDPO",
-            base_model=args.model.pretrained_model_name_or_path,
-            dataset=args.prompts.location,
-            options=training.options(args),
-            steps=run.step,
-            repo_id=args.publish.hub_model_id,
-            tags=("stable-diffusion-3", "text-to-image", "ddpo", "reinforcement-learning"),
-            weights=trained.card_weights,
-        )
-        report.write(args.run.output_dir)
-        run.say(f"done: {result}")
-    run.finish()
-    if run.main:
-        publish.upload(args.run.output_dir, args.publish)
-    return None
+    card = publish.Card(
+        title="Stable Diffusion 3, trained by DDPO",
+        dataset=args.prompts.location,
+        tags=("stable-diffusion-3", "text-to-image", "ddpo", "reinforcement-learning"),
+    )
+    publish.finish(run, args, learner, trained, evaluate, card)
 
 
 if __name__ == "__main__":

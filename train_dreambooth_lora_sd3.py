@@ -18,21 +18,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from dojo import cli, data, publish, report, rng
-from dojo import evaluate as validation
-from dojo.finetune import lora
-from dojo.inputs import class_pictures as prior
-from dojo.inputs import pictures as frozen
+from dojo import cli, data, finetune, publish, rng
+from dojo.evaluate import ValidationArgs, Validator
+from dojo.inputs import class_pictures, pictures
 from dojo.launch import interrupt
 from dojo.maths import flow
 from dojo.models import sd3
-from dojo.run import averaging, optim
-from dojo.run import run as training
+from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +48,17 @@ class Args:
 
     model: sd3.ModelArgs
     text: sd3.TextDropoutArgs
-    run: training.RunArgs
+    run: RunArgs
     data: data.DataArgs
     captions: data.CaptionArgs
     cache: data.CacheArgs
-    prior: prior.PriorArgs
-    lora: lora.LoraArgs
+    prior: class_pictures.PriorArgs
+    lora: finetune.LoraArgs
     text_encoder: TextEncoderArgs
     noise: sd3.NoiseArgs
-    optim: optim.OptimArgs
-    ema: averaging.EmaArgs
-    validation: validation.ValidationArgs
+    optim: OptimArgs
+    ema: EmaArgs
+    validation: ValidationArgs
     publish: publish.PublishArgs
 
     def __post_init__(self) -> None:
@@ -78,141 +71,82 @@ class Args:
 def main(args: Args) -> None:
     """Trains from the options to the saved adapters."""
     # ---------------------------------------------------------------------------------- run
-    run = training.start(args.run, args.optim)
-    config = sd3.open_model(args.model)
-    args.validation.check(config)
+    run = start(args.run, args.optim)
+    model = sd3.open_model(args.model, args.text)
+    trained = finetune.Adapters(run, args.lora)
+    args.validation.check(model)
     args.publish.check(args.run.output_dir, args.run.report_to)
-    optim.check(args.optim, torch.float32)
+    trained.check(args.optim)
     paired = args.prior.with_prior_preservation
 
     # --------------------------------------------------------------------------------- data
-    sources = frozen.open_sources(run, args)
-    size = sources.size
-    shift = config.shift(args.noise.flow_shift, *size)
+    sources = pictures.open_sources(run, args)
+    size, batch_size = sources.size, args.optim.train_batch_size
     if not args.run.dry_run:
         if paired:
-            prior.draw_class_images(run, args.prior, config, args.model, args.data, size)
-            sources.train = data.join([sources.train, prior.open_class(args.prior, args.data)])
-        sources = frozen.check_samples(run, sources, config, args, pair_regularisation=paired)
-    batch_size = args.optim.train_batch_size
-    whole_batch = batch_size * run.accelerator.num_processes
-    run.plan(args.optim, sources.samples_per_epoch, sources.fingerprint(whole_batch))
+            class_pictures.draw(run, args.prior, model, args.data, size)
+            own = class_pictures.open_class(args.prior, args.data)
+            sources.train = data.join([sources.train, own])
+        sources = pictures.check_samples(run, sources, model, args, pair_regularisation=paired)
+    pictures.plan(run, sources, args.optim)
     args.ema.check(args.optim.kind, run.num_steps)
-    cost = partial(
-        sd3.training_cost,
-        *(config, args.model, run.dtype, partial(lora.add, args=args.lora)),
-        *(batch_size * (1 + paired), config.latent_shape(*size)),
+    shape = model.latent_shape(*size)
+    cost = partial(finetune.cost_of, run, trained, model, batch_size * (1 + paired), shape)
+    needs = partial(
+        *(pictures.needs, run, model, args, size, batch_size),
+        drawn=bool(args.validation.texts),
+        class_pictures=args.prior.sample_batch_size * paired,
     )
-    if args.run.dry_run:
-        planned = cost(checkpointing=args.model.gradient_checkpointing)
-        state = args.optim.state_bytes(torch.float32) + args.ema.bytes_per_weight
-        needs = frozen.needs(
-            *(run, config, args, size, batch_size),
-            drawn=bool(args.validation.texts),
-            class_pictures=args.prior.sample_batch_size * paired,
-        )
-        return training.print_plan(
-            run, args, *planned, batch_size, needs=needs, bytes_per_weight=state
-        )
-    if not run.begin(args, lora.WEIGHTS):
-        return None
-    train_clip = args.text_encoder.train_text_encoder
-    fixed = frozen.prepare(run, sources, config, args, args.validation.texts, train_clip=train_clip)
+    if not finetune.begin(run, args, trained, cost, needs):
+        return
+    train_text = args.text_encoder.train_text_encoder
+    texts = args.validation.texts
+    inputs = pictures.prepare(run, sources, model, args, texts, train_text=train_text)
 
     # -------------------------------------------------------------------------------- model
-    transformer = sd3.load_transformer(config, args.model, run.dtype, run.device)
-    clips = fixed.text.encoders.clips if fixed.text.encoders else []
-    rng.seed_global(run.seed, "adapter")
-    groups: list[dict[str, Any]] = [{"params": lora.add(transformer, args.lora)}]
-    for clip in clips:
-        groups.append(
-            {"params": lora.add_text(clip, args.lora), "lr": args.text_encoder.text_encoder_lr}
-        )
-    lora.start_from(args.lora, transformer, *clips)
-    params = [param for group in groups for param in group["params"]]
-    optimizer, schedule = optim.make(groups, args.optim, run)
-    averaged = averaging.Averaged(params, args.ema, optimizer)
-    run.watch_flops(lambda: cost(checkpointing=False)[1], batch_size)
-
-    def save(folder: Path) -> None:
-        lora.save(folder, transformer, *clips)
-        averaged.save(folder, lambda: lora.save(folder / averaging.FOLDER, transformer, *clips))
-        config.save_scheduler(folder, shift)
-
-    def restore(folder: Path) -> None:
-        average = folder / averaging.FOLDER
-        averaged.restore(folder, lambda: lora.restore(average, transformer, *clips))
-        lora.restore(folder, transformer, *clips)
-
-    run.resume(restore, optimizer, schedule, averaged.shadows)
-    model, optimizer, *trained_clips = run.accelerator.prepare(transformer, optimizer, *clips)
-    if fixed.text.encoders:
-        fixed.text.encoders.clips = trained_clips
-    model.train()
-    keep = partial(run.save_checkpoint, save, optimizer, schedule)
-    validate = validation.Validator(run, fixed, config, args.noise, args.validation, shift, size)
+    clips = inputs.text.encoders.trainable if inputs.text.encoders else []
+    rate = args.text_encoder.text_encoder_lr
+    trained.load(model, model.objective(size, args.noise), text_encoders=[*clips], text_lr=rate)
+    learner = Learner(run, trained, args.optim, args.ema)
+    learner.network.train()
+    clips[:] = learner.modules[1:]  # these answer for captions from here on
+    evaluate = Validator(run, inputs, trained.network, args.noise, args.validation, size)
 
     # --------------------------------------------------------------------------------- loop
-    with averaged.applied():
-        validate.catch_up(model, due=args.validation.due(run.step, run.num_steps))
-    for batch in run.batches(fixed.loader(batch_size)):
+    learner.catch_up(evaluate, due=args.validation.due(run.step, run.num_steps))
+    for batch in run.batches(inputs.loader(batch_size)):
         places = batch["place"]
         rng.seed_global(run.seed, "dropout", places[0])
-        with run.accelerator.accumulate(model, *trained_clips):
-            mean, std = fixed.latents(batch)
-            posterior_noise = rng.normal(mean.shape[1:], run.keys("posterior", places), run.device)
-            clean = config.scaled(mean, std, posterior_noise)  # [B or 2 B, C, h, w]
+        with learner.accumulate():
+            clean = inputs.latents(batch)  # [B or 2 B, C, h, w]
             noise = rng.normal(clean.shape[1:], run.keys("noise", places), run.device)
             uniform = rng.uniform(run.keys("sigma", places))
-            batch_shift = config.shift(args.noise.flow_shift, *batch["size"][0])
-            sigma = args.noise.draw(uniform, batch_shift).to(run.device)  # [B or 2 B]
+            objective = model.objective(batch["size"][0], args.noise)
+            sigma = objective.level(uniform).to(run.device)  # [B or 2 B]
             noisy = flow.interpolate(clean, noise, sigma)
 
-            predicted = sd3.velocity(
-                model, noisy, sigma, **fixed.conditions(batch), dtype=run.dtype
-            )
+            conditions = inputs.conditions(batch)
+            predicted = model.predict(learner.network, noisy, sigma, conditions, run.dtype)
             target = flow.velocity(clean, noise)
             if args.noise.precondition_outputs:
                 predicted, target = flow.clean_estimate(noisy, predicted, sigma), clean
-            errors = flow.squared_error(predicted, target, fixed.area(batch))
+            errors = flow.squared_error(predicted, target, inputs.area(batch))
             weight = flow.loss_weight(sigma, args.noise.weighting_scheme)
             # The class's rows carry prior_loss_weight, and each half is a mean over B.
             loss = (weight * batch["weight"].to(run.device) * errors).sum() / batch_size
-
-            grad_norm = run.update(loss, params, optimizer, schedule, args.optim.max_grad_norm)
-        if grad_norm is None:
-            continue
-        averaged.update(run.step)
-        run.log_step(optim.learning_rate(optimizer), grad_norm)
-        if run.pictures_due(args.validation.due(run.step, run.num_steps)):
-            with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
-                validate(model)
-        keep()
+            stepped = learner.step(loss)
+        if stepped:
+            learner.look(evaluate, due=args.validation.due(run.step, run.num_steps))
+            learner.keep()
 
     # ------------------------------------------------------------------------------- result
-    if run.main:
-        with averaged.applied():
-            lora.save(args.run.output_dir, transformer, *clips)
-        config.save_scheduler(args.run.output_dir, shift)
-        lora.export(args.run.output_dir, args.lora.lora_format)
-        validate.finish()
-        publish.write_card(
-            args.run.output_dir,
-            title="DreamBooth LoRA for Stable Diffusion 3",
-            base_model=args.model.pretrained_model_name_or_path,
-            dataset=args.data.location,
-            options=training.options(args),
-            steps=run.step,
-            repo_id=args.publish.hub_model_id,
-            tags=("lora", "dreambooth", "stable-diffusion-3", "text-to-image"),
-            instance_prompt=args.data.instance_prompt,
-        )
-        report.write(args.run.output_dir)
-    run.finish()
-    run.say(f"done: {args.run.output_dir / lora.WEIGHTS}")
-    if run.main:
-        publish.upload(args.run.output_dir, args.publish)
-    return None
+    card = publish.Card(
+        title="DreamBooth LoRA for Stable Diffusion 3",
+        dataset=args.data.location,
+        tags=("lora", "dreambooth", "stable-diffusion-3", "text-to-image"),
+        instance_prompt=args.data.instance_prompt,
+    )
+    publish.finish(run, args, learner, trained, evaluate, card)
 
 
 if __name__ == "__main__":

@@ -18,19 +18,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import torch
-
-from dojo import cli, data, publish, report, rng
-from dojo import evaluate as validation
-from dojo.finetune import lora
-from dojo.inputs import pictures as frozen
+from dojo import cli, data, finetune, publish, rng
+from dojo.evaluate import ValidationArgs, Validator
+from dojo.inputs import pictures
 from dojo.launch import interrupt
 from dojo.maths import flow
 from dojo.models import sd3
-from dojo.run import averaging, optim
-from dojo.run import run as training
+from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,139 +34,83 @@ class Args:
 
     model: sd3.ModelArgs
     text: sd3.TextDropoutArgs
-    run: training.RunArgs
+    run: RunArgs
     data: data.DataArgs
     captions: data.CaptionArgs
     cache: data.CacheArgs
-    lora: lora.LoraArgs
+    lora: finetune.LoraArgs
     noise: sd3.NoiseArgs
-    optim: optim.OptimArgs
-    ema: averaging.EmaArgs
-    validation: validation.ValidationArgs
+    optim: OptimArgs
+    ema: EmaArgs
+    validation: ValidationArgs
     publish: publish.PublishArgs
 
 
 def main(args: Args) -> None:
     """Trains from the options to the saved adapter."""
     # ---------------------------------------------------------------------------------- run
-    run = training.start(args.run, args.optim)
-    config = sd3.open_model(args.model)
-    args.validation.check(config)
+    run = start(args.run, args.optim)
+    model = sd3.open_model(args.model, args.text)
+    trained = finetune.Adapters(run, args.lora)
+    args.validation.check(model)
     args.publish.check(args.run.output_dir, args.run.report_to)
-    optim.check(args.optim, torch.float32)
+    trained.check(args.optim)
 
     # --------------------------------------------------------------------------------- data
-    sources = frozen.open_sources(run, args)
-    size = sources.size
-    shift = config.shift(args.noise.flow_shift, *size)
+    sources = pictures.open_sources(run, args)
+    size, batch_size = sources.size, args.optim.train_batch_size
     if not args.run.dry_run:
-        sources = frozen.check_samples(run, sources, config, args)
-    batch_size = args.optim.train_batch_size
-    whole_batch = batch_size * run.accelerator.num_processes
-    run.plan(args.optim, sources.samples_per_epoch, sources.fingerprint(whole_batch))
+        sources = pictures.check_samples(run, sources, model, args)
+    pictures.plan(run, sources, args.optim)
     args.ema.check(args.optim.kind, run.num_steps)
-    cost = partial(
-        sd3.training_cost,
-        *(config, args.model, run.dtype, partial(lora.add, args=args.lora)),
-        *(batch_size, config.latent_shape(*size)),
-    )
-    if args.run.dry_run:
-        planned = cost(checkpointing=args.model.gradient_checkpointing)
-        state = args.optim.state_bytes(torch.float32) + args.ema.bytes_per_weight
-        drawn = bool(args.validation.texts)
-        needs = frozen.needs(run, config, args, size, batch_size, drawn=drawn)
-        return training.print_plan(
-            run, args, *planned, batch_size, needs=needs, bytes_per_weight=state
-        )
-    if not run.begin(args, lora.WEIGHTS):
-        return None
-    fixed = frozen.prepare(run, sources, config, args, args.validation.texts)
+    shape = model.latent_shape(*size)
+    cost = partial(finetune.cost_of, run, trained, model, batch_size, shape)
+    drawn = bool(args.validation.texts)
+    needs = partial(pictures.needs, run, model, args, size, batch_size, drawn=drawn)
+    if not finetune.begin(run, args, trained, cost, needs):
+        return
+    inputs = pictures.prepare(run, sources, model, args, args.validation.texts)
 
     # -------------------------------------------------------------------------------- model
-    transformer = sd3.load_transformer(config, args.model, run.dtype, run.device)
-    rng.seed_global(run.seed, "adapter")
-    params = lora.add(transformer, args.lora)
-    lora.start_from(args.lora, transformer)
-    optimizer, schedule = optim.make(params, args.optim, run)
-    averaged = averaging.Averaged(params, args.ema, optimizer)
-    run.watch_flops(lambda: cost(checkpointing=False)[1], batch_size)
-
-    def save(folder: Path) -> None:
-        lora.save(folder, transformer)
-        averaged.save(folder, lambda: lora.save(folder / averaging.FOLDER, transformer))
-        config.save_scheduler(folder, shift)
-
-    def restore(folder: Path) -> None:
-        average = folder / averaging.FOLDER
-        averaged.restore(folder, lambda: lora.restore(average, transformer))
-        lora.restore(folder, transformer)
-
-    run.resume(restore, optimizer, schedule, averaged.shadows)
-    model, optimizer = run.accelerator.prepare(transformer, optimizer)
-    model.train()
-    keep = partial(run.save_checkpoint, save, optimizer, schedule)
-    validate = validation.Validator(run, fixed, config, args.noise, args.validation, shift, size)
+    trained.load(model, model.objective(size, args.noise))
+    learner = Learner(run, trained, args.optim, args.ema)
+    learner.network.train()
+    evaluate = Validator(run, inputs, trained.network, args.noise, args.validation, size)
 
     # --------------------------------------------------------------------------------- loop
-    with averaged.applied():
-        validate.catch_up(model, due=args.validation.due(run.step, run.num_steps))
-    for batch in run.batches(fixed.loader(batch_size)):
+    learner.catch_up(evaluate, due=args.validation.due(run.step, run.num_steps))
+    for batch in run.batches(inputs.loader(batch_size)):
         places = batch["place"]
         rng.seed_global(run.seed, "dropout", places[0])
-        with run.accelerator.accumulate(model):
-            mean, std = fixed.latents(batch)
-            posterior_noise = rng.normal(mean.shape[1:], run.keys("posterior", places), run.device)
-            clean = config.scaled(mean, std, posterior_noise)  # [B, C, h, w]
+        with learner.accumulate():
+            clean = inputs.latents(batch)  # [B, C, h, w]
             noise = rng.normal(clean.shape[1:], run.keys("noise", places), run.device)
             uniform = rng.uniform(run.keys("sigma", places))
-            batch_shift = config.shift(args.noise.flow_shift, *batch["size"][0])
-            sigma = args.noise.draw(uniform, batch_shift).to(run.device)  # [B]
+            objective = model.objective(batch["size"][0], args.noise)
+            sigma = objective.level(uniform).to(run.device)  # [B]
             noisy = flow.interpolate(clean, noise, sigma)
 
-            predicted = sd3.velocity(
-                model, noisy, sigma, **fixed.conditions(batch), dtype=run.dtype
-            )
+            conditions = inputs.conditions(batch)
+            predicted = model.predict(learner.network, noisy, sigma, conditions, run.dtype)
             target = flow.velocity(clean, noise)
             if args.noise.precondition_outputs:
                 predicted, target = flow.clean_estimate(noisy, predicted, sigma), clean
-            errors = flow.squared_error(predicted, target, fixed.area(batch))
+            errors = flow.squared_error(predicted, target, inputs.area(batch))  # [B]
             weight = flow.loss_weight(sigma, args.noise.weighting_scheme)
             loss = (weight * batch["weight"].to(run.device) * errors).mean()
-
-            grad_norm = run.update(loss, params, optimizer, schedule, args.optim.max_grad_norm)
-        if grad_norm is None:
-            continue
-        averaged.update(run.step)
-        run.log_step(optim.learning_rate(optimizer), grad_norm)
-        if run.pictures_due(args.validation.due(run.step, run.num_steps)):
-            with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
-                validate(model)
-        keep()
+            stepped = learner.step(loss)
+        if stepped:
+            learner.look(evaluate, due=args.validation.due(run.step, run.num_steps))
+            learner.keep()
 
     # ------------------------------------------------------------------------------- result
-    if run.main:
-        with averaged.applied():
-            lora.save(args.run.output_dir, transformer)
-        config.save_scheduler(args.run.output_dir, shift)
-        lora.export(args.run.output_dir, args.lora.lora_format)
-        validate.finish()
-        publish.write_card(
-            args.run.output_dir,
-            title="LoRA for Stable Diffusion 3",
-            base_model=args.model.pretrained_model_name_or_path,
-            dataset=args.data.location,
-            options=training.options(args),
-            steps=run.step,
-            repo_id=args.publish.hub_model_id,
-            tags=("lora", "stable-diffusion-3", "text-to-image"),
-            instance_prompt=args.data.instance_prompt,
-        )
-        report.write(args.run.output_dir)
-    run.finish()
-    run.say(f"done: {args.run.output_dir / lora.WEIGHTS}")
-    if run.main:
-        publish.upload(args.run.output_dir, args.publish)
-    return None
+    card = publish.Card(
+        title="LoRA for Stable Diffusion 3",
+        dataset=args.data.location,
+        tags=("lora", "stable-diffusion-3", "text-to-image"),
+        instance_prompt=args.data.instance_prompt,
+    )
+    publish.finish(run, args, learner, trained, evaluate, card)
 
 
 if __name__ == "__main__":

@@ -18,24 +18,18 @@ it out. `--grad_steps K` with the last step learns through a chain, as DRaFT-K d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-from dojo import cli, data, publish, report, rewards, rng
-from dojo.evaluate import held_out as evaluation
-from dojo.finetune import lora
-from dojo.finetune import weights as trained
-from dojo.finetune import whole as full
-from dojo.inputs import pretraining_pictures as pretraining
-from dojo.inputs import prompts, steering, texts
+from dojo import cli, data, finetune, publish, rewards, rng
+from dojo.evaluate import held_out
+from dojo.inputs import pretraining_pictures, prompts, texts
+from dojo.inputs.steering import Steering
 from dojo.launch import interrupt
 from dojo.maths import denoising, preference
-from dojo.methods import refl as direct
+from dojo.methods import drawing, refl
 from dojo.models import sd15
-from dojo.run import averaging, optim
-from dojo.run import run as training
+from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,67 +37,48 @@ class Args:
     """Options by group; every group is documented where its code is."""
 
     model: sd15.ModelArgs
-    run: training.RunArgs
+    run: RunArgs
     prompts: prompts.PromptArgs
     cache: data.CacheArgs
     reward: rewards.RewardArgs
-    refl: direct.ReflArgs
-    pretrain: pretraining.PretrainArgs
-    finetune: direct.FinetuneArgs
-    lora: lora.LoraArgs
-    full: full.WholeArgs
-    optim: optim.OptimArgs
-    ema: averaging.EmaArgs
-    evaluation: direct.EvalArgs
+    refl: refl.ReflArgs
+    pretrain: pretraining_pictures.PretrainArgs
+    finetune: finetune.FinetuneAllArgs
+    lora: finetune.LoraArgs
+    full: finetune.WholeArgs
+    optim: OptimArgs
+    ema: EmaArgs
+    evaluation: drawing.EvalArgs
     publish: publish.PublishArgs
 
 
 def main(args: Args) -> None:
     """Trains from the options to the saved result."""
     # ---------------------------------------------------------------------------------- run
-    run = training.start(args.run, args.optim)
-    config = sd15.open_model(args.model)
-    is_lora, size = args.finetune.use_lora, (args.refl.resolution, args.refl.resolution)
+    run = start(args.run, args.optim)
+    model = sd15.open_model(args.model)
+    size = (args.refl.resolution, args.refl.resolution)
     args.publish.check(args.run.output_dir, args.run.report_to)
-    trained.check(run, args, is_lora=is_lora)
-    shape = config.latent_shape(*size)
+    trained = finetune.choose(args.finetune, run, lora=args.lora, full=args.full)
+    trained.check(args.optim)
+    shape = model.latent_shape(*size)
 
     # ------------------------------------------------------------------------------ prompts
-    with run.accelerator.main_process_first():
-        source = prompts.open_prompts(args.prompts)
-    run.say(source.description)
+    source = prompts.open_together(run, args.prompts)
     batch_size = args.optim.train_batch_size
     pictures = None
     if not args.run.dry_run:
-        pictures = pretraining.open_pictures(run, config, args.pretrain, args.cache, size)
+        pictures = pretraining_pictures.open_pictures(run, model, args.pretrain, args.cache, size)
     known = source.fingerprint + (pictures.fingerprint if pictures else "")
-    together = {"train_batch_size": batch_size}
-    run.plan(args.optim, len(source.train), known, together=together)
+    run.plan(args.optim, len(source.train), known, together={"train_batch_size": batch_size})
     args.ema.check(args.optim.kind, run.num_steps)
-    cost = partial(
-        direct.reward_cost,
-        *(run, config, args, batch_size, shape),
-        grad_steps=args.refl.grad_steps,
-        other_steps=sum(args.refl.steps) / 2 + 1 - args.refl.grad_steps,
-        guided=args.refl.guidance_scale > 1,
-    )
-    if args.run.dry_run:
-        planned: tuple[Any, Any] = cost(checkpointing=args.model.gradient_checkpointing)
-        state = trained.bytes_per_weight(run, args, is_lora=is_lora, with_reference=False)
-        loaded = args.reward.load(run.device, *args.evaluation.held_out_rewards)
-        loaded[0].require_differentiable()
-        needs = direct.needs(
-            *(run, config, args.model, size, loaded),
-            encoded=data.encoded_at_a_time(size) * bool(args.pretrain.location),
-            decoded=args.evaluation.eval_batch_size or batch_size,
-        )
-        return training.print_plan(
-            run, args, *planned, batch_size, needs=needs, bytes_per_weight=state
-        )
+    cost = partial(refl.reward_cost, run, trained, model, args.refl, batch_size, shape)
+    needs = partial(refl.needs, run, model, args, size)
     stream = partial(source.stream, run.seed, batch_size, **run.share)
-    next(stream())  # refuses a batch that is larger than the set
-    if not run.begin(args, trained.result_name(is_lora=is_lora)):
-        return None
+    if not args.run.dry_run:
+        next(stream())  # refuses a batch that is larger than the set
+    if not finetune.begin(run, args, trained, cost, needs):
+        return
     reward, *watched = args.reward.load(run.device, *args.evaluation.held_out_rewards)
     reward.require_differentiable()
     rewards.check_prompts(run.say, reward, source.train)
@@ -111,107 +86,74 @@ def main(args: Args) -> None:
     run.say(f"margin: {'none, the score is maximised' if margin is None else f'{margin:g}'}")
 
     # -------------------------------------------------------------------------------- model
-    vae = sd15.load_vae(
-        config, args.model, run.device, checkpointing=args.model.gradient_checkpointing
-    )
+    vae = model.load_vae(run.device, checkpointing=args.model.gradient_checkpointing)
     if pictures is not None:
-        pictures.prepare(run, config, vae, args.model.vae_dtype, args.cache)
+        pictures.prepare(run, model, vae, args.cache)
     others = ["", args.refl.negative_prompt, args.evaluation.eval_negative_prompt]
     words = [*(pictures.texts if pictures else ()), *others]
-    embed = texts.prepare_sd15(run, config, args.model, args.cache, [source.texts, words])
-    family = trained.Sd15Family(config, args.model)
-    policy = trained.Trained(run, family, args, is_lora=is_lora, with_reference=False)
-    optimizer, schedule = optim.make(policy.params, args.optim, run)
-    averaged = averaging.Averaged(policy.params, args.ema, optimizer)
-    run.watch_flops(lambda: cost(checkpointing=False)[1], batch_size)
-
-    def save(folder: Path) -> None:
-        policy.save(folder, averaged)
-
-    def restore(folder: Path) -> None:
-        policy.restore(folder, averaged)
-
-    run.resume(restore, optimizer, schedule, averaged.shadows)
-    model, optimizer = run.accelerator.prepare(policy.network, optimizer)
-    way = denoising.Way.of(
-        *(config.schedule, args.refl.sample_steps),
+    embed = texts.prepare(run, model, args.cache, [source.texts, words])
+    objective = model.objective(size)
+    trained.load(model, objective)
+    learner = Learner(run, trained, args.optim, args.ema)
+    unguided = Steering(model=model, texts=embed, size=size, dtype=run.dtype)
+    steering = replace(
+        unguided,
+        guidance_scale=args.refl.guidance_scale,
+        negative_prompt=args.refl.negative_prompt,
+    )
+    steered, watched = args.evaluation.steered(unguided), [reward, *watched]
+    evaluate = drawing.evaluator(
+        run, args.evaluation, source.held_out, watched, steered, trained, vae, batch_size
+    )
+    plan = denoising.Way.of(
+        *(objective.schedule, args.refl.sample_steps),
         eta=float(args.refl.sampler == "ddpm"),
-        offset=config.steps_offset,
+        offset=model.steps_offset,
     )
-    evaluate = direct.evaluator(
-        run, config, vae, args, source.held_out, [reward, *watched], embed, policy, size
-    )
-    keep = partial(run.save_checkpoint, save, optimizer, schedule)
-    guidance = {
-        "guidance_scale": args.refl.guidance_scale,
-        "negative_prompt": args.refl.negative_prompt,
-    }
-    right = pictures.batches(run, batch_size) if pictures else None
+    remembered = pictures.batches(run, batch_size) if pictures else None
 
     # --------------------------------------------------------------------------------- loop
-    with averaged.applied():
-        evaluate.catch_up(due=args.evaluation.due(run.step, run.num_steps))
+    learner.catch_up(evaluate, due=args.evaluation.due(run.step, run.num_steps))
     micro_batch = batch_size * run.accelerator.num_processes
     for places, batch in run.batches(stream(first_batch=run.samples // micro_batch)):
         captions = [prompt.text for prompt in batch]
-        with run.accelerator.accumulate(model):
+        with learner.accumulate():
             scored = args.refl.draw(run.seed, places[0] // micro_batch)
-            epsilon = steering.predictor(model, embed, captions, run.dtype, **guidance)
+            epsilon = steering(learner.network, captions)
             noise = rng.normal(shape, run.keys("noise", places), run.device)
             clean = denoising.estimate(
-                *(epsilon, noise, way, run.keys("way", places)),
+                *(epsilon, noise, plan, run.keys("way", places)),
                 last=scored,
                 grad_steps=args.refl.grad_steps,
             )
-            images = sd15.decode(vae, config, clean)  # [B, 3, H, W]
-            stopping = run.kept_when_stopped(partial(keep, now=True))
-            with stopping, run.phase("reward", wait=True), evaluation.together(run):
+            images = model.decode(vae, clean)  # [B, 3, H, W]
+            stopping = learner.kept_when_stopped()
+            with stopping, run.phase("reward", wait=True), held_out.together(run):
                 output = reward(images, captions, [prompt.metadata for prompt in batch])
-            direct.pull_only(images, output.valid)
+            refl.pull_only(images, output.valid)
             missing = preference.shortfall(output.scores, margin)  # [B]
             counted = output.valid.sum().clamp(min=1)
             loss = args.refl.grad_scale * (missing * output.valid).sum() / counted
-            direct.record(run, output, missing, margin)
+            refl.record(run, output, missing, margin)
 
-            if right is not None:
-                errors = direct.pretraining_errors(run, config, vae, model, embed, next(right))
+            if remembered is not None:
+                errors = refl.pretraining_errors(
+                    *(run, model, vae, learner.network, unguided, next(remembered))
+                )
                 loss = loss + args.pretrain.pretrain_weight * errors.mean()
                 run.average(pretrain_loss=errors)
-
-            grad_norm = run.update(
-                loss, policy.params, optimizer, schedule, args.optim.max_grad_norm
-            )
-        if grad_norm is None:
-            continue
-        averaged.update(run.step)
-        run.log_step(optim.learning_rate(optimizer), grad_norm)
-        if run.pictures_due(args.evaluation.due(run.step, run.num_steps)):
-            with run.kept_when_stopped(partial(keep, now=True)), averaged.applied():
-                evaluate()
-        keep()
+            stepped = learner.step(loss)
+        if stepped:
+            learner.look(evaluate, due=args.evaluation.due(run.step, run.num_steps))
+            learner.keep()
 
     # ------------------------------------------------------------------------------- result
-    if run.main:
-        with averaged.applied():
-            result = policy.save_result(args.run.output_dir)
-        evaluate.finish()
-        publish.write_card(
-            args.run.output_dir,
-            title="Stable Diffusion 1.5, trained by ReFL",
-            base_model=args.model.pretrained_model_name_or_path,
-            dataset=args.prompts.location,
-            options=training.options(args),
-            steps=run.step,
-            repo_id=args.publish.hub_model_id,
-            tags=("stable-diffusion", "text-to-image", "refl", "reward-fine-tuning"),
-            weights=policy.card_weights,
-        )
-        report.write(args.run.output_dir)
-        run.say(f"done: {result}")
-    run.finish()
-    if run.main:
-        publish.upload(args.run.output_dir, args.publish)
-    return None
+    card = publish.Card(
+        title="Stable Diffusion 1.5, trained by ReFL",
+        dataset=args.prompts.location,
+        tags=("stable-diffusion", "text-to-image", "refl", "reward-fine-tuning"),
+    )
+    publish.finish(run, args, learner, trained, evaluate, card)
 
 
 if __name__ == "__main__":

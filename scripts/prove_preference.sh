@@ -27,7 +27,7 @@ source scripts/lib/spread.sh
 common=(
     --pretrained_model_name_or_path "$MODEL_NAME"
     --resolution 64
-    --use_lora
+    --finetune lora
     --rank 16
     --mixed_precision no
     --lr_scheduler cosine # a rate that stays high leaves its noise in the weights

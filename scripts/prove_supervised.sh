@@ -9,8 +9,8 @@
 #   supervised.md, .json            the table: every quantity before and after
 #   full.json, lora.json, ...       what was measured, per method
 #   style.png, dreambooth.png       pictures of the same prompts and seeds
-# README.md has the table and the time it took. A run that was stopped continues, and what is done is
-# not done again; remove OUTPUT_DIR to begin anew.
+# docs/supervised.md has the table and the time it took. A run that was stopped continues, and what
+# is done is not done again; remove OUTPUT_DIR to begin anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

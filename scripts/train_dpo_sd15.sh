@@ -58,7 +58,7 @@ if [[ -n "$USE_LORA" ]]; then
     OUTPUT_DIR="${OUTPUT_DIR:-outputs/dpo-lora-sd15}"
     EFFECTIVE_BATCH_SIZE="${EFFECTIVE_BATCH_SIZE:-32}"
     MAX_TRAIN_STEPS="${MAX_TRAIN_STEPS:-10000}"
-    trained=(--use_lora --rank 8 --learning_rate 1e-5)
+    trained=(--finetune lora --rank 8 --learning_rate 1e-5)
 else
     OUTPUT_DIR="${OUTPUT_DIR:-outputs/dpo-sd15}"
     EFFECTIVE_BATCH_SIZE="${EFFECTIVE_BATCH_SIZE:-2048}"

@@ -6,7 +6,7 @@
 #   NUM_PROCESSES=8 PROMPT_FILE=/my/prompts.txt bash scripts/train_refl_sd15.sh
 #   PRETRAIN_DATA=/my/pictures bash scripts/train_refl_sd15.sh     # with the paper's second term
 #   REWARD="hpsv2.1" OUTPUT_DIR=outputs/refl-hps bash scripts/train_refl_sd15.sh
-#   bash scripts/train_refl_sd15.sh --use_lora --rank 32 --learning_rate 1e-4
+#   bash scripts/train_refl_sd15.sh --finetune lora --rank 32 --learning_rate 1e-4
 #
 # REWARD is what is trained on; gradients must pass it (`python -m dojo.rewards list` tells for which
 #   they do). EVAL_REWARD only watches: unset, the first of pickscore (3.9 GB to fetch), hpsv2.1 and
@@ -25,7 +25,7 @@
 #   and are maximised for ever: give --margin, or stop early.
 # Hardware: --dry_run estimates 18.2 GiB per GPU (4 pictures at 512 px; float32 weights, AdamW, the
 #   average), without the autoencoder, through which the gradient goes in float32, and ImageReward
-#   (1.8 GB). For less: TRAIN_BATCH_SIZE=1, --use_lora. Not measured.
+#   (1.8 GB). For less: TRAIN_BATCH_SIZE=1, --finetune lora. Not measured.
 # Duration: not measured. --dry_run counts 1,966 TFLOP a step on one GPU, which at a third of an
 #   H100's peak would be 6 s; decoding and scoring come on top.
 # What one should see: `reward` in OUTPUT_DIR/metrics.jsonl and eval_reward on held-out prompts rise
