@@ -1,11 +1,11 @@
 """What the tests share: an untrained pocket SD3, ten scenes with captions, a LoRA run's options."""
 
+import gc
 import json
 import os
 import random
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,10 @@ NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 if NUM_THREADS == 1:
     os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
+# Runs write and flush thousands of small files, for which a disk takes its time.
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -29,6 +33,17 @@ if TYPE_CHECKING:
 MakeArgs = Callable[..., "train_lora_sd3.Args"]
 
 torch.set_num_threads(min(NUM_THREADS, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settled_imports() -> None:
+    """Takes what is loaded by now out of the garbage collection.
+
+    Every run collects garbage when its text encoders go. Among a million objects of libraries
+    that takes longer than a step of training.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -161,60 +176,3 @@ def rl_flags(folder: Path, model: Path) -> list[str]:
     }
     own = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [*run_flags(folder, model, None), *own]
-
-
-# Runs a training script as a user would, and kills its own process at a chosen place.
-_DEADLY = """
-import os, runpy, signal, sys
-from dojo.run import checkpoint
-from dojo.run import run as training
-from dojo.data import shards
-
-shards.SHARD_SIZE = 2  # several shards of the ten scenes
-place, count = os.environ.get("DIE_AT", "nowhere"), int(os.environ.get("DIE_COUNT", "0"))
-
-def deadly(function):
-    calls = iter(range(1, 10**6))
-    def wrapper(*args, **kwargs):
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapper
-
-if place == "cache":
-    shards.tensors.save = deadly(shards.tensors.save)
-elif place == "step":
-    training.Run.update = deadly(training.Run.update)
-elif place == "checkpoint":
-    checkpoint._flush = deadly(checkpoint._flush)
-elif place == "class picture":
-    from PIL import Image
-    Image.Image.save = deadly(Image.Image.save)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def launch(
-    script: str, flags: Sequence[str], folder: Path, processes: int = 1, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Starts a training script in processes of its own.
-
-    DIE_AT (cache, step, checkpoint, class picture) and DIE_COUNT kill it with SIGKILL at that
-    call.
-    """
-    wrapper = folder / "deadly.py"
-    folder.mkdir(exist_ok=True, parents=True)
-    wrapper.write_text(_DEADLY)
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        python += ["--master_port", str(random.randint(20_000, 50_000))]
-    return subprocess.run(
-        [*python, str(wrapper), str(ROOT / script), *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )

@@ -28,17 +28,12 @@ def adapter(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA folder that changes pictures, with the scheduler of its training (shift 7)."""
     folder = tmp_path_factory.mktemp("adapter")
     config = sd3.open_model(sd3.ModelArgs(pretrained_model_name_or_path=str(tiny_sd3)))
-    model = sd3.load_transformer(
-        config,
-        sd3.ModelArgs(pretrained_model_name_or_path=str(tiny_sd3)),
-        torch.float32,
-        torch.device("cpu"),
-    )
+    model = config.load_network(torch.float32, torch.device("cpu"))
     torch.manual_seed(0)
     for param in lora.add(model, lora.LoraArgs(rank=2, lora_layers=("all-linear",))):
         param.data = torch.randn_like(param)
     lora.save(folder, model)
-    config.make_scheduler(7.0).save_pretrained(folder / "scheduler")
+    config.with_shift(7.0).save_pretrained(folder / "scheduler")
     return folder
 
 

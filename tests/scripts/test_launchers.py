@@ -282,7 +282,7 @@ def test_every_number_of_processes_makes_the_papers_batch_and_rate(
     assert args.optim.samples_per_step(number or 1) == pairs
     scale = pairs if args.optim.scale_lr else 1
     assert args.optim.learning_rate * scale == pytest.approx(rate)
-    assert args.finetune.use_lora == ("USE_LORA" in environment)
+    assert args.finetune.finetune == ("lora" if "USE_LORA" in environment else "full")
 
 
 @pytest.mark.parametrize("launcher", [PREFERRED, DIRECT], ids=lambda path: path.name)

@@ -20,11 +20,12 @@ from dojo.evaluate import held_out as evaluation
 from dojo.files import outputs
 from dojo.finetune import lora
 from dojo.maths import advantages as policy
+from dojo.maths import surrogate
 from dojo.rewards import loading
-from tests.conftest import ROOT, launch
+from tests.conftest import ROOT
+from tests.processes import Death, launch, spawn
 from tests.scripts.test_train_grpo_sd3 import (
     NO_EVALUATION,
-    Death,
     agree,
     evaluated,
     flags_of,
@@ -33,7 +34,6 @@ from tests.scripts.test_train_grpo_sd3 import (
     mine,
     result,
     scores,
-    spawn,
     timeless,
     trained,
 )
@@ -93,7 +93,7 @@ def test_a_picture_is_judged_by_what_its_prompt_has_scored(
 ) -> None:
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     judged: list[Tensor] = []
-    own, loss = policy.PromptBuffer.advantages, policy.clipped_surrogate
+    own, loss = policy.PromptBuffer.advantages, surrogate.clipped_surrogate
 
     def advantages(
         self: policy.PromptBuffer, scores: Tensor, ids: Tensor, valid: Tensor
@@ -102,12 +102,12 @@ def test_a_picture_is_judged_by_what_its_prompt_has_scored(
         seen.append((scores, ids, found.values))
         return found
 
-    def clipped_surrogate(moved: Tensor, given: Tensor, clip: float) -> policy.Surrogate:
+    def clipped_surrogate(moved: Tensor, given: Tensor, clip: float) -> surrogate.Surrogate:
         judged.append(given)
         return loss(moved, given, clip)
 
     monkeypatch.setattr(policy.PromptBuffer, "advantages", advantages)
-    monkeypatch.setattr(policy, "clipped_surrogate", clipped_surrogate)
+    monkeypatch.setattr(train_ddpo_sd3, "clipped_surrogate", clipped_surrogate)
     flags = ("--max_prompts", "2", *NO_EVALUATION)
     flags += ("--train_batch_size", "8", "--max_train_steps", "3", "--buffer_size", "20")
     folder = train(tmp_path, tiny_sd3, *flags, "--buffer_min_count", "5", "--adv_clip_max", "1.5")

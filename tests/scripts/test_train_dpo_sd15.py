@@ -27,19 +27,20 @@ from torch import Tensor
 
 import train_dpo_sd15
 from dojo.cli import TrainingStopped, UserError
-from dojo.finetune import lora
-from dojo.finetune import weights as trained
+from dojo.finetune import Adapters, AllWeights, Trained, lora
 from dojo.inputs import pairs as paired
 from dojo.maths import ddpm, preference
 from dojo.models import sd15
+from dojo.models.sd15 import models
 from dojo.pocket import scenes
 from dojo.rewards import loading
-from tests.conftest import ROOT, launch, reset_accelerate, run_flags
-from tests.scripts.test_train_grpo_sd3 import Death, metrics, spawn, timeless
+from tests.conftest import ROOT, reset_accelerate, run_flags
+from tests.processes import Death, launch, spawn
+from tests.scripts.test_train_grpo_sd3 import metrics, timeless
 
 SCRIPT = "train_dpo_sd15.py"
 LOG_TWO = torch.tensor(math.log(2)).item()  # in float32
-LORA = ("--use_lora", "--rank", "2")
+LORA = ("--finetune", "lora", "--rank", "2")
 ONE_STEP = ("--max_train_steps", "1")
 
 # Rewards of a user's own. What they are asked is written down beside the file.
@@ -233,19 +234,19 @@ def test_winner_and_loser_are_noised_alike_and_drawn_apart(
     data = write_pairs(tmp_path / "pairs", 4, alike=True)
     noised: list[tuple[Tensor, ...]] = []
     asked_for: list[tuple[Any, ...]] = []
-    add, ask = ddpm.add_noise, sd15.epsilon
+    add, ask = ddpm.add_noise, models.epsilon
 
     def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, schedule: Any) -> Tensor:
         noisy = add(clean, noise, timestep, schedule)
         noised.append((clean, noise, timestep, noisy))
         return noisy
 
-    def epsilon(unet: Any, noisy: Tensor, timestep: Tensor, text: Tensor, dtype: Any) -> Tensor:
-        asked_for.append((noisy, timestep, text))
-        return ask(unet, noisy, timestep, text, dtype)
+    def epsilon(unet: Any, noisy: Tensor, timestep: Tensor, **more: Any) -> Tensor:
+        asked_for.append((noisy, timestep, more["prompt_embeds"]))
+        return ask(unet, noisy, timestep, **more)
 
     monkeypatch.setattr(ddpm, "add_noise", add_noise)
-    monkeypatch.setattr(sd15, "epsilon", epsilon)
+    monkeypatch.setattr(models, "epsilon", epsilon)
     train(tmp_path, tiny_sd15, data, *LORA, "--train_batch_size", "4", "--no_hflip")
     assert len(noised) == 3
     for i, (clean, noise, timestep, noisy) in enumerate(noised):
@@ -267,6 +268,20 @@ def test_winner_and_loser_are_noised_alike_and_drawn_apart(
     assert not torch.equal(noised[0][1], noised[1][1])
 
 
+def watch_loads(monkeypatch: pytest.MonkeyPatch) -> list[Trained]:
+    """What was loaded for training, of either kind, from here on."""
+    made: list[Trained] = []
+    for kind in (Adapters, AllWeights):
+        load = kind.load
+
+        def watched(self: Any, *given: Any, load: Any = load, **options: Any) -> None:
+            load(self, *given, **options)
+            made.append(self)
+
+        monkeypatch.setattr(kind, "load", watched)
+    return made
+
+
 @pytest.mark.parametrize("flags", [LORA, ()], ids=["lora", "full"])
 def test_the_reference_does_not_move(
     tmp_path: Path,
@@ -275,20 +290,11 @@ def test_the_reference_does_not_move(
     monkeypatch: pytest.MonkeyPatch,
     flags: tuple[str, ...],
 ) -> None:
-    made: list[trained.Trained] = []
-
-    class Watched(trained.Trained):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            made.append(self)
-
-    monkeypatch.setattr(trained, "Trained", Watched)
+    made = watch_loads(monkeypatch)
     train(tmp_path, tiny_sd15, pairs, *flags, "--learning_rate", "1e-3")
     base = unet_of(tiny_sd15 / "unet").eval()
     (policy,) = made
-    if flags:
-        assert policy._copy is None
-    else:
+    if isinstance(policy, AllWeights):
         assert policy._copy is not None
         assert equal(policy._copy.state_dict(), base.state_dict())
     inputs = (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 20, 64))
@@ -406,26 +412,20 @@ def test_sft_learns_the_winners_alone_without_a_reference(
         Image.new("RGB", (64, 64), "purple").save(path)
     errors: list[Tensor] = []
     measure = ddpm.squared_error
-    made: list[trained.Trained] = []
-    asked_for: list[trained.Trained] = []
-    keep = trained.Trained.reference
-
-    class Watched(trained.Trained):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            made.append(self)
+    made = watch_loads(monkeypatch)
+    asked_for: list[Trained] = []
+    keep = AllWeights.reference
 
     def squared_error(epsilon: Tensor, noise: Tensor) -> Tensor:
         errors.append(measure(epsilon, noise))
         return errors[-1]
 
-    def reference(self: trained.Trained) -> Any:
+    def reference(self: AllWeights) -> Any:
         asked_for.append(self)
         return keep(self)
 
     monkeypatch.setattr(ddpm, "squared_error", squared_error)
-    monkeypatch.setattr(trained.Trained, "reference", reference)
-    monkeypatch.setattr(trained, "Trained", Watched)
+    monkeypatch.setattr(AllWeights, "reference", reference)
     sft = ("--sft", "--learning_rate", "1e-3", "--eval_fraction", "0.2", "--no_cache_latents")
     one = train(tmp_path / "a", tiny_sd15, pairs, *sft)
     assert [len(losses) for losses in errors] == [2, 2, 2]
@@ -436,7 +436,8 @@ def test_sft_learns_the_winners_alone_without_a_reference(
     assert same_unet(one / "unet", two / "unet")
     assert not same_unet(one / "unet", tiny_sd15 / "unet")
     assert not asked_for
-    assert [policy._copy for policy in made] == [None, None]
+    assert [policy.has_reference for policy in made] == [False, False]
+    assert all(isinstance(policy, AllWeights) and policy._copy is None for policy in made)
 
 
 def test_sft_keeps_no_copy_and_says_so_in_the_plan(
@@ -469,15 +470,15 @@ def test_every_evaluation_of_one_model_says_the_same_whatever_the_seed(
 ) -> None:
     moved = train(tmp_path, tiny_sd15, pairs, *LORA, "--learning_rate", "1e-2", "--no_hflip")
     noises: list[Tensor] = []
-    own = paired.noised
+    own = paired.Inputs.noise
 
-    def noised(rows: Any, keys: Sequence[Any], *others: Any) -> paired.Noised:
-        found = own(rows, keys, *others)
+    def noise(self: paired.Inputs, keys: Sequence[Any], like: Tensor) -> Tensor:
+        found = own(self, keys, like)
         if keys[0][0] == "held-out pairs":
-            noises.append(found.noisy)
+            noises.append(found)
         return found
 
-    monkeypatch.setattr(paired, "noised", noised)
+    monkeypatch.setattr(paired.Inputs, "noise", noise)
     still = (*LORA, "--init_lora_weights_path", str(moved / lora.WEIGHTS), "--validation_steps")
     still += ("1", "--learning_rate", "1e-30", "--eval_fraction", "0.3", "--max_train_steps", "2")
     rows: list[dict[str, float]] = []
@@ -488,10 +489,10 @@ def test_every_evaluation_of_one_model_says_the_same_whatever_the_seed(
     assert all(row == rows[0] for row in rows)
     assert rows[0]["eval_loss"] != LOG_TWO
     # Two held-out pairs in a batch, at four timesteps, six times.
-    assert [len(noisy) for noisy in noises] == [4] * 24
-    for i, noisy in enumerate(noises):
-        assert torch.equal(noisy, noises[i % 4])
-        assert not torch.equal(noisy, noises[(i + 1) % 4])
+    assert [len(one) for one in noises] == [4] * 24
+    for i, one in enumerate(noises):
+        assert torch.equal(one, noises[i % 4])
+        assert not torch.equal(one, noises[(i + 1) % 4])
 
 
 def test_pictures_for_prompts_are_drawn_and_scored(
@@ -669,7 +670,7 @@ def test_the_rewards_are_listed_whatever_else_is_missing(
         (("--use_ema", "--ema_update_every", "9"), "--ema_update_every 9"),
         (("--max_train_samples", "2", "--eval_reward", "no_such_reward"), "no_such_reward"),
         (("--validation_prompts_file", "missing.txt"), "--validation_prompts_file"),
-        (("--use_lora", "--lora_layers", "nothing"), "--lora_layers"),
+        (("--finetune", "lora", "--lora_layers", "nothing"), "--lora_layers"),
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, tuple) else "",
 )
@@ -692,6 +693,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         train(tmp_path, tiny_sd15, pairs, *wild)
     assert len(steps(tmp_path / "run")) == 1
     assert not (tmp_path / "run" / "finished.json").exists()
+
+
+def test_a_run_of_before_finetune_goes_on_as_what_it_was(
+    tmp_path: Path, tiny_sd15: Path, pairs: Path
+) -> None:
+    folder = train(tmp_path, tiny_sd15, pairs, *LORA, "--max_train_steps", "1")
+    record = json.loads((folder / "args.json").read_text())
+    assert record["args"]["finetune"] == {"finetune": "lora"}
+    record["args"]["finetune"] = {"use_lora": True}
+    (folder / "args.json").write_text(json.dumps(record))
+    resume = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    with pytest.raises(UserError, match="--finetune was lora, now full"):
+        train(tmp_path, tiny_sd15, pairs, *resume, "--rank", "2")
+    train(tmp_path, tiny_sd15, pairs, *resume, *LORA)
+    assert [row["step"] for row in steps(folder)] == [1, 2]
 
 
 def test_a_longer_run_goes_on_exactly_and_a_finished_one_is_left_alone(

@@ -20,7 +20,8 @@ from dojo.cli import UserError
 from dojo.finetune import lora
 from dojo.maths import flow
 from dojo.models import sd3
-from tests.conftest import launch, run_flags
+from tests.conftest import run_flags
+from tests.processes import Death, launch, spawn
 
 SCRIPT = "train_dreambooth_lora_sd3.py"
 INSTANCE, CLASS = "a photo of sks dog", "a red circle"
@@ -178,7 +179,7 @@ def test_class_pictures_are_reused_and_topped_up(
         raise AssertionError("class pictures were drawn again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sd3, "load_pipeline", refuse)
+        patch.setattr(sd3.Model, "load_pipeline", refuse)
         train(tmp_path / "second", *prior(tmp_path))
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -218,8 +219,9 @@ def test_drawing_class_pictures_goes_on_after_a_kill(
     train: Any, tmp_path: Path, tiny_sd3: Path, subject: Path
 ) -> None:
     flags = words(tmp_path, tiny_sd3, subject, *prior(tmp_path), "--sample_batch_size", "1")
-    killed = launch(SCRIPT, flags, tmp_path, DIE_AT="class picture", DIE_COUNT="3")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    death = Death(place="class picture", count=3)
+    code, said = spawn(SCRIPT, flags, tmp_path, death)
+    assert code == -signal.SIGKILL, said
     folder = tmp_path / "class"
     assert len(list(folder.glob("class-*.png"))) == 2
     train(tmp_path, *prior(tmp_path), "--sample_batch_size", "1")

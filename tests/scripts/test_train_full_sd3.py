@@ -17,8 +17,9 @@ from torch import Tensor
 import train_full_sd3
 from dojo import cli
 from dojo.cli import UserError
-from dojo.finetune import whole as full
-from tests.conftest import launch, reset_accelerate, run_flags
+from dojo.models.sd3.folder import SINGLE_FILE
+from tests.conftest import reset_accelerate, run_flags
+from tests.processes import launch
 
 SCRIPT = "train_full_sd3.py"
 LAST = re.compile(r"transformer_blocks\.3\.attn\.(add_q_proj|norm_added_q)\.")
@@ -217,14 +218,14 @@ def test_a_large_transformer_is_saved_in_shards(train: Any, tmp_path: Path) -> N
 def test_one_file_holds_what_the_folder_holds(train: Any, tmp_path: Path, tiny_sd3: Path) -> None:
     folder = train(tmp_path, "--single_file")
     pipeline: Any = StableDiffusion3Pipeline.from_single_file(
-        str(folder / full.SINGLE_FILE), config=str(folder), local_files_only=True
+        str(folder / SINGLE_FILE), config=str(folder), local_files_only=True
     )
     there: Any = StableDiffusion3Pipeline.from_pretrained(folder)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         one, two = getattr(pipeline, name).state_dict(), getattr(there, name).state_dict()
         assert equal({k: v.float() for k, v in one.items()}, two), name
     # And training starts from it: with a learning rate of nothing it ends where it began.
-    flags = ("--pretrained_model_name_or_path", str(folder / full.SINGLE_FILE))
+    flags = ("--pretrained_model_name_or_path", str(folder / SINGLE_FILE))
     flags += ("--single_file_config", str(tiny_sd3), "--learning_rate", "1e-30")
     again = train(tmp_path / "again", *flags, "--adam_weight_decay", "0")
     assert equal(weights(again / "transformer"), weights(folder / "transformer"))

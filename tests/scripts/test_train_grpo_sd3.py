@@ -3,16 +3,10 @@
 import csv
 import json
 import math
-import multiprocessing
-import os
 import random
 import runpy
 import signal
-import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,16 +21,13 @@ from torch import Tensor
 
 import train_grpo_sd3
 from dojo.cli import TrainingStopped, UserError
-from dojo.data import shards
 from dojo.finetune import lora
-from dojo.maths import advantages as policy
-from dojo.maths import rollout
+from dojo.maths import rollout, surrogate
 from dojo.maths.gaussian import Gaussian
 from dojo.methods import rl
 from dojo.rewards import loading
-from dojo.run import checkpoint
-from dojo.run import run as training
 from tests.conftest import ROOT, reset_accelerate, rl_flags
+from tests.processes import Death, free_port, served, spawn
 
 SCRIPT = "train_grpo_sd3.py"
 NO_EVALUATION = ("--num_eval_prompts", "0")
@@ -116,127 +107,6 @@ def result(folder: Path) -> bytes:
     return (folder / lora.WEIGHTS).read_bytes()
 
 
-# -- processes of their own ---------------------------------------------------------------------
-# As `conftest.launch`, but forked from a server that has imported what takes seconds.
-
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(
-    [
-        "dojo.methods.rl",
-        "dojo.report",
-        "dojo.publish",
-        "dojo.pocket.verifier",
-        "dojo.rewards.__main__",
-    ]
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Death:
-    """SIGKILL for a process at the so-many-th call of a place."""
-
-    place: str
-    """sample (of a batch), step (a backward pass), checkpoint (a file of it is flushed), cache (a
-    file of it is written)"""
-    count: int
-    victim: int = 0
-    """process to kill; 0 is the one that makes the call"""
-
-
-def _deadly(function: Callable[..., Any], death: Death) -> Callable[..., Any]:
-    calls = iter(range(1, 10**6))
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == death.count:
-            os.kill(death.victim or os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-def _work(
-    script: str, flags: list[str], log: Path, environment: dict[str, str], death: Death | None
-) -> None:
-    """In the new process: runs the script as a command line does."""
-    os.environ.update(environment)
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    if death is not None:
-        place: Any = {
-            "sample": rollout,
-            "step": training.Run,
-            "checkpoint": checkpoint,
-            "cache": shards.tensors,
-        }[death.place]
-        name = {"sample": "sample", "step": "update", "checkpoint": "_flush", "cache": "save"}[
-            death.place
-        ]
-        setattr(place, name, _deadly(getattr(place, name), death))
-    sys.argv = [script, *flags]
-    if script.endswith(".py"):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    else:
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def spawn(
-    script: str, flags: list[str], folder: Path, death: Death | None = None, processes: int = 1
-) -> tuple[int, str]:
-    """Runs a script in new processes: the first exit code that is not 0, and what they said.
-
-    Of several processes the last one dies.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
-    log.write_text("")
-    group: list[Any] = []
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    for rank in range(processes):
-        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        last = rank == processes - 1
-        work = (script, flags, log, own if processes > 1 else {}, death if last else None)
-        group.append(_forks.Process(target=_work, args=work))
-        group[-1].start()
-    code = 0
-    deadline = time.monotonic() + 400
-    while code == 0 and any(one.is_alive() for one in group) and time.monotonic() < deadline:
-        time.sleep(0.05)
-        code = next((one.exitcode for one in group if one.exitcode), 0)
-    for one in group:
-        if one.is_alive():  # as torchrun does when another has died
-            one.kill()
-        one.join()
-    return code or next((one.exitcode for one in group if one.exitcode), 0), log.read_text()
-
-
-@contextmanager
-def served(reward: str, port: int, folder: Path) -> Iterator[int]:
-    """A reward server that answers; its process id."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "server.txt"
-    log.write_text("")
-    flags = ["serve", reward, "--port", str(port)]
-    server = _forks.Process(target=_work, args=("dojo.rewards", flags, log, {}, None))
-    server.start()
-    try:
-        while "serving" not in log.read_text():
-            assert server.is_alive(), log.read_text()
-            time.sleep(0.05)
-        yield server.pid or 0
-    finally:
-        server.kill()
-        server.join()
-
-
 # -- the ratio, and the tie to the base ---------------------------------------------------------
 
 
@@ -299,7 +169,7 @@ def test_what_is_trained_is_the_likelihood_of_the_noise_that_was_drawn(
 ) -> None:
     drawn: list[tuple[Tensor, Tensor]] = []
     asked: list[tuple[Gaussian, Tensor]] = []
-    draw, measure = Gaussian.sample, policy.log_ratio
+    draw, measure = Gaussian.sample, surrogate.log_ratio
 
     def sample(self: Gaussian, noise: Tensor) -> Tensor:
         reached = draw(self, noise)
@@ -311,7 +181,7 @@ def test_what_is_trained_is_the_likelihood_of_the_noise_that_was_drawn(
         return measure(new, old, x, *kind)
 
     monkeypatch.setattr(Gaussian, "sample", sample)
-    monkeypatch.setattr(policy, "log_ratio", log_ratio)
+    monkeypatch.setattr(train_grpo_sd3, "log_ratio", log_ratio)
     batch = ("--train_batch_size", "2", "--sample_batch_size", "4", "--max_train_steps", "4")
     train(tmp_path, tiny_sd3, *batch, *NO_EVALUATION, "--sampler", "sde")
     assert len(drawn) == 8 * 2  # pictures x trained steps
@@ -337,13 +207,13 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     """Log ratios and advantages of every micro-batch of the runs of a test."""
     calls: list[Seen] = []
-    own = policy.clipped_surrogate
+    own = surrogate.clipped_surrogate
 
-    def clipped_surrogate(moved: Tensor, advantages: Tensor, clip: float) -> policy.Surrogate:
+    def clipped_surrogate(moved: Tensor, advantages: Tensor, clip: float) -> surrogate.Surrogate:
         calls.append(Seen(moved.detach().clone(), advantages.clone()))
         return own(moved, advantages, clip)
 
-    monkeypatch.setattr(policy, "clipped_surrogate", clipped_surrogate)
+    monkeypatch.setattr(train_grpo_sd3, "clipped_surrogate", clipped_surrogate)
     return calls
 
 

@@ -19,7 +19,8 @@ from dojo.cli import TrainingStopped, UserError
 from dojo.finetune import lora
 from dojo.maths import flow
 from dojo.models import sd3
-from tests.conftest import ROOT, MakeArgs, launch, lora_flags, run_flags
+from tests.conftest import ROOT, MakeArgs, lora_flags, run_flags
+from tests.processes import Death, launch, spawn
 
 SCRIPT = "train_lora_sd3.py"
 PROMPTS = (
@@ -214,10 +215,10 @@ def test_a_second_run_loads_no_text_encoder(
 ) -> None:
     run(lora_args(tmp_path, *PROMPTS))
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the text encoders were loaded again")
 
-    monkeypatch.setattr(sd3, "TextEncoders", refuse)
+    monkeypatch.setattr(sd3.Model, "load_text", refuse)
     run(lora_args(tmp_path, *PROMPTS, "--output_dir", str(tmp_path / "second")))
 
 
@@ -442,24 +443,30 @@ def test_two_processes_share_the_batch_and_resume_after_a_kill(
     # One held-out picture: the second process has none to evaluate.
     short += ("--eval_fraction", "0.1", "--resume_from_checkpoint", "latest")
     half = ("--train_batch_size", "1")
-    reference = launch(SCRIPT, [*lora_flags(whole, tiny_sd3, scene_data), *short, *half], whole, 2)
-    assert reference.returncode == 0, reference.stderr
-    record = json.loads((whole / "run" / "args.json").read_text())
+    started = tmp_path / "started"  # by torchrun, as a user does
+    flags = [*lora_flags(started, tiny_sd3, scene_data), *short, *half]
+    done = launch(SCRIPT, flags, started, 2)
+    assert done.returncode == 0, done.stderr
+    flags = [*lora_flags(whole, tiny_sd3, scene_data), *short, *half]
+    code, said = spawn(SCRIPT, flags, whole, processes=2)
+    assert code == 0, said
+    record = json.loads((started / "run" / "args.json").read_text())
     assert record["num_processes"] == 2
-    assert reference.stdout.count("pictures: 9 to train on") == 1  # one process speaks
+    assert done.stdout.count("pictures: 9 to train on") == 1  # one process speaks
 
     flags = [*lora_flags(broken, tiny_sd3, scene_data), *short, *half]
-    killed = launch(SCRIPT, flags, broken, 2, DIE_AT="step", DIE_COUNT="4")
-    assert killed.returncode != 0
+    flags += ["--latent_cache_dir", str(whole / "cache")]  # encoded in the same batches
+    code, said = spawn(SCRIPT, flags, broken, Death(place="step", count=4), processes=2)
+    assert code != 0, said
     assert (broken / "run" / "checkpoint-2").is_dir()
-    resumed = launch(SCRIPT, flags, broken, 2)
-    assert resumed.returncode == 0, resumed.stderr
+    code, said = spawn(SCRIPT, flags, broken, processes=2)
+    assert code == 0, said
     assert (broken / "run" / lora.WEIGHTS).read_bytes() == (
         whole / "run" / lora.WEIGHTS
     ).read_bytes()
 
     alone = run(lora_args(tmp_path / "alone", *short, "--train_batch_size", "2"))
-    for one, two in zip(metrics(alone), metrics(whole / "run"), strict=True):
+    for one, two in zip(metrics(alone), metrics(started / "run"), strict=True):
         assert one["step"] == two["step"]
         for name in ("loss", "eval_loss", "grad_norm", "lr", "epoch"):
             if name in one:

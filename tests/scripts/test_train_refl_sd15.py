@@ -21,16 +21,18 @@ from torch import Tensor
 import train_refl_sd15
 from dojo.cli import TrainingStopped, UserError
 from dojo.finetune import lora
-from dojo.inputs import steering
-from dojo.maths import ddpm, denoising, preference
+from dojo.inputs.steering import Steering
+from dojo.maths import denoising, preference
 from dojo.maths.gaussian import Gaussian
+from dojo.maths.objective import Diffusion
 from dojo.methods.refl import ReflArgs
-from dojo.models import sd15
+from dojo.models.sd15 import models
 from dojo.rewards import loading
 from dojo.rewards.imagereward import ImageReward
 from dojo.rewards.reward import Component, Reward
 from dojo.rewards.scorer import Place, Scorer
-from tests.conftest import ROOT, launch
+from tests.conftest import ROOT
+from tests.processes import Death, launch, spawn
 from tests.scripts.test_train_dpo_sd15 import (
     LORA,
     ONE_STEP,
@@ -45,12 +47,10 @@ from tests.scripts.test_train_dpo_sd15 import (
 )
 from tests.scripts.test_train_dpo_sd15 import train as train_script
 from tests.scripts.test_train_grpo_sd3 import (
-    Death,
     breaking,
     evaluated,
     metrics,
     scores,
-    spawn,
     timeless,
 )
 
@@ -107,10 +107,10 @@ def test_gradients_reach_the_weights_through_the_last_calls_alone(
 ) -> None:
     calls: list[tuple[bool, bool]] = []
     ends: list[int] = []
-    ask, estimate = sd15.epsilon, denoising.estimate
+    ask, estimate = models.epsilon, denoising.estimate
 
-    def epsilon(unet: Any, noisy: Tensor, *others: Any) -> Tensor:
-        predicted = ask(unet, noisy, *others)
+    def epsilon(unet: Any, noisy: Tensor, *others: Any, **more: Any) -> Tensor:
+        predicted = ask(unet, noisy, *others, **more)
         calls.append((noisy.requires_grad, predicted.requires_grad))
         return predicted
 
@@ -122,7 +122,7 @@ def test_gradients_reach_the_weights_through_the_last_calls_alone(
         ends.append(options["last"])
         return clean
 
-    monkeypatch.setattr(sd15, "epsilon", epsilon)
+    monkeypatch.setattr(models, "epsilon", epsilon)
     monkeypatch.setattr(denoising, "estimate", counted)
     own = (*flags, *NO_EVALUATION, "--grad_steps", str(grad_steps))
     folder = train(tmp_path, tiny_sd15, *own)
@@ -173,7 +173,7 @@ class Watched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images: list[Tensor] = []
         self.scores: list[Tensor] = []
-        decode, shortfall = sd15.decode, preference.shortfall
+        decode, shortfall = models.decode, preference.shortfall
 
         def decoded(*args: Any) -> Tensor:
             images = decode(*args)
@@ -186,7 +186,7 @@ class Watched:
             self.scores.append(scores.detach())
             return shortfall(scores, margin)
 
-        monkeypatch.setattr(sd15, "decode", decoded)
+        monkeypatch.setattr(models, "decode", decoded)
         monkeypatch.setattr(preference, "shortfall", missing)
 
     @property
@@ -333,14 +333,14 @@ def test_the_pre_training_loss_is_added_with_its_weight(
     assert equal(*(load_file(folder / lora.WEIGHTS) for folder in (nothing, without)))
 
     errors: list[Tensor] = []
-    measure = ddpm.squared_error
+    measure = Diffusion.errors
 
-    def squared_error(epsilon: Tensor, noise: Tensor) -> Tensor:
+    def squared_errors(self: Diffusion, epsilon: Tensor, *others: Any, **more: Any) -> Tensor:
         assert epsilon.requires_grad
-        errors.append(measure(epsilon, noise))
+        errors.append(measure(self, epsilon, *others, **more))
         return errors[-1]
 
-    monkeypatch.setattr(ddpm, "squared_error", squared_error)
+    monkeypatch.setattr(Diffusion, "errors", squared_errors)
     some = train(tmp_path / "some", tiny_sd15, *own, *data, "3")
     assert len(errors) == 3
     for row, error in zip(steps(some), errors, strict=True):
@@ -372,11 +372,11 @@ def test_guidance_is_that_of_diffusers(
     pipeline.unet.eval()
     looked: list[Tensor] = []
     prompts: list[str] = []
-    predictor, estimate = steering.predictor, denoising.estimate
+    call, estimate = Steering.__call__, denoising.estimate
 
-    def asked(unet: Any, texts: Any, captions: Any, *others: Any, **options: Any) -> Any:
+    def asked(self: Steering, network: Any, captions: Any) -> Any:
         prompts[:] = captions
-        return predictor(unet, texts, captions, *others, **options)
+        return call(self, network, captions)
 
     def compared(epsilon: Any, noise: Tensor, way: Any, *others: Any, **options: Any) -> Tensor:
         timestep = torch.full((2,), 501)
@@ -389,7 +389,7 @@ def test_guidance_is_that_of_diffusers(
         looked.append(expected)
         return estimate(epsilon, noise, way, *others, **options)
 
-    monkeypatch.setattr(steering, "predictor", asked)
+    monkeypatch.setattr(Steering, "__call__", asked)
     monkeypatch.setattr(denoising, "estimate", compared)
     guided = ("--guidance_scale", "4", "--negative_prompt", "a dog", *ONE_STEP)
     train(tmp_path, tiny_sd15, *NO_EVALUATION, *guided)
@@ -427,13 +427,13 @@ def test_prompts_that_fill_no_whole_batch_come_once_in_a_pass(
     tmp_path: Path, tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts: list[str] = []
-    predictor = steering.predictor
+    call = Steering.__call__
 
-    def asked(unet: Any, texts: Any, captions: Any, *others: Any, **options: Any) -> Any:
+    def asked(self: Steering, network: Any, captions: Any) -> Any:
         prompts.extend(captions)
-        return predictor(unet, texts, captions, *others, **options)
+        return call(self, network, captions)
 
-    monkeypatch.setattr(steering, "predictor", asked)
+    monkeypatch.setattr(Steering, "__call__", asked)
     own = (*NO_EVALUATION, "--train_batch_size", "4", "--num_train_epochs", "2")
     flags = ("--max_train_steps", "None", "--sample_steps", "2")
     folder = train(tmp_path, tiny_sd15, *own, *flags)

@@ -1,0 +1,220 @@
+"""Processes of their own: as a user starts them, or forked from one that has imported all."""
+
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dojo.data import shards
+from dojo.maths import rollout
+from dojo.run import checkpoint
+from dojo.run.learner import Learner
+from tests.conftest import ROOT
+
+# -- as a user starts them ----------------------------------------------------------------------
+
+# Runs a training script as a user would, and kills its own process at a chosen place.
+_DEADLY = """
+import os, runpy, signal, sys
+from dojo.run import checkpoint
+from dojo.run.learner import Learner
+from dojo.data import shards
+
+shards.SHARD_SIZE = 2  # several shards of the ten scenes
+place, count = os.environ.get("DIE_AT", "nowhere"), int(os.environ.get("DIE_COUNT", "0"))
+
+def deadly(function):
+    calls = iter(range(1, 10**6))
+    def wrapper(*args, **kwargs):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapper
+
+if place == "cache":
+    shards.tensors.save = deadly(shards.tensors.save)
+elif place == "step":
+    Learner.step = deadly(Learner.step)
+elif place == "checkpoint":
+    checkpoint._flush = deadly(checkpoint._flush)
+elif place == "class picture":
+    from PIL import Image
+    Image.Image.save = deadly(Image.Image.save)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def launch(
+    script: str, flags: Sequence[str], folder: Path, processes: int = 1, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Starts a training script in processes of its own.
+
+    DIE_AT (cache, step, checkpoint, class picture) and DIE_COUNT kill it with SIGKILL at that
+    call.
+    """
+    wrapper = folder / "deadly.py"
+    folder.mkdir(exist_ok=True, parents=True)
+    wrapper.write_text(_DEADLY)
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        python += ["--master_port", str(random.randint(20_000, 50_000))]
+    return subprocess.run(
+        [*python, str(wrapper), str(ROOT / script), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+# -- forked from a server that has imported what takes seconds ----------------------------------
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["tests.preloaded"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Death:
+    """SIGKILL for a process at the so-many-th call of a place."""
+
+    place: str
+    """sample (of a batch), step (a backward pass), checkpoint (a file of it is flushed), cache (a
+    file of it is written), class picture (one is written)"""
+    count: int
+    victim: int = 0
+    """process to kill; 0 is the one that makes the call"""
+
+
+def _deadly(function: Callable[..., Any], death: Death) -> Callable[..., Any]:
+    calls = iter(range(1, 10**6))
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == death.count:
+            os.kill(death.victim or os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+_PLACES: dict[str, tuple[Any, str]] = {
+    "sample": (rollout, "sample"),
+    "step": (Learner, "step"),
+    "checkpoint": (checkpoint, "_flush"),
+    "cache": (shards.tensors, "save"),
+    "class picture": (Image.Image, "save"),
+}
+
+
+def _begin(
+    work: Callable[..., object],
+    arguments: Sequence[Any],
+    log: Path,
+    environment: dict[str, str],
+    death: Death | None,
+) -> None:
+    """In the new process: works as one that was started with this environment."""
+    os.environ.update(environment)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    if death is not None:
+        place, name = _PLACES[death.place]
+        setattr(place, name, _deadly(getattr(place, name), death))
+    work(*arguments)
+
+
+def _run(script: str, flags: Sequence[str]) -> None:
+    """Runs a script or a module as a command line does."""
+    sys.argv = [script, *flags]
+    if script.endswith(".py"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def spawn(
+    script: str,
+    flags: Sequence[str],
+    folder: Path,
+    death: Death | None = None,
+    processes: int = 1,
+) -> tuple[int, str]:
+    """Runs a script or a module in new processes, as `together` does."""
+    return together(_run, (script, flags), folder, death, processes)
+
+
+def together(
+    work: Callable[..., object],
+    arguments: Sequence[Any],
+    folder: Path,
+    death: Death | None = None,
+    processes: int = 1,
+) -> tuple[int, str]:
+    """Works in new processes: the first exit code that is not 0, and what they said.
+
+    Of several processes the last one dies.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    log.write_text("")
+    group: list[Any] = []
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    for rank in range(processes):
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        last = rank == processes - 1
+        rest = (log, own if processes > 1 else {}, death if last else None)
+        group.append(_forks.Process(target=_begin, args=(work, arguments, *rest)))
+        group[-1].start()
+    code = 0
+    deadline = time.monotonic() + 400
+    while code == 0 and any(one.is_alive() for one in group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        code = next((one.exitcode for one in group if one.exitcode), 0)
+    for one in group:
+        if one.is_alive():  # as torchrun does when another has died
+            one.kill()
+        one.join()
+    return code or next((one.exitcode for one in group if one.exitcode), 0), log.read_text()
+
+
+@contextmanager
+def served(reward: str, port: int, folder: Path) -> Iterator[int]:
+    """A reward server that answers; its process id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "server.txt"
+    log.write_text("")
+    flags = ["serve", reward, "--port", str(port)]
+    server = _forks.Process(target=_begin, args=(_run, ("dojo.rewards", flags), log, {}, None))
+    server.start()
+    try:
+        while "serving" not in log.read_text():
+            assert server.is_alive(), log.read_text()
+            time.sleep(0.05)
+        yield server.pid or 0
+    finally:
+        server.kill()
+        server.join()
