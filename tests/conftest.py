@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 * 2**30:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+
+from dojo.launch import interrupt  # noqa: E402
 
 if TYPE_CHECKING:
     import train_lora_sd3
@@ -51,6 +54,21 @@ def fresh_accelerate() -> Iterator[None]:
     """Every test may open an Accelerator of its own; accelerate keeps the first one's state."""
     yield
     reset_accelerate()
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """A script that is run as `__main__` in a test takes the signals; they are pytest's again.
+
+    A later test that sends itself a signal would be ended by the watch of a run that is over.
+    """
+    before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    yield
+    if interrupt._watch is not None:
+        interrupt._watch = None
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def reset_accelerate() -> None:
