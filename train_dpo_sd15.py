@@ -124,8 +124,12 @@ def main(args: Args) -> None:
             errors = ddpm.squared_error(predicted, noise)  # [2B], or [B]
             losses = errors
             if not args.dpo.sft:
-                with run.phase("reference", wait=True), torch.no_grad(), trained.reference() as old:
-                    predicted = steering(old, captions)(noisy, timestep)
+                with (
+                    run.phase("reference", wait=True),
+                    torch.no_grad(),
+                    trained.reference() as base,
+                ):
+                    predicted = steering(base, captions)(noisy, timestep)
                     reference = ddpm.squared_error(predicted, noise)
                 found = preference.dpo(
                     *errors.chunk(2), *reference.chunk(2), beta=args.dpo.beta_dpo

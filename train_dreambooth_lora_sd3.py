@@ -25,6 +25,7 @@ from dojo.inputs import class_pictures, pictures
 from dojo.launch import interrupt
 from dojo.maths import flow
 from dojo.models import sd3
+from dojo.models.opening import open_model
 from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
 
 
@@ -72,7 +73,7 @@ def main(args: Args) -> None:
     """Trains from the options to the saved adapters."""
     # ---------------------------------------------------------------------------------- run
     run = start(args.run, args.optim)
-    model = sd3.open_model(args.model, args.text)
+    model = open_model(args.model, args.text)
     trained = finetune.Adapters(run, args.lora)
     args.validation.check(model)
     args.publish.check(args.run.output_dir, args.run.report_to)

@@ -24,6 +24,7 @@ from dojo.inputs import pictures
 from dojo.launch import interrupt
 from dojo.maths import flow
 from dojo.models import sd3
+from dojo.models.opening import open_model
 from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
 
 
@@ -49,7 +50,7 @@ def main(args: Args) -> None:
     """Trains from the options to the saved pipeline."""
     # ---------------------------------------------------------------------------------- run
     run = start(args.run, args.optim)
-    model = sd3.open_model(args.model, args.text)
+    model = open_model(args.model, args.text)
     trained = finetune.AllWeights(run, args.full)
     args.validation.check(model)
     args.publish.check(args.run.output_dir, args.run.report_to)

@@ -101,8 +101,6 @@ class Model(ABC):
 
     name: ClassVar[str]
     """as titles call the family"""
-    tags: ClassVar[tuple[str, ...]]
-    """by which the hub knows it"""
     network_class: ClassVar[str]
     """the class of the trained network"""
     network_facts: ClassVar[NetworkFacts]

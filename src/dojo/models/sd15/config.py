@@ -41,7 +41,6 @@ class Config(family.Model):
     """What is known of a model without its weights."""
 
     name = "Stable Diffusion 1"
-    tags = ("stable-diffusion",)
     network_class = "UNet2DConditionModel"
     network_facts = network.UNET
     text_encoders = ("text_encoder",)

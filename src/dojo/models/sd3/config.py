@@ -132,7 +132,6 @@ class Config(family.Model):
     """What is known of a model without its weights."""
 
     name = "Stable Diffusion 3"
-    tags = ("stable-diffusion-3",)
     network_class = "SD3Transformer2DModel"
     network_facts = MMDIT
     text_encoders = TEXT_ENCODERS
