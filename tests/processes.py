@@ -105,7 +105,9 @@ def _deadly(function: Callable[..., Any], death: Death) -> Callable[..., Any]:
     calls = iter(range(1, 10**6))
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == death.count:
+        # Other files are flushed by the same function.
+        counts = death.place != "checkpoint" or ".checkpoint-" in str(args[0])
+        if counts and next(calls) == death.count:
             os.kill(death.victim or os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
 

@@ -569,7 +569,7 @@ def test_a_run_killed_in_sampling_in_a_step_and_in_a_checkpoint_ends_with_the_sa
     deaths = [
         Death(place="sample", count=random.randint(1, 6)),  # two are an epoch
         Death(place="step", count=random.randint(1, 4)),  # of four an epoch
-        Death(place="checkpoint", count=random.randint(5, 9)),  # of its files: four come before
+        Death(place="checkpoint", count=random.randint(1, 9)),  # of its files
     ]
     for death in deaths:
         code, said = spawn(SCRIPT, [*flags_of(broken, tiny_sd3), *LONG], broken, death)
