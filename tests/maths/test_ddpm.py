@@ -261,6 +261,39 @@ def test_offset_noise_moves_whole_channels() -> None:
     assert torch.equal(ddpm.offset_noise(noise, drawn, 0), noise)
 
 
+def test_a_schedule_loses_its_last_signal_once() -> None:
+    dark = SCHEDULE.without_signal_at_its_end()
+    assert torch.equal(dark.alphas_cumprod, DARK.alphas_cumprod)
+    assert dark.without_signal_at_its_end() is dark
+
+
+def test_the_limits_of_a_huber_loss_by_hand() -> None:
+    # abar .8, .5, 0: sigma .5, 1, infinite.
+    schedule = ddpm.Schedule(torch.tensor([0.8, 0.5, 0.0], dtype=torch.float64))
+    every = torch.arange(3)
+
+    def limit(kind: ddpm.HuberSchedule) -> list[float]:
+        return ddpm.huber_limit(every, schedule, 0.1, kind).tolist()
+
+    assert limit("constant") == pytest.approx([0.1] * 3)
+    assert limit("exponential") == pytest.approx([1, 0.1 ** (1 / 3), 0.1 ** (2 / 3)])
+    assert limit("snr") == pytest.approx([0.9 / 1.5**2 + 0.1, 0.9 / 4 + 0.1, 0.1])
+
+
+@pytest.mark.parametrize("kind", get_args(ddpm.HuberSchedule))
+def test_a_huber_losss_limit_never_rises_with_the_noise(kind: ddpm.HuberSchedule) -> None:
+    limit = ddpm.huber_limit(torch.arange(1000), SCHEDULE, 0.1, kind)
+    assert limit.dtype == torch.float32
+    assert (limit.diff() <= 0).all()
+    assert 0.1 - 1e-6 <= limit[-1] <= limit[0] <= 1
+
+
+def test_a_huber_loss_keeps_the_digits_of_small_differences() -> None:
+    small, zero = torch.full((1, 4, 8, 8), 1e-5), torch.zeros(1, 4, 8, 8)
+    found = ddpm.pseudo_huber(small, zero, torch.ones(1))
+    assert torch.allclose(found, torch.full_like(found, 1e-10), rtol=1e-5, atol=0)
+
+
 # -- the whole way -------------------------------------------------------------------------------
 
 
@@ -312,6 +345,13 @@ def test_the_whole_way_by_velocity_from_pure_noise(eta: int) -> None:
     assert torch.allclose(found, picture.expand_as(found), atol=1e-5)
     early = denoising.estimate(network, draws(2, "noise"), way, KEYS, last=0)
     assert torch.allclose(early, picture.expand_as(early), atol=1e-5)
+
+
+def test_a_way_begins_where_no_signal_is_left() -> None:
+    way = denoising.Way.of(DARK, 8, eta=0, prediction="v_prediction")
+    assert way.timesteps == DARK.sampling_timesteps(8, spacing="trailing")
+    assert way.timesteps[0] == 999
+    assert denoising.Way.of(SCHEDULE, 8, eta=0).timesteps == SCHEDULE.sampling_timesteps(8)
 
 
 def test_a_picture_does_not_depend_on_its_batch() -> None:

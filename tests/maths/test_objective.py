@@ -160,6 +160,63 @@ def test_min_snr_weights_by_hand() -> None:
     assert torch.allclose(v, torch.tensor([0.5, 0.5, 0.1]))
 
 
+def test_debiased_weights_by_hand() -> None:
+    # SNR 9999, 1, 1/9; the first counts as 1000, as in sd-scripts.
+    schedule = ddpm.Schedule(torch.tensor([0.9999, 0.5, 0.1], dtype=torch.float64))
+    level = torch.arange(3)
+    eps = Diffusion(schedule=schedule, debiased_estimation=True).weight(level)
+    assert torch.allclose(eps, torch.tensor([1000**-0.5, 1.0, 3.0]))
+    v = Diffusion(schedule=schedule, prediction_type="v_prediction", debiased_estimation=True)
+    assert torch.allclose(v.weight(level), torch.tensor([1 / 1001, 0.5, 0.9]))
+    dark = Diffusion(schedule=DARK, prediction_type="v_prediction", debiased_estimation=True)
+    assert dark.weight(torch.tensor([999])) == 1
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 1000), (0, 1), (200, 700), (999, None)])
+def test_the_chosen_timesteps_are_all_equally_likely_and_the_only_ones(
+    first: int, end: int | None
+) -> None:
+    objective = Diffusion(schedule=SCHEDULE, min_timestep=first, max_timestep=end)
+    count = (end or 1000) - first
+    even = (torch.arange(count * 8, dtype=torch.float64) + 0.5) / (count * 8)
+    found = objective.level(even).bincount(minlength=1000)
+    assert (found[first : first + count] == 8).all()
+    assert found.sum() == 8 * count
+    ends = torch.tensor([2.0**-24, 1.0])  # the smallest and the largest that are drawn
+    assert objective.level(ends).tolist() == [first + count - 1, first]
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+def test_a_huber_loss_is_squares_near_zero_and_sizes_far_away(kind: Any) -> None:
+    objective = Diffusion(schedule=SCHEDULE, loss_type=kind, huber_c=0.2, huber_schedule="constant")
+    level, noise = torch.tensor([3, 800, 999]), torch.zeros(3, 4, 8, 8)
+    over = 0.2 if kind == "smooth_l1" else 1.0
+
+    def error(size: float) -> Tensor:
+        predicted = torch.full_like(noise, size)
+        return objective.errors(predicted, noise, level, clean=noise, noise=noise) * over
+
+    assert torch.allclose(error(1e-4), torch.full((3,), 1e-8), rtol=1e-4)
+    assert torch.allclose(error(1e4), torch.full((3,), 2 * 0.2 * 1e4), rtol=1e-3)
+    by_hand = 2 * 0.2 * ((0.3**2 + 0.2**2) ** 0.5 - 0.2)
+    assert torch.allclose(error(-0.3), torch.full((3,), by_hand))
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+def test_a_large_difference_pulls_less_by_a_huber_loss(kind: Any) -> None:
+    objective = Diffusion(schedule=SCHEDULE, loss_type=kind)
+    clean, noise, _, uniform = batch()
+    predicted = (noise + torch.linspace(0.01, 30, 8)).requires_grad_()
+    level = objective.level(uniform)
+    errors = objective.errors(predicted, noise, level, clean=clean, noise=noise)
+    (pull,) = torch.autograd.grad(errors.sum(), predicted)
+    squared = Diffusion(schedule=SCHEDULE).errors(predicted, noise, level, clean=clean, noise=noise)
+    (plain,) = torch.autograd.grad(squared.sum(), predicted)
+    share = (pull / plain).mean((0, 1, 2))
+    assert (share.diff() < 0).all()
+    assert pull.isfinite().all()
+
+
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_a_schedule_without_signal_at_its_end_gives_numbers_everywhere(
     gamma: float | None,
@@ -185,6 +242,11 @@ def test_a_schedule_without_signal_at_its_end_gives_numbers_everywhere(
         ({"prediction_type": "sample"}, "'sample' is not known here"),
         ({"schedule": DARK}, "has to predict v"),
         ({"snr_gamma": 0.0}, "snr_gamma has to be positive"),
+        ({"snr_gamma": 5.0, "debiased_estimation": True}, "two weights"),
+        ({"min_timestep": 300, "max_timestep": 300}, "in this order"),
+        ({"min_timestep": -1}, "min_timestep -1"),
+        ({"max_timestep": 1001}, "in 0 .. 1000"),
+        ({"huber_c": 0.0}, "huber_c has to lie above 0"),
     ],
 )
 def test_an_objective_that_teaches_nothing_is_refused(wrong: dict[str, Any], why: str) -> None:

@@ -32,6 +32,9 @@ Prediction = Literal["epsilon", "v_prediction"]
 Spacing = Literal["leading", "trailing", "linspace"]
 """how a sampler's timesteps lie, by diffusers' names"""
 
+HuberSchedule = Literal["constant", "exponential", "snr"]
+"""how the limit of a Huber loss hangs on the timestep, by sd-scripts' names"""
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -72,6 +75,10 @@ class Schedule:
             raise ValueError(f"unknown beta_schedule {kind!r}")
         abar = (1 - betas.double()).cumprod(0)
         return cls(_to_zero(abar) if config.get("rescale_betas_zero_snr") else abar)
+
+    def without_signal_at_its_end(self) -> Schedule:
+        """The same with zero terminal SNR; itself where it has that already."""
+        return self if self.ends_without_signal else Schedule(_to_zero(self.alphas_cumprod))
 
     @property
     def ends_without_signal(self) -> bool:
@@ -206,6 +213,37 @@ def require_signal(schedule: Schedule) -> None:
 def squared_error(epsilon: Tensor, noise: Tensor) -> Tensor:
     """The mean squared error of every sample, in float32 (Equation 14): [B, ...] -> [B]."""
     return (epsilon.float() - noise.float()).square().flatten(1).mean(1)
+
+
+def huber_limit(timestep: Tensor, schedule: Schedule, limit: float, kind: HuberSchedule) -> Tensor:
+    """Up to which errors a Huber loss counts squares: float32 [B].
+
+    Khrapov et al. (2024, arXiv:2403.16728) let it fall with the noise, from 1 at the picture to
+    `limit` at the end, so that the loss is robust where a picture's outline is decided and squared
+    where its details are: exponential is limit^(t / T), snr is (1 - limit) / (1 + sigma)^2 + limit
+    with sigma^2 = 1 / SNR.
+    """
+    if kind == "constant":
+        return torch.full_like(timestep, limit, dtype=torch.float32)
+    if kind == "exponential":
+        return limit ** (timestep.float() / schedule.num_timesteps)
+    abar = schedule.alphas_cumprod[timestep.cpu()]
+    share = abar.sqrt() / (abar.sqrt() + (1 - abar).sqrt())  # 1 / (1 + sigma), 0 without signal
+    return ((1 - limit) * share.square() + limit).float().to(timestep.device)
+
+
+def pseudo_huber(predicted: Tensor, target: Tensor, limit: Tensor) -> Tensor:
+    """Twice the smooth Huber loss of every number, float32 [B, ...]: 2 c (sqrt(d^2 + c^2) - c).
+
+    d^2 for differences d far below c, 2 c |d| far above. Written without the difference of roots,
+    which would lose the small ones' digits.
+
+    Args:
+        limit: c, [B].
+    """
+    c = limit.view(-1, *[1] * (predicted.dim() - 1))
+    square = (predicted.float() - target.float()).square()
+    return 2 * c * square / ((square + c.square()).sqrt() + c)
 
 
 def transition(

@@ -35,9 +35,22 @@ class Way:
     """what the network says"""
 
     @classmethod
-    def of(cls, schedule: Schedule, steps: int, *, eta: float, offset: int = 1) -> Way:
-        """`steps` evenly spaced timesteps (`Schedule.sampling_timesteps`)."""
-        return cls(schedule=schedule, timesteps=schedule.sampling_timesteps(steps, offset), eta=eta)
+    def of(
+        cls,
+        schedule: Schedule,
+        steps: int,
+        *,
+        eta: float,
+        offset: int = 1,
+        prediction: Prediction = "epsilon",
+    ) -> Way:
+        """`steps` evenly spaced timesteps (`Schedule.sampling_timesteps`).
+
+        They begin at the last one where that has no signal: the picture's mean is decided there.
+        """
+        spacing = "trailing" if schedule.ends_without_signal else "leading"
+        timesteps = schedule.sampling_timesteps(steps, offset, spacing)
+        return cls(schedule=schedule, timesteps=timesteps, eta=eta, prediction=prediction)
 
     def step(
         self, epsilon: Epsilon, latents: Tensor, number: int, keys: Sequence[tuple[rng.Key, ...]]

@@ -97,7 +97,11 @@ def squared_error(predicted: Tensor, target: Tensor, area: Tensor | None = None)
         area: how much each place counts, float32 [B, 1, h, w]; the mean is over what counts, so
             that a small subject teaches as much as a large one. None counts every place alike.
     """
-    errors = (predicted.float() - target.float()).square()
+    return mean_over((predicted.float() - target.float()).square(), area)
+
+
+def mean_over(errors: Tensor, area: Tensor | None) -> Tensor:
+    """The mean of every sample's errors, over what counts: [B, C, h, w] -> [B]."""
     if area is None:
         return errors.flatten(1).mean(1)
     weights = area.expand_as(errors)

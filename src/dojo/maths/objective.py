@@ -13,14 +13,20 @@ the batch; `clean`, `noise`, `noisy` and `predicted` are [B, ...], a level is [B
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from dojo.maths import ddpm, flow
-from dojo.maths.ddpm import Prediction, Schedule
+from dojo.maths.ddpm import HuberSchedule, Prediction, Schedule
 from dojo.maths.flow import WeightingScheme
+
+Loss = Literal["l2", "huber", "smooth_l1"]
+"""what is made of the difference between a prediction and its target, by sd-scripts' names"""
+
+LARGEST_SNR = 1000.0
+"""at which debiased estimation stops to weigh the nearly clean timesteps down, as in sd-scripts"""
 
 
 class Objective(Protocol):
@@ -55,7 +61,9 @@ class Objective(Protocol):
         noise: Tensor,
         area: Tensor | None = None,
     ) -> Tensor:
-        """The mean squared error of every sample, float32 [B], not yet weighed by `weight`.
+        """The mean error of every sample, float32 [B], squared unless the objective says otherwise.
+
+        It is not yet weighed by `weight`.
 
         Args:
             area: how much each place counts, see `flow.squared_error`.
@@ -142,8 +150,9 @@ class Diffusion:
     A level is a timestep, int64 in 0 .. T - 1.
 
     Raises:
-        ValueError: another kind of prediction, noise where the schedule ends without signal, or an
-            `snr_gamma` that is not positive.
+        ValueError: another kind of prediction, noise where the schedule ends without signal, an
+            `snr_gamma` that is not positive, two weights at once, no timestep, or a limit of the
+            Huber loss that is none.
     """
 
     schedule: Schedule
@@ -151,6 +160,20 @@ class Diffusion:
     snr_gamma: float | None = None
     """min-SNR weights (Hang et al. 2023, arXiv:2303.09556) with this gamma, 5 in the paper; None
     counts every timestep alike"""
+    debiased_estimation: bool = False
+    """weights of Yu et al. (2023, arXiv:2310.08442): 1 / sqrt(SNR) where noise is predicted,
+    1 / (SNR + 1) where v is, with an SNR of `LARGEST_SNR` at most, as sd-scripts has them"""
+    min_timestep: int = 0
+    """the first timestep that is trained"""
+    max_timestep: int | None = None
+    """the first one behind the last that is trained; None trains to the end"""
+    loss_type: Loss = "l2"
+    """l2 is the squared error; huber and smooth_l1 are it for small differences, and grow like
+    their size for large ones: 2 c (sqrt(d^2 + c^2) - c), and the same over c"""
+    huber_c: float = 0.1
+    """c of these two, or what it falls to"""
+    huber_schedule: HuberSchedule = "snr"
+    """see `ddpm.huber_limit`"""
 
     def __post_init__(self) -> None:
         if self.prediction_type not in get_args(Prediction):
@@ -162,10 +185,27 @@ class Diffusion:
             ddpm.require_signal(self.schedule)
         if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise ValueError(f"snr_gamma has to be positive, not {self.snr_gamma}")
+        if self.snr_gamma is not None and self.debiased_estimation:
+            raise ValueError("snr_gamma and debiased_estimation are two weights: one of them")
+        first, end, every = *self.timesteps, self.schedule.num_timesteps
+        if not 0 <= first < end <= every:
+            raise ValueError(
+                f"min_timestep {first} and max_timestep {end} have to lie in 0 .. {every}, in this "
+                "order"
+            )
+        if not 0 < self.huber_c <= 1:
+            raise ValueError(f"huber_c has to lie above 0 and not above 1, not at {self.huber_c}")
+
+    @property
+    def timesteps(self) -> tuple[int, int]:
+        """The first timestep that is trained, and the first one behind the last."""
+        end = self.schedule.num_timesteps if self.max_timestep is None else self.max_timestep
+        return self.min_timestep, end
 
     def level(self, uniform: Tensor) -> Tensor:
         """Timesteps, all equally likely: int64 [B]; the largest number is the first timestep."""
-        return ((1 - uniform) * self.schedule.num_timesteps).long()
+        first, end = self.timesteps
+        return ((1 - uniform) * (end - first)).long() + first
 
     def noisy(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps."""
@@ -191,19 +231,28 @@ class Diffusion:
         noise: Tensor,
         area: Tensor | None = None,
     ) -> Tensor:
-        """|prediction - target|^2: [B]."""
-        return flow.squared_error(predicted, self.target(clean, noise, level), area)
+        """|prediction - target|^2, or the loss that `loss_type` names: [B]."""
+        target = self.target(clean, noise, level)
+        if self.loss_type == "l2":
+            return flow.squared_error(predicted, target, area)
+        limit = ddpm.huber_limit(level, self.schedule, self.huber_c, self.huber_schedule)
+        errors = flow.mean_over(ddpm.pseudo_huber(predicted, target, limit), area)
+        return errors / limit if self.loss_type == "smooth_l1" else errors
 
     def weight(self, level: Tensor) -> Tensor:
-        """1, or min(SNR, gamma) / SNR where eps is predicted, / (SNR + 1) where v is: [B].
+        """1, min-SNR's weight, or that of debiased estimation: [B].
 
-        Both are min(SNR, gamma) as a weight on the error of x0. That of v is 0 where no signal is
-        left: nothing is learned of the last timestep then.
+        min-SNR is min(SNR, gamma) / SNR where eps is predicted, / (SNR + 1) where v is: both are
+        min(SNR, gamma) as a weight on the error of x0. That of v is 0 where no signal is left:
+        nothing is learned of the last timestep then. That of debiased estimation is 1 there.
         """
-        snr = self.schedule.snr(level)
+        snr, predicts_v = self.schedule.snr(level), self.prediction_type == "v_prediction"
+        if self.debiased_estimation:
+            snr = snr.clamp_max(LARGEST_SNR)
+            return 1 / (snr + 1) if predicts_v else snr.rsqrt()
         if self.snr_gamma is None:
             return torch.ones_like(snr)
-        return snr.clamp_max(self.snr_gamma) / (snr + (self.prediction_type == "v_prediction"))
+        return snr.clamp_max(self.snr_gamma) / (snr + predicts_v)
 
     def of_timestep(self, timestep: Tensor) -> Tensor:
         """The timestep itself."""
