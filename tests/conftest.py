@@ -27,6 +27,12 @@ if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 * 2**30:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from diffusers import (  # noqa: E402
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
 from dojo.launch import interrupt  # noqa: E402
 
@@ -80,18 +86,60 @@ def reset_accelerate() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of an untrained pocket SD3 whose latents are shifted and scaled as the real ones."""
+    """Folder of an untrained SD3 whose latents are shifted and scaled as the real ones."""
     return make_tiny(tmp_path_factory.mktemp("models") / "tiny-sd3", "sd3")
 
 
 @pytest.fixture(scope="session")
 def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of an untrained pocket SD1.5 whose latents are scaled as the real ones."""
+    """Folder of an untrained SD1.5 whose latents are scaled as the real ones."""
     return make_tiny(tmp_path_factory.mktemp("models") / "tiny-sd15", "sd15")
 
 
-def make_tiny(folder: Path, family: str) -> Path:
-    """Writes an untrained pocket model of a family, sd3 or sd15."""
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as an SD2: CLIP-H's activation, linear projections, v-prediction."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-sd2", "sd2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an untrained SDXL whose latents are scaled as the real ones."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-sdxl", "sdxl")
+
+
+@pytest.fixture(scope="session")
+def pocket_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as `tiny_sd3` in the pocket model's size, which can learn something."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "untrained-sd3", "sd3", {})
+
+
+@pytest.fixture(scope="session")
+def pocket_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as `tiny_sd15` in the pocket model's size, which can learn something."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "untrained-sd15", "sd15", {})
+
+
+# What is smaller than in the pocket models: a run of a few steps takes half the time.
+_SMALLER_UNET: dict[str, Any] = {"block_out_channels": (16, 32)}
+SMALLER: dict[str, dict[str, Any]] = {
+    "sd3": {
+        **{"num_layers": 2, "dual_attention_layers": (0,), "attention_head_dim": 16},
+        **{"num_attention_heads": 2, "caption_projection_dim": 32},
+    },
+    "sd15": _SMALLER_UNET,
+    "sd2": _SMALLER_UNET,
+    "sdxl": _SMALLER_UNET,
+}
+
+
+def make_tiny(folder: Path, family: str, smaller: dict[str, Any] | None = None) -> Path:
+    """Writes an untrained model of a family, smaller than the pocket model.
+
+    Args:
+        family: sd3, sd15, sd2 (made of sd15) or sdxl.
+        smaller: what its network has otherwise than the pocket model's; unset: `SMALLER`.
+    """
     from dojo.pocket import models
 
     torch.manual_seed(0)
@@ -99,11 +147,56 @@ def make_tiny(folder: Path, family: str) -> Path:
         pipeline: Any = models.sd3_pipeline()
         # The pocket autoencoder's own 0 and 1 would hide a factor that is forgotten.
         pipeline.vae.register_to_config(shift_factor=0.0609, scaling_factor=1.5305)
+    elif family == "sdxl":
+        pipeline = tiny_sdxl_pipeline()
     else:
         pipeline = models.sd15_pipeline()
         pipeline.vae.register_to_config(scaling_factor=0.18215)
+    if family == "sd2":
+        settings = {**pipeline.scheduler.config, "prediction_type": "v_prediction"}
+        pipeline.scheduler = DDIMScheduler.from_config(settings)
+        pipeline.unet = other_unet(pipeline.unet, use_linear_projection=True)
+    part = "transformer" if family == "sd3" else "unet"
+    network = getattr(pipeline, part)
+    other = SMALLER[family] if smaller is None else smaller
+    setattr(pipeline, part, type(network).from_config({**network.config, **other}))
     pipeline.save_pretrained(folder)
     return folder
+
+
+def other_unet(unet: Any, **settings: Any) -> Any:
+    """An untrained UNet like another one, but for some settings."""
+    own = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    return UNet2DConditionModel.from_config({**own, **settings})
+
+
+def tiny_sdxl_pipeline() -> Any:
+    """An untrained SDXL of pocket parts: both CLIPs, the autoencoder, a UNet that is told sizes."""
+    from dojo.pocket import models, text
+
+    small = models.sd15_pipeline()
+    unet = other_unet(
+        small.unet,
+        cross_attention_dim=models.CLIP_L_WIDTH + models.CLIP_G_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=models.CLIP_G_WIDTH + 6 * 32,
+    )
+    small.vae.register_to_config(scaling_factor=0.13025)
+    settings: Any = {**small.scheduler.config, "timestep_spacing": "leading"}
+    scheduler: Any = EulerDiscreteScheduler.from_config(settings)
+    return StableDiffusionXLPipeline(
+        unet=unet,
+        scheduler=scheduler,
+        vae=small.vae,
+        text_encoder=small.text_encoder,
+        tokenizer=small.tokenizer,
+        text_encoder_2=models.clip_g(),
+        tokenizer_2=text.clip_tokenizer("!"),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -276,13 +276,14 @@ def test_a_table_may_be_larger_than_the_vocabulary(tiny_sd15: Path) -> None:
     """Tables are rounded up, and textual inversion adds rows."""
     args = sd15.ModelArgs(pretrained_model_name_or_path=str(tiny_sd15))
     texts = sd15.open_model(args).load_text(torch.float32, CPU)
-    size = len(texts.tokenizer)
+    (tokenizer,), (encoder,) = texts.tokenizers, texts.encoders
+    size = len(tokenizer)
     for rows in (size, size + 1, size + 128):
-        texts.encoder.resize_token_embeddings(rows)
-        loaded.check_vocabulary(texts.tokenizer, texts.encoder, "it")
-    texts.encoder.resize_token_embeddings(size - 1)
+        encoder.resize_token_embeddings(rows)
+        loaded.check_vocabulary(tokenizer, encoder, "it")
+    encoder.resize_token_embeddings(size - 1)
     with pytest.raises(UserError, match=f"it knows {size} tokens, the text encoder {size - 1}"):
-        loaded.check_vocabulary(texts.tokenizer, texts.encoder, "it")
+        loaded.check_vocabulary(tokenizer, encoder, "it")
 
 
 @pytest.mark.parametrize("damage", [no_folder, few_words])

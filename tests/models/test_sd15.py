@@ -80,7 +80,7 @@ def test_the_real_sizes_are_those_of_sd15() -> None:
         unet={"block_out_channels": [320, 640, 1280, 1280], "in_channels": 4, "sample_size": 64},
         vae={"block_out_channels": [128, 256, 512, 512]},  # says no scaling_factor
         scheduler={},
-        text_encoder={},
+        encoders={},
     )
     assert (real.pixel_step, real.native_size, real.scaling_factor) == (64, 512, 0.18215)
     assert real.latent_shape(512, 768) == (4, 64, 96)
@@ -201,7 +201,7 @@ def test_epsilon_is_the_unets_own(config: sd15.Model, tiny_sd15: Path, pipeline:
     assert not any(param.requires_grad for param in unet.parameters())
     noisy, embeds, timestep = noise(2, 4, 8, 8), noise(2, 20, 64), torch.tensor([3, 999])
     with torch.no_grad():
-        found = sd15.epsilon(unet, noisy, timestep, embeds, torch.float32)
+        found = sd15.prediction(unet, noisy, timestep, embeds, torch.float32)
         expected = pipeline.unet(noisy, timestep, embeds).sample
     assert torch.equal(found, expected)
 
@@ -214,7 +214,7 @@ def test_epsilon_is_float32_whatever_the_network_computes_in() -> None:
             return (sample,)
 
     timestep = torch.arange(3)
-    found = sd15.epsilon(Spy(), noise(3, 4, 2, 2), timestep, noise(3, 2, 2), torch.bfloat16)
+    found = sd15.prediction(Spy(), noise(3, 4, 2, 2), timestep, noise(3, 2, 2), torch.bfloat16)
     assert found.dtype == torch.float32
 
 
@@ -257,8 +257,9 @@ def test_texts_are_encoded_as_the_pipeline_does_it(
     assert found.keys() == {"prompt_embeds"}
     assert found["prompt_embeds"].shape == (4, 20, 64)
     assert torch.equal(found["prompt_embeds"], embeds)
-    ids = encode.tokenizer(captions[3], max_length=20, truncation=True).input_ids
-    assert ids[-1] == encode.tokenizer.eos_token_id
+    (tokenizer,) = encode.tokenizers
+    ids = tokenizer(captions[3], max_length=20, truncation=True).input_ids
+    assert ids[-1] == tokenizer.eos_token_id
 
 
 def test_the_encoder_sits_in_the_precision_that_was_asked(
@@ -318,8 +319,8 @@ def test_a_half_downloaded_folder_is_refused(tmp_path: Path, tiny_sd15: Path, pa
 @pytest.mark.parametrize(
     ("part", "settings", "message"),
     [
-        ("scheduler", {"prediction_type": "v_prediction"}, "predicts v_prediction"),
-        ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ("scheduler", {"prediction_type": "sample"}, "predicts sample"),
+        ("scheduler", {"rescale_betas_zero_snr": True}, "ends without signal"),
         ("scheduler", {"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
         ("unet", {"addition_embed_type": "text_time"}, "text_time"),
         ("unet", {"class_embed_type": "timestep"}, "class labels"),

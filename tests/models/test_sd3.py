@@ -464,8 +464,8 @@ def test_a_fingerprint_ignores_parts_that_were_not_asked_for(
 # Cost
 
 
-def test_operations_grow_with_batch_and_recomputation(tiny_sd3: Path) -> None:
-    config = sd3.open_model(args_of(tiny_sd3, max_sequence_length=24))
+def test_operations_grow_with_batch_and_recomputation(pocket_sd3: Path) -> None:
+    config = sd3.open_model(args_of(pocket_sd3, max_sequence_length=24))
 
     def cost(batch: int, checkpointing: bool = False) -> int:
         _, found = config.training_cost(

@@ -87,7 +87,7 @@ def test_a_run_says_what_is_cut_and_says_it_again_when_all_is_cached(
     (tmp_path / "data_report.json").write_text('{"train": 7}')
     said, report = prepared(tmp_path, tiny_sd15, [[SHORT, LONG[0]], [*LONG, ""]])
     assert said[0] == "2 of 4 captions and prompts are cut for CLIP, which reads 20 tokens"
-    assert "the longest has 50 tokens" in said[1]
+    assert "the longest has 51 tokens" in said[1]
     assert said[2].startswith("  2 are the same as another one once they are cut: 'a red star and")
     assert report["train"] == 7
     assert report["texts"] == {"texts": 4, "tokens_of_CLIP": 20, "cut_for_CLIP": 2}

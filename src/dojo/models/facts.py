@@ -10,6 +10,12 @@ from dataclasses import dataclass
 _ATTENTION = r"attn[12]?\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _FEED_FORWARD = r"ff(_context)?\.net\.(0\.proj|2)"
 
+# A UNet's, by the full names; no transformer has any of these.
+_CONVOLUTIONS = (
+    r"(?:.*\.)?(?:resnets\.\d+\.conv(?:1|2|_shortcut)|(?:down|up)samplers\.\d+\.conv|"
+    r"attentions\.\d+\.proj_(?:in|out))"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkFacts:
@@ -23,6 +29,8 @@ class NetworkFacts:
     """expression for the projections of attentions, by their names in a block"""
     feed_forward: str = _FEED_FORWARD
     """the same for the linear layers between them"""
+    convolutions: str = _CONVOLUTIONS
+    """expression for the full names of the convolutions that adapters may be put on"""
     unread_in_last: tuple[str, ...] = ()
     """modules of the last block of the list at the top whose result nothing reads"""
 

@@ -114,6 +114,8 @@ class Model(ABC):
 
     sized: ClassVar[bool] = False
     """whether the network is told the pictures' sizes and crops"""
+    rescales_guidance: ClassVar[bool] = False
+    """whether the pipeline's call takes `guidance_rescale`"""
 
     args: ModelArgs
     folder: Path
@@ -173,6 +175,10 @@ class Model(ABC):
                     f"--{name} (or --resolution) {pixels} is not a multiple of {self.pixel_step}, "
                     f"which this model needs; the nearest is {nearest}"
                 )
+
+    def remark(self, height: int, width: int) -> str | None:
+        """What a user should hear before training on pictures of a size that the model takes."""
+        return None
 
     @property
     def needed(self) -> tuple[str, ...]:

@@ -165,17 +165,27 @@ def fingerprint(folder: Path, parts: Sequence[str]) -> str:
     64 blocks of 64 KiB spread over each file are read, so that 10 GB take no longer than 10 MB;
     training changes every block of a weight file.
     """
+    return fingerprint_of(
+        {
+            f"{part}/{path.name}": path
+            for part in parts
+            for path in sorted(path for path in (folder / part).glob("*") if path.is_file())
+        }
+    )
+
+
+def fingerprint_of(files: Mapping[str, Path]) -> str:
+    """Identifies some files, and the names that they are given, in their order."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        for path in sorted(path for path in (folder / part).glob("*") if path.is_file()):
-            size = path.stat().st_size
-            digest.update(f"{part}/{path.name}:{size}".encode())
-            with path.open("rb") as file:
-                for i in range(64):
-                    file.seek(max(0, size - 65_536) * i // 63)
-                    digest.update(file.read(65_536))
-                    if size <= 65_536:
-                        break
+    for name, path in files.items():
+        size = path.stat().st_size
+        digest.update(f"{name}:{size}".encode())
+        with path.open("rb") as file:
+            for i in range(64):
+                file.seek(max(0, size - 65_536) * i // 63)
+                digest.update(file.read(65_536))
+                if size <= 65_536:
+                    break
     return digest.hexdigest()
 
 
@@ -298,6 +308,20 @@ def save_network(
 
     outputs.fill(folder / part, write)
     return cast
+
+
+# ---- embeddings ----
+
+
+def zeros_for_empty(embeds: Embeds, captions: Sequence[str]) -> Embeds:
+    """The embeddings with zeros in the rows of empty captions."""
+    if "" not in captions:
+        return embeds
+    device = next(iter(embeds.values())).device
+    there = torch.tensor([caption != "" for caption in captions], device=device)
+    return {
+        name: value * there.view(-1, *[1] * (value.dim() - 1)) for name, value in embeds.items()
+    }
 
 
 # ---- the autoencoder ----

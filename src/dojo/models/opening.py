@@ -9,15 +9,20 @@ from typing import Any
 from torch import nn
 
 from dojo.cli import UserError
-from dojo.models import loaded, sd3, sd15
+from dojo.models import loaded, sd3, sd15, sdxl
 from dojo.models.facts import NetworkFacts
 from dojo.models.family import Model, ModelArgs, TextArgs
 from dojo.models.folders import FLAG, find_folder
-from dojo.models.sd3 import single_file
+from dojo.models.sd3 import single_file as sd3_file
+from dojo.models.unet import single_file
 
 # The beginning of a pipeline's class in model_index.json, and the package of its family. The first
 # that fits counts.
-FAMILIES: dict[str, Any] = {"StableDiffusion3": sd3, "StableDiffusionPipeline": sd15}
+FAMILIES: dict[str, Any] = {
+    "StableDiffusion3": sd3,
+    "StableDiffusionXL": sdxl,
+    "StableDiffusionPipeline": sd15,
+}
 
 
 def open_model(args: ModelArgs, text: TextArgs | None = None) -> Model:
@@ -46,8 +51,7 @@ def family_of(args: ModelArgs) -> Any:
     name = args.pretrained_model_name_or_path
     path = Path(name).expanduser()
     if path.is_file():
-        single_file.inspect(path)  # of one file there is one family yet: refuses all others
-        return sd3
+        return _family_of_file(path)
     folder = find_folder(name, FLAG, revision=args.revision, variant=args.variant)
     kind = str(loaded.read_index(folder, FLAG)["_class_name"])
     for beginning, family in FAMILIES.items():
@@ -55,6 +59,20 @@ def family_of(args: ModelArgs) -> Any:
             return family
     known = ", ".join(family.Model.name for family in FAMILIES.values())
     raise UserError(f"{FLAG}: {folder} holds a {kind}; known are {known}")
+
+
+def _family_of_file(path: Path) -> Any:
+    """By the header of a single file.
+
+    Raises:
+        UserError: naming what else it is.
+    """
+    contents = single_file.read(path, FLAG)
+    if any("joint_blocks." in name for name in contents.entries):
+        sd3_file.inspect(path)
+        return sd3
+    kind = single_file.identify(contents).family
+    return next(one for one in (sd15, sdxl) if kind in one.Model.single_files)
 
 
 def facts_of(network: nn.Module) -> NetworkFacts:

@@ -1,74 +1,30 @@
 """Captions to what the UNet reads: CLIP's last hidden states after its final norm, [B, T, D].
 
-There is no mask, so padding is attended to; a caption longer than T tokens is cut before its end
-token.
+With `--clip_skip` the last hidden states are those of a layer before the last one, after the same
+norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from dojo.models import loaded
 from dojo.models.folders import Embeds
 from dojo.models.sd15.config import Config
-from dojo.models.truncation import Reader
+from dojo.models.unet import text
 
 
-def readers(config: Config) -> list[Reader]:
-    """The tokenizer of a model and how much its encoder reads, without the encoder."""
-    tokenizer = loaded.tokenizer(CLIPTokenizer, config.folder, "tokenizer", flag=config.flag)
-    return [Reader("CLIP", tokenizer, tokenizer.model_max_length)]
+class TextEncoders(text.TextEncoders):
+    """CLIP, as `StableDiffusionPipeline.encode_prompt` asks it."""
+
+    def encode(self, captions: Sequence[str]) -> Embeds:
+        """`prompt_embeds` [B, T, D]."""
+        return {"prompt_embeds": self.ask(0, captions)[0]}
 
 
-class TextEncoder:
-    """Captions to embeddings, as `StableDiffusionPipeline.encode_prompt` makes them."""
-
-    def __init__(self, tokenizer: Any, encoder: Any, device: torch.device) -> None:
-        """Takes a tokenizer and the CLIP that computes on `device`."""
-        self.tokenizer, self.device = tokenizer, device
-        self.encoder: Any = encoder
-
-    @property
-    def trainable(self) -> list[Any]:
-        """None of them is trained yet."""
-        return []
-
-    def refresh(self, cached: Mapping[str, Tensor], captions: Sequence[str]) -> Embeds:
-        """Cached embeddings as they are."""
-        return dict(cached)
-
-    def free_others(self) -> None:
-        """Lets go of CLIP."""
-        self.encoder = None
-
-    @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> Embeds:
-        """`prompt_embeds` [B, T, D], on the CPU."""
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return {"prompt_embeds": self.encoder(tokens.input_ids.to(self.device))[0].cpu()}
-
-
-def load_text_encoder(config: Config, dtype: torch.dtype, device: torch.device) -> TextEncoder:
-    """The frozen encoder of a model."""
-    encoder = loaded.network(
-        CLIPTextModel,
-        *(config.folder, "text_encoder"),
-        flag=config.flag,
-        dtype=dtype,
-        variant=config.args.variant,
-    )
-    tokenizer = loaded.tokenizer(
-        CLIPTokenizer, config.folder, "tokenizer", flag=config.flag, encoder=encoder
-    )
-    return TextEncoder(tokenizer, encoder.requires_grad_(False).eval().to(device), device)
+def load_text(config: Config, dtype: torch.dtype, device: torch.device) -> TextEncoders:
+    """The frozen encoder of a model, without the layers that are skipped."""
+    made = TextEncoders.load(config, dtype, device)
+    text.cut(made.encoders[0], config.text.clip_skip)
+    return made

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from dojo.maths.objective import Flow, Objective
+from dojo.models import folders
 from dojo.models.family import Saving
 from dojo.models.folders import Embeds
 from dojo.models.sd3 import config, guidance, models, pipeline, schedule, text
@@ -66,13 +67,9 @@ class Model(Config):
 
     def no_caption(self, embeds: Embeds, captions: Sequence[str]) -> Embeds:
         """As `--uncond` says: the embeddings of "", or zeros."""
-        if self.text.uncond != "zeros" or "" not in captions:
+        if self.text.uncond != "zeros":
             return embeds
-        device = embeds["prompt_embeds"].device
-        there = torch.tensor([caption != "" for caption in captions], device=device)
-        return {
-            name: value * there.view(-1, *[1] * (value.dim() - 1)) for name, value in embeds.items()
-        }
+        return folders.zeros_for_empty(embeds, captions)
 
     @cached_property
     def layout(self) -> text.Layout:

@@ -1,0 +1,113 @@
+"""A model with a UNet behind the contract of `dojo.models.family`."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from dojo.maths.objective import Diffusion, Objective
+from dojo.models import folders
+from dojo.models.family import Saving
+from dojo.models.folders import UNET
+from dojo.models.truncation import Reader
+from dojo.models.unet import folder as folder_
+from dojo.models.unet import networks, noise, pipeline, schedule, text
+from dojo.models.unet.config import Config
+from dojo.models.unet.noise import NoiseArgs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Config, ABC):
+    """One opened model: a diffusion whose noise or v is predicted, and its schedule."""
+
+    # -- the objective ------------------------------------------------------------------------
+
+    def objective(self, size: tuple[int, int], args: NoiseArgs | None = None) -> Diffusion:
+        """What is predicted at which timesteps; the size changes nothing."""
+        return noise.objective(self.schedule, self.prediction_type, args)
+
+    def make_scheduler(self, objective: Objective) -> Any:
+        """The model's own scheduler, which says what the objective trains."""
+        return schedule.own(schedule.trained(self.scheduler, objective))
+
+    # -- texts --------------------------------------------------------------------------------
+
+    def readers(self) -> list[Reader]:
+        """The tokenizers of the CLIPs."""
+        return text.readers(self)
+
+    # -- networks -----------------------------------------------------------------------------
+
+    def load_network(self, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+        """The frozen UNet."""
+        unet = self.load_part(UNet2DConditionModel, UNET, dtype)
+        unet.requires_grad_(False)
+        if self.args.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet.to(device)
+
+    def load_vae(self, device: torch.device, *, checkpointing: bool = False) -> AutoencoderKL:
+        """The frozen autoencoder."""
+        vae = self.load_part(AutoencoderKL, "vae", folders.DTYPES[self.args.vae_dtype])
+        if checkpointing:
+            vae.enable_gradient_checkpointing()
+        return vae.requires_grad_(False).eval().to(device)
+
+    def predict(
+        self,
+        network: nn.Module,
+        noisy: Tensor,
+        level: Tensor,
+        conditions: Mapping[str, Tensor],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The noise at a timestep, or v."""
+        return networks.prediction(network, noisy, level, **conditions, dtype=dtype)
+
+    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+        """Latents to pictures."""
+        return networks.decode(vae, self, latents)
+
+    # -- drawing ------------------------------------------------------------------------------
+
+    def load_pipeline(self, dtype: torch.dtype, device: torch.device) -> Any:
+        """The whole pipeline, without safety checker."""
+        return pipeline.load_pipeline(self, dtype, device)
+
+    def pipeline(self, network: Any, vae: AutoencoderKL, objective: Objective) -> Any:
+        """A pipeline with the scheduler of the objective."""
+        return pipeline.around(network, vae, self.make_scheduler(objective), self)
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def finish(self, folder: Path, objective: Objective) -> None:
+        """Writes the scheduler, where the base model's is not right any more."""
+        schedule.save(folder, self.scheduler, objective)
+
+    def save_whole(self, folder: Path, network: Any, saving: Saving, objective: Objective) -> None:
+        """Writes the whole pipeline."""
+        folder_.save_whole(folder, network, self, saving, objective)
+
+    # -- cost ---------------------------------------------------------------------------------
+
+    def meta_network(self) -> Any:
+        """A UNet of this size."""
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(self.unet)
+
+    def meta_inputs(
+        self, rows: int, shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Latents, timestep and embeddings."""
+        width = self.unet["cross_attention_dim"]
+        noisy = torch.empty(rows, *shape, dtype=dtype, device="meta")
+        timestep = torch.empty(rows, dtype=torch.int64, device="meta")
+        embeds = torch.empty(rows, self.clip_tokens, width, dtype=dtype, device="meta")
+        return noisy, timestep, {"prompt_embeds": embeds}

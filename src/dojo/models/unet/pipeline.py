@@ -1,0 +1,34 @@
+"""A whole pipeline for drawing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from dojo.models import loaded
+from dojo.models.unet.config import Config
+
+
+def load_pipeline(config: Config, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model as it was, every part in `dtype`, with its own scheduler, no safety checker."""
+    parts = {part: config.load_part(kind, part, dtype) for part, kind in config.networks.items()}
+    pipeline = loaded.pipeline(
+        config.folder,
+        flag=config.flag,
+        kind=config.pipeline_class,
+        dtype=dtype,
+        variant=config.args.variant,
+        **parts,
+        **dict.fromkeys(config.optional_parts),
+        **config.pipeline_options,
+    )
+    return pipeline.to(device)
+
+
+def around(unet: Any, vae: AutoencoderKL, scheduler: Any, config: Config) -> Any:
+    """A pipeline without text encoders: it is given embeddings."""
+    absent = dict.fromkeys((*config.text_folders, *config.optional_parts))
+    kind: Any = config.pipeline_class
+    return kind(unet=unet, scheduler=scheduler, vae=vae, **absent, **config.pipeline_options)

@@ -1,0 +1,106 @@
+"""Captions to what a UNet reads, by one CLIP or two.
+
+There is no mask, so padding is attended to; a caption longer than T tokens is cut before its end
+token. Layers whose result nothing reads are taken out of an encoder: they would cost time, and
+adapters on them would never learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from dojo.models import loaded
+from dojo.models.folders import Embeds
+from dojo.models.truncation import Reader
+from dojo.models.unet.config import Config
+
+
+def readers(config: Config) -> list[Reader]:
+    """The tokenizers of a model and how much its encoders read, without the encoders."""
+    made = [
+        loaded.tokenizer(CLIPTokenizer, config.folder, _tokenizer(part), flag=config.flag)
+        for part in config.clips
+    ]
+    return [Reader("CLIP", one, config.clip_tokens) for one in made]
+
+
+def cut(encoder: Any, layers: int) -> Any:
+    """Takes the last layers out of a CLIP."""
+    stack = getattr(encoder, "text_model", encoder).encoder
+    if layers:
+        stack.layers = stack.layers[:-layers]
+    return encoder
+
+
+class TextEncoders:
+    """The CLIPs of a model, all of which may be in training."""
+
+    def __init__(
+        self, tokenizers: Sequence[Any], encoders: Sequence[Any], tokens: int, device: torch.device
+    ) -> None:
+        """Takes tokenizers and the CLIPs that compute on `device`.
+
+        Args:
+            tokens: T, that every caption is padded to.
+        """
+        self.tokenizers, self.encoders = list(tokenizers), list(encoders)
+        self.tokens, self.device = tokens, device
+
+    @classmethod
+    def load(cls, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
+        """The frozen encoders of a model."""
+        tokenizers, encoders = [], []
+        for part, kind in config.clips.items():
+            encoder = config.load_part(kind, part, dtype)
+            name = _tokenizer(part)
+            tokenizers.append(
+                loaded.tokenizer(
+                    *(CLIPTokenizer, config.folder, name), flag=config.flag, encoder=encoder
+                )
+            )
+            encoders.append(encoder.requires_grad_(False).eval().to(device))
+        return cls(tokenizers, encoders, config.clip_tokens, device)
+
+    @property
+    def trainable(self) -> list[Any]:
+        """All of them."""
+        return self.encoders
+
+    def refresh(self, cached: Mapping[str, Tensor], captions: Sequence[str]) -> Embeds:
+        """What the encoders say now (they are in training), with gradients."""
+        return self.encode(captions)
+
+    def free_others(self) -> None:
+        """There are no others."""
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> Embeds:
+        """The embeddings, on the CPU."""
+        return {name: value.cpu() for name, value in self.encode(captions).items()}
+
+    def encode(self, captions: Sequence[str]) -> Embeds:
+        """The embeddings, on the device; a family says what it reads of its CLIPs."""
+        raise NotImplementedError
+
+    def ask(self, place: int, captions: Sequence[str], **options: Any) -> Any:
+        """What one of the encoders says of captions."""
+        tokens = self.tokenizers[place](
+            list(captions),
+            padding="max_length",
+            max_length=self.tokens,
+            truncation=True,
+            return_tensors="pt",
+        )
+        encoder = self.encoders[place]
+        encoder.train(torch.is_grad_enabled())  # dropout of adapters in training only
+        return encoder(tokens.input_ids.to(self.device), **options)
+
+
+def _tokenizer(part: str) -> str:
+    """The folder of an encoder's tokenizer."""
+    return part.replace("text_encoder", "tokenizer")
