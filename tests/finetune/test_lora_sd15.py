@@ -36,7 +36,7 @@ def draw(*shape: int) -> Tensor:
 def predict(unet: torch.nn.Module) -> Tensor:
     timestep = torch.tensor([100, 900])
     with torch.no_grad():
-        return sd15.epsilon(unet, draw(2, 4, 8, 8), timestep, draw(2, 20, 64), torch.float32)
+        return sd15.prediction(unet, draw(2, 4, 8, 8), timestep, draw(2, 20, 64), torch.float32)
 
 
 def trained(folder: Path, **options: Any) -> UNet2DConditionModel:

@@ -13,12 +13,13 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dojo import finetune
 from dojo.cli import UserError
 from dojo.finetune import Adapters, AllWeights, Trained, lora, whole
-from dojo.maths.objective import Flow
+from dojo.maths.objective import Flow, Objective
 from dojo.models import sd3, sd15
 from dojo.models.family import Model, ModelArgs
 from dojo.models.opening import open_model
@@ -45,7 +46,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def predict_sd15(network: Any) -> Tensor:
-    return sd15.epsilon(
+    return sd15.prediction(
         *(network, draw(2, 4, 8, 8), torch.tensor([3, 900]), draw(2, 20, 64), torch.float32)
     )
 
@@ -55,7 +56,11 @@ def predict_sd3(network: Any) -> Tensor:
     return sd3.velocity(network, draw(2, 16, 8, 8), torch.tensor([0.1, 0.9]), *text, torch.float32)
 
 
-OBJECTIVE = Flow(shift=2.0)
+def objective(model: Model) -> Objective:
+    """What is trained; of a flow not what the folder says."""
+    return Flow(shift=2.0) if model.part == "transformer" else model.objective((64, 64))
+
+
 Case = tuple[Model, Callable[[Any], Tensor]]
 
 
@@ -93,7 +98,7 @@ def test_the_reference_is_the_base_model_now_and_later(
     with torch.no_grad():
         expected = predict(base)
     made = make(start(tmp_path), kind)
-    made.load(model, OBJECTIVE, with_reference=True)
+    made.load(model, objective(model), with_reference=True)
     assert made.has_reference
     assert torch.equal(predict(made.network), expected)
     shake(made, 0)
@@ -108,7 +113,7 @@ def test_the_reference_is_the_base_model_now_and_later(
 def test_only_adapters_have_a_reference_for_nothing(tmp_path: Path, case: Case) -> None:
     for kind in KINDS:
         made = make(start(tmp_path), kind)
-        made.load(case[0], OBJECTIVE)
+        made.load(case[0], objective(case[0]))
         assert made.has_reference == made.reference_is_free == (kind == "lora")
 
 
@@ -119,7 +124,7 @@ def test_a_checkpoint_is_read_back_to_the_bit(tmp_path: Path, case: Case, kind: 
 
     def loaded() -> tuple[Trained, averaging.Averaged]:
         made = make(run, kind)
-        made.load(model, OBJECTIVE)
+        made.load(model, objective(model))
         optimizer, _ = optim.make(made.groups, OPTIM, run)
         return made, averaging.Averaged(made.params, EMA, optimizer)
 
@@ -154,7 +159,7 @@ def test_a_network_on_the_meta_device_has_the_weights_of_a_loaded_one(
     run, rows = start(tmp_path), (16 if model.part == "transformer" else 4, 8, 8)
     made = make(run, kind)
     planned, cost = finetune.cost_of(run, made, model, 2, rows, checkpointing=False)
-    made.load(model, OBJECTIVE)
+    made.load(model, objective(model))
 
     def sizes(network: Any) -> dict[str, Any]:
         params = network.named_parameters()
@@ -170,7 +175,7 @@ def test_the_result_of_adapters_loads_in_plain_diffusers(
 ) -> None:
     model, predict = case
     made = Adapters(start(tmp_path), replace(LORA, lora_format="kohya"))
-    made.load(model, OBJECTIVE)
+    made.load(model, objective(model))
     shake(made, 0)
     assert made.save_result(tmp_path) == tmp_path / made.result_name
     assert made.card_weights == made.result_name
@@ -183,6 +188,40 @@ def test_the_result_of_adapters_loads_in_plain_diffusers(
         torch.testing.assert_close(predict(getattr(pipeline, model.part)), expected)
 
 
+def test_a_run_from_a_loha_trains_that_and_goes_on_from_its_checkpoint(
+    tmp_path: Path, tiny_sd15: Path
+) -> None:
+    model = sd15.open_model(sd15.ModelArgs(pretrained_model_name_or_path=str(tiny_sd15)))
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    sizes = {"w1_a": (80, 2), "w1_b": (2, 80), "w2_a": (80, 2), "w2_b": (2, 80)}
+    state = {f"{name}.hada_{kind}": draw(*size) for kind, size in sizes.items()}
+    path = tmp_path / "loha.safetensors"
+    save_file({**state, f"{name}.alpha": torch.tensor(1.0)}, path)
+    args = replace(LORA, init_lora_weights_path=str(path))
+
+    def loaded() -> Adapters:
+        found = Adapters(start(tmp_path), args)
+        found.load(model, objective(model))
+        return found
+
+    made = loaded()
+    assert sum(param.numel() for param in made.params) == 4 * 160
+    with made.reference() as base:
+        plain = predict_sd15(base)
+    assert torch.equal(plain, predict_sd15(model.load_network(torch.float32, CPU)))
+    shake(made, 0)
+    expected = predict_sd15(made.network)
+    assert not torch.equal(expected, plain)
+    assert made.save_result(tmp_path / "result") == tmp_path / "result" / made.result_name
+    again = loaded()
+    again.restore(tmp_path / "result")
+    assert torch.equal(predict_sd15(again.network), expected)
+    # What a dry run counts has the same adapters.
+    meta, _ = model.training_cost(torch.float32, made.adapt, 1, (4, 8, 8), checkpointing=False)
+    trained = [param for param in meta.parameters() if param.requires_grad]
+    assert sum(param.numel() for param in trained) == 4 * 160
+
+
 def test_the_result_of_all_weights_is_a_pipeline_of_one_plain_call(
     tmp_path: Path, case: Case
 ) -> None:
@@ -190,7 +229,7 @@ def test_the_result_of_all_weights_is_a_pipeline_of_one_plain_call(
     frozen = "conv_in" if model.part == "unet" else "pos_embed"
     args = finetune.FullArgs(freeze=(frozen,), max_shard_size="500KB")
     made = AllWeights(start(tmp_path), args)
-    made.load(model, OBJECTIVE)
+    made.load(model, objective(model))
     still = [name for name, param in made.network.named_parameters() if not param.requires_grad]
     assert any(name.startswith(frozen) for name in still)
     shake(made, 0)

@@ -4,16 +4,18 @@ from dojo.finetune.adapters import Adapters
 from dojo.finetune.contract import Trained
 from dojo.finetune.cost import begin, cost_of
 from dojo.finetune.lora import LoraArgs
-from dojo.finetune.options import FinetuneAllArgs, FinetuneArgs, choose
-from dojo.finetune.whole import AllWeights, FullArgs, WholeArgs
+from dojo.finetune.options import FinetuneAllArgs, FinetuneArgs, TextEncoderArgs, choose
+from dojo.finetune.whole import AllWeights, FileArgs, FullArgs, WholeArgs
 
 __all__ = [
     "Adapters",
     "AllWeights",
+    "FileArgs",
     "FinetuneAllArgs",
     "FinetuneArgs",
     "FullArgs",
     "LoraArgs",
+    "TextEncoderArgs",
     "Trained",
     "WholeArgs",
     "begin",

@@ -14,10 +14,14 @@ from dojo.finetune import lora
 from dojo.finetune.contract import Trained
 from dojo.maths.objective import Objective
 from dojo.models.family import Model
+from dojo.models.opening import facts_of
 from dojo.run import averaging
 from dojo.run.averaging import EmaArgs
 from dojo.run.optim import OptimArgs
 from dojo.run.run import Run
+
+# What LoRA files call the text encoders, in their order.
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
 
 
 class Adapters(Trained):
@@ -42,8 +46,19 @@ class Adapters(Trained):
         return torch.float32
 
     def adapt(self, network: nn.Module) -> list[nn.Parameter]:
-        """Adds adapters; A is drawn from torch's global generator."""
+        """Adds adapters; A is drawn from torch's global generator.
+
+        A LoHa or LoKr that training starts from is kept as it is.
+        """
+        if path := lora.lycoris_start(self.args):
+            return lora.add_lycoris(path, network, self.args, facts_of(network).part)
         return lora.add(network, self.args)
+
+    def adapt_text(self, text_encoder: nn.Module, part: str) -> list[nn.Parameter]:
+        """The same of a text encoder."""
+        if path := lora.lycoris_start(self.args):
+            return lora.add_lycoris(path, text_encoder, self.args, part)
+        return lora.add_text(text_encoder, self.args)
 
     def stored(self, network: nn.Module) -> nn.Module:
         """As it is: the adapters' own bytes are in `bytes_per_weight`."""
@@ -62,7 +77,7 @@ class Adapters(Trained):
         *,
         with_reference: bool = False,
         text_encoders: Sequence[nn.Module] = (),
-        text_lr: float | None = None,
+        text_rates: Sequence[float] = (),
     ) -> None:
         """Reads the network and adds adapters to it and to the CLIPs; see `Trained`."""
         self.model, self.objective = model, objective
@@ -70,9 +85,10 @@ class Adapters(Trained):
         self.modules = [self.network, *text_encoders]
         rng.seed_global(self.run.seed, "adapter")
         self.groups = [{"params": self.adapt(self.network)}]
-        rate = {} if text_lr is None else {"lr": text_lr}
-        for text_encoder in text_encoders:
-            self.groups.append({"params": lora.add_text(text_encoder, self.args), **rate})
+        rates = [*text_rates, *(None for _ in text_encoders)]
+        for text_encoder, part, rate in zip(text_encoders, TEXT_PARTS, rates, strict=False):
+            group = {"params": self.adapt_text(text_encoder, part)}
+            self.groups.append(group if rate is None else {**group, "lr": rate})
         lora.start_from(self.args, *self.modules)
         self.params = [param for group in self.groups for param in group["params"]]
         self.network.eval()
@@ -103,5 +119,5 @@ class Adapters(Trained):
     def save_result(self, folder: Path) -> Path:
         """Writes the adapters, in the formats that were asked for."""
         self.save(folder)
-        lora.export(folder, self.args.lora_format)
+        lora.export(folder, self.args.lora_format, lora.Base.of(self.model, self.objective))
         return folder / self.result_name

@@ -90,7 +90,7 @@ class Trained(ABC):
         *,
         with_reference: bool = False,
         text_encoders: Sequence[nn.Module] = (),
-        text_lr: float | None = None,
+        text_rates: Sequence[float] = (),
     ) -> None:
         """Reads the network and readies it for training.
 
@@ -98,7 +98,8 @@ class Trained(ABC):
             objective: that is trained; a scheduler that goes with it is saved beside the weights.
             with_reference: whether the model as it was will be asked for.
             text_encoders: CLIPs, frozen, that are trained too; only adapters can.
-            text_lr: their learning rate.
+            text_rates: their learning rates; further ones are passed over, none is the
+                network's.
         Raises:
             UserError: the options name layers or weights that are not there.
         """

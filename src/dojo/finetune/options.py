@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dojo.cli import UserError, option
+from dojo.cli import UserError, option, ranges
 from dojo.finetune.adapters import Adapters
 from dojo.finetune.contract import Trained
 from dojo.finetune.lora import LoraArgs
 from dojo.finetune.whole import AllWeights, WholeArgs
+from dojo.models.family import Model
+from dojo.run.optim import OptimArgs
 from dojo.run.run import Run
 
 
@@ -40,3 +42,43 @@ def choose(args: FinetuneArgs, run: Run, *, lora: LoraArgs, full: WholeArgs) -> 
     if lora.lora_dropout:
         raise UserError("--lora_dropout: the network and its reference would not be comparable")
     return Adapters(run, lora)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderArgs:
+    """The CLIP text encoders."""
+
+    train_text_encoder: bool = False
+    """train adapters on the CLIP text encoders too; T5 stays as it is"""
+    text_encoder_lr: float = 5e-6
+    """their learning rate"""
+    text_encoder_2_lr: float | None = None
+    """that of the second one, CLIP-G; unset is the same"""
+
+    def __post_init__(self) -> None:
+        ranges.check(self, "text_encoder_lr text_encoder_2_lr", above=0)
+        if self.text_encoder_2_lr is not None and not self.train_text_encoder:
+            raise ValueError("--text_encoder_2_lr needs --train_text_encoder")
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The learning rates of the first and of the second CLIP."""
+        first, second = self.text_encoder_lr, self.text_encoder_2_lr
+        return first, first if second is None else second
+
+    def check(self, optim: OptimArgs) -> None:
+        """
+        Raises:
+            ValueError: other rates than the network's, with an optimizer that has one.
+        """
+        one_rate = set(self.rates) == {optim.learning_rate}
+        if self.train_text_encoder and optim.kind == "prodigy" and not one_rate:
+            raise ValueError("--optimizer prodigy has one rate: --text_encoder_lr must equal it")
+
+    def check_model(self, model: Model) -> None:
+        """
+        Raises:
+            UserError: a rate of an encoder that the model does not have.
+        """
+        if self.text_encoder_2_lr is not None and "text_encoder_2" not in model.text_encoders:
+            raise UserError(f"--text_encoder_2_lr: {model.name} has one text encoder")

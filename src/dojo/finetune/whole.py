@@ -74,11 +74,22 @@ class WholeArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullArgs(WholeArgs):
-    """The same for SD3, which other programs know as one file too."""
+class FileArgs(WholeArgs):
+    """The same for a family that other programs know as one file too."""
 
     single_file: bool = option(False, incidental=True)
-    """also write model.safetensors: all of it with the original SD3 names, for other programs"""
+    """also write model.safetensors: all of it with the original names, for other programs"""
+
+    @property
+    def saving(self) -> Saving:
+        """The form of the result."""
+        return replace(super().saving, single_file=self.single_file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullArgs(FileArgs):
+    """The same for SD3, whose file may go without T5."""
+
     single_file_without_t5: bool = option(False, incidental=True)
     """leave T5 out of that file"""
 
@@ -90,11 +101,7 @@ class FullArgs(WholeArgs):
     @property
     def saving(self) -> Saving:
         """The form of the result."""
-        return replace(
-            super().saving,
-            single_file=self.single_file,
-            largest_encoder=not self.single_file_without_t5,
-        )
+        return replace(super().saving, largest_encoder=not self.single_file_without_t5)
 
 
 def average(part: str) -> str:
@@ -202,7 +209,7 @@ class AllWeights(Trained):
         *,
         with_reference: bool = False,
         text_encoders: Sequence[nn.Module] = (),
-        text_lr: float | None = None,
+        text_rates: Sequence[float] = (),
     ) -> None:
         """Reads the network, and a second time for the reference; see `Trained`."""
         assert not text_encoders, "text encoders are trained by adapters only"

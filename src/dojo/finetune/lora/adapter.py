@@ -35,6 +35,11 @@ class LoraArgs:
     (of the transformer blocks), names of layers (also as one comma list, such as
     attn.to_k,attn.to_q), or one regular expression over full module names, marked by a leading
     re:"""
+    conv_rank: int = 0
+    """rank of adapters on a UNet's convolutions too (of its ResNets, down- and upsamplers, and the
+    1x1 ones around SD1's attentions), which kohya's scripts call conv_dim; 0: none"""
+    conv_alpha: float | None = None
+    """their updates are scaled by conv_alpha / conv_rank; unset is the other layers' scale"""
     use_dora: bool = False
     """decompose weights into magnitude and direction (DoRA, arXiv:2402.09353)"""
     init_lora_weights_path: str | None = None
@@ -49,6 +54,12 @@ class LoraArgs:
             raise ValueError("--rank must be at least 1")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
             raise ValueError("--lora_alpha must be positive")
+        if self.conv_rank < 0:
+            raise ValueError("--conv_rank must be at least 0 (0: no convolution is adapted)")
+        if self.conv_alpha is not None and not self.conv_rank:
+            raise ValueError("--conv_alpha needs --conv_rank")
+        if self.conv_alpha is not None and self.conv_alpha <= 0:
+            raise ValueError("--conv_alpha must be positive")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError("--lora_dropout must lie in [0, 1)")
         if not self.lora_layers:
@@ -116,7 +127,28 @@ def add(model: nn.Module, args: LoraArgs) -> list[nn.Parameter]:
 
     B starts at zero, so the model is unchanged; A is drawn from torch's global generator.
     """
-    return _add(model, args, args.rank, target_layers(model, args.lora_layers))
+    layers = target_layers(model, args.lora_layers)
+    return _add(model, args, args.rank, layers, _convolutions(model) if args.conv_rank else [])
+
+
+def _convolutions(model: nn.Module) -> list[str]:
+    """Full names of the convolutions that `--conv_rank` means.
+
+    Raises:
+        UserError: there is none.
+    """
+    pattern = re.compile(facts_of(model).convolutions)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and pattern.fullmatch(name)
+    ]
+    if not found:
+        raise UserError(
+            f"--conv_rank: a {type(model).__name__} has no convolutions that are adapted, only a "
+            "UNet has"
+        )
+    return found
 
 
 def add_text(
@@ -131,13 +163,23 @@ def add_text(
     return _add(text_encoder, args, rank or args.rank, layers)
 
 
-def _add(model: nn.Module, args: LoraArgs, rank: int, layers: list[str]) -> list[nn.Parameter]:
+def _add(
+    model: nn.Module,
+    args: LoraArgs,
+    rank: int,
+    layers: list[str],
+    convolutions: Sequence[str] = (),
+) -> list[nn.Parameter]:
     scale = 1 if args.lora_alpha is None else args.lora_alpha / args.rank
+    conv_alpha = scale * args.conv_rank if args.conv_alpha is None else args.conv_alpha
+    exactly = [f"^{re.escape(name)}" for name in convolutions]
     config = LoraConfig(
         r=rank,
         lora_alpha=scale * rank,  # pyright: ignore
         lora_dropout=args.lora_dropout,
-        target_modules=layers,
+        target_modules=[*layers, *convolutions],
+        rank_pattern=dict.fromkeys(exactly, args.conv_rank),
+        alpha_pattern=dict.fromkeys(exactly, conv_alpha),  # pyright: ignore
         use_dora=args.use_dora,
         init_lora_weights="gaussian",
     )

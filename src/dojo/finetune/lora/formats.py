@@ -1,8 +1,9 @@
-"""LoRA files of SD3 and SD1 written in three public formats; `reading` reads these and others.
+"""LoRA files written in three public formats; `reading` reads these and others.
 
 diffusers writes factors as .lora_A.weight and .lora_B.weight and alpha into the header, the other
-two .lora_down.weight, .lora_up.weight and .alpha. SD1's UNet has diffusers' names in all of them,
-and ComfyUI reads kohya's file. For names see `names`.
+two .lora_down.weight, .lora_up.weight and .alpha. A UNet's file of the other two is the same one,
+which ComfyUI reads too: SD1's and Kolors' layers have diffusers' names in it, SDXL's those of the
+original code, as kohya's scripts train that one. For names see `names`.
 """
 
 from __future__ import annotations
@@ -16,15 +17,21 @@ import torch
 
 from dojo.cli import UserError
 from dojo.files import tensors
-from dojo.finetune.lora import keys
+from dojo.finetune.lora import bases, keys, lycoris
+from dojo.finetune.lora.bases import Base
 from dojo.finetune.lora.layers import Factors, Layers, Lora, is_dora, to_original
 from dojo.finetune.lora.reading import METADATA
 from dojo.models.folders import TRANSFORMER, UNET
 
 Format = Literal["diffusers", "kohya", "comfyui"]
-PARTS = (TRANSFORMER, "text_encoder", "text_encoder_2")  # of SD3; SD1 has unet and text_encoder
+PARTS = (TRANSFORMER, "text_encoder", "text_encoder_2")  # of SD3
 
-_KOHYA = {TRANSFORMER: "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_KOHYA = {
+    TRANSFORMER: "lora_unet_",
+    UNET: "lora_unet_",
+    "text_encoder": "lora_te1_",
+    "text_encoder_2": "lora_te2_",
+}
 _KOHYA_SD1 = {UNET: "lora_unet_", "text_encoder": "lora_te_"}
 _COMFYUI = {
     TRANSFORMER: "diffusion_model.",
@@ -33,46 +40,103 @@ _COMFYUI = {
 }
 
 
-def write(path: Path, lora: Lora, form: Format) -> None:
+def write(path: Path, lora: Lora, form: Format, base: Base | None = None) -> None:
     """Writes a LoRA in one of the three formats; equal updates give equal bytes.
 
+    Args:
+        base: the model it is for; unset, it is guessed from the layers.
+
     Raises:
-        UserError: it has no form in that format (DoRA, SDXL).
+        UserError: it has no form in that format (DoRA, a second text encoder where the base has
+            one).
     """
     if form == "diffusers":
-        state = {
-            f"{part}.{name}.{key}": tensor
-            for part, layers in lora.items()
-            for name, factors in layers.items()
-            for key, tensor in _peft_tensors(factors).items()
-        }
-        config = {
-            f"{part}.{name}": value
-            for part, layers in lora.items()
-            for name, value in peft_config(layers).items()
-        }
-        tensors.save(path, state, {METADATA: json.dumps(config, indent=2, sort_keys=True)})
+        _write_diffusers(path, lora)
         return
     if any(map(is_dora, lora.values())):
         raise UserError(f"--lora_format: a DoRA has no form in {form}'s format here")
-    kohya = _KOHYA_SD1 if UNET in lora else _KOHYA
-    if not lora.keys() <= kohya.keys():
-        raise UserError(
-            "--lora_format: a UNet with two text encoders is Stable Diffusion XL, and here are "
-            "Stable Diffusion 3 and 1"
-        )
+    base = base or bases.guess(lora)[0]
+    prefixes = _COMFYUI if form == "comfyui" and TRANSFORMER in lora else kohya_prefixes(base)
+    if extra := lora.keys() - prefixes.keys():
+        raise UserError(f"--lora_format: {base.family} has no {min(extra)} in {form}'s format")
     state = {}
     for part, layers in lora.items():
-        original = to_original(layers) if part == TRANSFORMER else layers
-        for name, factors in original.items():
-            if form == "kohya" or UNET in lora:
-                key = kohya[part] + name.replace(".", "_")
-            else:
-                key = _COMFYUI[part] + name
+        for name, factors in original_layers(part, layers, base).items():
+            key = prefixes[part] + (name if prefixes is _COMFYUI else name.replace(".", "_"))
             state[f"{key}.lora_down.weight"] = factors.down
             state[f"{key}.lora_up.weight"] = factors.up
             state[f"{key}.alpha"] = torch.tensor(factors.alpha)
-    tensors.save(path, state, _metadata(path, lora))
+    tensors.save(path, state, _metadata(path, lora, base))
+
+
+def _write_diffusers(path: Path, lora: Lora) -> None:
+    state = {
+        f"{part}.{name}.{key}": tensor
+        for part, layers in lora.items()
+        for name, factors in layers.items()
+        for key, tensor in _peft_tensors(factors).items()
+    }
+    config = {
+        f"{part}.{name}": value
+        for part, layers in lora.items()
+        for name, value in peft_config(layers).items()
+    }
+    tensors.save(path, state, {METADATA: json.dumps(config, indent=2, sort_keys=True)})
+
+
+def write_lycoris(path: Path, updates: lycoris.Updates, base: Base | None = None) -> None:
+    """Writes layers by LoHa and LoKr in LyCORIS' format; equal updates give equal bytes.
+
+    Args:
+        base: the model they are for; unset, UNets have diffusers' names, which every reader knows.
+    """
+    prefixes = kohya_prefixes(base) if base else _KOHYA
+    state: dict[str, torch.Tensor] = {}
+    for part, layers in updates.items():
+        for name, update in layers.items():
+            own = original_name(part, name, base) if base else name
+            key = prefixes[part] + own.replace(".", "_")
+            state |= {f"{key}.{kind}": tensor for kind, tensor in update.parts.items()}
+            state[f"{key}.alpha"] = torch.tensor(update.alpha)
+    methods = {update.method.lower() for layers in updates.values() for update in layers.values()}
+    one = next(update for layers in updates.values() for update in layers.values())
+    metadata = {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_args": json.dumps({"algo": min(methods)}),
+        "ss_network_dim": str(one.rank),
+        "ss_network_alpha": str(one.alpha),
+    }
+    tensors.save(path, state, metadata | (header(path, base) if base else {}))
+
+
+def kohya_prefixes(base: Base) -> dict[str, str]:
+    """What the names of a part begin with in kohya's format."""
+    return _KOHYA_SD1 if base.family in ("sd1", "sd2") else _KOHYA
+
+
+def original_layers(part: str, layers: Layers, base: Base) -> Layers:
+    """A part's layers under the names that kohya's format has for them, with dots.
+
+    Raises:
+        UserError: one has no such name.
+    """
+    if part == TRANSFORMER:
+        return to_original(layers)
+    return {original_name(part, name, base): factors for name, factors in layers.items()}
+
+
+def original_name(part: str, name: str, base: Base) -> str:
+    """The same for one layer of a UNet or a text encoder.
+
+    Raises:
+        UserError: it has none.
+    """
+    if part != UNET or not base.has_original_names:
+        return name
+    try:
+        return base.blocks.original(name)
+    except KeyError as error:
+        raise UserError(f"--lora_format: no UNet has a layer {name}") from error
 
 
 def _peft_tensors(factors: Factors) -> dict[str, torch.Tensor]:
@@ -106,26 +170,45 @@ def any_release(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
-def _metadata(path: Path, lora: Lora) -> dict[str, str]:
+def _metadata(path: Path, lora: Lora, base: Base) -> dict[str, str]:
     """What sd-scripts and the programs that list LoRA files look for in a header."""
-    layers = lora.get(TRANSFORMER, {})
-    config = peft_config(lora.get(UNET) or layers or next(iter(lora.values())))
-    widths = {f.down.shape[1] for name, f in layers.items() if ".attn.to_" in name}
-    architecture = "stable-diffusion-3"  # Medium of 3 or 3.5: the layers do not always tell
-    if any(".attn2." in name for name in layers):
-        architecture = "stable-diffusion-3.5-medium"
-    elif 2432 in widths:
-        architecture = "stable-diffusion-3.5-large"
-    module, base = keys.KOHYA_MMDIT
-    if UNET in lora:
-        (module, base), architecture = keys.KOHYA_UNET, "stable-diffusion-v1"
-    return {
-        "ss_network_module": module,
+    layers = lora.get(UNET) or lora.get(TRANSFORMER) or next(iter(lora.values()))
+    linear = {name: f for name, f in layers.items() if not _is_spatial(f)}
+    config = peft_config(linear or layers)
+    found = {
+        "ss_network_module": base.kohya_module,
         "ss_network_dim": str(config["r"]),
         "ss_network_alpha": str(config["lora_alpha"]),
-        "ss_base_model_version": base,
+        **header(path, base),
+    }
+    if not base.has_unet:
+        architecture = bases.mmdit_architecture(lora.get(TRANSFORMER, {}))
+        found["modelspec.architecture"] = f"{architecture}/lora"
+    if linear and len(linear) < len(layers):
+        conv = peft_config({n: f for n, f in layers.items() if n not in linear})
+        settings = {"conv_dim": str(conv["r"]), "conv_alpha": str(conv["lora_alpha"])}
+        found["ss_network_args"] = json.dumps(settings)
+    return found
+
+
+def _is_spatial(factors: Factors) -> bool:
+    """Whether it is a convolution that sees neighbours: what sd-scripts' conv_dim is for."""
+    return factors.down.shape[2:].numel() > 1
+
+
+def header(path: Path, base: Base) -> dict[str, str]:
+    """What a file's header says of the base that it is for."""
+    found = {
+        "ss_base_model_version": base.version,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "https://github.com/kohya-ss/sd-scripts",
         "modelspec.title": path.stem,
+    }
+    if not base.has_unet:
+        return found
+    return found | {
+        "modelspec.architecture": f"{base.architecture}/lora",
+        "modelspec.prediction_type": "v" if base.predicts_v else "epsilon",
+        "ss_v2": str(base.family == "sd2"),
+        "ss_v_parameterization": str(base.predicts_v),
     }

@@ -8,15 +8,11 @@ from dojo.models.sd3.keys import (
     original_modules,
     swap_halves,
 )
-
-# The module of sd-scripts and what it calls the base model.
-KOHYA_MMDIT = ("networks.lora_sd3", "sd3")
-KOHYA_UNET = ("networks.lora", "sd_v1")
+from dojo.models.unet.sgm import Blocks
 
 __all__ = [
-    "KOHYA_MMDIT",
-    "KOHYA_UNET",
     "PREFIXES",
+    "Blocks",
     "diffusers_modules",
     "is_swapped",
     "original_module",

@@ -35,6 +35,11 @@ class Factors:
         return self.up.shape[1]
 
     @property
+    def columns(self) -> int:
+        """Numbers, or channels, that the layer reads."""
+        return self.down.shape[1]
+
+    @property
     def scale(self) -> float:
         """What the product is multiplied by."""
         return self.alpha / self.rank

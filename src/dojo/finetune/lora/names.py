@@ -1,7 +1,7 @@
 """From a layer's name in a LoRA file to the part of the pipeline and the layer in it.
 
-A layer of the transformer, one of CLIP-L (CLIP-G: text_encoder_2, te2, clip_g), and one of SD1's
-UNet, as they are called by
+A layer of the transformer, one of CLIP-L (CLIP-G: text_encoder_2, te2, clip_g), and one of a UNet,
+as they are called by
     diffusers   transformer.transformer_blocks.0.attn.to_q
                 text_encoder.text_model.encoder.layers.0.self_attn.q_proj
                 unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q
@@ -13,6 +13,8 @@ UNet, as they are called by
     OneTrainer  lora_transformer_transformer_blocks_0_attn_to_q
     LyCORIS     lycoris_transformer_blocks_0_attn_to_q
     peft        base_model.model.transformer_blocks.0.attn.to_q
+and SDXL's UNet as kohya's scripts and LyCORIS call it, by the original code's names:
+    lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k
 
 Any prefix is read before any of the vocabularies.
 """
@@ -59,10 +61,15 @@ _CLIP = re.compile(
 _UNET_ROOT = re.compile(
     r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)(?![a-z])"
 )
+_ORIGINAL_ROOT = re.compile(
+    r"(?:input_blocks|middle_block|output_blocks|time_embed|label_emb)(?![a-z])|out[._]2$"
+)
 # The words of a UNet's names that have an underscore of their own; any other is a dot.
 _UNET_WORD = re.compile(
     r"(?:down|up|transformer)_blocks|mid_block|time_emb_proj|conv_(?:shortcut|in|out)|"
-    r"(?:time|add)_embedding|linear_\d|proj_(?:in|out)|to_(?:q|k|v|out)|[a-z0-9]+"
+    r"(?:time|add)_embedding|linear_\d|proj_(?:in|out)|to_(?:q|k|v|out)|"
+    r"(?:in|out)put_blocks|middle_block|(?:in|out|emb)_layers|skip_connection|time_embed|label_emb|"
+    r"[a-z0-9]+"
 )
 _BLOCK = re.compile(r"(joint|transformer)_blocks[._](\d+)[._](.+)")
 
@@ -83,7 +90,6 @@ _FLAT_IN_BLOCK, _FLAT = _flat_names()
 
 # Names that only other models have, searched for with dots as underscores.
 _FAMILIES = {
-    "Stable Diffusion XL (in the original UNet's names)": r"(input|middle|output)_blocks?_\d",
     "FLUX": r"single_transformer_blocks_\d|(double|single)_blocks_\d",
     "Qwen-Image": r"transformer_blocks_\d+_(img|txt)_(mlp|mod)",
     "AuraFlow": r"joint_transformer_blocks_\d",
@@ -115,15 +121,16 @@ def family(layers: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def resolve(layer: str) -> tuple[str, str] | None:
+def resolve(layer: str, blocks: keys.Blocks) -> tuple[str, str] | None:
     """The part (unet, transformer, text_encoder, text_encoder_2) and the layer's name in it.
 
-    A transformer's layer keeps the vocabulary it is written in, diffusers' or the original. None if
-    there is no such layer in SD3 or SD1.
+    A transformer's layer keeps the vocabulary it is written in, diffusers' or the original; a
+    UNet's gets diffusers' name. None if no Stable Diffusion has such a layer.
+
+    Args:
+        blocks: how the UNet is built, for names of the original code.
     """
-    prefix = next((start for start in _PREFIXES if layer.startswith(start)), "")
-    part = _PREFIXES.get(prefix, _NETWORK)
-    inside = layer if prefix in _BARE else layer.removeprefix(prefix)
+    part, inside = _of_part(layer)
     if part == "text_encoder_3":
         return None  # T5: neither diffusers nor the trainers here adapt it
     if part != _NETWORK:
@@ -132,9 +139,32 @@ def resolve(layer: str) -> tuple[str, str] | None:
     if name := _mmdit_layer(inside):
         return TRANSFORMER, name
     if _UNET_ROOT.match(inside):
-        name = inside if "." in inside else ".".join(_UNET_WORD.findall(inside))
-        return (UNET, name) if name.replace(".", "_") == inside.replace(".", "_") else None
-    return None
+        name = _dotted(inside)
+        return (UNET, name) if name else None
+    name = blocks.ours(original) if (original := _original_layer(inside)) else None
+    return (UNET, name) if name else None
+
+
+def originals(layers: Iterable[str]) -> list[str]:
+    """The names, with dots, of the layers that are called as in the UNet's original code."""
+    return [name for layer in layers if (name := _original_layer(_of_part(layer)[1]))]
+
+
+def _of_part(layer: str) -> tuple[str, str]:
+    """The part that a prefix names, and the rest of the name."""
+    prefix = next((start for start in _PREFIXES if layer.startswith(start)), "")
+    inside = layer if prefix in _BARE else layer.removeprefix(prefix)
+    return _PREFIXES.get(prefix, _NETWORK), inside
+
+
+def _original_layer(inside: str) -> str | None:
+    return _dotted(inside) if _ORIGINAL_ROOT.match(inside) else None
+
+
+def _dotted(inside: str) -> str | None:
+    """A UNet's layer with its dots; None if there is a word in it that no UNet has."""
+    name = inside if "." in inside else ".".join(_UNET_WORD.findall(inside))
+    return name if name.replace(".", "_") == inside.replace(".", "_") else None
 
 
 def text_layer(name: str) -> str | None:

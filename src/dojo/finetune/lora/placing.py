@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from dojo.cli import UserError
-from dojo.finetune.lora import formats, names
+from dojo.finetune.lora import formats, lycoris, names
 from dojo.finetune.lora.injected import inject
 from dojo.finetune.lora.layers import Factors, Layers, Lora
+from dojo.finetune.lora.patterns import any_of, by_value
 
 TEXT_MODEL = "text_model."
+_T = TypeVar("_T")
 
 
 def in_file(part: str, name: str) -> str:
@@ -39,17 +40,42 @@ def fit(lora: Lora, models: Mapping[str, nn.Module], where: str) -> tuple[Lora, 
         UserError: a layer has another size in its model.
     """
     found: Lora = {}
-    lost = []
-    for part, layers in lora.items():
+    lost: list[str] = []
+    for part, name, own, base, factors in _places(lora, models, lost):
+        found.setdefault(part, {})[own] = _shaped(factors, base, f"{where}: {part}.{name}")
+    return found, lost
+
+
+def fit_lycoris(
+    updates: lycoris.Updates, models: Mapping[str, nn.Module], where: str
+) -> tuple[lycoris.Updates, list[str]]:
+    """The same for LoHa and LoKr.
+
+    Raises:
+        UserError: a layer has another size in its model.
+    """
+    found: lycoris.Updates = {}
+    lost: list[str] = []
+    for part, name, own, base, update in _places(updates, models, lost):
+        found.setdefault(part, {})[own] = lycoris.fit(update, base, f"{where}: {part}.{name}")
+    return found, lost
+
+
+def _places(
+    layers_by_part: Mapping[str, Mapping[str, _T]],
+    models: Mapping[str, nn.Module],
+    lost: list[str],
+) -> Iterator[tuple[str, str, str, nn.Linear | nn.Conv2d, _T]]:
+    """Part, name in the file, name in the model, layer and update; names without go to `lost`."""
+    for part, layers in layers_by_part.items():
         modules = dict(models[part].named_modules()) if part in models else {}
-        for name, factors in layers.items():
+        for name, update in layers.items():
             own = next((n for n in (name, name.removeprefix(TEXT_MODEL)) if n in modules), None)
             base = None if own is None else base_layer(modules[own])
             if own is None or not isinstance(base, nn.Linear | nn.Conv2d):
                 lost.append(f"{part}.{name}")
             else:
-                found.setdefault(part, {})[own] = _shaped(factors, base, f"{where}: {part}.{name}")
-    return found, lost
+                yield part, name, own, base, update
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -58,7 +84,7 @@ def base_layer(module: nn.Module) -> nn.Module:
     return inside if isinstance(inside, nn.Module) else module
 
 
-def check_lost(found: Lora, lost: Sequence[str], where: str) -> None:
+def check_lost(found: Mapping[str, Mapping[str, Any]], lost: Sequence[str], where: str) -> None:
     """Refuses a file of which nothing, or less than half of the network's layers, has a place.
 
     Raises:
@@ -98,9 +124,9 @@ def add_loaded(model: nn.Module, layers: Layers, adapter: str) -> None:
     """Adds an adapter of these layers, in the model's own precision; it becomes the active one."""
     config = formats.peft_config({name: replace(f, magnitude=None) for name, f in layers.items()})
     config |= {
-        "target_modules": _any_of(layers),
-        "rank_pattern": _patterns(layers, lambda factors: factors.rank),
-        "alpha_pattern": _patterns(layers, lambda factors: factors.alpha),
+        "target_modules": any_of(layers),
+        "rank_pattern": by_value({name: factors.rank for name, factors in layers.items()}),
+        "alpha_pattern": by_value({name: factors.alpha for name, factors in layers.items()}),
         "use_dora": any(factors.magnitude is not None for factors in layers.values()),
     }
     with torch.random.fork_rng():  # peft fills what is overwritten below with random numbers
@@ -116,16 +142,3 @@ def add_loaded(model: nn.Module, layers: Layers, adapter: str) -> None:
 def _set(parameter: Tensor, value: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(value.reshape(parameter.shape))
-
-
-def _any_of(layers: Sequence[str] | Layers) -> str:
-    """An expression that matches exactly these names, whole."""
-    return f"^(?:{'|'.join(re.escape(name) for name in layers)})"
-
-
-def _patterns(layers: Layers, value: Callable[[Factors], float]) -> dict[str, float]:
-    """One expression for all layers of one value: peft tries every expression on every layer."""
-    groups: dict[float, list[str]] = {}
-    for name, factors in layers.items():
-        groups.setdefault(value(factors), []).append(name)
-    return {_any_of(group): value for value, group in groups.items()}

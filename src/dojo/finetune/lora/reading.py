@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dojo.cli import UserError
-from dojo.finetune.lora import names
+from dojo.finetune.lora import lycoris, names
+from dojo.finetune.lora.keys import Blocks
 from dojo.finetune.lora.layers import Factors, Layers, Lora, from_original, is_dora
 from dojo.models.folders import TRANSFORMER, UNET
 
@@ -36,8 +38,6 @@ _PART = re.compile(
 _KINDS = {"A": "down", "B": "up", "lora_magnitude_vector": "magnitude"}
 # Updates that are no product of two factors, or that come beside one, by the ends of their names.
 _FOREIGN = {
-    "LoHa": r"hada_\w+",
-    "LoKr": r"lokr_\w+",
     "OFT": r"oft_\w+",
     "GLoRA": r"[ab][12]\.weight",
     "a whole difference": r"diff|diff_b|set_weight|reshape_weight|[wb]_norm",
@@ -50,41 +50,87 @@ _FOREIGN_PART = re.compile(
     + "|".join(f"(?P<k{i}>{end})" for i, end in enumerate(_FOREIGN.values()))
     + ")"
 )
+# Those of LyCORIS that peft has too.
+_KIN_PART = re.compile(r"(?P<layer>.+?)\.(?P<end>(?P<method>hada|lokr)_\w+)")
+_METHODS: dict[str, lycoris.Method] = {"hada": "LoHa", "lokr": "LoKr"}
 # peft changes the base's weights beside these, and the file alone is not what was trained.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "mica", "lora_ga")
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """What a file holds."""
+
+    lora: Lora
+    kin: lycoris.Updates
+    """its layers by LoHa and LoKr"""
+    lost: list[str]
+    """layers that no Stable Diffusion has"""
+    metadata: dict[str, str]
+    """the header's free text"""
 
 
 class _Troubled(Exception):
     """A layer that cannot be read as it was meant: why, and what to call it if not its name."""
 
 
-def read(path: Path, where: str | None = None, *, partial: bool = False) -> tuple[Lora, list[str]]:
-    """A LoRA file of SD3 or SD1, and the layers in it that neither of them has.
+def read(
+    path: Path,
+    where: str | None = None,
+    *,
+    partial: bool = False,
+    blocks: Blocks | None = None,
+) -> tuple[Lora, list[str]]:
+    """A LoRA file of a Stable Diffusion, and the layers in it that none of them has.
 
     Args:
         where: what error messages call the file.
+        blocks: how the UNet is built that it is for; unset, layers called as in the original code
+            are taken for SDXL's (or those of a pocket model, if their places say so).
         partial: leave out, as a whole, layers that cannot be read as they were meant (LoHa, a
             missing half, a bias beside the factors); they are given back among the others.
 
     Raises:
         UserError: the file is broken, no LoRA, for another model, or has such layers.
     """
+    file = read_any(path, where, partial=partial, blocks=blocks, kin=False)
+    return file.lora, file.lost
+
+
+def read_any(
+    path: Path,
+    where: str | None = None,
+    *,
+    partial: bool = False,
+    blocks: Blocks | None = None,
+    kin: bool = True,
+) -> File:
+    """The same, of a file that may also be a LoHa or LoKr.
+
+    Args:
+        kin: whether such layers can be taken.
+
+    Raises:
+        UserError: see `read`.
+    """
     where = where or str(path)
     state, metadata = _open(path, where)
-    halves, foreign, rest = _sort(state)
-    if other := names.family([*halves, *foreign]):
+    halves, others, foreign, rest = _sort(state)
+    if other := names.family([*halves, *others, *foreign]):
         raise UserError(
-            f"{where} is a LoRA for {other[0]}, and here are Stable Diffusion 3 and 1 (a layer is "
-            f"called {other[1]})"
+            f"{where} is a LoRA for {other[0]}, and here are Stable Diffusion 1, 2, XL and 3 (a "
+            f"layer is called {other[1]})"
         )
-    if not halves and not foreign:
+    if not halves and not others and not foreign:
         raise UserError(f"{where} is no LoRA (its names begin with {min(state)!r})")
     config = _configuration(path, where, metadata, state)
+    blocks = blocks or Blocks.told_by(names.originals([*halves, *others, *foreign]))
     lora: Lora = {}
+    updates: lycoris.Updates = {}
     lost, good = rest, 0
     troubled: dict[str, list[str]] = {}
-    for layer in dict.fromkeys([*halves, *foreign]):
-        place = names.resolve(layer)
+    for layer in dict.fromkeys([*halves, *others, *foreign]):
+        place = names.resolve(layer, blocks)
         if place is None:
             lost.append(layer)
             continue
@@ -92,22 +138,46 @@ def read(path: Path, where: str | None = None, *, partial: bool = False) -> tupl
         try:
             if layer in foreign:
                 raise _Troubled(*foreign[layer])
+            if layer in others:
+                update = _kin(others[layer], halves.get(layer, {}), taken=kin)
+                if name in updates.get(part, {}):
+                    raise _Troubled("there twice")
+                updates.setdefault(part, {})[name] = update
+                good += 1
+                continue
             found = _split(part, name, _factors(halves[layer], config.get(part, {}), name))
             if not found.keys().isdisjoint(lora.get(part, {})):
                 raise _Troubled("there twice")
-        except _Troubled as trouble:
+        except (_Troubled, lycoris.Unreadable) as trouble:
             title, *shown = trouble.args
             troubled.setdefault(title, []).append(shown[0] if shown else layer)
             continue
         lora.setdefault(part, {}).update(found)
         good += 1
-    if not lora and not troubled:  # nothing of it is known by name: at least the method is
-        for title, key in foreign.values():
+    if not lora and not updates and not troubled:
+        # Nothing of it is known by name: at least the method is.
+        for title, key in [*foreign.values(), *map(_method, others.values())]:
             troubled.setdefault(title, []).append(key)
     if troubled and not (partial and good):
         _refuse(where, troubled, good)
     _refuse_useless(where, lora)
-    return lora, [*lost, *(name for shown in troubled.values() for name in shown)]
+    lost += [name for shown in troubled.values() for name in shown]
+    return File(lora=lora, kin=updates, lost=lost, metadata=metadata)
+
+
+def _method(parts: Mapping[str, tuple[str, Tensor]]) -> tuple[lycoris.Method, str]:
+    """LoHa or LoKr, and one of the names in the file."""
+    end, (key, _) = next(iter(parts.items()))
+    return _METHODS[end.partition("_")[0]], key
+
+
+def _kin(
+    parts: Mapping[str, tuple[str, Tensor]], rest: Mapping[str, Tensor], *, taken: bool
+) -> lycoris.Update:
+    method, key = _method(parts)
+    if not taken:
+        raise _Troubled(method, key)
+    return lycoris.read(method, {end: tensor for end, (_, tensor) in parts.items()}, rest)
 
 
 def _open(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -132,7 +202,7 @@ def _open(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _is_of_lora(name: str) -> bool:
-    return bool(_PART.fullmatch(name) or _FOREIGN_PART.fullmatch(name))
+    return any(one.fullmatch(name) for one in (_PART, _KIN_PART, _FOREIGN_PART))
 
 
 def is_lora(all_names: Iterable[str]) -> bool:
@@ -140,15 +210,35 @@ def is_lora(all_names: Iterable[str]) -> bool:
     return any(map(_is_of_lora, all_names))
 
 
+def is_lycoris(path: Path) -> bool:
+    """Whether a file has layers by LoHa or LoKr; one that cannot be read has none."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return any(map(_KIN_PART.fullmatch, opened.keys()))
+    except (OSError, SafetensorError):
+        return False
+
+
 def _sort(
     state: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[str, str]], list[str]]:
-    """Tensors by layer and kind; layers of other methods, with title and a key; other names."""
+) -> tuple[
+    dict[str, dict[str, Tensor]],
+    dict[str, dict[str, tuple[str, Tensor]]],
+    dict[str, tuple[str, str]],
+    list[str],
+]:
+    """Tensors by layer and kind: of LoRA, then of LoHa and LoKr with their names in the file;
+
+    then layers of other methods, with title and a key; and other names.
+    """
     halves: dict[str, dict[str, Tensor]] = {}
+    kin: dict[str, dict[str, tuple[str, Tensor]]] = {}
     foreign: dict[str, tuple[str, str]] = {}
     rest = []
     for name, tensor in state.items():
-        if match := _FOREIGN_PART.fullmatch(name):
+        if match := _KIN_PART.fullmatch(name):
+            kin.setdefault(names.clean(match["layer"]), {})[match["end"]] = (name, tensor)
+        elif match := _FOREIGN_PART.fullmatch(name):
             title = next(t for i, t in enumerate(_FOREIGN) if match[f"k{i}"])
             foreign.setdefault(names.clean(match["layer"]), (title, name))
         elif match := _PART.fullmatch(name):
@@ -160,7 +250,7 @@ def _sort(
             there["twice" if kind in there else kind] = tensor
         else:
             rest.append(name)
-    return halves, foreign, rest
+    return halves, kin, foreign, rest
 
 
 def _factors(there: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Factors:
