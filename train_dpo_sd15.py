@@ -7,7 +7,8 @@ the reference's, or that on the loser to rise (Wallace et al. 2023, arXiv:2311.1
     loss = -log sigmoid(-beta / 2 (d(winner) - d(loser)))
 
 The reference is the model as it was: adapters switched off, or a frozen copy. Timesteps are uniform
-and carry no weight, as in the authors' code. `--sft` learns the winners by the plain loss instead.
+and carry no weight, as in the authors' code. A model that predicts the velocity v is compared by
+its error of v. `--sft` learns the winners by the plain loss instead.
 
     accelerate launch train_dpo_sd15.py --pretrained_model_name_or_path models/pocket-sd15 \
         --dataset_name outputs/pairs --resolution 64 --finetune lora --output_dir outputs/dpo
@@ -58,7 +59,7 @@ class Args:
     dpo: DpoArgs
     finetune: finetune.FinetuneAllArgs
     lora: finetune.LoraArgs
-    full: finetune.WholeArgs
+    full: finetune.FileArgs
     optim: OptimArgs
     ema: EmaArgs
     evaluation: drawing.PromptEvalArgs
@@ -120,8 +121,10 @@ def main(args: Args) -> None:
             uniform = rng.uniform([(*key, "timestep") for key in keys])
             timestep = objective.level(uniform).to(run.device).repeat(sides)  # [2B]
             noisy = ddpm.add_noise(clean, noise, timestep, objective.schedule)
-            predicted = steering(learner.network, captions)(noisy, timestep)
-            errors = ddpm.squared_error(predicted, noise)  # [2B], or [B]
+            target = objective.target(clean, noise, timestep)  # the noise, or v
+            geometry = inputs.geometry(batch, sides=sides)
+            predicted = steering(learner.network, captions, geometry)(noisy, timestep)
+            errors = ddpm.squared_error(predicted, target)  # [2B], or [B]
             losses = errors
             if not args.dpo.sft:
                 with (
@@ -129,8 +132,8 @@ def main(args: Args) -> None:
                     torch.no_grad(),
                     trained.reference() as base,
                 ):
-                    predicted = steering(base, captions)(noisy, timestep)
-                    reference = ddpm.squared_error(predicted, noise)
+                    predicted = steering(base, captions, geometry)(noisy, timestep)
+                    reference = ddpm.squared_error(predicted, target)
                 found = preference.dpo(
                     *errors.chunk(2), *reference.chunk(2), beta=args.dpo.beta_dpo
                 )

@@ -7,6 +7,7 @@ gradient teaches the network (Xu et al. 2023, arXiv:2304.05977, Algorithm 1 and 
     x0 = (x_t - sqrt(1 - abar_t) eps(x_t, t, prompt)) / sqrt(abar_t)
     loss = grad_scale relu(margin - r(decode(x0), prompt)) + pretrain_weight |eps(z_s, s, c) - e|^2
 
+A model that predicts v points to x0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v, and learns v of z_s.
 The second term needs captioned pictures (`--pretrain_data_dir`); the authors' public code has left
 it out. `--grad_steps K` with the last step learns through a chain, as DRaFT-K does
 (arXiv:2309.17400). Any reward that gradients pass may be taken, `--list_rewards` tells which.
@@ -45,7 +46,7 @@ class Args:
     pretrain: pretraining_pictures.PretrainArgs
     finetune: finetune.FinetuneAllArgs
     lora: finetune.LoraArgs
-    full: finetune.WholeArgs
+    full: finetune.FileArgs
     optim: OptimArgs
     ema: EmaArgs
     evaluation: drawing.EvalArgs
@@ -109,6 +110,7 @@ def main(args: Args) -> None:
         *(objective.schedule, args.refl.sample_steps),
         eta=float(args.refl.sampler == "ddpm"),
         offset=model.steps_offset,
+        prediction=objective.prediction_type,
     )
     remembered = pictures.batches(run, batch_size) if pictures else None
 
@@ -119,10 +121,10 @@ def main(args: Args) -> None:
         captions = [prompt.text for prompt in batch]
         with learner.accumulate():
             scored = args.refl.draw(run.seed, places[0] // micro_batch)
-            epsilon = steering(learner.network, captions)
+            predict = steering(learner.network, captions)
             noise = rng.normal(shape, run.keys("noise", places), run.device)
             clean = denoising.estimate(
-                *(epsilon, noise, plan, run.keys("way", places)),
+                *(predict, noise, plan, run.keys("way", places)),
                 last=scored,
                 grad_steps=args.refl.grad_steps,
             )

@@ -57,7 +57,7 @@ def test_sd15_is_drawn_to_the_bit_as_its_pipeline_draws(tiny_sd15: Path, name: s
     embeds = pipeline.encode_prompt("a star", CPU, len(SEEDS), False)[0]
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        return sd15.epsilon(pipeline.unet, latents, timestep, embeds, torch.float32)
+        return sd15.prediction(pipeline.unet, latents, timestep, embeds, torch.float32)
 
     ours = drawing.sample(
         predict, (4, 8, 8), SEEDS, pipeline.scheduler, 4, dtype=torch.float32, device=CPU

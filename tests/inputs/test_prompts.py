@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from datetime import date
 from pathlib import Path
@@ -23,6 +20,7 @@ from dojo.pocket import scenes
 from dojo.run.optim import OptimArgs
 from dojo.run.run import RunArgs
 from tests.conftest import ROOT
+from tests.processes import together
 
 REAL = ROOT.parent / "shared" / "data" / "prompts"
 
@@ -462,22 +460,19 @@ def test_an_epoch_larger_than_the_set_is_refused() -> None:
         set_of(7).draw(0, 0, 0, replace=True)
 
 
-def test_another_process_holds_out_and_draws_the_same() -> None:
-    program = (
-        "import json, sys\n"
-        "from dojo.inputs.prompts import PromptArgs, open_prompts\n"
-        "prompts = open_prompts(PromptArgs(prompt_set='animals'))\n"
-        "print(json.dumps([[p.text for p in prompts.held_out], prompts.fingerprint,\n"
-        "    prompts.draw(5, 41, 28, replace=False), prompts.draw(5, 41, 28, replace=True)]))\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONHASHSEED": "77"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+def _held_out_and_drawn() -> list[Any]:
     prompts = open_prompts(PromptArgs(prompt_set="animals"))
     draws = [prompts.draw(5, 41, 28, replace=replace) for replace in (False, True)]
-    assert json.loads(result.stdout) == [texts(prompts.held_out), prompts.fingerprint, *draws]
+    return [texts(prompts.held_out), prompts.fingerprint, *draws]
+
+
+def _tell(file: Path) -> None:
+    file.write_text(json.dumps([hash("animals"), *_held_out_and_drawn()]))
+
+
+def test_another_process_holds_out_and_draws_the_same(tmp_path: Path) -> None:
+    code, said = together(_tell, (tmp_path / "told.json",), tmp_path)
+    assert code == 0, said
+    other, *told = json.loads((tmp_path / "told.json").read_text())
+    assert other != hash("animals"), "both processes have their names in one order"
+    assert told == _held_out_and_drawn()

@@ -43,6 +43,12 @@ class Geometry:
             original=original, crop=crop, target=target.repeat(len(original) // len(target), 1)
         )
 
+    def __getitem__(self, rows: slice) -> Geometry:
+        """That of some of the pictures."""
+        return Geometry(
+            original=self.original[rows], crop=self.crop[rows], target=self.target[rows]
+        )
+
     @classmethod
     def whole(cls, size: Size, count: int) -> Geometry:
         """That of pictures which are drawn: nothing was resized or cut off."""

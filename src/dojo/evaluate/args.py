@@ -54,6 +54,9 @@ class ValidationArgs:
     """seed of the pictures and of the eval loss's noise"""
     validation_guidance_scale: float = 5.0
     """classifier-free guidance of the pictures; 1 switches it off"""
+    validation_guidance_rescale: float = 0.0
+    """how far guided predictions are brought back to the size of the unguided: 0 is not at all, 0.7
+    is usual for models with zero terminal SNR (SD1, SD2, SDXL)"""
     validation_inference_steps: int = 28
     """sampling steps of the pictures"""
     validation_skip_guidance_layers: tuple[int, ...] = ()
@@ -76,7 +79,8 @@ class ValidationArgs:
         ranges.check_seed(self, "validation_seed")
         skip = "validation_skip_layer_guidance"
         ranges.check(self, f"validation_guidance_scale {skip}_scale", least=0)
-        ranges.check(self, f"{skip}_start {skip}_stop", least=0, most=1)
+        rescale = "validation_guidance_rescale"
+        ranges.check(self, f"{skip}_start {skip}_stop {rescale}", least=0, most=1)
         for text in self.validation_resolution:
             try:
                 parse_size(text)
@@ -148,8 +152,9 @@ class ValidationArgs:
         """Refuses what the model cannot do, before anything is loaded; reads the prompts' file.
 
         Raises:
-            UserError: a size does not fit the model, it has no such layer, the prompts' file is
-                wrong, or `--validation_clip_model` is no CLIP.
+            UserError: a size does not fit the model, it has no such layer, its pipeline does not
+                rescale guidance, the prompts' file is wrong, or `--validation_clip_model` is no
+                CLIP.
         """
         sizes = [("--validation_resolution", parse_size(x)) for x in self.validation_resolution]
         for entry in self.entries:
@@ -164,6 +169,10 @@ class ValidationArgs:
                 reason = re.sub(r"--(height|width) \(or --resolution\)", r"\1", str(error))
                 raise UserError(f"{source} {width}x{height}: {reason}") from error
         self._check_skipping(model)
+        if self.validation_guidance_rescale and not model.rescales_guidance:
+            raise UserError(
+                f"--validation_guidance_rescale: the pipeline of {model.name} has no such option"
+            )
         if self.validation_clip_model and self.entries:
             clip.check(self.validation_clip_model)
 

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.finetune import lora
-from dojo.models import loaded, sd3, truncation
+from dojo.models import loaded, opening, sd3, truncation
+from dojo.models.family import ModelArgs
+from dojo.models.unet import schedule
 
 
 def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None = None) -> Any:
-    """The pipeline of a folder, a hub id or a single SD3 file, quiet, on the CPU.
+    """The pipeline of a folder, a hub id or a single file, quiet, on the CPU.
 
     Raises:
         UserError: there is none, or it cannot be loaded.
@@ -29,10 +31,11 @@ def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None 
     flag = "--pretrained_model_name_or_path"
     folder = Path(name)
     if folder.is_file():
-        model = sd3.ModelArgs(
+        family = opening.family_of(ModelArgs(pretrained_model_name_or_path=name))
+        model = family.ModelArgs(
             pretrained_model_name_or_path=name, single_file_config=single_file_config
         )
-        pipeline: Any = sd3.open_model(model).load_pipeline(dtype, torch.device("cpu"))
+        pipeline: Any = family.open_model(model).load_pipeline(dtype, torch.device("cpu"))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
     if folder.is_dir() and not (folder / "model_index.json").is_file():
@@ -92,8 +95,9 @@ def load_loras(pipeline: Any, paths: Sequence[str], scales: Sequence[float]) -> 
         scales: strength of each, or one for all.
 
     Returns:
-        The scheduler that is saved beside the last of them that has one, with the shift of its
-        training; else the pipeline's own, which is left in place.
+        The scheduler that is saved beside the last of them that has one, or the pipeline's own as
+        that one was trained: shift, prediction type, zero terminal SNR. Else the pipeline's own,
+        which is left in place.
 
     Raises:
         UserError: one is missing or does not fit.
@@ -111,10 +115,11 @@ def load_loras(pipeline: Any, paths: Sequence[str], scales: Sequence[float]) -> 
 
 
 def _trained_with(scheduler: Any, folder: Path) -> Any:
-    """A scheduler with the shift of the one that is saved in `folder`, if that follows a flow too.
+    """A scheduler as the one that is saved in `folder` was trained, if there is one of its kind.
 
-    Of one class with it, it becomes that one; else it keeps its class: each class has a name of its
-    own for the shift, and reads over the others'.
+    Of one class with it, it becomes that one; else it keeps its class: each class of flows has a
+    name of its own for the shift, and reads over the others'. Of diffusions, what is predicted and
+    how the schedule ends are taken over; where its class has no zero terminal SNR, it becomes DDIM.
 
     Raises:
         UserError: the saved scheduler is broken.
@@ -129,6 +134,8 @@ def _trained_with(scheduler: Any, folder: Path) -> Any:
             return type(scheduler).from_config(saved)
         if sd3.shift_name(saved) and sd3.shift_name(own):
             return sd3.with_shift(own, sd3.own_shift(saved))
+        if not sd3.shift_name(saved) and not sd3.shift_name(own):
+            return schedule.own(schedule.taken_over(own, saved))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--lora_weights_path: {path} is broken ({error})") from error
     return scheduler

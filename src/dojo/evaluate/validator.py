@@ -140,12 +140,14 @@ class Validator:
         args, dtype = self.args, self.run.dtype
         embeds = self.inputs.text([picture.prompt])
         negative = self.inputs.text([picture.negative])
-        skip: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if args.validation_skip_guidance_layers:
-            skip["skip_guidance_layers"] = list(args.validation_skip_guidance_layers)
+            more["skip_guidance_layers"] = list(args.validation_skip_guidance_layers)
             for name in ("scale", "start", "stop"):
                 option = f"skip_layer_guidance_{name}"
-                skip[option] = getattr(args, f"validation_{option}")
+                more[option] = getattr(args, f"validation_{option}")
+        if args.validation_guidance_rescale:
+            more["guidance_rescale"] = args.validation_guidance_rescale
         noise = self.model.step_noise(pipeline.scheduler, picture.seed)
         with self.run.accelerator.autocast(), noise:
             latents = pipeline(
@@ -158,7 +160,7 @@ class Validator:
                 generator=torch.Generator().manual_seed(picture.seed),
                 output_type="latent",
                 **self.model.call_options,
-                **skip,
+                **more,
             ).images
         return to_pil(self.model.decode(self.inputs.vae, latents))[0]
 

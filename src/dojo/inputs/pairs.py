@@ -257,6 +257,16 @@ class Inputs:
         clean = self.model.scaled(mean, std, rng.normal(mean.shape[1:], own, self.run.device))
         return torch.cat([clean[0::2], clean[1::2]])
 
+    def geometry(self, rows: data.Batch, *, sides: int = 2) -> data.Geometry | None:
+        """Where the pictures of the pairs come from, for models that are told: as `latents`.
+
+        Args:
+            sides: 1 for the winners alone.
+        """
+        if not self.model.sized:
+            return None
+        return data.Geometry.of(rows)[: sides * len(rows["caption"])]
+
     def noise(self, keys: Sequence[Key], like: Tensor) -> Tensor:
         """Noise of which a pair's two pictures have the same: [2B, C, h, w] as `like`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -257,6 +257,7 @@ def needs(
     """
     for side in args.data.resolution:
         model.check_step(args.data.height or side, args.data.width or side)
+    _remark(run, model, [size])
     return model.needs(
         run.dtype,
         size,
@@ -326,6 +327,7 @@ def check_samples(
         raise UserError("there is nothing to train on")
     for height, width in plan.sizes:
         model.latent_shape(height, width)  # refuses what the model cannot take
+    _remark(run, model, plan.sizes)
     counts = f"{len(train) - len(too_small)} to train on, {len(held_out or ())} held out"
     run.say(f"pictures: {counts}, {len(bad)} left out")
     for row in bad[:10]:
@@ -333,6 +335,13 @@ def check_samples(
     for line in data.told_notes(train, *([held_out] if held_out else [])):
         run.say(line)
     return Sources(train, held_out, bad, plan, eval_plan)
+
+
+def _remark(run: Run, model: Model, sizes: Iterable[data.Size]) -> None:
+    """Says what the largest pictures are small for, if they are."""
+    said = model.remark(*max(sizes, key=lambda size: size[0] * size[1]))
+    if said is not None:
+        run.say(said)
 
 
 def prepare(

@@ -44,15 +44,24 @@ class Steering:
             for name, value in embeds.items()
         }
 
-    def predictor(self, network: nn.Module, embeds: Embeds) -> Predictor:
-        """What the network says, both branches of guidance in one batch."""
+    def predictor(
+        self, network: nn.Module, embeds: Embeds, geometry: Geometry | None = None
+    ) -> Predictor:
+        """What the network says, both branches of guidance in one batch.
+
+        Args:
+            geometry: of the pictures, for a model that is told; unset: they are drawn, whole. Only
+                without guidance.
+        """
         rows = len(next(iter(embeds.values())))
 
         def plain(latents: Tensor, level: Tensor) -> Tensor:
             # Fewer latents than prompts: pictures of one prompt that have not parted yet.
             own = {name: value[:: rows // len(latents)] for name, value in embeds.items()}
-            whole = Geometry.whole(self.size, len(latents)) if self.model.sized else None
-            conditions = self.model.conditions(own, whole)
+            known = geometry
+            if known is None and self.model.sized:
+                known = Geometry.whole(self.size, len(latents))
+            conditions = self.model.conditions(own, known)
             return self.model.predict(network, latents, level, conditions, self.dtype)
 
         def guided(latents: Tensor, level: Tensor) -> Tensor:
@@ -62,6 +71,8 @@ class Steering:
 
         return plain if self.guidance_scale == 1 else guided
 
-    def __call__(self, network: nn.Module, prompts: Sequence[str]) -> Predictor:
-        """What the network says for these prompts."""
-        return self.predictor(network, self.embeds(prompts))
+    def __call__(
+        self, network: nn.Module, prompts: Sequence[str], geometry: Geometry | None = None
+    ) -> Predictor:
+        """What the network says for these prompts; see `predictor`."""
+        return self.predictor(network, self.embeds(prompts), geometry)

@@ -130,9 +130,10 @@ class Judge:
         level = torch.full((len(clean),), timestep, device=clean.device)
         noisy = self.objective.noisy(clean, noise, level)
         captions = [*rows["caption"], *rows["caption"]]
+        geometry = self.inputs.geometry(rows)
 
         def errors(network: nn.Module) -> Tensor:
-            predicted = self.steering(network, captions)(noisy, level)
+            predicted = self.steering(network, captions, geometry)(noisy, level)
             return self.objective.errors(predicted, noisy, level, clean=clean, noise=noise)
 
         own = errors(self.trained.network)

@@ -132,7 +132,8 @@ def pretraining_errors(
     uniform = rng.uniform([(*key, "timestep") for key in keys])
     level = objective.level(uniform).to(run.device)
     noisy = objective.noisy(clean, noise, level)
-    predicted = steering(network, rows["caption"])(noisy, level)
+    geometry = data.Geometry.of(rows) if model.sized else None
+    predicted = steering(network, rows["caption"], geometry)(noisy, level)
     return objective.errors(predicted, noisy, level, clean=clean, noise=noise)
 
 
