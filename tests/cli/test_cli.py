@@ -291,6 +291,7 @@ def test_the_table_of_other_trainers_names_leads_to_flags_that_exist() -> None:
     assert not set(foreign.RENAMED.values()) - ours
     assert not (foreign.RENAMED.keys() | foreign.ANSWERS.keys()) & ours
     assert not foreign.RENAMED.keys() & foreign.ANSWERS.keys()
+    assert foreign.ELSEWHERE.keys() <= ours
     assert {text.split()[0] for text in foreign.FORMER.values()} <= ours
     assert not foreign.FORMER.keys() & (ours | foreign.RENAMED.keys() | foreign.ANSWERS.keys())
     named = {

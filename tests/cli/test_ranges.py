@@ -15,23 +15,31 @@ from dojo.cli import ranges
 from tests.conftest import ROOT
 
 # What the dataclasses cannot do without.
-REQUIRED: dict[str, Any] = {"output_dir": Path("x"), "dataset_name": "x", "prompt": ("x",)}
+REQUIRED: dict[str, Any] = {
+    **{"output_dir": Path("x"), "dataset_name": "x", "prompt": ("x",), "clone": Path("x")},
+    **{"output": Path("x.safetensors"), "input": ("x", "y"), "model": "sd35-medium"},
+    "rank": 1,
+}
 # Options that may be zero; all others are refused there.
 _ZERO = """
     Args.guidance_scale adam_beta1 adam_beta2 adam_weight_decay beta caption_dropout
-    clip_g_dropout clip_l_dropout dataloader_num_workers ema_decay eval_fraction eval_seed
-    first_step keep_tokens logit_mean lora_dropout lora_scale lr_warmup_steps margin
-    masked_loss_weight max_invalid mode_scale num_eval_prompts num_saved_images
+    clip_g_dropout clip_l_dropout clip_skip conv_rank dataloader_num_workers
+    ema_decay eval_fraction eval_seed
+    first_step guidance_rescale input_perturbation keep_tokens logit_mean lora_dropout lora_scale
+    lr_warmup_steps margin masked_loss_weight max_invalid min_timestep mode_scale noise_offset
+    num_eval_prompts num_saved_images scales
     pretrain_weight prior_guidance_scale prior_loss_weight proportion_empty_prompts seed
     skip_guidance_layers skip_layer_guidance_scale skip_layer_guidance_start
-    skip_layer_guidance_stop t5_dropout validation_guidance_scale validation_seed
+    skip_layer_guidance_stop t5_dropout validation_guidance_rescale validation_guidance_scale
+    validation_seed
     validation_skip_guidance_layers validation_skip_layer_guidance_scale
     validation_skip_layer_guidance_start validation_skip_layer_guidance_stop window_first
 """
 ZERO = _ZERO.split()
 # Options that may be negative: means of normal distributions, scores, LoRAs turned round; and one
 # that is refused a little later, by the number of the model's layers.
-NEGATIVE = ["logit_mean", "margin", "mode_scale", "lora_scale", "validation_skip_guidance_layers"]
+NEGATIVE = ["logit_mean", "margin", "mode_scale", "lora_scale", "scales"]
+NEGATIVE += ["validation_skip_guidance_layers"]
 
 
 def groups() -> Iterator[type]:

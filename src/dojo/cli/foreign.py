@@ -58,6 +58,11 @@ RENAMED: Mapping[str, str] = {
     "training_shift": "flow_shift",
     "unet_lr": "learning_rate",
     "validation_split": "eval_fraction",
+    "debiased_estimation_loss": "debiased_estimation",
+    "ip_noise_gamma": "input_perturbation",
+    "min_snr_gamma": "snr_gamma",
+    "vae": "pretrained_vae_model_name_or_path",
+    "zero_terminal_snr": "rescale_betas_zero_snr",
     # diffusers' example scripts
     "dataset_split_name": "dataset_split",
     "lora_blocks": "lora_layers",
@@ -152,30 +157,20 @@ ANSWERS: Mapping[str, str] = {
     "caption_extension": "not needed: .txt and .caption files beside the pictures are both found",
     "clip_g": _OWN_PARTS,
     "clip_l": _OWN_PARTS,
-    "clip_skip": "not here: text encoders are asked as the model's own pipeline asks them",
     "config_file": "options stand on the command line; accelerate's own --config_file goes before "
     "the script's name",
-    "debiased_estimation_loss": _NOISY,
     "fp8_base": "not here yet: the frozen base sits in --mixed_precision (bf16 at the least)",
     "full_bf16": "--train_dtype bf16 (full fine-tuning); adapters stay float32",
     "full_fp16": "not here: float16 weights lose small updates; --train_dtype bf16 keeps them",
-    "huber_c": _NOISY,
-    "huber_schedule": _NOISY,
-    "ip_noise_gamma": _NOISY,
     "logging_dir": _LOGS,
-    "loss_type": "not here: the loss is the squared error",
     "masked_loss": "--mask_dir FOLDER or --mask_from_alpha switch it on",
-    "max_timestep": _NOISY,
     "mem_eff_attn": _ATTENTION,
-    "min_snr_gamma": _NOISY,
-    "min_timestep": _NOISY,
     "multires_noise_iterations": _NOISY,
     "network_args": "--lora_layers chooses layers, --use_dora DoRA; LoHa and LoKr are not here",
     "network_module": "the script itself says it: train_lora_*.py trains LoRA, train_full_*.py all",
     "network_train_text_encoder_only": "not here: the network is trained in any case",
     "network_train_unet_only": "this is so, unless --train_text_encoder is given",
     "no_half_vae": "this is so: the autoencoder is float32 unless --vae_dtype says otherwise",
-    "noise_offset": _NOISY,
     "optimizer_args": "not here: --adam_beta1, --adam_beta2, --adam_weight_decay, --adam_epsilon",
     "output_name": "the result has diffusers' own names; its folder is --output_dir",
     "sample_at_first": "this is so: validation pictures are drawn before the first step",
@@ -188,30 +183,25 @@ ANSWERS: Mapping[str, str] = {
     "t5xxl": _OWN_PARTS,
     "use_lion_optimizer": "--optimizer lion",
     "use_safetensors": _SAFE,
-    "v2": "not here: Stable Diffusion 2 is not among the models",
-    "v_parameterization": "not here yet: no script trains a v-prediction model",
-    "vae": _OWN_PARTS,
+    "v2": "the model's own folder or file says it",
+    "v_parameterization": "the model's own folder or file says it; --prediction_type v_prediction "
+    "makes it of another one",
     "wandb_api_key": "set WANDB_API_KEY or run wandb login: a key on the command line is seen by "
     "every user of the machine",
     "xformers": _ATTENTION,
-    "zero_terminal_snr": "not here yet: no script trains a v-prediction model",
     # diffusers' example scripts
     "enable_npu_flash_attention": _ATTENTION,
     "enable_xformers_memory_efficient_attention": _ATTENTION,
-    "input_perturbation": _NOISY,
     "image_interpolation_mode": "not here: pictures are resized by Lanczos' filter, antialiased",
     "local_rank": _LAUNCHER,
     "non_ema_revision": "not here: --revision is the model's",
-    "offset_noise": _NOISY,
+    "offset_noise": "--noise_offset, in scripts that learn noise or v",
     "output_kohya_format": "--lora_format kohya",
     "pre_compute_text_embeddings": _CACHES,
-    "prediction_type": "the model's own scheduler says it",
-    "pretrained_vae_model_name_or_path": _OWN_PARTS,
     "run_validation": "--validation_prompt TEXT ... switches it on",
     "set_grads_to_none": "this is so in any case",
     "skip_save_text_encoder": "not needed: without --train_text_encoder no adapter of theirs is "
     "written",
-    "snr_gamma": _NOISY,
     "text_encoder_use_attention_mask": "not here: padding is masked as the model's pipeline does",
     "tokenizer_name": _OWN_PARTS,
     "upcast_before_saving": "this is so: trained weights are saved in float32",
@@ -241,7 +231,7 @@ ANSWERS: Mapping[str, str] = {
     # Diffusion-DPO
     "dreamlike_pairs_only": "not here: filter the pairs' table beforehand",
     "hard_skip_resume": "not needed: a resumed run goes straight to its place in the data",
-    "sdxl": "not here yet: Stable Diffusion XL is not among the models",
+    "sdxl": "the script's own name says it: there is one of its own for Stable Diffusion XL",
     # DiffSynth-Studio
     "dataset_metadata_path": "the table lies in the data's folder (metadata.csv, .jsonl, .parquet) "
     "and is found there",
@@ -254,6 +244,19 @@ ANSWERS: Mapping[str, str] = {
     "model_paths": "--pretrained_model_name_or_path takes a folder, a hub id or a file",
     "trainable_models": "the script's own name says it; --freeze keeps parts as they are",
     "use_gradient_checkpointing_offload": "not here: --gradient_checkpointing recomputes instead",
+}
+
+# Flags that some scripts have: what to say where there is no such flag.
+ELSEWHERE = {
+    "clip_skip": "not here: text encoders are asked as the model's own pipeline asks them",
+    **dict.fromkeys(
+        ("debiased_estimation", "huber_c", "huber_schedule", "input_perturbation", "max_timestep"),
+        _NOISY,
+    ),
+    **dict.fromkeys(("min_timestep", "noise_offset", "snr_gamma"), _NOISY),
+    "loss_type": "not here: the loss is the squared error",
+    "prediction_type": "the model's own scheduler says it",
+    "pretrained_vae_model_name_or_path": _OWN_PARTS,
 }
 
 
@@ -271,8 +274,8 @@ def answer(name: str, known: Collection[str]) -> str | None:
         ours = RENAMED[plain]
         missing = "" if ours in known else " (which this script does not have)"
         return f"here it is --{ours}{missing}"
-    if plain in ANSWERS:
-        return ANSWERS[plain]
+    if plain in ANSWERS or (plain in ELSEWHERE and plain not in known):
+        return ANSWERS.get(plain) or ELSEWHERE[plain]
     # ml_collections' groups may stand before a name that is ours.
     last = name.rpartition(".")[2]
     return f"here it is --{last}" if last != name and last in known else None
