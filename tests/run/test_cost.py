@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dojo.finetune import lora
 from dojo.models import sd3
@@ -41,6 +42,20 @@ def test_attention_keeps_no_matrix_of_weights() -> None:
     assert counted.saved_bytes == 3 * row  # the layer's input, the hidden states, the output
     products = 2 * 2 * tokens * tokens * width
     assert counted.flops == 6 * products + 2 * (2 * 2 * tokens * width * width)
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Flatten(2))
+    layers = layers.append(nn.Linear(36, 16)).append(nn.Bilinear(16, 16, 4)).to("meta")
+    pixels = torch.empty(2, 3, 8, 8, device="meta")
+
+    def loss() -> torch.Tensor:
+        hidden = layers[:5](pixels)
+        return layers[5](hidden, hidden).mean()
+
+    with FlopCounterMode(display=False) as torchs:
+        loss().backward()
+    assert cost.count_cost(loss, layers).flops == torchs.get_total_flops() > 0
 
 
 @pytest.mark.parametrize(
