@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs all seven training scripts on two commits with the same commands and seed, and compares what
+# Runs all training scripts on two commits with the same commands and seed, and compares what
 # they write: weights, checkpoints, metrics but for times, pictures. For changes that change nothing.
 #
 #   bash scripts/compare_commits.sh HEAD~1 HEAD               # about four minutes on two cores

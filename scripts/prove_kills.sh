@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Kills small runs of all seven training scripts at random moments, resumes them, and compares what
+# Kills small runs of all training scripts at random moments, resumes them, and compares what
 # they end with to what undisturbed ones end with: weights, metrics and pictures, to the bit.
 #
 #   bash scripts/prove_kills.sh            # 200 kills, about half an hour on two cores

@@ -1,4 +1,4 @@
-"""Runs the seven training scripts on two commits with the same commands, and compares the results.
+"""Runs the training scripts on two commits with the same commands, and compares the results.
 
 Every commit's tree is unpacked, and runs its own code in folders of its own, from the same
 untrained pocket models and pictures, on a CPU with one thread. Then a third run, by the second
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from dojo import cli
 from tests.conftest import ROOT
-from tests.seven import SCRIPTS, command, make_inputs
+from tests.scripts.runs import SCRIPTS, make_inputs
 
 Verdict = Literal["equal", "differs", "refused", "fails"]  # refused: to go on, which is allowed
 Kind = Literal["lora", "full", ""]
@@ -116,12 +116,15 @@ def _cases() -> tuple[Case, ...]:
 
 
 CASES = _cases()
+CASES += tuple(
+    Case(name, name, "", ()) for name in SCRIPTS if name not in {c.script for c in CASES}
+)
 LENGTH = ("--max_train_steps", "6", "--checkpoints_total_limit", "9")  # all are compared
 
 
 def flags_of(case: Case, options: Sequence[str]) -> list[str]:
     """The command line of a run, from its work folder, for a script that has these options."""
-    flags = command(case.script, Path("inputs"), folder_of(case, Path()))
+    flags = SCRIPTS[case.script].flags(Path("inputs"), folder_of(case, Path()))
     return [*flags, *LENGTH, *choice(case.kind, options), *case.flags]
 
 
@@ -208,6 +211,12 @@ def _python(tree: Path, words: Sequence[str], folder: Path, out: int) -> int:
         stderr=subprocess.STDOUT,
         timeout=PATIENCE,
     ).returncode
+
+
+def _has(commit: str, file: str) -> bool:
+    """Whether a commit has a file; scripts that one has not are not compared."""
+    words = ["git", "cat-file", "-e", f"{commit}:{file}"]
+    return subprocess.run(words, cwd=ROOT, capture_output=True).returncode == 0
 
 
 def unpack(commit: str, folder: Path, inputs: Path, scripts: Sequence[str]) -> Side:
@@ -433,7 +442,12 @@ def main(args: Args) -> None:
     """
     began = time.monotonic()
     shutil.rmtree(args.output_dir, ignore_errors=True)
-    work, scripts = args.output_dir.absolute(), args.scripts or SCRIPTS
+    work = args.output_dir.absolute()
+    scripts = [
+        name
+        for name in args.scripts or SCRIPTS
+        if _has(args.before, f"train_{name}.py") and _has(args.after, f"train_{name}.py")
+    ]
     make_inputs(work / "inputs")
     resume = not args.no_resume
     with ThreadPoolExecutor(args.jobs) as pool:

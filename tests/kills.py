@@ -11,9 +11,7 @@ made anew, and killed in the making.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import multiprocessing
 import os
 import random
@@ -36,7 +34,7 @@ import torch
 
 from dojo import cli
 from tests.conftest import ROOT
-from tests.seven import SCRIPTS, command, make_inputs
+from tests.scripts.runs import SCRIPTS, ended_with, make_inputs, pairs, rewards
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 IN_A_ROW = 4  # kills of one run before it is let to its end
@@ -89,8 +87,9 @@ class Outcome:
 
 def flags_of(case: Case, inputs: Path, folder: Path) -> list[str]:
     """The command line of a run that writes everything below `folder`."""
-    adapters = ["--finetune", "lora", "--rank", "2"] if case.script.endswith("sd15") else []
-    return [*command(case.script, inputs, folder), *adapters]
+    script = SCRIPTS[case.script]
+    adapters = ["--finetune", "lora", "--rank", "2"] if script.kind in (pairs, rewards) else []
+    return [*script.flags(inputs, folder), *adapters]
 
 
 # ---- Processes ----
@@ -183,27 +182,6 @@ class Started:
 # ---- Runs ----
 
 
-def result(folder: Path) -> dict[str, object]:
-    """What a finished run is compared by."""
-    run = folder / "run"
-    finished = (run / "finished.json").read_text()
-    last = f"checkpoint-{json.loads(finished)['step']}"
-    times = ("images_per_s", "memory_gib")
-    rows = [
-        {k: v for k, v in json.loads(line).items() if k not in times and k[:8] != "seconds_"}
-        for line in (run / "metrics.jsonl").read_text().splitlines()
-    ]
-    files = {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for pattern in ("run/**/*.safetensors", "run/validation/**/*.png", "class/*.png")
-        for path in sorted(folder.glob(pattern))
-        # A signal keeps a step of its own, which puts an older checkpoint out: the last one counts.
-        if not path.relative_to(folder).parts[1].startswith("checkpoint-")
-        or path.relative_to(folder).parts[1] == last
-    }
-    return {"finished": finished, "rows": rows, "files": files}
-
-
 def whole(case: Case, inputs: Path, folder: Path) -> tuple[dict[str, object], float]:
     """A run that nobody disturbs, and the seconds it takes.
 
@@ -217,7 +195,7 @@ def whole(case: Case, inputs: Path, folder: Path) -> tuple[dict[str, object], fl
     run.end()
     if not ended or any(run.codes.values()):
         raise RuntimeError(f"{case} fails undisturbed: {folder / 'log'}")
-    return result(folder), spent
+    return ended_with(folder), spent
 
 
 def disturb(case: Case, inputs: Path, work: Path, kills: int, seed: int) -> Outcome:
@@ -286,7 +264,7 @@ def _ended(case: Case, inputs: Path, folder: Path, expected: dict[str, object]) 
     run.end()
     if not ended or any(run.codes.values()):
         return f"ends with {run.codes}" if ended else "hangs"
-    found = result(folder)
+    found = ended_with(folder)
     return ", ".join(f"other {name}" for name in expected if found[name] != expected[name])
 
 

@@ -10,6 +10,7 @@ import dojo.pocket.verifier
 import dojo.publish
 import dojo.report
 import dojo.rewards.__main__
+import tests.processes
 
 # Named, because both libraries load a class's module when it is first asked for.
 LOADED = (
@@ -18,6 +19,7 @@ LOADED = (
     dojo.publish,
     dojo.report,
     dojo.rewards,
+    tests.processes,
     diffusers.AutoencoderKL,
     diffusers.DDPMScheduler,
     diffusers.FlowMatchEulerDiscreteScheduler,

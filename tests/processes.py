@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +27,17 @@ from tests.conftest import ROOT
 
 # -- as a user starts them ----------------------------------------------------------------------
 
-# Runs a training script as a user would, and kills its own process at a chosen place.
+# Runs a training script as a user would.
 _DEADLY = """
-import os, runpy, signal, sys
-from dojo.run import checkpoint
-from dojo.run.learner import Learner
+import os, sys
+sys.path.insert(0, {root!r})
 from dojo.data import shards
+from tests.processes import Death, _run, prepare
 
-shards.SHARD_SIZE = 2  # several shards of the ten scenes
-place, count = os.environ.get("DIE_AT", "nowhere"), int(os.environ.get("DIE_COUNT", "0"))
-
-def deadly(function):
-    calls = iter(range(1, 10**6))
-    def wrapper(*args, **kwargs):
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapper
-
-if place == "cache":
-    shards.tensors.save = deadly(shards.tensors.save)
-elif place == "step":
-    Learner.step = deadly(Learner.step)
-elif place == "checkpoint":
-    checkpoint._flush = deadly(checkpoint._flush)
-elif place == "class picture":
-    from PIL import Image
-    Image.Image.save = deadly(Image.Image.save)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+shards.SHARD_SIZE = int(os.environ.get("SHARD_SIZE", shards.SHARD_SIZE))
+if place := os.environ.get("DIE_AT"):
+    prepare(Death(place=place, count=int(os.environ["DIE_COUNT"])))
+_run(sys.argv[1], sys.argv[2:])
 """
 
 
@@ -63,18 +46,18 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Starts a training script in processes of its own.
 
-    DIE_AT (cache, step, checkpoint, class picture) and DIE_COUNT kill it with SIGKILL at that
-    call.
+    DIE_AT and DIE_COUNT kill it with SIGKILL at that call: place and count of a `Death`. With a
+    SHARD_SIZE of 2 its ten pictures make several files.
     """
     wrapper = folder / "deadly.py"
     folder.mkdir(exist_ok=True, parents=True)
-    wrapper.write_text(_DEADLY)
+    wrapper.write_text(_DEADLY.format(root=str(ROOT)))
     python = [sys.executable]
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         python += ["--master_port", str(random.randint(20_000, 50_000))]
     return subprocess.run(
-        [*python, str(wrapper), str(ROOT / script), *flags],
+        [*python, str(wrapper), script, *flags],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
         capture_output=True,
         text=True,
@@ -87,6 +70,19 @@ def launch(
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["tests.preloaded"])
+_USUAL = multiprocessing.get_all_start_methods()[0]  # the platform's own
+
+
+def _start_server() -> None:
+    """Starts what is forked from, once; its hashes are others than this process's."""
+    seed = os.environ.get("PYTHONHASHSEED")
+    if seed is not None:  # unset: both are random
+        os.environ["PYTHONHASHSEED"] = "2" if seed == "1" else "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if seed is not None:
+            os.environ["PYTHONHASHSEED"] = seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +132,17 @@ def _begin(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    # Or its workers would be forked from one more process that first imports everything.
+    multiprocessing.set_start_method(_USUAL, force=True)
     if death is not None:
-        place, name = _PLACES[death.place]
-        setattr(place, name, _deadly(getattr(place, name), death))
+        prepare(death)
     work(*arguments)
+
+
+def prepare(death: Death) -> None:
+    """Puts a death in this process's way."""
+    place, name = _PLACES[death.place]
+    setattr(place, name, _deadly(getattr(place, name), death))
 
 
 def _run(script: str, flags: Sequence[str]) -> None:
@@ -179,6 +182,7 @@ def together(
 
     Of several processes the last one dies.
     """
+    _start_server()
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     log.write_text("")
@@ -204,19 +208,20 @@ def together(
 
 
 @contextmanager
-def served(reward: str, port: int, folder: Path) -> Iterator[int]:
-    """A reward server that answers; its process id."""
+def served(reward: str, port: int, folder: Path) -> Iterator[Any]:
+    """A reward server that answers: its process."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "server.txt"
     log.write_text("")
-    flags = ["serve", reward, "--port", str(port)]
+    flags = ["serve", reward, "--port", str(port), "--device", "cpu"]
+    _start_server()
     server = _forks.Process(target=_begin, args=(_run, ("dojo.rewards", flags), log, {}, None))
     server.start()
     try:
         while "serving" not in log.read_text():
             assert server.is_alive(), log.read_text()
             time.sleep(0.05)
-        yield server.pid or 0
+        yield server
     finally:
         server.kill()
         server.join()

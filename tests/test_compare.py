@@ -17,7 +17,7 @@ from dojo.cli import UserError
 
 from . import compare
 from .compare import CASES, Args, Compared, choice, flags_of, table, unpack
-from .seven import SCRIPTS
+from .scripts.runs import SCRIPTS
 
 WEIGHTS = "run/checkpoint-3/weights.safetensors"
 OPTIMIZER = "run/checkpoint-3/optimizer.pt"
@@ -212,7 +212,7 @@ def test_the_table_names_the_first_differences_and_counts_the_rest() -> None:
 
 def test_an_unknown_commit_is_a_user_s_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no_such_commit: "):
-        unpack("no_such_commit", tmp_path / "it", tmp_path, SCRIPTS)
+        unpack("no_such_commit", tmp_path / "it", tmp_path, [*SCRIPTS])
 
 
 def test_an_unknown_script_is_a_user_s_mistake() -> None:

@@ -22,8 +22,10 @@ CONFIGURATIONS = sorted((ROOT / "scripts" / "accelerate").glob("*.yaml"))
 LAUNCHERS = [*sorted((ROOT / "scripts").glob("train_*.sh")), ROOT / "scripts" / "demo.sh"]
 REINFORCED = [path for path in LAUNCHERS if path.stem in ("train_ddpo_sd3", "train_grpo_sd3")]
 PREFERRED, DIRECT = (ROOT / "scripts" / f"train_{name}_sd15.sh" for name in ("dpo", "refl"))
-REWARDED = [*REINFORCED, DIRECT]
-SUPERVISED = [path for path in LAUNCHERS[:-1] if path not in (*REWARDED, PREFERRED)]
+PREFERRED_XL, DIRECT_XL = (ROOT / "scripts" / f"train_{name}_sdxl.sh" for name in ("dpo", "refl"))
+IN_BATCHES = [PREFERRED, DIRECT, PREFERRED_XL, DIRECT_XL]  # of pictures, over all processes
+REWARDED = [*REINFORCED, DIRECT, DIRECT_XL]
+SUPERVISED = [path for path in LAUNCHERS[:-1] if path not in (*REWARDED, *IN_BATCHES)]
 each_launcher = pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.name)
 each_reinforced = pytest.mark.parametrize("launcher", REINFORCED, ids=lambda path: path.name)
 each_rewarded = pytest.mark.parametrize("launcher", REWARDED, ids=lambda path: path.name)
@@ -265,8 +267,10 @@ def test_a_dry_run_goes_through_accelerate_and_ends_well(launcher: Path, tmp_pat
         (PREFERRED, {"TRAIN_BATCH_SIZE": "1"}, 2048, 2.048e-5),
         (PREFERRED, {"USE_LORA": "1", "TRAIN_BATCH_SIZE": "2"}, 32, 1e-5),
         (DIRECT, {}, 64, 1e-5),
+        (PREFERRED_XL, {}, 2048, 2.048e-5),
+        (PREFERRED_XL, {"USE_LORA": "1"}, 16, 1e-5),
     ],
-    ids=("dpo", "dpo-single", "dpo-lora", "refl"),
+    ids=("dpo", "dpo-single", "dpo-lora", "refl", "dpo-xl", "dpo-xl-lora"),
 )
 def test_every_number_of_processes_makes_the_papers_batch_and_rate(
     launcher: Path,
@@ -285,7 +289,7 @@ def test_every_number_of_processes_makes_the_papers_batch_and_rate(
     assert args.finetune.finetune == ("lora" if "USE_LORA" in environment else "full")
 
 
-@pytest.mark.parametrize("launcher", [PREFERRED, DIRECT], ids=lambda path: path.name)
+@pytest.mark.parametrize("launcher", IN_BATCHES, ids=lambda path: path.name)
 def test_a_batch_that_cannot_be_reached_is_refused(launcher: Path, tmp_path: Path) -> None:
     result, words = launch(launcher, tmp_path, NUM_PROCESSES="3")
     assert result.returncode == 2
@@ -299,6 +303,26 @@ def test_dpo_has_the_papers_settings(tmp_path: Path) -> None:
     assert not args.dpo.sft
     assert args.optim.lr_scheduler == "constant_with_warmup"
     assert (args.optim.lr_warmup_steps, args.optim.max_train_steps) == (500, 2000)
+
+
+def test_dpo_of_sdxl_has_the_papers_settings(tmp_path: Path) -> None:
+    args: Any = parse(*split(record(PREFERRED_XL, tmp_path))[1:])
+    assert args.dpo.beta_dpo == 5000
+    assert args.optim.optimizer == "adafactor"
+    assert args.optim.lr_scheduler == "constant_with_warmup"
+    assert (args.optim.lr_warmup_steps, args.optim.max_train_steps) == (200, 2000)
+    assert args.data.size == (1024, 1024)
+
+
+@pytest.mark.parametrize(
+    "launcher", sorted((ROOT / "scripts").glob("train_*_sdxl.sh")), ids=lambda path: path.name
+)
+def test_another_autoencoder_may_be_named_for_sdxl(launcher: Path, tmp_path: Path) -> None:
+    for name in ("", "models/sdxl-vae-fp16-fix"):
+        _, script, flags = split(record(launcher, tmp_path, VAE_NAME=name))
+        args: Any = parse(script, flags)
+        assert args.model.pretrained_vae_model_name_or_path == (name or None)
+        assert args.model.vae_dtype != "fp16"  # in which SDXL's own overflows
 
 
 def test_refl_has_the_papers_settings(tmp_path: Path) -> None:

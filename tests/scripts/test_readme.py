@@ -31,9 +31,9 @@ OTHERS = {
     *("--help", "--dev", "--nproc_per_node", "--quiet", "--source", "--config_file", "--multi_gpu"),
     *("--shape", "--lora_weights_path", "--compare", "--num_processes"),
     *("--images", "--prompts", "--host", "--port"),  # python -m dojo.rewards
-    "--partial",  # python -m dojo.lora
+    *("--partial", "--base", "--scales", "--dynamic", "--input", "--output"),  # python -m dojo.lora
     *("--n", "--w", "--h", "--d", "--s", "--l"),  # behind a prompt in a text file
-    *("--table", "--long", "--short"),  # scripts/prove_rl.sh, scripts/prove_preference.sh
+    *("--table", "--long", "--short", "--only"),  # scripts/prove_*.sh
     "--use_lora",  # what --finetune was once
 }
 _FENCE = re.compile(r"^ *```(?P<kind>\w*)\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -271,7 +271,7 @@ def test_every_command_is_understood(line: str, tmp_path: Path) -> None:
             check_script(rest)
         case ["bash", *rest]:
             check_bash(rest, variables, tmp_path)
-        case ["pip" | "source" | "export" | "touch", *_]:
+        case ["pip" | "source" | "export" | "touch" | "git", *_]:
             pass
         case _:
             pytest.fail(f"what is this? {line}")

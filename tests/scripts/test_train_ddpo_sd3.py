@@ -3,10 +3,8 @@
 import json
 import math
 import random
-import runpy
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,22 +19,19 @@ from dojo.files import outputs
 from dojo.finetune import lora
 from dojo.maths import advantages as policy
 from dojo.maths import surrogate
-from dojo.rewards import loading
-from tests.conftest import ROOT
 from tests.processes import Death, launch, spawn
-from tests.scripts.test_train_grpo_sd3 import (
-    NO_EVALUATION,
+from tests.scripts.runs import (
+    SCRIPTS,
+    adapter_bytes,
     agree,
-    evaluated,
-    flags_of,
-    learned,
     metrics,
     mine,
-    result,
     scores,
+    steps,
     timeless,
-    trained,
+    with_reward,
 )
+from tests.scripts.test_train_grpo_sd3 import NO_EVALUATION, flags_of, learned
 from tests.scripts.test_train_grpo_sd3 import train as train_script
 
 SCRIPT = "train_ddpo_sd3.py"
@@ -76,7 +71,7 @@ def test_before_the_first_update_the_ratio_is_exactly_one(
 ) -> None:
     size = (*SMALL, *NO_EVALUATION)
     epochs = ("--max_train_steps", "None", "--num_train_epochs", "2")
-    rows = trained(train(tmp_path, tiny_sd3, *size, *epochs, *flags))
+    rows = steps(train(tmp_path, tiny_sd3, *size, *epochs, *flags))
     per_epoch = len(rows) // 2
     assert per_epoch > 1
     for i, row in enumerate(rows):
@@ -128,14 +123,14 @@ def test_a_picture_is_judged_by_what_its_prompt_has_scored(
 
 
 def test_a_run_leaves_everything_that_was_promised(tmp_path: Path, tiny_sd3: Path) -> None:
-    flags = ("--eval_reward", mine(tiny_sd3, "redness"), "--eval_every", "1")
+    flags = ("--eval_reward", mine(tiny_sd3.parent, "redness"), "--eval_every", "1")
     folder = train(tmp_path, tiny_sd3, *flags, "--use_ema", "--learning_rate", "1e-2")
-    rows = trained(folder)
+    rows = steps(folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows[::2]:
         for key in ("reward", "reward_std", "reward/brightness", "invalid_share"):
             assert math.isfinite(row[key]), key
-    checks = evaluated(folder)
+    checks = with_reward(folder)
     assert [row["step"] for row in checks] == [0, 2, 4]
     assert all(math.isfinite(row["eval_reward/redness"]) for row in checks)
     table = scores(folder, 4)
@@ -144,7 +139,7 @@ def test_a_run_leaves_everything_that_was_promised(tmp_path: Path, tiny_sd3: Pat
     for name in ("args.json", "README.md", "report.html", "contact_sheet.png", lora.WEIGHTS):
         assert (folder / name).is_file(), name
     end = folder / "checkpoint-4"
-    assert result(folder) == result(end / "ema") != result(end)
+    assert adapter_bytes(folder) == adapter_bytes(end / "ema") != adapter_bytes(end)
     assert set(buffer_of(end)) <= set(range(6))
     assert sum(len(held) for held in buffer_of(end).values()) <= 16
 
@@ -184,15 +179,6 @@ def test_a_buffer_that_cannot_fill_is_refused() -> None:
     for size, least in ((4, 5), (4, 1)):
         with pytest.raises(ValueError, match="--buffer_min_count"):
             train_ddpo_sd3.DdpoArgs(buffer_size=size, buffer_min_count=least)
-
-
-def test_the_rewards_are_listed_whatever_else_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "--list_rewards"])
-    runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines[1:]} == set(loading.SCORERS)
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
@@ -244,26 +230,10 @@ def test_a_killed_run_goes_on_with_its_buffer_and_ends_with_the_same_bytes(
 
     code, said = spawn(SCRIPT, flags, broken)
     assert code == 0, (death, said)
-    assert result(broken / "run") == result(whole / "run"), death
+    assert adapter_bytes(broken / "run") == adapter_bytes(whole / "run"), death
     assert timeless(broken / "run") == timeless(whole / "run"), death
     ends = [buffer_of(folder / "run" / "checkpoint-6") for folder in (whole, broken)]
     assert ends[0] == ends[1] != {}
-
-
-def test_a_longer_run_goes_on_exactly_and_a_finished_one_is_left_alone(
-    tmp_path: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = (*SMALL, "--train_batch_size", "4", "--seed", "3", *NO_EVALUATION)
-    whole = train(tmp_path / "whole", tiny_sd3, *own, "--max_train_steps", "3")
-    first = train(tmp_path / "parts", tiny_sd3, *own, "--max_train_steps", "2")
-    resume = ("--max_train_steps", "3", "--resume_from_checkpoint", "latest")
-    with pytest.raises(UserError, match="--buffer_size was 4"):
-        train(tmp_path / "parts", tiny_sd3, *own, *resume, "--buffer_size", "8")
-    train(tmp_path / "parts", tiny_sd3, *own, *resume)
-    assert result(first) == result(whole)
-    assert timeless(first) == timeless(whole)
-    train(tmp_path / "parts", tiny_sd3, *own, *resume)
-    assert "finished (3 steps): nothing to do" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("torchrun", marks=pytest.mark.slow)])
@@ -281,7 +251,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, tiny_sd3: Path, start: s
     assert json.loads((two / "run" / "args.json").read_text())["num_processes"] == 2
     assert said.count("prompts of pocket") == 1  # one process speaks
     alone = train(tmp_path / "alone", tiny_sd3, *own, "--train_batch_size", "4")
-    agree(alone, two / "run")
+    agree(SCRIPTS["ddpo_sd3"], alone, two / "run")
     held = [buffer_of(folder / "checkpoint-4") for folder in (alone, two / "run")]
     assert held[0].keys() == held[1].keys()
     for prompt, kept in held[0].items():
@@ -308,6 +278,6 @@ def test_a_reward_that_gives_up_in_an_evaluation_loses_neither_weights_nor_evalu
     broken = tmp_path / "broken" / "run"
     assert [path.name for path in broken.glob("checkpoint-*")] == ["checkpoint-2"]
     train(tmp_path / "broken", tiny_sd3, *own)
-    assert result(broken) == result(whole)
+    assert adapter_bytes(broken) == adapter_bytes(whole)
     assert [row["step"] for row in metrics(broken) if "eval_reward" in row] == [0, 2, 4]
-    assert evaluated(broken) == evaluated(whole)
+    assert with_reward(broken) == with_reward(whole)

@@ -1,15 +1,13 @@
 """train_dpo_sd15.py from end to end: its tie to the reference, what it learns, how it resumes."""
 
 import csv
-import dataclasses
 import json
 import math
 import random
-import runpy
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,99 +29,38 @@ from dojo.finetune import Adapters, AllWeights, Trained, lora
 from dojo.inputs import pairs as paired
 from dojo.maths import ddpm, preference
 from dojo.models import sd15
-from dojo.models.sd15 import models
+from dojo.models.unet import networks
 from dojo.pocket import scenes
-from dojo.rewards import loading
-from tests.conftest import ROOT, reset_accelerate, run_flags
+from tests.conftest import ROOT
 from tests.processes import Death, launch, spawn
-from tests.scripts.test_train_grpo_sd3 import metrics, timeless
+from tests.scripts.runs import (
+    SCRIPTS,
+    agree,
+    asked,
+    draw,
+    equal,
+    family_flags,
+    in_process,
+    metrics,
+    mine,
+    one_thread,
+    steps,
+    timeless,
+    with_loss,
+    write_pairs,
+)
 
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 SCRIPT = "train_dpo_sd15.py"
 LOG_TWO = torch.tensor(math.log(2)).item()  # in float32
 LORA = ("--finetune", "lora", "--rank", "2")
 ONE_STEP = ("--max_train_steps", "1")
 
-# Rewards of a user's own. What they are asked is written down beside the file.
-MINE = """
-import os
-import torch
 
-def told(images):
-    with open(__file__ + ".log", "a") as file:
-        print(len(images), file=file)
-
-def brightness(images, prompts, metadata):
-    told(images)
-    return images.mean(dim=(1, 2, 3))
-
-def darkness(images, prompts, metadata):
-    told(images)
-    return -images.mean(dim=(1, 2, 3))
-
-def never(images, prompts, metadata):
-    return brightness(images, prompts, metadata) * torch.nan
-
-def every_other(images, prompts, metadata):
-    there = torch.arange(len(images)) % 2 == 1
-    return torch.where(there, brightness(images, prompts, metadata), torch.nan)
-
-def only_process_0(images, prompts, metadata):
-    scores = brightness(images, prompts, metadata)
-    return scores if os.environ.get("RANK", "0") == "0" else scores * torch.nan
-
-for function in (brightness, darkness, never, every_other, only_process_0):
-    function.differentiable = True
-"""
-
-
-def mine(folder: Path, function: str) -> str:
-    """The text of a reward that is a function in a file of this folder."""
-    file = folder / "mine.py"
-    folder.mkdir(exist_ok=True, parents=True)
-    if not file.exists():
-        file.write_text(MINE)
-    return f"{file}:{function}"
-
-
-def asked(folder: Path) -> int:
-    """Pictures that rewards in this folder have been asked about."""
-    log = folder / "mine.py.log"
-    return sum(map(int, log.read_text().split())) if log.exists() else 0
-
-
-def write_pairs(folder: Path, count: int, *, swapped: bool = False, alike: bool = False) -> Path:
-    """Scenes on white that are preferred to the same ones on black, with captions that differ.
-
-    Args:
-        swapped: the black ones are preferred.
-        alike: both pictures of a pair have the same pixels, in two files.
-    """
-    folder.mkdir(parents=True)
-    rng = random.Random(0)
-    drawn: dict[str, scenes.Scene] = {}
-    while len(drawn) < count:
-        drawn.setdefault(*scenes.sample(rng, "position"))
-    rows = []
-    for i, (caption, scene) in enumerate(drawn.items()):
-        files = [f"{i}-{name}.png" for name in ("white", "black")]
-        for file, background in zip(files, ("white", "white" if alike else "black"), strict=True):
-            picture = scenes.draw(dataclasses.replace(scene, background=background))
-            Image.fromarray(picture).save(folder / file)
-        first, second = files if i % 2 else files[::-1]
-        label = i % 2 if not swapped else 1 - i % 2
-        row = {"image_0": first, "image_1": second, "label_0": label, "caption": caption}
-        rows.append(json.dumps(row))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny, and threads that wait for busy cores would take seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def flags_of(folder: Path, model: Path, data: Path | None) -> list[str]:
+    """The command line of a small run; all runs on this model share their caches."""
+    cache = ["--latent_cache_dir", str(model.parent / "cache"), "--seed", "0"]
+    return [*family_flags(folder, model, data), *cache]
 
 
 @pytest.fixture(scope="module")
@@ -133,23 +70,15 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sharp_sd15(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Path:
+def sharp_sd15(tmp_path_factory: pytest.TempPathFactory, pocket_sd15: Path) -> Path:
     """The same model with latents that show more of the picture than of the posterior's noise."""
     folder = tmp_path_factory.mktemp("models") / "sharp-sd15"
-    shutil.copytree(tiny_sd15, folder)
+    shutil.copytree(pocket_sd15, folder)
     vae: Any = AutoencoderKL.from_pretrained(folder, subfolder="vae")
     vae.quant_conv.bias.data[4:] -= 12  # of the logarithm of the variance
     vae.register_to_config(scaling_factor=3.0)
     vae.save_pretrained(folder / "vae")
     return folder
-
-
-def flags_of(folder: Path, model: Path, data: Path | None) -> list[str]:
-    """The command line of a small run; all runs on this model share their caches."""
-    flags = run_flags(folder, model, data)
-    place = flags.index("--max_sequence_length")
-    del flags[place : place + 2]
-    return [*flags, "--latent_cache_dir", str(model.parent / "cache"), "--seed", "0"]
 
 
 def train(
@@ -160,38 +89,16 @@ def train(
     script: ModuleType = train_dpo_sd15,
 ) -> Path:
     """Trains in this process and returns the output folder."""
-    reset_accelerate()
-    words = [*flags_of(folder, model, data), *flags]
-    script.main(script.cli.parse(script.Args, None, words))
+    in_process(script, [*flags_of(folder, model, data), *flags])
     return folder / "run"
-
-
-def steps(folder: Path) -> list[dict[str, float]]:
-    return [row for row in metrics(folder) if "loss" in row]
-
-
-def judged(folder: Path) -> list[dict[str, float]]:
-    return [row for row in metrics(folder) if "eval_loss" in row]
 
 
 def unet_of(folder: Path) -> Any:
     return UNet2DConditionModel.from_pretrained(folder)
 
 
-def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
 def same_unet(one: Path, two: Path) -> bool:
     return equal(unet_of(one).state_dict(), unet_of(two).state_dict())
-
-
-def agree(one: Path, other: Path) -> None:
-    """Two runs tell the same, but for rounding."""
-    for row, again in zip(timeless(one), timeless(other), strict=True):
-        assert row.keys() == again.keys()
-        for name, value in row.items():
-            assert again[name] == pytest.approx(value, rel=2e-3, abs=1e-5), (row["step"], name)
 
 
 # -- the tie to the reference -------------------------------------------------------------------
@@ -218,7 +125,7 @@ def test_before_the_first_update_the_loss_is_log_two_exactly(
     more = ("--max_train_steps", "2", "--learning_rate", "1e-3", "--eval_fraction", "0.3")
     folder = train(tmp_path, tiny_sd15, pairs, *more, *flags)
     first, second = steps(folder)
-    before, after = judged(folder)
+    before, after = with_loss(folder)
     assert first["loss"] == before["eval_loss"] == LOG_TWO
     assert first["accuracy"] == before["eval_accuracy"] == 0.5
     assert first["margin"] == first["winner_drift"] == first["loser_drift"] == 0
@@ -234,7 +141,7 @@ def test_winner_and_loser_are_noised_alike_and_drawn_apart(
     data = write_pairs(tmp_path / "pairs", 4, alike=True)
     noised: list[tuple[Tensor, ...]] = []
     asked_for: list[tuple[Any, ...]] = []
-    add, ask = ddpm.add_noise, models.epsilon
+    add, ask = ddpm.add_noise, networks.prediction
 
     def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, schedule: Any) -> Tensor:
         noisy = add(clean, noise, timestep, schedule)
@@ -246,7 +153,7 @@ def test_winner_and_loser_are_noised_alike_and_drawn_apart(
         return ask(unet, noisy, timestep, **more)
 
     monkeypatch.setattr(ddpm, "add_noise", add_noise)
-    monkeypatch.setattr(models, "epsilon", epsilon)
+    monkeypatch.setattr(networks, "prediction", epsilon)
     train(tmp_path, tiny_sd15, data, *LORA, "--train_batch_size", "4", "--no_hflip")
     assert len(noised) == 3
     for i, (clean, noise, timestep, noisy) in enumerate(noised):
@@ -301,7 +208,7 @@ def test_the_reference_does_not_move(
 
     def predicted(unet: Any) -> Tensor:
         with torch.no_grad():
-            return sd15.epsilon(unet, *inputs, torch.float32)
+            return sd15.prediction(unet, *inputs, torch.float32)
 
     with policy.reference() as before:
         assert torch.equal(predicted(before), predicted(base))
@@ -360,7 +267,7 @@ def test_what_is_preferred_becomes_likelier_and_with_swapped_labels_less_likely(
         rows = steps(folder)
         assert sum(row["accuracy"] for row in rows[-4:]) / 4 > 0.8
         assert sum(row["margin"] for row in rows[-4:]) > 0
-        before, after = judged(folder)
+        before, after = with_loss(folder)
         assert before["eval_loss"] == LOG_TWO > 1.1 * after["eval_loss"]
         assert after["eval_accuracy"] > 0.8  # captions that it was not trained on
         found.append(standing(sharp_sd15, folder, right))
@@ -441,11 +348,11 @@ def test_sft_learns_the_winners_alone_without_a_reference(
 
 
 def test_sft_keeps_no_copy_and_says_so_in_the_plan(
-    tmp_path: Path, tiny_sd15: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, pocket_sd15: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plans = {}
     for name, flags in {"dpo": (), "sft": ("--sft",), "lora": LORA}.items():
-        train(tmp_path, tiny_sd15, pairs, "--dry_run", *flags, "--train_batch_size", "64")
+        train(tmp_path, pocket_sd15, pairs, "--dry_run", *flags, "--train_batch_size", "64")
         plans[name] = capsys.readouterr().out
 
     def number(name: str, before: str, after: str) -> float:
@@ -484,7 +391,7 @@ def test_every_evaluation_of_one_model_says_the_same_whatever_the_seed(
     rows: list[dict[str, float]] = []
     for seed in ("1", "2"):
         folder = train(tmp_path / seed, tiny_sd15, pairs, *still, "--seed", seed)
-        rows += judged(folder)
+        rows += with_loss(folder)
     assert [row.pop("step") for row in rows] == [0, 1, 2, 0, 1, 2]
     assert all(row == rows[0] for row in rows)
     assert rows[0]["eval_loss"] != LOG_TWO
@@ -586,12 +493,6 @@ def test_a_model_that_prefers_nothing_is_told(tmp_path: Path, tiny_sd15: Path, p
 # -- results ------------------------------------------------------------------------------------
 
 
-def draw(pipeline: Any) -> Tensor:
-    pipeline.set_progress_bar_config(disable=True)
-    seed = torch.Generator().manual_seed(0)
-    return pipeline("a star", num_inference_steps=2, generator=seed, output_type="pt").images
-
-
 @pytest.mark.parametrize("flags", [LORA, ()], ids=["lora", "full"])
 def test_result_and_checkpoints_load_in_plain_diffusers(
     tmp_path: Path, tiny_sd15: Path, pairs: Path, flags: tuple[str, ...]
@@ -652,15 +553,6 @@ def test_a_beta_that_ties_to_nothing_is_refused() -> None:
         train_dpo_sd15.DpoArgs(beta_dpo=0)
 
 
-def test_the_rewards_are_listed_whatever_else_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "--list_rewards"])
-    runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines[1:]} == set(loading.SCORERS)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -708,29 +600,6 @@ def test_a_run_of_before_finetune_goes_on_as_what_it_was(
         train(tmp_path, tiny_sd15, pairs, *resume, "--rank", "2")
     train(tmp_path, tiny_sd15, pairs, *resume, *LORA)
     assert [row["step"] for row in steps(folder)] == [1, 2]
-
-
-def test_a_longer_run_goes_on_exactly_and_a_finished_one_is_left_alone(
-    tmp_path: Path, tiny_sd15: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = ("--use_ema", "--eval_fraction", "0.3", "--proportion_empty_prompts", "0.3")
-    own += ("--learning_rate", "1e-3", "--max_train_steps")
-    whole = train(tmp_path / "whole", tiny_sd15, pairs, *own, "4")
-    first = train(tmp_path / "parts", tiny_sd15, pairs, *own, "2")
-    resume = ("4", "--resume_from_checkpoint", "latest")
-    for changed in ("--beta_dpo", "100"), ("--sft",):
-        with pytest.raises(UserError, match=f"{changed[0]} was "):
-            train(tmp_path / "parts", tiny_sd15, pairs, *own, *resume, *changed)
-    train(tmp_path / "parts", tiny_sd15, pairs, *own, *resume)
-    for place in ("unet", "checkpoint-4/unet", "checkpoint-4/unet_ema"):
-        assert same_unet(first / place, whole / place), place
-    # Where the short run ended, it was evaluated.
-    assert [row for row in timeless(first) if row["step"] != 2 or "loss" in row] == timeless(whole)
-
-    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
-    train(tmp_path / "parts", tiny_sd15, pairs, *own, *resume)
-    assert "finished (4 steps): nothing to do" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
 
 
 def test_a_run_that_goes_on_between_two_rows_logs_the_same_averages(
@@ -812,7 +681,7 @@ def test_two_processes_do_what_one_does_and_resume_after_a_kill(
     assert timeless(broken / "run") == timeless(whole / "run"), death
 
     alone = train(tmp_path / "alone", tiny_sd15, pairs, *own, "--train_batch_size", "2")
-    agree(alone, whole / "run")
+    agree(SCRIPTS["dpo_sd15"], alone, whole / "run")
 
 
 @pytest.mark.slow
@@ -828,15 +697,17 @@ def test_a_run_as_a_user_starts_it_is_killed_and_goes_on(
         ]
         for folder in (whole, broken)
     }
-    done = launch(SCRIPT, flags[whole], whole, 2)
+    done = launch(SCRIPT, flags[whole], whole, 2, SHARD_SIZE="2")
     assert done.returncode == 0, done.stderr
     for place, count in (("cache", 3), ("step", 5), ("checkpoint", 9)):
-        killed = launch(SCRIPT, flags[broken], broken, 2, DIE_AT=place, DIE_COUNT=str(count))
+        killed = launch(
+            SCRIPT, flags[broken], broken, 2, DIE_AT=place, DIE_COUNT=str(count), SHARD_SIZE="2"
+        )
         assert killed.returncode != 0, (place, killed.stderr)
         assert not (broken / "run" / "finished.json").exists()
-    done = launch(SCRIPT, flags[broken], broken, 2)
+    done = launch(SCRIPT, flags[broken], broken, 2, SHARD_SIZE="2")
     assert done.returncode == 0, done.stderr
     ours, theirs = ((folder / "run" / lora.WEIGHTS).read_bytes() for folder in (broken, whole))
     assert ours == theirs
     # A row that began before the kill has sums that were averaged over the processes already.
-    agree(broken / "run", whole / "run")
+    agree(SCRIPTS["dpo_sd15"], broken / "run", whole / "run")

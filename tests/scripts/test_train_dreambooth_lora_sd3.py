@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 import train_dreambooth_lora_sd3 as script
@@ -22,6 +21,7 @@ from dojo.maths import flow
 from dojo.models import sd3
 from tests.conftest import run_flags
 from tests.processes import Death, launch, spawn
+from tests.scripts.runs import adapter, metrics
 
 SCRIPT = "train_dreambooth_lora_sd3.py"
 INSTANCE, CLASS = "a photo of sks dog", "a red circle"
@@ -63,18 +63,10 @@ def train(tiny_sd3: Path, subject: Path) -> Any:
     return run
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / lora.WEIGHTS)
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_without_class_pictures_trains_on_the_folder(train: Any, tmp_path: Path) -> None:
     folder = train(tmp_path)
     assert json.loads((folder / "data_report.json").read_text())["train"] == 3
-    assert any(value.any() for name, value in weights(folder).items() if "lora_B" in name)
+    assert any(value.any() for name, value in adapter(folder).items() if "lora_B" in name)
     card = (folder / "README.md").read_text()
     assert INSTANCE in card
 
@@ -117,7 +109,7 @@ def test_every_batch_holds_both_halves_with_their_captions_and_weights(
     assert len(list((tmp_path / "class").glob("*.png"))) == 3
     batches = [batch for batch in seen if "errors" in batch]
     assert len(batches) == 3
-    for batch, row in zip(batches, rows(folder), strict=True):
+    for batch, row in zip(batches, metrics(folder), strict=True):
         half = [INSTANCE] * batch_size + [CLASS] * batch_size
         assert batch["caption"] == half
         assert batch["weight"].tolist() == [1.0] * batch_size + [0.25] * batch_size
@@ -142,9 +134,9 @@ def test_the_right_latents_stand_beside_the_right_captions(
 
 def test_zero_weight_is_training_without_class_pictures(train: Any, tmp_path: Path) -> None:
     flags = ("--seed", "2", "--prior_loss_weight", "0", "--learning_rate", "1e-2")
-    one = weights(train(tmp_path / "prior", *prior(tmp_path), *flags))
+    one = adapter(train(tmp_path / "prior", *prior(tmp_path), *flags))
     assert any(value.any() for name, value in one.items() if "lora_B" in name)
-    other = weights(
+    other = adapter(
         train(tmp_path / "other", *prior(tmp_path), *flags[:2], "--learning_rate", "1e-2")
     )
     assert any(not torch.equal(one[name], other[name]) for name in one)
@@ -267,7 +259,7 @@ def test_a_copied_folder_trains_to_the_same_bits_with_class_pictures_of_its_own(
         copied = shutil.copytree(tmp_path / "set", folder / "set", copy_function=shutil.copyfile)
         # The places of crops hang on the samples' ids.
         flags = ("--instance_data_dir", str(copied), "--crop_variants", "3", "--seed", "1")
-        return weights(train(folder, *flags, *prior(folder)))
+        return adapter(train(folder, *flags, *prior(folder)))
 
     one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
     assert one.keys() == two.keys()
@@ -308,7 +300,7 @@ def test_text_encoders_are_trained_saved_and_loaded_by_plain_diffusers(
     train: Any, tmp_path: Path, tiny_sd3: Path
 ) -> None:
     folder = train(tmp_path, *CLIPS, "--lora_alpha", "4", "--eval_fraction", "0.3")
-    saved = weights(folder)
+    saved = adapter(folder)
     parts = {name.split(".")[0] for name in saved}
     assert parts == {"transformer", "text_encoder", "text_encoder_2"}
     ups = {part: [v for n, v in saved.items() if n.startswith(f"{part}.") and "lora_B" in n]
@@ -347,7 +339,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     assert two.returncode == 0, two.stderr
     assert json.loads((tmp_path / "run" / "args.json").read_text())["num_processes"] == 2
     alone = train(tmp_path / "alone", *more)
-    for row, other in zip(rows(alone), rows(tmp_path / "run"), strict=True):
+    for row, other in zip(metrics(alone), metrics(tmp_path / "run"), strict=True):
         for name in ("loss", "grad_norm", "lr", "epoch"):
             if name in row:
                 assert other[name] == pytest.approx(row[name], rel=1e-3), name

@@ -1,12 +1,9 @@
 """train_grpo_sd3.py from end to end: its ratio, its tie to the base, how it resumes and stops."""
 
-import csv
 import json
 import math
 import random
-import runpy
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,86 +22,36 @@ from dojo.finetune import lora
 from dojo.maths import rollout, surrogate
 from dojo.maths.gaussian import Gaussian
 from dojo.methods import rl
-from dojo.rewards import loading
-from tests.conftest import ROOT, reset_accelerate, rl_flags
+from tests.conftest import ROOT, rl_flags
 from tests.processes import Death, free_port, served, spawn
+from tests.scripts.runs import (
+    SCRIPTS,
+    adapter_bytes,
+    agree,
+    breaking,
+    in_process,
+    mine,
+    scores,
+    steps,
+    timeless,
+    with_reward,
+)
 
 SCRIPT = "train_grpo_sd3.py"
 NO_EVALUATION = ("--num_eval_prompts", "0")
 SMALL = ("--group_size", "2", "--train_batch_size", "2")
 
-# A user's own rewards, smooth in the pixels.
-_MINE = """
-import torch
-
-def brightness(images, prompts, metadata):
-    return images.mean(dim=(1, 2, 3))
-
-def redness(images, prompts, metadata):
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2))
-
-def every_other(images, prompts, metadata):
-    return brightness(images, prompts, metadata).index_fill(
-        0, torch.arange(0, len(images), 2), torch.nan
-    )
-
-def first_only(images, prompts, metadata):
-    return brightness(images, prompts, metadata).index_fill(
-        0, torch.arange(1, len(images)), torch.nan
-    )
-"""
-
-
-def mine(model: Path, function: str) -> str:
-    """The text of a reward that is a function in a file, which lies beside the model."""
-    file = model.parent / "mine.py"
-    file.write_text(_MINE)
-    return f"{file}:{function}"
-
 
 def flags_of(folder: Path, model: Path) -> list[str]:
     """The command line of a small run; all runs on this model share their embeddings."""
     texts = ["--latent_cache_dir", str(model.parent / "texts")]
-    return [*rl_flags(folder, model), *texts, "--reward", mine(model, "brightness")]
+    return [*rl_flags(folder, model), *texts, "--reward", mine(model.parent, "brightness")]
 
 
 def train(folder: Path, model: Path, *flags: str, script: ModuleType = train_grpo_sd3) -> Path:
     """Trains in this process and returns the output folder."""
-    reset_accelerate()
-    words = [*flags_of(folder, model), *flags]
-    script.main(script.cli.parse(script.Args, None, words))
+    in_process(script, [*flags_of(folder, model), *flags])
     return folder / "run"
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(folder: Path) -> list[dict[str, float]]:
-    """The rows without what a clock or the memory says."""
-    apart = ("images_per_s", "seconds_", "memory_gib", "mfu")
-    return [
-        {name: value for name, value in row.items() if not name.startswith(apart)}
-        for row in metrics(folder)
-    ]
-
-
-def trained(folder: Path) -> list[dict[str, float]]:
-    return [row for row in metrics(folder) if "loss" in row]
-
-
-def evaluated(folder: Path) -> list[dict[str, float]]:
-    return [row for row in metrics(folder) if "eval_reward" in row]
-
-
-def scores(folder: Path, step: int) -> list[dict[str, str]]:
-    path = folder / "validation" / f"step-{step}" / "scores.csv"
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def result(folder: Path) -> bytes:
-    return (folder / lora.WEIGHTS).read_bytes()
 
 
 # -- the ratio, and the tie to the base ---------------------------------------------------------
@@ -147,7 +94,7 @@ def test_before_the_first_update_ratio_and_divergence_are_exactly_those_of_the_b
 ) -> None:
     size = (*SMALL, *NO_EVALUATION)
     epochs = ("--max_train_steps", "None", "--num_train_epochs", "2")
-    rows = trained(train(tmp_path, tiny_sd3, *size, *epochs, *flags))
+    rows = steps(train(tmp_path, tiny_sd3, *size, *epochs, *flags))
     per_epoch = len(rows) // 2
     assert per_epoch > 1
     assert [row["epoch"] for row in rows][per_epoch - 1 :: per_epoch] == [1, 2]
@@ -222,7 +169,7 @@ def test_an_update_makes_the_better_picture_likelier_and_the_worse_one_less_like
 ) -> None:
     pair = ("--num_prompts_per_epoch", "1", "--group_size", "2", "--train_batch_size", "2")
     twice = ("--num_inner_epochs", "2", "--max_train_steps", "2", "--learning_rate", "1e-4")
-    far = ("--reward", mine(tiny_sd3, "brightness") + "=1000")  # scores that differ enough
+    far = ("--reward", mine(tiny_sd3.parent, "brightness") + "=1000")  # scores that differ enough
     train(tmp_path, tiny_sd3, *pair, *twice, *far, *NO_EVALUATION)
     before, after = (torch.stack([one.moved for one in seen[i : i + 2]]) for i in (0, 2))
     advantages = seen[0].advantages
@@ -238,8 +185,8 @@ def learned(script: ModuleType, folder: Path, model: Path, sign: int, *flags: st
     own = ("--pretrained_model_name_or_path", str(ROOT / "models" / "pocket-sd3"))
     own += ("--latent_cache_dir", str(folder / "texts"), "--max_prompts", "2", *NO_EVALUATION)
     own += ("--train_batch_size", "8", "--rank", "4", "--learning_rate", "2e-3", "--seed", "0")
-    own += ("--reward", f"{mine(model, 'brightness')}={sign}", *flags)
-    rows = trained(train(folder / str(sign), model, *own, script=script))
+    own += ("--reward", f"{mine(model.parent, 'brightness')}={sign}", *flags)
+    rows = steps(train(folder / str(sign), model, *own, script=script))
     return [row["reward/brightness"] for row in rows if "reward" in row]
 
 
@@ -261,7 +208,7 @@ def test_a_tie_to_the_base_keeps_the_policy_near_it(tmp_path: Path, tiny_sd3: Pa
     flags = (*SMALL, "--num_inner_epochs", "4", "--max_train_steps", "8", "--seed", "1")
     far = {}
     for beta in ("0", "10"):
-        rows = evaluated(train(tmp_path / beta, tiny_sd3, *flags, "--beta", beta))
+        rows = with_reward(train(tmp_path / beta, tiny_sd3, *flags, "--beta", beta))
         assert rows[0]["eval_kl"] == 0
         far[beta] = rows[-1]["eval_kl"]
     assert 0 < far["10"] < 0.5 * far["0"]
@@ -281,12 +228,12 @@ def test_a_run_leaves_everything_that_was_promised(
         submit(self, batch, images)
 
     monkeypatch.setattr(rl.Scoring, "submit", listen)
-    bright, red = mine(tiny_sd3, "brightness"), mine(tiny_sd3, "redness")
+    bright, red = mine(tiny_sd3.parent, "brightness"), mine(tiny_sd3.parent, "redness")
     flags = ("--reward", f"{bright}=2,jpeg_incompressibility=0.5", "--reward_aggregation", "gdpo")
     flags += ("--eval_reward", red, "--eval_every", "1", "--num_eval_images", "2")
     flags += ("--num_saved_images", "3", "--num_eval_prompts", "2", "--learning_rate", "1e-3")
     folder = train(tmp_path, tiny_sd3, *flags)
-    rows = trained(folder)
+    rows = steps(folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["epoch"] for row in rows] == [0.5, 1, 1.5, 2]
     for row in (rows[0], rows[2]):  # those after the pictures were made
@@ -300,7 +247,7 @@ def test_a_run_leaves_everything_that_was_promised(
     for row in (rows[1], rows[3]):
         assert not {"reward", "seconds_sample"} & row.keys()
 
-    checks = evaluated(folder)
+    checks = with_reward(folder)
     assert [row["step"] for row in checks] == [0, 2, 4]
     assert checks[0]["eval_kl"] == 0
     assert checks[2]["eval_kl"] > checks[1]["eval_kl"] > 0
@@ -358,7 +305,7 @@ def test_the_last_evaluation_is_that_of_the_result(tmp_path: Path, tiny_sd3: Pat
     folder = train(tmp_path / "a", tiny_sd3, *flags, "--use_ema", "--max_train_steps", "4")
     start = ("--init_lora_weights_path", str(folder / lora.WEIGHTS), "--max_train_steps", "2")
     again = train(tmp_path / "b", tiny_sd3, *flags, *start)
-    first, last = evaluated(folder)[-1]["eval_kl"], evaluated(again)[0]["eval_kl"]
+    first, last = with_reward(folder)[-1]["eval_kl"], with_reward(again)[0]["eval_kl"]
     assert last == pytest.approx(first, rel=1e-3)  # the base is what both are measured against
 
 
@@ -381,12 +328,12 @@ def test_pictures_of_an_evaluation_hang_on_the_weights_alone(
 def test_pictures_without_a_score_teach_nothing(
     tmp_path: Path, tiny_sd3: Path, seen: list[Seen]
 ) -> None:
-    half = ("--reward", mine(tiny_sd3, "every_other"), "--train_batch_size", "8")
+    half = ("--reward", mine(tiny_sd3.parent, "every_other"), "--train_batch_size", "8")
     folder = train(tmp_path, tiny_sd3, *half, "--max_train_steps", "1")
-    (row,) = trained(folder)
+    (row,) = steps(folder)
     assert row["invalid_share"] == 0.5
     assert math.isfinite(row["reward"])
-    assert evaluated(folder)[0]["eval_invalid_share"] == 0.5
+    assert with_reward(folder)[0]["eval_invalid_share"] == 0.5
     for one in seen:
         assert not one.advantages[::2].any()
         assert one.advantages[1::2].all()
@@ -394,28 +341,22 @@ def test_pictures_without_a_score_teach_nothing(
 
 
 def test_too_many_pictures_without_a_score_stop_the_run(tmp_path: Path, tiny_sd3: Path) -> None:
-    most = ("--reward", mine(tiny_sd3, "first_only"), "--train_batch_size", "8", *NO_EVALUATION)
+    most = (
+        "--reward",
+        mine(tiny_sd3.parent, "first_only"),
+        "--train_batch_size",
+        "8",
+        *NO_EVALUATION,
+    )
     with pytest.raises(TrainingStopped, match=r"7 of 8 pictures .*--max_invalid 0\.5"):
         train(tmp_path / "a", tiny_sd3, *most, "--max_train_steps", "1")
     assert not list((tmp_path / "a" / "run").glob("checkpoint-*"))  # nothing was learned yet
     folder = train(
         tmp_path / "b", tiny_sd3, *most, "--max_train_steps", "1", "--max_invalid", "0.9"
     )
-    (row,) = trained(folder)
+    (row,) = steps(folder)
     assert row["flat_groups_share"] == 1
     assert row["loss"] == row["grad_norm"] == 0
-
-
-def breaking(folder: Path, at_call: int, how: str) -> str:
-    """The text of a reward that goes wrong at the so-many-th call."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "breaks.py").write_text(
-        f"import itertools, sys\ncalls = itertools.count(1)\n"
-        f"def score(images, prompts, metadata):\n"
-        f"    if next(calls) == {at_call}:\n        {how}\n"
-        f"    return images.mean(dim=(1, 2, 3))\nscore.differentiable = True\n"
-    )
-    return f"{folder}/breaks.py:score"
 
 
 def test_a_reward_of_ones_own_that_breaks_loses_nothing(tmp_path: Path, tiny_sd3: Path) -> None:
@@ -518,15 +459,6 @@ def test_what_would_not_work_is_refused_before_anything_is_trained(
     assert not (tmp_path / "run" / lora.WEIGHTS).exists()
 
 
-def test_the_rewards_are_listed_whatever_else_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "--list_rewards"])
-    runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines[1:]} == set(loading.SCORERS)
-
-
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     tmp_path: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -565,7 +497,7 @@ def test_a_run_killed_in_sampling_in_a_step_and_in_a_checkpoint_ends_with_the_sa
     kept = sorted(path.name for path in (whole / "run").glob("checkpoint-*"))
     assert kept == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
     end = whole / "run" / "checkpoint-12"
-    assert result(whole / "run") == result(end / "ema") != result(end)
+    assert adapter_bytes(whole / "run") == adapter_bytes(end / "ema") != adapter_bytes(end)
     deaths = [
         Death(place="sample", count=random.randint(1, 6)),  # two are an epoch
         Death(place="step", count=random.randint(1, 4)),  # of four an epoch
@@ -578,43 +510,11 @@ def test_a_run_killed_in_sampling_in_a_step_and_in_a_checkpoint_ends_with_the_sa
     assert list((broken / "run").glob(".checkpoint-*.partial")), deaths
     code, said = spawn(SCRIPT, [*flags_of(broken, tiny_sd3), *LONG], broken)
     assert code == 0, (deaths, said)
-    assert result(broken / "run") == result(whole / "run"), deaths
+    assert adapter_bytes(broken / "run") == adapter_bytes(whole / "run"), deaths
     assert timeless(broken / "run") == timeless(whole / "run"), deaths
     for step in (0, 8, 12):
         assert scores(broken / "run", step) == scores(whole / "run", step)
     assert not list((broken / "run").glob(".checkpoint-*")), "leftovers of the kill"
-
-
-def test_a_longer_run_goes_on_exactly_and_a_finished_one_is_left_alone(
-    tmp_path: Path, tiny_sd3: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = (*SMALL, "--seed", "3", "--window_size", "1", "--use_ema", *NO_EVALUATION)
-    whole = train(tmp_path / "whole", tiny_sd3, *own, "--max_train_steps", "6")
-    first = train(tmp_path / "parts", tiny_sd3, *own, "--max_train_steps", "2")
-    resume = ("--max_train_steps", "6", "--resume_from_checkpoint", "latest")
-    with pytest.raises(UserError, match=r"--clip_range was 0\.001"):
-        train(tmp_path / "parts", tiny_sd3, *own, *resume, "--clip_range", "0.1")
-    train(tmp_path / "parts", tiny_sd3, *own, *resume)
-    assert result(first) == result(whole)
-    assert timeless(first) == timeless(whole)
-
-    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
-    train(tmp_path / "parts", tiny_sd3, *own, *resume)
-    assert "finished (6 steps): nothing to do" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
-
-
-def agree(one: Path, other: Path) -> None:
-    """Two runs tell the same, but for rounding."""
-    for row, again in zip(timeless(one), timeless(other), strict=True):
-        assert row.keys() == again.keys()
-        for name, value in row.items():
-            near = 1e-4 if "ratio" in name or name in ("approx_kl", "loss") else 1e-6
-            assert again[name] == pytest.approx(value, rel=2e-3, abs=near), (row["step"], name)
-    for step in {int(row["step"]) for row in evaluated(one)}:
-        for row, again in zip(scores(one, step), scores(other, step), strict=True):
-            assert (row["file"], row["prompt"]) == (again["file"], again["prompt"])
-            assert float(row["reward"]) == pytest.approx(float(again["reward"]), rel=1e-3)
 
 
 def test_two_processes_do_what_one_does_and_resume_after_a_kill(
@@ -638,11 +538,11 @@ def test_two_processes_do_what_one_does_and_resume_after_a_kill(
     code, said = spawn(SCRIPT, [*flags_of(broken, tiny_sd3), *half], broken, processes=2)
     assert code == 0, (death, said)
     assert "resuming from" in said
-    assert result(broken / "run") == result(whole / "run"), death
+    assert adapter_bytes(broken / "run") == adapter_bytes(whole / "run"), death
     assert timeless(broken / "run") == timeless(whole / "run"), death
 
     alone = train(tmp_path / "alone", tiny_sd3, *own, "--train_batch_size", "2")
-    agree(alone, whole / "run")
+    agree(SCRIPTS["grpo_sd3"], alone, whole / "run")
 
 
 def test_a_run_whose_reward_server_dies_stops_and_goes_on_when_it_is_back(
@@ -657,7 +557,7 @@ def test_a_run_whose_reward_server_dies_stops_and_goes_on_when_it_is_back(
         code, said = spawn(SCRIPT, [*flags_of(whole, tiny_sd3), *own], whole)
         assert code == 0, said
         # Two are an epoch: before the pictures of the second are scored.
-        death = Death(place="sample", count=3, victim=server)
+        death = Death(place="sample", count=3, victim=server.pid)
         code, said = spawn(SCRIPT, [*flags_of(broken, tiny_sd3), *own], broken, death)
     assert code == 1
     (message,) = [line for line in said.splitlines() if line.startswith("stopped: ")]
@@ -671,5 +571,5 @@ def test_a_run_whose_reward_server_dies_stops_and_goes_on_when_it_is_back(
         code, said = spawn(SCRIPT, [*flags_of(broken, tiny_sd3), *own], broken)
     assert code == 0, said
     assert "resuming from" in said
-    assert result(broken / "run") == result(whole / "run")
+    assert adapter_bytes(broken / "run") == adapter_bytes(whole / "run")
     assert timeless(broken / "run") == timeless(whole / "run")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors.torch import load_file
 
 import train_lora_sd3
 from dojo.cli import TrainingStopped, UserError
@@ -21,6 +20,7 @@ from dojo.maths import flow
 from dojo.models import sd3
 from tests.conftest import ROOT, MakeArgs, lora_flags, run_flags
 from tests.processes import Death, launch, spawn
+from tests.scripts.runs import adapter, adapter_bytes, draw, metrics
 
 SCRIPT = "train_lora_sd3.py"
 PROMPTS = (
@@ -36,25 +36,6 @@ def run(args: train_lora_sd3.Args) -> Path:
     """Trains and returns the output folder."""
     train_lora_sd3.main(args)
     return args.run.output_dir
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / lora.WEIGHTS)
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def draw(pipeline: Any) -> torch.Tensor:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        "a star",
-        num_inference_steps=2,
-        max_sequence_length=24,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-    ).images
 
 
 # -- what it writes -----------------------------------------------------------------------------
@@ -81,7 +62,7 @@ def test_a_run_leaves_everything_that_was_promised(lora_args: MakeArgs, tmp_path
     card = (folder / "README.md").read_text()
     assert "load_lora_weights" in card
     assert str(ROOT) not in card
-    assert all(value.dtype == torch.float32 for value in weights(folder).values())
+    assert all(value.dtype == torch.float32 for value in adapter(folder).values())
 
 
 def test_result_and_checkpoints_load_in_plain_diffusers(
@@ -167,15 +148,15 @@ def test_options_train_to_finite_float32_adapters(
     lora_args: MakeArgs, tmp_path: Path, flags: Sequence[str]
 ) -> None:
     folder = run(lora_args(tmp_path, "--max_train_steps", "2", *flags))
-    values = weights(folder)
+    values = adapter(folder)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in values.values())
     assert any(value.any() for name, value in values.items() if "lora_B" in name)
 
 
 def test_cached_and_uncached_training_agree(lora_args: MakeArgs, tmp_path: Path) -> None:
     common = ("--seed", "3", "--random_flip", "--caption_dropout", "0.3")
-    cached = weights(run(lora_args(tmp_path / "a", *common)))
-    fresh = weights(
+    cached = adapter(run(lora_args(tmp_path / "a", *common)))
+    fresh = adapter(
         run(lora_args(tmp_path / "b", *common, "--no_cache_latents", "--no_cache_text_embeddings"))
     )
     for name, value in cached.items():
@@ -192,7 +173,7 @@ def test_training_starts_from_one_file_without_t5(
     shutil.copytree(tiny_sd3, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     flags = ("--pretrained_model_name_or_path", str(file), "--single_file_config", str(folder))
     trained = run(lora_args(tmp_path, *flags, *PROMPTS, "--max_train_steps", "1"))
-    assert any(value.any() for name, value in weights(trained).items() if "lora_B" in name)
+    assert any(value.any() for name, value in adapter(trained).items() if "lora_B" in name)
     assert "T5" in capsys.readouterr().out
 
 
@@ -202,7 +183,7 @@ def test_a_start_from_an_adapter_goes_on_with_it(lora_args: MakeArgs, tmp_path: 
     nothing = ("--learning_rate", "1e-30", "--adam_weight_decay", "0", "--max_train_steps", "1")
     flags = ("--init_lora_weights_path", str(kohya), *nothing)
     second = run(lora_args(tmp_path / "b", *flags))
-    one, two = weights(first), weights(second)
+    one, two = adapter(first), adapter(second)
     for name in one:
         if "lora_A" in name:
             down, up = one[name], one[name.replace("lora_A", "lora_B")]
@@ -274,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_and_harms_nothing(
     with pytest.raises(TrainingStopped, match=r"step 3 .*checkpoint-2"):
         run(args)
     assert not (args.run.output_dir / lora.WEIGHTS).exists()
-    saved = weights(args.run.output_dir / "checkpoint-2")
+    saved = adapter(args.run.output_dir / "checkpoint-2")
     assert all(value.isfinite().all() for value in saved.values())
 
 
@@ -296,7 +277,7 @@ def test_another_run_in_the_same_folder_is_refused(lora_args: MakeArgs, tmp_path
     with pytest.raises(UserError, match="--overwrite_output_dir"):
         run(lora_args(tmp_path, "--rank", "3"))
     folder = run(lora_args(tmp_path, "--rank", "3", "--overwrite_output_dir"))
-    assert min(min(value.shape) for value in weights(folder).values()) == 3
+    assert min(min(value.shape) for value in adapter(folder).values()) == 3
 
 
 def test_a_run_is_not_continued_with_other_options(lora_args: MakeArgs, tmp_path: Path) -> None:
@@ -398,15 +379,18 @@ def test_a_run_killed_in_caching_in_a_step_and_in_a_checkpoint_ends_with_the_sam
     tmp_path: Path, tiny_sd3: Path, scene_data: Path
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    reference = launch(SCRIPT, [*lora_flags(whole, tiny_sd3, scene_data), *LONG], whole)
+    reference = launch(
+        SCRIPT, [*lora_flags(whole, tiny_sd3, scene_data), *LONG], whole, SHARD_SIZE="2"
+    )
     assert reference.returncode == 0, reference.stderr
     flags = [*lora_flags(broken, tiny_sd3, scene_data), *LONG]
     step = random.randint(3, 15)  # micro-steps of 16
     for place, count in (("cache", 3), ("step", step), ("checkpoint", 2)):
-        killed = launch(SCRIPT, flags, broken, DIE_AT=place, DIE_COUNT=str(count))
+        death = {"DIE_AT": place, "DIE_COUNT": str(count), "SHARD_SIZE": "2"}
+        killed = launch(SCRIPT, flags, broken, 1, **death)
         assert killed.returncode == -signal.SIGKILL, (place, count, killed.stderr)
         assert not (broken / "run" / lora.WEIGHTS).exists()
-    resumed = launch(SCRIPT, flags, broken)
+    resumed = launch(SCRIPT, flags, broken, SHARD_SIZE="2")
     assert resumed.returncode == 0, resumed.stderr
     assert (broken / "run" / lora.WEIGHTS).read_bytes() == (
         whole / "run" / lora.WEIGHTS
@@ -443,30 +427,23 @@ def test_two_processes_share_the_batch_and_resume_after_a_kill(
     # One held-out picture: the second process has none to evaluate.
     short += ("--eval_fraction", "0.1", "--resume_from_checkpoint", "latest")
     half = ("--train_batch_size", "1")
-    started = tmp_path / "started"  # by torchrun, as a user does
-    flags = [*lora_flags(started, tiny_sd3, scene_data), *short, *half]
-    done = launch(SCRIPT, flags, started, 2)
-    assert done.returncode == 0, done.stderr
     flags = [*lora_flags(whole, tiny_sd3, scene_data), *short, *half]
-    code, said = spawn(SCRIPT, flags, whole, processes=2)
-    assert code == 0, said
-    record = json.loads((started / "run" / "args.json").read_text())
+    done = launch(SCRIPT, flags, whole, 2)  # by torchrun, as a user does
+    assert done.returncode == 0, done.stderr
+    record = json.loads((whole / "run" / "args.json").read_text())
     assert record["num_processes"] == 2
     assert done.stdout.count("pictures: 9 to train on") == 1  # one process speaks
 
     flags = [*lora_flags(broken, tiny_sd3, scene_data), *short, *half]
-    flags += ["--latent_cache_dir", str(whole / "cache")]  # encoded in the same batches
     code, said = spawn(SCRIPT, flags, broken, Death(place="step", count=4), processes=2)
     assert code != 0, said
     assert (broken / "run" / "checkpoint-2").is_dir()
     code, said = spawn(SCRIPT, flags, broken, processes=2)
     assert code == 0, said
-    assert (broken / "run" / lora.WEIGHTS).read_bytes() == (
-        whole / "run" / lora.WEIGHTS
-    ).read_bytes()
+    assert adapter_bytes(broken / "run") == adapter_bytes(whole / "run")
 
     alone = run(lora_args(tmp_path / "alone", *short, "--train_batch_size", "2"))
-    for one, two in zip(metrics(alone), metrics(started / "run"), strict=True):
+    for one, two in zip(metrics(alone), metrics(whole / "run"), strict=True):
         assert one["step"] == two["step"]
         for name in ("loss", "eval_loss", "grad_norm", "lr", "epoch"):
             if name in one:

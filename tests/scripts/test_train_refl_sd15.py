@@ -3,12 +3,9 @@
 import json
 import math
 import random
-import runpy
 import shutil
 import signal
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +23,34 @@ from dojo.maths import denoising, preference
 from dojo.maths.gaussian import Gaussian
 from dojo.maths.objective import Diffusion
 from dojo.methods.refl import ReflArgs
-from dojo.models.sd15 import models
+from dojo.models.unet import networks
 from dojo.rewards import loading
 from dojo.rewards.imagereward import ImageReward
 from dojo.rewards.reward import Component, Reward
 from dojo.rewards.scorer import Place, Scorer
 from tests.conftest import ROOT
 from tests.processes import Death, launch, spawn
-from tests.scripts.test_train_dpo_sd15 import (
-    LORA,
-    ONE_STEP,
+from tests.scripts.runs import (
+    PROMPTS,
+    SCRIPTS,
     agree,
+    breaking,
     draw,
     equal,
-    flags_of,
-    mine,
-    same_unet,
-    steps,
-    unet_of,
-)
-from tests.scripts.test_train_dpo_sd15 import train as train_script
-from tests.scripts.test_train_grpo_sd3 import (
-    breaking,
-    evaluated,
     metrics,
+    mine,
+    one_thread,
     scores,
+    steps,
     timeless,
+    with_reward,
 )
+from tests.scripts.test_train_dpo_sd15 import LORA, ONE_STEP, flags_of, same_unet, unet_of
+from tests.scripts.test_train_dpo_sd15 import train as train_script
 
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 SCRIPT = "train_refl_sd15.py"
 NO_EVALUATION = ("--num_eval_prompts", "0")
-PROMPTS = [f"a {color} {shape}" for color in ("red", "blue") for shape in ("star", "ring", "cross")]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny, and threads that wait for busy cores would take seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def refl_flags(folder: Path, model: Path) -> list[str]:
@@ -107,7 +92,7 @@ def test_gradients_reach_the_weights_through_the_last_calls_alone(
 ) -> None:
     calls: list[tuple[bool, bool]] = []
     ends: list[int] = []
-    ask, estimate = models.epsilon, denoising.estimate
+    ask, estimate = networks.prediction, denoising.estimate
 
     def epsilon(unet: Any, noisy: Tensor, *others: Any, **more: Any) -> Tensor:
         predicted = ask(unet, noisy, *others, **more)
@@ -122,7 +107,7 @@ def test_gradients_reach_the_weights_through_the_last_calls_alone(
         ends.append(options["last"])
         return clean
 
-    monkeypatch.setattr(models, "epsilon", epsilon)
+    monkeypatch.setattr(networks, "prediction", epsilon)
     monkeypatch.setattr(denoising, "estimate", counted)
     own = (*flags, *NO_EVALUATION, "--grad_steps", str(grad_steps))
     folder = train(tmp_path, tiny_sd15, *own)
@@ -161,7 +146,7 @@ def test_checkpointing_recomputes_and_changes_nothing(tmp_path: Path, tiny_sd15:
     plain = train(tmp_path / "a", tiny_sd15, *own)
     saving = train(tmp_path / "b", tiny_sd15, *own, "--gradient_checkpointing")
     assert steps(saving)[0]["loss"] == steps(plain)[0]["loss"]
-    agree(plain, saving)
+    agree(SCRIPTS["refl_sd15"], plain, saving)
 
 
 # -- the loss -----------------------------------------------------------------------------------
@@ -173,7 +158,7 @@ class Watched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images: list[Tensor] = []
         self.scores: list[Tensor] = []
-        decode, shortfall = models.decode, preference.shortfall
+        decode, shortfall = networks.decode, preference.shortfall
 
         def decoded(*args: Any) -> Tensor:
             images = decode(*args)
@@ -186,7 +171,7 @@ class Watched:
             self.scores.append(scores.detach())
             return shortfall(scores, margin)
 
-        monkeypatch.setattr(models, "decode", decoded)
+        monkeypatch.setattr(networks, "decode", decoded)
         monkeypatch.setattr(preference, "shortfall", missing)
 
     @property
@@ -297,7 +282,7 @@ def test_held_out_pictures_become_what_is_rewarded(tmp_path: Path, tiny_sd15: Pa
         if name == "brightness":
             flags = flags[:-2]
         folder = train(tmp_path / name, tiny_sd15, *flags)
-        before, after = evaluated(folder)
+        before, after = with_reward(folder)
         change[name] = after["eval_reward/brightness"] - before["eval_reward/brightness"]
         assert after["eval_reward"] > before["eval_reward"]
     assert change["brightness"] > 0.01
@@ -314,7 +299,7 @@ def test_pictures_of_the_pocket_model_go_either_way(
     flags += (str(tmp_path / "cache"), "--reward", f"{mine(tiny_sd15.parent, 'brightness')}={sign}")
     flags += ("--max_train_steps", "30", "--validation_steps", "30", "--sample_steps", "20")
     folder = train(tmp_path, tiny_sd15, *flags, *LORA, "--eval_sample_steps", "20")
-    before, after = evaluated(folder)
+    before, after = with_reward(folder)
     assert sign * (after["eval_reward/brightness"] - before["eval_reward/brightness"]) > 0.02
 
 
@@ -529,15 +514,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_rewards_are_listed_whatever_else_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "--list_rewards"])
-    runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines[1:]} == set(loading.SCORERS)
-
-
 # -- results ------------------------------------------------------------------------------------
 
 
@@ -562,7 +538,7 @@ def test_result_and_checkpoints_load_in_plain_diffusers(
     assert torch.equal(pictures[1], pictures[2])  # the average
     assert not torch.equal(pictures[1], pictures[0])
     assert not torch.equal(pictures[1], pictures[3])
-    first, last = evaluated(folder)
+    first, last = with_reward(folder)
     assert [first["step"], last["step"]] == [0, 3]
     assert (first.get("eval_kl"), "eval_kl" in last) == (0 if flags else None, bool(flags))
     for step in (0, 3):
@@ -587,27 +563,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, tiny_sd15: Path
     with pytest.raises(TrainingStopped, match=r"step 2 is not finite.*checkpoint-1.*--learning"):
         train(tmp_path, tiny_sd15, *wild)
     assert len(steps(tmp_path / "run")) == 1
-
-
-def test_a_longer_run_goes_on_exactly_and_a_finished_one_is_left_alone(
-    tmp_path: Path, tiny_sd15: Path, scene_data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = ("--use_ema", *NO_EVALUATION, "--pretrain_data_dir", str(scene_data), "--max_train_steps")
-    whole = train(tmp_path / "whole", tiny_sd15, *own, "4")
-    first = train(tmp_path / "parts", tiny_sd15, *own, "2")
-    resume = ("4", "--resume_from_checkpoint", "latest")
-    for changed in (("--sampler", "ddim"), ("--margin", "1"), ("--pretrain_weight", "2")):
-        with pytest.raises(UserError, match=f"{changed[0]} was "):
-            train(tmp_path / "parts", tiny_sd15, *own, *resume, *changed)
-    train(tmp_path / "parts", tiny_sd15, *own, *resume)
-    for place in ("unet", "checkpoint-4/unet", "checkpoint-4/unet_ema"):
-        assert same_unet(first / place, whole / place), place
-    assert timeless(first) == timeless(whole)
-
-    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
-    train(tmp_path / "parts", tiny_sd15, *own, *resume)
-    assert "finished (4 steps): nothing to do" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
 
 
 LONG = ("--max_train_steps", "6", "--checkpointing_steps", "2", "--resume_from_checkpoint")
@@ -670,7 +625,7 @@ def test_two_processes_do_what_one_does_and_resume_after_a_kill(
 
     # Which it could not if the processes drew the same noise.
     alone = train(tmp_path / "alone", tiny_sd15, *own, "--train_batch_size", "2")
-    agree(alone, whole / "run")
+    agree(SCRIPTS["refl_sd15"], alone, whole / "run")
 
 
 def test_a_process_without_a_valid_score_does_not_hang_the_others(
@@ -699,15 +654,17 @@ def test_a_run_as_a_user_starts_it_is_killed_and_goes_on(
         ]
         for folder in (whole, broken)
     }
-    done = launch(SCRIPT, flags[whole], whole, 2)
+    done = launch(SCRIPT, flags[whole], whole, 2, SHARD_SIZE="2")
     assert done.returncode == 0, done.stderr
     for place, count in (("cache", 3), ("step", 5), ("checkpoint", 9)):
-        killed = launch(SCRIPT, flags[broken], broken, 2, DIE_AT=place, DIE_COUNT=str(count))
+        killed = launch(
+            SCRIPT, flags[broken], broken, 2, DIE_AT=place, DIE_COUNT=str(count), SHARD_SIZE="2"
+        )
         assert killed.returncode != 0, (place, killed.stderr)
         assert not (broken / "run" / "finished.json").exists()
-    done = launch(SCRIPT, flags[broken], broken, 2)
+    done = launch(SCRIPT, flags[broken], broken, 2, SHARD_SIZE="2")
     assert done.returncode == 0, done.stderr
     ours, theirs = ((folder / "run" / lora.WEIGHTS).read_bytes() for folder in (broken, whole))
     assert ours == theirs
     # A row that began before the kill has sums that were averaged over the processes already.
-    agree(broken / "run", whole / "run")
+    agree(SCRIPTS["refl_sd15"], broken / "run", whole / "run")
