@@ -69,6 +69,9 @@ class Args:
     """width in pixels; unset is the model's native size"""
     guidance_scale: float = cli.option(5.0, common=True)
     """classifier-free guidance; 1 switches it off"""
+    guidance_rescale: float = 0.0
+    """how far guided predictions are brought back to the size of the unguided: 0 is not at all, 0.7
+    is usual for models with zero terminal SNR (SD1, SD2, SDXL)"""
     num_inference_steps: int = cli.option(28, common=True)
     """sampling steps"""
     num_images_per_prompt: int = cli.option(1, common=True)
@@ -115,7 +118,8 @@ class Args:
         ranges.check_seed(self, "seed")
         layers = "skip_guidance_layers skip_layer_guidance_scale"
         ranges.check(self, f"guidance_scale {layers}", least=0)
-        ranges.check(self, "skip_layer_guidance_start skip_layer_guidance_stop", least=0, most=1)
+        shares = "guidance_rescale skip_layer_guidance_start skip_layer_guidance_stop"
+        ranges.check(self, shares, least=0, most=1)
 
 
 def main(args: Args) -> None:
@@ -261,6 +265,7 @@ def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image
     optional = {
         "max_sequence_length": args.max_sequence_length,
         "negative_prompt": args.negative_prompt,
+        "guidance_rescale": args.guidance_rescale or None,
     }
     if args.skip_guidance_layers:
         check_skipping(pipeline, args)

@@ -30,20 +30,6 @@ from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEncoderArgs:
-    """The two CLIPs."""
-
-    train_text_encoder: bool = False
-    """train adapters on CLIP-L and CLIP-G too; T5 stays as it is"""
-    text_encoder_lr: float = 5e-6
-    """their learning rate"""
-
-    def __post_init__(self) -> None:
-        if self.text_encoder_lr <= 0:
-            raise ValueError("--text_encoder_lr must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Args:
     """Options by group; every group is documented where its code is."""
 
@@ -55,7 +41,7 @@ class Args:
     cache: data.CacheArgs
     prior: class_pictures.PriorArgs
     lora: finetune.LoraArgs
-    text_encoder: TextEncoderArgs
+    text_encoder: finetune.TextEncoderArgs
     noise: sd3.NoiseArgs
     optim: OptimArgs
     ema: EmaArgs
@@ -63,10 +49,7 @@ class Args:
     publish: publish.PublishArgs
 
     def __post_init__(self) -> None:
-        te = self.text_encoder
-        one_rate = te.text_encoder_lr == self.optim.learning_rate
-        if te.train_text_encoder and self.optim.kind == "prodigy" and not one_rate:
-            raise ValueError("--optimizer prodigy has one rate: --text_encoder_lr must equal it")
+        self.text_encoder.check(self.optim)
 
 
 def main(args: Args) -> None:
@@ -78,6 +61,7 @@ def main(args: Args) -> None:
     args.validation.check(model)
     args.publish.check(args.run.output_dir, args.run.report_to)
     trained.check(args.optim)
+    args.text_encoder.check_model(model)
     paired = args.prior.with_prior_preservation
 
     # --------------------------------------------------------------------------------- data
@@ -106,8 +90,8 @@ def main(args: Args) -> None:
 
     # -------------------------------------------------------------------------------- model
     clips = inputs.text.encoders.trainable if inputs.text.encoders else []
-    rate = args.text_encoder.text_encoder_lr
-    trained.load(model, model.objective(size, args.noise), text_encoders=[*clips], text_lr=rate)
+    rates = args.text_encoder.rates
+    trained.load(model, model.objective(size, args.noise), text_encoders=[*clips], text_rates=rates)
     learner = Learner(run, trained, args.optim, args.ema)
     learner.network.train()
     clips[:] = learner.modules[1:]  # these answer for captions from here on
