@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Shows DPO and ReFL at work on the pocket SD1.5, without a GPU, and measures them.
+# Shows DPO and ReFL at work on the pocket SD1.5, and DPO on the pocket SDXL, without a GPU, and
+# measures them.
 #
 #   bash scripts/prove_preference.sh            meant for 30 minutes on two cores
+#   bash scripts/prove_preference.sh --only dpo-sdxl
+#                                               one of dpo, sft, refl, refl-pretrain, dpo-sdxl, or
+#                                               several; the report has all that are finished
 #   bash scripts/prove_preference.sh --short    a handful of steps of each, to see the script
 #                                               through; makes no claim (OUTPUT_DIR is
 #                                               outputs/proof-preference-short)
 #   OUTPUT_DIR=outputs/again bash scripts/prove_preference.sh
 #
-# The base draws four pictures of each of some captions, and the verifier ranks them. DPO learns
-# from the best and the worst of each, SFT from the best alone. ReFL is taught by pocket-clip, with
-# and without a pre-training loss on drawn scenes. All are LoRA, and are measured on captions that
-# none of them has seen. It leaves in OUTPUT_DIR
+# SD1.5 draws four pictures of each of some captions, and the verifier ranks them. DPO learns from
+# the best and the worst of each, SFT from the best alone; SDXL learns from the same pairs. ReFL is
+# taught by pocket-clip, with and without a pre-training loss on drawn scenes. All are LoRA, and are
+# measured on captions that none of them has seen. It leaves in OUTPUT_DIR
 #   preference.md, preference.json  the table: win rates and scores against the base, and the goals
 #   curves.png, pictures.png        what was learned over the steps, and what is drawn now
 # and ends with exit code 1 when a goal was missed. A run that was stopped continues, and what is
@@ -18,14 +22,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-MODEL_NAME=models/pocket-sd15
+known=(dpo sft refl refl-pretrain dpo-sdxl)
 source scripts/lib/folder.sh
 source scripts/lib/spread.sh
 
 # ---- What is trained and how ----
 
 common=(
-    --pretrained_model_name_or_path "$MODEL_NAME"
     --resolution 64
     --finetune lora
     --rank 16
@@ -70,8 +73,17 @@ goals=()
 
 # ---- What is asked for ----
 
-for argument in "$@"; do
-    case "$argument" in
+parts=()
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+        --only)
+            if [[ " ${known[*]} " != *" ${2:-} "* ]]; then
+                echo "prove_preference.sh: --only takes one of ${known[*]}" >&2
+                exit 2
+            fi
+            parts+=("$2")
+            shift
+            ;;
         --short)
             OUTPUT_DIR="${OUTPUT_DIR:-outputs/proof-preference-short}"
             pairs=(--num_captions 12 --num_images 2 --num_held_out 6 --num_inference_steps 2)
@@ -82,16 +94,18 @@ for argument in "$@"; do
             goals=(--no_goals --num_inference_steps 2)
             ;;
         -h | --help)
-            sed -n '2,18s/^# \{0,1\}//p' scripts/prove_preference.sh
+            sed -n '2,22s/^# \{0,1\}//p' scripts/prove_preference.sh
             exit 0
             ;;
         *)
-            echo "prove_preference.sh: unknown argument '$argument' (known: --short, --help;" \
+            echo "prove_preference.sh: unknown argument '$1' (known: --only, --short, --help;" \
                 "OUTPUT_DIR=... chooses the folder)" >&2
             exit 2
             ;;
     esac
+    shift
 done
+[[ ${#parts[@]} -gt 0 ]] || parts=("${known[@]}")
 OUTPUT_DIR="${OUTPUT_DIR:-outputs/proof-preference}"
 take_folder "$OUTPUT_DIR" pairs/metadata.jsonl
 
@@ -103,31 +117,40 @@ SECONDS=0
 
 # ---- Pairs and training ----
 
-# train SCRIPT FOLDER STEPS FLAGS...
+# train METHOD FAMILY FOLDER STEPS FLAGS...
 train() {
-    echo "== $2 ($3 steps)"
+    echo "== $3 ($4 steps)"
     # `${array[@]+...}` is how bash before 4.4 takes an empty array under `set -u`.
-    start "train_$1_sd15.py" "${common[@]}" "${@:4}" ${short[@]+"${short[@]}"} \
-        --max_train_steps "$3" \
+    start "train_$1_$2.py" "${common[@]}" "${@:5}" ${short[@]+"${short[@]}"} \
+        --pretrained_model_name_or_path "models/pocket-$2" \
+        --max_train_steps "$4" \
         --latent_cache_dir "$OUTPUT_DIR/cache" \
-        --output_dir "$OUTPUT_DIR/$2"
+        --output_dir "$OUTPUT_DIR/$3"
 }
 
 echo "== pairs"
 drawn="$OUTPUT_DIR/pairs"
-python -m dojo.pocket.pairs --pretrained_model_name_or_path "$MODEL_NAME" \
+python -m dojo.pocket.pairs --pretrained_model_name_or_path models/pocket-sd15 \
     --output_dir "$drawn" "${pairs[@]}"
 
-train dpo dpo "$preference_steps" --dataset_name "$drawn" "${preference[@]}" "${dpo[@]}"
-train dpo sft "$preference_steps" --dataset_name "$drawn" "${preference[@]}" "${sft[@]}"
+on_pairs=(--dataset_name "$drawn" "${preference[@]}")
 prompts=(
     --prompt_file "$drawn/train.txt"
     --eval_prompt_file "$drawn/held_out.txt"
     --num_eval_prompts "$eval_prompts"
 )
-train refl refl "$refl_steps" "${prompts[@]}" "${refl[@]}"
-train refl refl-pretrain "$refl_steps" "${prompts[@]}" "${refl[@]}" \
-    --pretrain_data_dir "$drawn/scenes"
+for part in "${parts[@]}"; do
+    case "$part" in
+        dpo) train dpo sd15 dpo "$preference_steps" "${on_pairs[@]}" "${dpo[@]}" ;;
+        sft) train dpo sd15 sft "$preference_steps" "${on_pairs[@]}" "${sft[@]}" ;;
+        dpo-sdxl) train dpo sdxl dpo-sdxl "$preference_steps" "${on_pairs[@]}" "${dpo[@]}" ;;
+        refl) train refl sd15 refl "$refl_steps" "${prompts[@]}" "${refl[@]}" ;;
+        refl-pretrain)
+            train refl sd15 refl-pretrain "$refl_steps" "${prompts[@]}" "${refl[@]}" \
+                --pretrain_data_dir "$drawn/scenes"
+            ;;
+    esac
+done
 
 echo "== Before and after"
 echo "Trained in $SECONDS s, what was done before not counted."

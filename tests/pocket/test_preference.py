@@ -1,9 +1,8 @@
 """The pocket world's pairs, and the report of the proof of preference learning."""
 
+import importlib
 import json
-import os
 import random
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,9 @@ from dojo.cli import UserError
 from dojo.pocket import pairs, proof_preference, scenes, verifier
 from dojo.pocket.proof_preference import CLIP, GRADED, STRICT, Args, Drawn, Studio
 from tests.conftest import ROOT
+from tests.pocket.proofs import bash, recorded, unspread
+
+SCRIPT = ROOT / "scripts" / "prove_preference.sh"
 
 SHORT = ("--num_captions", "6", "--num_images", "3", "--num_held_out", "6")
 
@@ -123,8 +125,11 @@ def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
             ]
             (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
 
-        def draw(self: Studio, adapter: Path | None) -> Drawn:
-            return shown(0) if adapter is None else trained[adapter.name.replace("-", "_")]
+        def draw(self: Studio, base: str, adapter: Path | None) -> Drawn:
+            if adapter is None:
+                return shown(0.2 if base == "sdxl" else 0)
+            assert base == ("sdxl" if "sdxl" in adapter.name else "sd15")
+            return trained[adapter.name.replace("-", "_")]
 
         monkeypatch.setattr(Studio, "draw", draw)
         return tmp_path
@@ -155,6 +160,20 @@ def test_a_goal_that_is_missed_ends_with_exit_code_1(proof: Write) -> None:
     assert "MISSED: DPO wins at least 70 %" in text
     assert "MISSED: ReFL raises the verifier's score" in text
     assert "reached: ReFL raises its reward" in text
+
+
+def test_what_began_from_sdxl_is_compared_with_sdxl(proof: Write) -> None:
+    # Better than SD1.5, and no better than its own base.
+    folder = proof(dpo=shown(0.1), dpo_sdxl=shown(0.2))
+    with pytest.raises(SystemExit):
+        proof_preference.main(Args(output_dir=folder))
+    text = (folder / "preference.md").read_text()
+    assert "reached: DPO wins" in text
+    assert "MISSED: DPO of SDXL wins" in text
+    found = json.loads((folder / "preference.json").read_text())
+    rates = [found[name]["against_the_base"][GRADED]["win_rate"] for name in ("dpo", "dpo-sdxl")]
+    assert rates[0]["value"] > 0.9
+    assert rates[1]["value"] == 0.5
 
 
 def test_sft_claims_nothing(proof: Write) -> None:
@@ -191,17 +210,57 @@ def test_the_scores_are_those_of_the_rewards(tmp_path: Path) -> None:
         assert torch.allclose(torch.tensor(found[name]), scores, atol=2e-3), name
 
 
+# -- the script ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [("--shorter",), ("--only",), ("--only", "full")])
+def test_the_script_refuses_what_it_does_not_know(arguments: tuple[str, ...]) -> None:
+    result = bash(SCRIPT, *arguments)
+    assert result.returncode == 2
+    assert "--only" in result.stderr
+    assert not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folders"),
+    [
+        ((), ["dpo", "sft", "refl", "refl-pretrain", "dpo-sdxl"]),
+        (("--only", "dpo-sdxl", "--only", "sft"), ["dpo-sdxl", "sft"]),
+        (("--short",), ["dpo", "sft", "refl", "refl-pretrain", "dpo-sdxl"]),
+    ],
+    ids=["all", "some", "short"],
+)
+def test_the_script_starts_what_is_asked_for_in_words_that_the_methods_know(
+    tmp_path: Path, arguments: tuple[str, ...], folders: list[str]
+) -> None:
+    draws, *started, last = recorded(SCRIPT, tmp_path, *arguments)
+    assert draws[:2] == ["-m", "dojo.pocket.pairs"]
+    drawn = pairs.cli.parse(pairs.Args, None, draws[2:])
+    made = [part.folder for part in proof_preference.PARTS]
+    for words, name in zip(started, folders, strict=True):
+        processes, (script, *flags) = unspread(words)
+        base = "sdxl" if name.endswith("-sdxl") else "sd15"
+        method = "refl" if name.startswith("refl") else "dpo"
+        assert script == f"train_{method}_{base}.py"
+        assert name in made
+        args: Any = pairs.cli.parse(importlib.import_module(script[:-3]).Args, None, flags)
+        assert args.run.output_dir.name == name
+        assert args.model.pretrained_model_name_or_path == f"models/pocket-{base}"
+        assert args.run.resume_from_checkpoint == "latest"
+        if method == "dpo":
+            assert args.dpo.sft == (name == "sft")
+            assert Path(args.data.dataset_name) == drawn.output_dir
+            size = args.optim.train_batch_size * processes
+            assert size == (2 if "--short" in arguments else 32)
+    assert last[:2] == ["-m", "dojo.pocket.proof_preference"]
+    assert pairs.cli.parse(Args, None, last[2:]).no_goals == ("--short" in arguments)
+
+
 @pytest.mark.slow
 def test_the_script_runs_through(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", "scripts/prove_preference.sh", "--short"],
-        cwd=ROOT,
-        env={**os.environ, "OUTPUT_DIR": str(tmp_path / "proof")},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    folder = tmp_path / "proof"
+    done = bash(SCRIPT, "--short", OUTPUT_DIR=str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Nothing is claimed" in done.stdout
     for name in ("preference.md", "preference.json", "curves.png", "pictures.png"):
-        assert (tmp_path / "proof" / name).is_file()
+        assert (folder / name).is_file()

@@ -1,16 +1,23 @@
 """What measures the methods' proof measures: the style, the likeness, and the report's numbers."""
 
+import importlib
 import json
 import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dojo import cli
 from dojo.cli import UserError
+from dojo.finetune import lora
 from dojo.pocket import build, datasets, judge, likeness, models, proof, scenes, style, verifier
 from tests.conftest import ROOT
+from tests.pocket.proofs import bash, recorded, unspread
 
 COUNT = 120  # scenes of each kind
 
@@ -211,7 +218,7 @@ def test_pictures_are_drawn_again_only_when_weights_or_prompts_change(
     assert len(calls) == 3
     torch.manual_seed(1)
     models.transformer().save_pretrained(tmp_path / "other")
-    other = proof.Model(pipeline=tiny_sd3, transformer=tmp_path / "other")
+    other = proof.Model(pipeline=tiny_sd3, network=tmp_path / "other")
     changed = proof.drawn(other, ["a ring"], 1.0, path)
     assert len(calls) == 4
     assert changed[0, 0, 0, 0] == round(255 * 0.4)
@@ -224,3 +231,216 @@ def test_the_set_is_not_drawn_among_other_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--output_dir .* is not empty"):
         datasets.main(datasets.Args(set="framed", output_dir=tmp_path, count=2))
     assert (tmp_path / "000.png").read_text() == "mine"
+
+
+# ---- Which trainings there are ----
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A proof's folder, what a model draws being given."""
+
+    path: Path
+    drawn: dict[str, np.ndarray]
+    """uint8 [N, 64, 64, 3] by the end of the weights' folder; the bases draw plain scenes"""
+
+    def args(self) -> proof.Args:
+        return proof.Args(output_dir=self.path, num_captions=12, num_pictures=6)
+
+    def report(self) -> str:
+        proof.main(self.args())
+        return (self.path / "supervised.md").read_text()
+
+
+Write = Callable[..., Folder]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """`folder("lora-sdxl", ...)`: a proof with these trainings, adapters where they are LoRA."""
+    drawn: dict[str, np.ndarray] = {}
+
+    def write(*names: str) -> Folder:
+        for name in names:
+            run = tmp_path / name
+            network = "unet" if "sd15" in name else "transformer"
+            weights = run / lora.WEIGHTS
+            if "lora" not in name and "dreambooth" not in name:
+                for place in (run / network, run / "checkpoint-20" / network):
+                    place.mkdir(parents=True)
+                    (place / "diffusion_pytorch_model.safetensors").write_bytes(name.encode())
+            else:
+                run.mkdir()
+                weights.write_bytes(name.encode() * 1000)
+            rows = [{"step": 0, "eval_loss": 2.5}, {"step": 20, "eval_loss": 0.125}]
+            rows.append({"step": 20, "seconds_train": 7.0})
+            (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (run / "finished.json").write_text('{"step": 20}')
+        return Folder(tmp_path, drawn)
+
+    def draw(
+        model: proof.Model, prompts: Sequence[str], guidance: float, path: Path, *, steps: int
+    ) -> np.ndarray:
+        assert model.weights.is_file()
+        name = path.stem.split(", ", 1)[1]
+        if name in drawn:
+            return drawn[name]
+        scene = [
+            scenes.realise(scenes.parse(p), random.Random(p)) for p in prompts if "dog" not in p
+        ]
+        return np.stack(
+            [scenes.draw(one) for one in scene] or [np.zeros((64, 64, 3), np.uint8)] * 6
+        )
+
+    monkeypatch.setattr(proof, "drawn", draw)
+    monkeypatch.setattr(proof, "through_autoencoder", lambda model, images: images)
+    monkeypatch.setattr(
+        judge,
+        "subject",
+        lambda found, photographs: {
+            "likeness": judge.Measured(0.3, 0.01),
+            "dog": judge.Measured(0.1, 0.01),
+        },
+    )
+    monkeypatch.setattr(
+        judge,
+        "photographs_alone",
+        lambda photographs: {
+            "likeness": judge.Measured(0.54, 0.01),
+            "dog": judge.Measured(0.9, 0.01),
+        },
+    )
+    return write
+
+
+def in_style() -> np.ndarray:
+    captions = style.captions(12, proof.SEED)
+    return np.stack(
+        [style.draw(scenes.realise(scenes.parse(text), random.Random(text))) for text in captions]
+    )
+
+
+def test_each_base_has_a_table_of_the_trainings_that_there_are(folder: Write) -> None:
+    made = folder("lora", "full-sd15", "lora-sdxl", "dreambooth-sdxl")
+    made.drawn["lora-sdxl"] = made.drawn["full-sd15"] = in_style()
+    text = made.report()
+    heads = [line for line in text.splitlines() if line.startswith("pocket-")]
+    assert heads == ["pocket-sd3:", "pocket-sd15:", "pocket-sdxl:"]
+    assert text.count("| LoRA: 20 steps, 7 s") == 2
+    assert text.count("without EMA") == 2  # SD1.5's two rows
+    rows = json.loads((made.path / "supervised.json").read_text())["rows"]
+    style_of = {
+        base: [row["after"] for row in table if row["measured"] == "in the new style"]
+        for base, table in rows.items()
+    }
+    assert style_of == {"sd3": ["0 %"], "sd15": ["100 %"], "sdxl": ["100 %"]}
+    assert [row["after"] for row in rows["sd3"] if row["measured"] == "eval loss"] == ["0.125"]
+    assert {path.name for path in made.path.glob("*.png")} == {
+        *("style.png", "style-sd15.png", "style-sdxl.png", "dreambooth-sdxl.png")
+    }
+    assert json.loads((made.path / "lora-sdxl.json").read_text())["steps"] == 20
+    assert "photographs reach 0.54" in text
+
+
+def test_a_training_that_is_not_finished_is_left_out_and_none_at_all_is_refused(
+    folder: Write,
+) -> None:
+    made = folder("lora-sd15", "lora-sdxl")
+    (made.path / "lora-sdxl" / "finished.json").unlink()
+    assert "pocket-sdxl" not in made.report()
+    (made.path / "lora-sd15" / "finished.json").unlink()
+    with pytest.raises(UserError, match=r"no finished training.*prove_supervised\.sh"):
+        made.report()
+
+
+def test_a_network_of_another_folder_takes_its_place_in_the_pipeline(
+    tiny_sd15: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    network: Any = models.unet()
+    network.save_pretrained(tmp_path / "unet")
+    model = proof.Model(pipeline=tiny_sd15, network=tmp_path / "unet")
+    assert model.part == "unet"
+    pipeline = model.load()
+    name = "conv_in.weight"
+    assert torch.equal(pipeline.unet.state_dict()[name], network.state_dict()[name])
+    base = proof.Model(pipeline=tiny_sd15)
+    assert base.fingerprint != model.fingerprint
+
+
+# ---- The script ----
+
+SCRIPT = ROOT / "scripts" / "prove_supervised.sh"
+
+
+@pytest.mark.parametrize("arguments", [("--shorter",), ("--only",), ("--only", "dpo")])
+def test_the_script_refuses_what_it_does_not_know(arguments: tuple[str, ...]) -> None:
+    result = bash(SCRIPT, *arguments)
+    assert result.returncode == 2
+    assert "--only" in result.stderr
+    assert not result.stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("--short",)], ids=["proof", "short"])
+def test_the_script_trains_what_is_measured_in_words_that_the_methods_know(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    started: dict[str, Any] = {}
+    parts = {part.folder: part for part in (*proof.STYLE, *proof.SUBJECT)}
+    *before, last = recorded(SCRIPT, tmp_path, *arguments)
+    for words in before:
+        if words[0] == "-c":  # whether the network that looks at the dog is there
+            continue
+        if words[:2] == ["-m", "dojo.pocket.datasets"]:
+            cli.parse(datasets.Args, None, words[2:])
+            continue
+        processes, (script, *flags) = unspread(words)
+        name = Path(flags[flags.index("--output_dir") + 1]).name
+        started[name] = flags
+        family = script.removesuffix(".py").rsplit("_", 1)[1]
+        assert parts[name].base == family
+        assert (
+            flags[flags.index("--pretrained_model_name_or_path") + 1] == f"models/pocket-{family}"
+        )
+        args: Any = cli.parse(importlib.import_module(script[:-3]).Args, None, flags)
+        assert args.run.resume_from_checkpoint == "latest"
+        size = args.optim.train_batch_size * processes
+        assert size == (2 if arguments else 6 if "dreambooth" in name else 16)
+    assert set(started) == set(parts)
+    assert "--rescale_betas_zero_snr" in started["velocity-sd15"]
+    assert "--rescale_betas_zero_snr" not in started["full-sd15"]
+    averaged = {name for name, flags in started.items() if "--use_ema" in flags}
+    assert averaged == {"full", "full-sd15", "velocity-sd15"}
+    classes = {
+        flags[flags.index("--class_data_dir") + 1]
+        for flags in started.values()
+        if "--class_data_dir" in flags
+    }
+    assert len(classes) == 2  # each base draws its own
+    assert last[:2] == ["-m", "dojo.pocket.proof"]
+    cli.parse(proof.Args, None, last[2:])
+
+
+def test_the_script_trains_only_what_is_asked_for(tmp_path: Path) -> None:
+    only = ("--only", "lora-sdxl", "--only", "velocity-sd15")
+    # The stand-in for python makes no pictures, so that they are asked for twice.
+    made, one, _, other, last = recorded(SCRIPT, tmp_path, *only)
+    assert made[:2] == ["-m", "dojo.pocket.datasets"]
+    assert "outputs/proof/lora-sdxl" in one
+    assert "outputs/proof/velocity-sd15" in other
+    assert last[:2] == ["-m", "dojo.pocket.proof"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("network")
+def test_the_short_proof_runs_through_and_does_nothing_twice(tmp_path: Path) -> None:
+    out = tmp_path / "proof"
+    first, again = [bash(SCRIPT, "--short", OUTPUT_DIR=str(out)) for _ in range(2)]
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert again.returncode == 0, again.stderr[-3000:]
+    parts = [part.folder for part in (*proof.STYLE, *proof.SUBJECT)]
+    assert again.stdout.count("nothing to do") == len(parts)
+    for name in parts:
+        assert json.loads((out / f"{name}.json").read_text())["steps"] == 3
+    for base in proof.BASES:
+        assert (out / f"style{proof.suffix(base)}.png").is_file()

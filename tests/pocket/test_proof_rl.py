@@ -2,12 +2,9 @@
 
 import csv
 import json
-import os
 import random
-import shutil
-import stat
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from dojo.cli import UserError
 from dojo.pocket import datasets, proof_rl, scenes, verifier
 from dojo.pocket.proof_rl import Evaluation
 from tests.conftest import ROOT
+from tests.pocket.proofs import bash, recorded, unspread
 
 SCRIPT = ROOT / "scripts" / "prove_rl.sh"
 Columns = Mapping[str, Sequence[float]]
@@ -367,35 +365,10 @@ def test_settings_are_compared_by_their_rise_per_minute(tmp_path: Path) -> None:
 # ---- The script ----
 
 
-def bash(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(script), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 @pytest.fixture
 def commands(tmp_path: Path) -> Callable[..., list[list[str]]]:
     """`commands(*arguments)`: what a copy of the script would have started, as lists of words."""
-
-    def record(*arguments: str) -> list[list[str]]:
-        copy, log = tmp_path / "copy", tmp_path / "log"
-        shutil.copytree(SCRIPT.parent / "lib", copy / "scripts" / "lib", dirs_exist_ok=True)
-        shutil.copy(SCRIPT, copy / "scripts")
-        (copy / "scripts" / "setup.sh").write_text("")
-        program = copy / ".venv" / "bin" / "python"
-        program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text(f'#!/usr/bin/env bash\n(printf "%s\\n" "$@"; echo "==") >>"{log}"\n')
-        program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        log.write_text("")
-        result = bash(copy / "scripts" / SCRIPT.name, *arguments)
-        assert result.returncode == 0, result.stderr
-        return [text.split() for text in log.read_text().split("==\n")[:-1]]
-
-    return record
+    return partial(recorded, SCRIPT, tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [("--shorter",), ("--table", "grpo"), ("--seed", "3")])
@@ -431,11 +404,7 @@ def test_the_scripts_understand_the_flags_and_the_epochs_come_out_even(
         if words[:2] == ["-m", "dojo.pocket.datasets"]:
             cli.parse(datasets.Args, None, words[2:])
             continue
-        processes = 1
-        if words[:2] == ["-m", "torch.distributed.run"]:
-            assert words[2:4] == ["--standalone", "--nproc_per_node"]
-            processes, words = int(words[4]), words[5:]
-        script, *flags = words
+        processes, (script, *flags) = unspread(words)
         if script == "train_full_sd3.py":
             args: Any = cli.parse(train_full_sd3.Args, None, flags)
             assert args.optim.train_batch_size * processes == (8 if "--short" in arguments else 64)

@@ -2,8 +2,8 @@
 
 Stages, each resumable: the autoencoder on scenes and crops of photographs; the MMDiT together with
 its three text encoders by rectified flow on cached latents; pocket-clip contrastively; SD1.5's
-autoencoder and UNet (`build_sd15`); the report. A stage whose result lies in `work_dir` is not
-trained again.
+autoencoder and UNet (`build_sd15`); SDXL's UNet (`build_sdxl`); the report. A stage whose result
+lies in `work_dir` is not trained again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 from dojo import cli, files, rng
 from dojo.maths import flow
 from dojo.models import classic, loaded
-from dojo.pocket import build_sd15, models, scenes, score, text, verifier
+from dojo.pocket import build_sd15, build_sdxl, models, scenes, score, text, verifier
 from dojo.pocket.fitting import (
     SEED,
     Args,
@@ -322,7 +322,7 @@ def facts(args: Args, seconds: Mapping[str, float]) -> dict[str, Any]:
     """What models/README.md says, with the facts of the models that were left as they were."""
     path = args.models_dir / FACTS
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    lengths = {"sd3": (text.T5_LENGTH, 256), "sd15": (None,)}
+    lengths = {"sd3": (text.T5_LENGTH, 256), "sd15": (None,), "sdxl": (None,)}
     built = f"{time.strftime('%Y-%m-%d')}, {machine(args.device)}"
     for name in args.models:
         folder = args.models_dir / f"pocket-{name}"
@@ -330,8 +330,12 @@ def facts(args: Args, seconds: Mapping[str, float]) -> dict[str, Any]:
         found[name] = {"built": built, "minutes": {k: round(v / 60) for k, v in own.items()}}
         if name == "clip":
             found[name]["retrieval"] = retrieval(folder, args.device)
+            continue
+        found[name]["scores"] = scored(args, folder, lengths[name])
+        if name == "sdxl":
+            pipeline = loaded.pipeline(folder, flag="--models_dir").to(args.device)
+            found[name]["told"] = build_sdxl.told(pipeline)
         else:
-            found[name]["scores"] = scored(args, folder, lengths[name])
             found[name]["psnr"] = reconstruction(args, folder)
     path.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -340,6 +344,7 @@ def facts(args: Args, seconds: Mapping[str, float]) -> dict[str, Any]:
 STAGES = {
     "sd3": ("vae", "sd3"),
     "sd15": ("vae4", "vae4-pixels", "sd15"),
+    "sdxl": ("sdxl",),
     "clip": ("clip",),
 }
 
@@ -368,10 +373,11 @@ def report(args: Args, found: Mapping[str, Any]) -> None:
         "`pocket-sd3` is a StableDiffusion3Pipeline (MMDiT with dual attention and qk-norm,",
         "16-channel autoencoder, two CLIP text encoders, T5), `pocket-sd15` a",
         "StableDiffusionPipeline (UNet that predicts the noise, 4-channel autoencoder, CLIP,",
-        "SD1.5's schedule), `pocket-clip` a CLIPModel; all know the 64-pixel scenes of",
-        "`dojo.pocket.scenes` and nothing else. They are trained from nothing by",
-        "`bash scripts/build_pocket_models.sh`, which also writes this page. Licence: Apache-2.0,",
-        "as the rest of the repository.",
+        "SD1.5's schedule), `pocket-sdxl` a StableDiffusionXLPipeline (two CLIPs, pooled text,",
+        "time ids; its autoencoder is pocket-sd15's, its text encoders are pocket-sd3's CLIPs),",
+        "`pocket-clip` a CLIPModel; all know the 64-pixel scenes of `dojo.pocket.scenes` and",
+        "nothing else. They are trained from nothing by `bash scripts/build_pocket_models.sh`,",
+        "which also writes this page. Licence: Apache-2.0, as the rest of the repository.",
         "",
         "Built (training time by the wall clock):",
         "",
@@ -380,14 +386,12 @@ def report(args: Args, found: Mapping[str, Any]) -> None:
         spent = ", ".join(f"{stage} {minutes} min" for stage, minutes in fact["minutes"].items())
         lines.append(f"- pocket-{name} on {fact['built']}: {spent}")
     lines += ["", f"{size / 1e6:.1f} MB of weights in half precision.", ""]
-    for name in ("sd3", "sd15"):
+    for name in ("sd3", "sd15", "sdxl"):
         if name in found:
             lines += [f"## What pocket-{name} draws", "", SCORED.format(args.report_captions), ""]
             lines += [*scores_table(found[name]["scores"]), ""]
-            shown = ", ".join(f"{k} {value:.2f} dB" for k, value in found[name]["psnr"].items())
-            lines += [f"Its autoencoder's reconstruction of 64-pixel pictures, mean PSNR: {shown}."]
-            lines += ["The photographs of `datas/photos`, the dog's among them, gave the training"]
-            lines += ["crops.", ""]
+            lines += told_lines(found[name]["told"]) if name == "sdxl" else []
+            lines += psnr_lines(found[name]["psnr"]) if name != "sdxl" else []
     if "clip" in found:
         share = 100 * found["clip"]["retrieval"]
         lines += ["## pocket-clip", ""]
@@ -396,6 +400,39 @@ def report(args: Args, found: Mapping[str, Any]) -> None:
         lines += [""]
     (args.models_dir / "README.md").write_text("\n".join(lines))
     print("\n".join(lines))
+
+
+def psnr_lines(found: Mapping[str, float]) -> list[str]:
+    """What an autoencoder keeps, in Markdown."""
+    shown = ", ".join(f"{kind} {value:.2f} dB" for kind, value in found.items())
+    return [
+        f"Its autoencoder's reconstruction of 64-pixel pictures, mean PSNR: {shown}.",
+        "The photographs of `datas/photos`, the dog's among them, gave the training",
+        "crops.",
+        "",
+    ]
+
+
+def told_lines(told: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What pocket-sdxl's time ids do, in Markdown."""
+    lines = [TOLD, ""]
+    for asked, values, form, measured in (
+        ("side of the original", told["sharpness"], "{:.4f}", "sharpness"),
+        ("crop from the left", told["cut"], "{:.1%}", "cut"),
+    ):
+        shown = " | ".join(form.format(value) for value in values.values())
+        head = f"| {asked} | " + " | ".join(f"{key} px" for key in values) + " |"
+        lines += [head, "| --- |" + " --- |" * len(values), f"| {measured} | {shown} |", ""]
+    return lines
+
+
+TOLD = """\
+Half of its training pictures were cropped, or came from files of 4 to 16 or of 64 to 2048 pixels,
+and SDXL's time ids said so. 60 captions of all tasks, drawn with other time ids than the pipeline's
+own (original = target, no crop): a small original looks blurred, and where a crop is told, objects
+are cut off. On which side they are it has not learned. Sharpness: what a blur of 3 x 3 takes away,
+as a share of the variance; cut: the share of the objects that lies within 3 pixels of the left or
+right edge, by the crop from the left of a picture of 64 x 128."""
 
 
 SCORED = """\
@@ -417,7 +454,7 @@ def main(args: Args) -> None:
         args.models_dir / "README.md", "--models_dir", is_ours=lambda text: text.startswith(_TITLE)
     )
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    sd3_folder = args.models_dir / "pocket-sd3"
+    sd3_folder, sd15_folder = (args.models_dir / f"pocket-{name}" for name in ("sd3", "sd15"))
     if "sd3" in args.models:
         vae = train_vae(args)
         save_half(train_sd3(args, vae), sd3_folder)
@@ -429,7 +466,10 @@ def main(args: Args) -> None:
         found = psnr(vae4, squares(args.dog_dir), args.device)
         print(f"4-channel autoencoder: {found:.2f} dB on {args.dog_dir}", flush=True)
         pipeline = build_sd15.train_sd15(args, vae4, sd3_folder)
-        save_half(pipeline, args.models_dir / "pocket-sd15")
+        save_half(pipeline, sd15_folder)
+    if "sdxl" in args.models:
+        xl = build_sdxl.train_sdxl(args, sd3_folder, sd15_folder)
+        save_half(xl, args.models_dir / "pocket-sdxl")
     log = args.work_dir / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     report(args, facts(args, {row["stage"]: row["seconds"] for row in rows}))

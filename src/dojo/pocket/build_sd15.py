@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dojo import rng
 from dojo.files import tensors
@@ -114,6 +114,25 @@ def inherit(vae: nn.Module, teacher: nn.Module) -> None:
     vae.load_state_dict({**own, **same})
 
 
+def inherit_text(pipeline: Any, folder: Path) -> None:
+    """Gives a pipeline's text encoder the weights of pocket-sd3's first, in `folder`, which has a
+    projection beside, and the pipeline that one's tokenizer."""
+    pipeline.register_modules(tokenizer=tokenizer_of(folder, "tokenizer"))
+    before = loaded.network(
+        CLIPTextModelWithProjection, folder, "text_encoder", flag="--models_dir"
+    )
+    weights = {k: v for k, v in before.state_dict().items() if not k.startswith("text_projection")}
+    own = pipeline.text_encoder.state_dict()
+    if set(own) != set(weights):  # transformers nests the same tower differently
+        weights = {k.removeprefix("text_model."): v for k, v in weights.items()}
+    pipeline.text_encoder.load_state_dict(weights)
+
+
+def tokenizer_of(folder: Path, part: str) -> Any:
+    """The tokenizer that an encoder in a folder was trained with: it knows no other's numbers."""
+    return loaded.tokenizer(CLIPTokenizer, folder, part, flag="--models_dir")
+
+
 def outer_encoder(vae: Any, pixels: Tensor) -> Tensor:
     """The encoder as far as its middle: [B, 3, 64, 64] -> [B, C, 8, 8]."""
     hidden = vae.encoder.conv_in(pixels)
@@ -147,14 +166,7 @@ def train_sd15(args: Args, vae: Any, folder: Path) -> StableDiffusionPipeline:
     torch.manual_seed(SEED + 7)
     pipeline: Any = models.sd15_pipeline()
     pipeline.register_modules(vae=vae)
-    before = loaded.network(
-        CLIPTextModelWithProjection, folder, "text_encoder", flag="--models_dir"
-    )
-    weights = {k: v for k, v in before.state_dict().items() if not k.startswith("text_projection")}
-    own = pipeline.text_encoder.state_dict()
-    if set(own) != set(weights):  # transformers nests the same tower differently
-        weights = {k.removeprefix("text_model."): v for k, v in weights.items()}
-    pipeline.text_encoder.load_state_dict(weights)
+    inherit_text(pipeline, folder)
     schedule = ddpm.Schedule.of(models.DDPM)
 
     @functools.cache

@@ -28,11 +28,12 @@ SAVE_EVERY = 500  # steps between two states on disk
 class Args:
     """Where the pocket models are trained and put."""
 
-    models: tuple[Literal["sd3", "clip", "sd15"], ...] = ("sd3", "clip", "sd15")
+    models: tuple[Literal["sd3", "clip", "sd15", "sdxl"], ...] = ("sd3", "clip", "sd15", "sdxl")
     """which of them to train; clip and sd15 begin from pocket-sd3's autoencoder and text encoder,
-    those in models_dir if sd3 is not among them"""
+    sdxl from pocket-sd3's text encoders and pocket-sd15: those in models_dir if they are not among
+    them"""
     models_dir: Path = Path("models")
-    """folder that receives pocket-sd3, pocket-sd15 and pocket-clip"""
+    """folder that receives pocket-sd3, pocket-sd15, pocket-sdxl and pocket-clip"""
     work_dir: Path = Path("outputs/pocket_build")
     """folder of the training states; remove it to train again from nothing"""
     photos_dir: Path = Path("datas/photos")
@@ -47,21 +48,26 @@ class Args:
     """steps of 64 pictures for the inner layers of SD1.5's autoencoder, and an eighth of them
     for the whole"""
     sd15_steps: int = 4000
-    """steps of 64 latents for the UNet and its text encoder"""
+    """steps of 64 latents for SD1.5's UNet and its text encoder"""
+    sdxl_steps: int = 1500
+    """steps of 64 latents for SDXL's UNet"""
     clip_steps: int = 2000
     """steps of 128 pairs for pocket-clip"""
     num_scenes: int = 60_000
     """scenes in the training set of the MMDiT"""
     sd15_scenes: int = 40_000
-    """scenes in the training set of the UNet"""
+    """scenes in the training set of SD1.5's UNet"""
+    sdxl_scenes: int = 30_000
+    """scenes in the training set of SDXL's UNet"""
     report_captions: int = 500
-    """captions that the report draws in each of its four settings"""
+    """captions that the report draws in each setting of each model"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """where to train"""
 
     def __post_init__(self) -> None:
-        steps = "vae_steps sd3_steps vae4_steps sd15_steps clip_steps"
+        steps = "vae_steps sd3_steps vae4_steps sd15_steps sdxl_steps clip_steps"
         ranges.check(self, f"{steps} num_scenes sd15_scenes report_captions", least=1)
+        ranges.check(self, "sdxl_scenes", least=2)  # a whole one and another view
 
 
 def to_tensor(pictures: np.ndarray, device: str) -> Tensor:

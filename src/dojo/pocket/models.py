@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import (
@@ -174,23 +176,28 @@ def sd15_vae() -> AutoencoderKL:
     return made
 
 
-def unet() -> UNet2DConditionModel:
-    """SD1.5's UNet in small: two levels, attention to the caption in the upper and the middle."""
+def unet(**options: Any) -> UNet2DConditionModel:
+    """SD1.5's UNet in small: two levels, attention to the caption in the upper and the middle.
+
+    Args:
+        options: further options of UNet2DConditionModel, or other values of these.
+    """
     down: Any = ("CrossAttnDownBlock2D", "DownBlock2D")
     up: Any = ("UpBlock2D", "CrossAttnUpBlock2D")
     widths: Any = (64, 80)
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=widths,
-        down_block_types=down,
-        up_block_types=up,
-        cross_attention_dim=CLIP_L_WIDTH,
-        attention_head_dim=4,  # which is the number of heads, as in SD1.5
-        norm_num_groups=8,
-    )
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": widths,
+        "down_block_types": down,
+        "up_block_types": up,
+        "cross_attention_dim": CLIP_L_WIDTH,
+        "attention_head_dim": 4,  # which is the number of heads, as in SD1.5
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**config, **options})
 
 
 def sd15_text_encoder() -> CLIPTextModel:
@@ -210,6 +217,40 @@ def sd15_pipeline() -> StableDiffusionPipeline:
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
+    )
+
+
+# ---- Stable Diffusion XL ----
+
+TIME_ID_WIDTH = 32  # numbers by which the UNet is told each of the six sizes and offsets
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """SDXL's UNet with the levels of pocket-sd15's: text and sizes beside the time, linear
+    projections around the attention."""
+    return unet(
+        cross_attention_dim=CLIP_L_WIDTH + CLIP_G_WIDTH,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=CLIP_G_WIDTH + 6 * TIME_ID_WIDTH,
+    )
+
+
+def sdxl_pipeline() -> StableDiffusionXLPipeline:
+    """An untrained pocket SDXL, with SDXL's scheduler and zeros for an empty prompt."""
+    own = {key: DDPM[key] for key in DDPM if key not in ("set_alpha_to_one", "skip_prk_steps")}
+    scheduler: Any = EulerDiscreteScheduler(**own, timestep_spacing="leading")
+    return StableDiffusionXLPipeline(
+        unet=sdxl_unet(),
+        scheduler=scheduler,
+        vae=sd15_vae(),
+        text_encoder=sd15_text_encoder(),
+        tokenizer=text.clip_tokenizer(),
+        text_encoder_2=clip_g(),
+        tokenizer_2=text.clip_tokenizer("!"),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
     )
 
 

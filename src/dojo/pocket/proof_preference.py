@@ -44,13 +44,12 @@ COLORS = ("#2f6feb", "#d9730d", "#1a8f5a", "#a13bb8")
 class Args:
     """Where the trainings lie, and how much is drawn."""
 
-    pretrained_model_name_or_path: Path = Path("models/pocket-sd15")
-    """folder of the base"""
+    models_dir: Path = Path("models")
+    """folder of the bases pocket-sd15 and pocket-sdxl"""
     clip: Path = Path("models/pocket-clip")
     """folder of the CLIP that ReFL was rewarded by"""
     output_dir: Path = Path("outputs/proof-preference")
-    """folder that holds pairs, dpo, sft, refl and refl-pretrain, those that there are, and receives
-    the report"""
+    """folder that holds pairs and the trainings, those that there are, and receives the report"""
     guidance_scale: float = 1.0
     """classifier-free guidance of the pictures; 1 is none, as in training"""
     num_inference_steps: int = 20
@@ -71,6 +70,8 @@ class Part:
 
     folder: str
     title: str
+    base: str = "sd15"
+    """the pocket model that it began from, without the `pocket-`"""
 
 
 PARTS = (
@@ -78,6 +79,7 @@ PARTS = (
     Part(folder="dpo", title="DPO"),
     Part(folder="refl", title="ReFL"),
     Part(folder="refl-pretrain", title="ReFL with pre-training loss"),
+    Part(folder="dpo-sdxl", title="DPO of SDXL", base="sdxl"),
 )
 
 
@@ -108,18 +110,16 @@ class Studio:
         model = loaded.network(CLIPModel, name, flag="--clip")
         return model, loaded.tokenizer(CLIPProcessor, name, flag="--clip", encoder=model)
 
-    def draw(self, adapter: Path | None) -> Drawn:
-        """Pictures of the base, or of the base with an adapter, from the same seeds."""
-        args = self.args
+    def draw(self, base: str, adapter: Path | None) -> Drawn:
+        """Pictures of a base, or of the base with an adapter, from the same seeds."""
+        args, model = self.args, self.args.models_dir / f"pocket-{base}"
         weights = b"" if adapter is None else lora.find(adapter, "--output_dir").read_bytes()
-        about = [str(args.pretrained_model_name_or_path), args.guidance_scale]
+        about = [str(model), args.guidance_scale]
         key = json.dumps([*about, args.num_inference_steps, *self.captions]).encode()
         name = hashlib.blake2b(key + weights, digest_size=8).hexdigest()
         path = args.output_dir / "drawn" / f"{name}.npy"
         if not path.is_file():
-            pipeline = loaded.pipeline(
-                args.pretrained_model_name_or_path, flag="--pretrained_model_name_or_path"
-            )
+            pipeline = loaded.pipeline(model, flag="--models_dir")
             if adapter is not None:
                 lora.load(pipeline, adapter, "tuned")
             images = score.generate(
@@ -197,16 +197,17 @@ class Goal:
 def goals(results: Mapping[str, Result]) -> list[Goal]:
     """What the proof claims, of the trainings that there are."""
     claims: list[Goal] = []
-    if "dpo" in results:
-        rate = results["dpo"].found[GRADED].win_rate
-        claims.append(
-            Goal(
-                claim=f"DPO wins at least {100 * WIN_RATE:.0f} % of held-out prompts under the "
-                "verifier",
-                found=percent(rate),
-                reached=rate.value >= WIN_RATE,
+    for name in ("dpo", "dpo-sdxl"):
+        if name in results:
+            rate = results[name].found[GRADED].win_rate
+            claims.append(
+                Goal(
+                    claim=f"{results[name].part.title} wins at least {100 * WIN_RATE:.0f} % of "
+                    "held-out prompts under the verifier",
+                    found=percent(rate),
+                    reached=rate.value >= WIN_RATE,
+                )
             )
-        )
     for name in ("refl", "refl-pretrain"):
         for score_name, what in ((CLIP, "its reward"), (GRADED, "the verifier's score")):
             if name in results:
@@ -269,6 +270,8 @@ def save_curves(results: Mapping[str, Result], path: Path) -> None:
         _plot(panels[0, 1], dpo, "eval_winner_drift", COLORS[2], "winner")
         _plot(panels[0, 1], dpo, "eval_loser_drift", COLORS[3], "loser")
         panels[0, 1].set_ylabel("error less the reference's, DPO")
+    if "dpo-sdxl" in results:
+        _plot(panels[0, 0], results["dpo-sdxl"], "eval_accuracy", COLORS[2], "held-out pairs, SDXL")
     for name, color in (("refl", COLORS[1]), ("refl-pretrain", COLORS[2])):
         if name in results:
             title = results[name].part.title
@@ -295,10 +298,17 @@ def _plot(axes: Axes, result: Result, key: str, color: str, label: str, alpha: f
 
 
 def save_pictures(
-    studio: Studio, base: Drawn, results: Mapping[str, Result], path: Path, count: int = 12
+    studio: Studio,
+    bases: Mapping[str, Drawn],
+    results: Mapping[str, Result],
+    path: Path,
+    count: int = 12,
 ) -> None:
     """The first captions of the list, the six tasks in turn, in every model's pictures."""
-    columns = [("base", base), *((r.part.title, r.drawn) for r in results.values())]
+    columns: list[tuple[str, Drawn]] = []
+    for base, drawn in bases.items():
+        own = [result for result in results.values() if result.part.base == base]
+        columns += [(f"pocket-{base}", drawn), *((r.part.title, r.drawn) for r in own)]
     some = range(min(count, len(studio.captions)))
 
     def note(drawn: Drawn, i: int) -> str:
@@ -330,10 +340,10 @@ def main(args: Args) -> None:
     there = [part for part in PARTS if (folder / part.folder / "finished.json").is_file()]
     if not there:
         raise UserError(f"{folder} holds no finished training: bash scripts/{SCRIPT} makes them")
-    base = studio.draw(None)
-    results = {part.folder: _result(studio, base, part) for part in there}
+    bases = {base: studio.draw(base, None) for base in dict.fromkeys(one.base for one in there)}
+    results = {part.folder: _result(studio, bases[part.base], part) for part in there}
     save_curves(results, folder / "curves.png")
-    save_pictures(studio, base, results, folder / "pictures.png")
+    save_pictures(studio, bases, results, folder / "pictures.png")
 
     claims: Sequence[Goal] = [] if args.no_goals else goals(results)
     notes = NOTES.format(
@@ -357,7 +367,7 @@ def main(args: Args) -> None:
 
 def _result(studio: Studio, base: Drawn, part: Part) -> Result:
     run = studio.args.output_dir / part.folder
-    drawn = studio.draw(run)
+    drawn = studio.draw(part.base, run)
     return Result(
         part=part,
         rows=judge.metrics(run, SCRIPT),

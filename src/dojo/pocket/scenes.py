@@ -298,10 +298,13 @@ def _heart(t: float) -> tuple[float, float]:
     return 1.1 * x / 16, -1.1 * (y + 2.5) / 16
 
 
-def mask(shape: str, x: float, y: float, radius: float) -> np.ndarray:
-    """Coverage of one shape on the canvas: float32 [64, 64] in [0, 1], anti-aliased."""
-    side = CANVAS * SUPERSAMPLE
-    canvas = Image.new("L", (side, side), 0)
+def mask(
+    shape: str, x: float, y: float, radius: float, size: tuple[int, int] = (CANVAS, CANVAS)
+) -> np.ndarray:
+    """Coverage of one shape on a canvas of `size` (height, width): float32 [H, W] in [0, 1],
+    anti-aliased."""
+    height, width = (SUPERSAMPLE * extent for extent in size)
+    canvas = Image.new("L", (width, height), 0)
     pen = ImageDraw.Draw(canvas)
     for polygon, value in zip(outline(shape), (255, 0), strict=False):
         pen.polygon(
@@ -311,11 +314,14 @@ def mask(shape: str, x: float, y: float, radius: float) -> np.ndarray:
     return np.asarray(canvas.reduce(SUPERSAMPLE), dtype=np.float32) / 255
 
 
-def draw(scene: Scene) -> np.ndarray:
-    """Draws a scene: uint8 [64, 64, 3]."""
-    picture = np.full((CANVAS, CANVAS, 3), BACKGROUNDS[scene.background], dtype=np.float32)
+def draw(scene: Scene, size: tuple[int, int] = (CANVAS, CANVAS)) -> np.ndarray:
+    """Draws a scene: uint8 [64, 64, 3], or of another `size` (height, width), where the objects
+    lie on the same shares of the canvas and have the same size in pixels."""
+    picture = np.full((*size, 3), BACKGROUNDS[scene.background], dtype=np.float32)
+    height, width = size
     for thing in scene.things:
-        cover = mask(thing.shape, thing.x, thing.y, SIZES[thing.size])[..., None]
+        x, y = thing.x * width / CANVAS, thing.y * height / CANVAS
+        cover = mask(thing.shape, x, y, SIZES[thing.size], size)[..., None]
         picture += cover * (np.array(COLORS[thing.color], dtype=np.float32) - picture)
     return np.round(picture).astype(np.uint8)
 

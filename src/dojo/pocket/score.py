@@ -77,11 +77,13 @@ def generate(
     max_sequence_length: int | None,
     seed: int,
     batch_size: int = 50,
+    **options: Any,
 ) -> Tensor:
     """One picture per caption, each from its own seed: float32 [B, 3, 64, 64] in [0, 1].
 
     Args:
         max_sequence_length: tokens of T5; None for a pipeline that has no such option.
+        options: further options of the pipeline's call, the same for every picture.
     """
     pipeline.set_progress_bar_config(disable=True)
     size = scenes.CANVAS
@@ -96,6 +98,7 @@ def generate(
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             **t5,
+            **options,
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
             output_type="pt",
         )

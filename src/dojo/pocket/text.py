@@ -5,15 +5,13 @@ token per word and any other text still has tokens (bytes for CLIP, characters f
 from __future__ import annotations
 
 import functools
-import json
+import itertools
 import random
 import string
-from collections.abc import Sequence
+from collections import Counter
 from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
+from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from dojo.pocket import scenes
@@ -35,24 +33,42 @@ def grammar_words() -> tuple[str, ...]:
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """Byte-level BPE in CLIP's own form; SD3's second tokenizer pads with "!" (id 0)."""
     vocab, merges = _byte_pairs(grammar_words())
+    pairs: Any = [*merges]
     return CLIPTokenizer(
-        vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=CLIP_LENGTH
+        vocab=dict(vocab), merges=pairs, pad_token=pad_token, model_max_length=CLIP_LENGTH
     )
 
 
-def _byte_pairs(words: Sequence[str]) -> tuple[dict[str, int], Any]:
-    """Merges that make each word one token; ids in CLIP's order (bytes, merges, start, end)."""
-    tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = BpeTrainer(
-        vocab_size=10_000, min_frequency=1, show_progress=False, end_of_word_suffix="</w>"
-    )
-    tokenizer.train_from_iterator(words, trainer)
-    merges: Any = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+@functools.cache
+def _byte_pairs(words: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Merges that make each word one token; ids in CLIP's order (bytes, merges, start, end).
+
+    The commonest pair is merged first, of several the first by the alphabet. The trainer of
+    `tokenizers` takes any of several, another one at every call: words would change their numbers
+    from process to process, and an encoder knows its own numbers only.
+    """
+    splits = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while any(len(split) > 1 for split in splits):
+        counts = Counter(pair for split in splits for pair in itertools.pairwise(split))
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        splits = [_merged(split, best) for split in splits]
     alphabet = _clip_alphabet()
     symbols = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(p) for p in merges]
     symbols = [*dict.fromkeys(symbols), "<|startoftext|>", "<|endoftext|>"]
     return {symbol: i for i, symbol in enumerate(symbols)}, merges
+
+
+def _merged(split: list[str], pair: tuple[str, str]) -> list[str]:
+    """A word's pieces with every occurrence of a pair made one piece."""
+    pieces: list[str] = []
+    for piece in split:
+        if pieces and (pieces[-1], piece) == pair:
+            pieces[-1] += piece
+        else:
+            pieces.append(piece)
+    return pieces
 
 
 def _clip_alphabet() -> list[str]:
