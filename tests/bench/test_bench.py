@@ -1,5 +1,6 @@
 """dojo.bench: models of the published sizes, the arithmetic of a run's numbers, a real run."""
 
+import importlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import train_ddpo_sd3
 import train_grpo_sd3
@@ -27,19 +28,19 @@ from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError
 from dojo.finetune import whole as full
 from dojo.methods import rl as learning
-from dojo.models import sd3
+from dojo.models import family, opening, sd3
 from dojo.run import folders
 from dojo.run.cost import Cost
 
 
-def count(part: str, config: dict[str, Any]) -> float:
+def count(config: dict[str, Any]) -> float:
     """Parameters in millions."""
-    return sum(param.numel() for param in models.on_meta(part, config).parameters()) / 1e6
+    return sum(param.numel() for param in models.on_meta(config).parameters()) / 1e6
 
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SD3.5-Medium with every width and depth cut down, so that it is made in no time."""
+    """The published sizes with every width and depth cut down, so that they are made in no time."""
     medium = {
         **models.TRANSFORMERS["sd35-medium"],
         "num_layers": 3,
@@ -51,8 +52,20 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
         "dual_attention_layers": [0],
     }
     monkeypatch.setitem(models.TRANSFORMERS, "sd35-medium", medium)
+    unet: dict[str, Any] = {
+        "block_out_channels": [32, 64],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+    }
+    down, up = ["CrossAttnDownBlock2D", "DownBlock2D"], ["UpBlock2D", "CrossAttnUpBlock2D"]
+    unet |= {"down_block_types": down, "up_block_types": up, "attention_head_dim": 4}
+    own: dict[str, Any] = {"sd15": {"cross_attention_dim": 32}, "sdxl": {"cross_attention_dim": 96}}
+    own["sdxl"] |= {"transformer_layers_per_block": [1, 2], "addition_time_embed_dim": 8}
+    own["sdxl"]["projection_class_embeddings_input_dim"] = 64 + 6 * 8
+    for name, sizes in own.items():
+        monkeypatch.setitem(models.UNETS, name, {**models.UNETS[name], **unet, **sizes})
     vae = {"block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8}
-    monkeypatch.setattr(models, "_VAE", {**models._VAE, **vae})
+    monkeypatch.setattr(models, "_VAE_SIZES", vae)
     original = models._clip
     widths = {768: 32, 1280: 64}
     monkeypatch.setattr(models, "_clip", lambda width, heads: original(widths[width], 2))
@@ -66,11 +79,16 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_models_have_the_published_numbers_of_parameters() -> None:
     medium, large = models.settings("sd35-medium"), models.settings("sd35-large")
-    assert count("transformer", medium["transformer"]) == pytest.approx(2243.2, abs=0.1)
-    assert count("transformer", large["transformer"]) == pytest.approx(8056.6, abs=0.1)
-    assert count("vae", medium["vae"]) == pytest.approx(83.82, abs=0.01)
-    buffer: Any = models.on_meta("transformer", medium["transformer"])
+    assert count(medium["transformer"]) == pytest.approx(2243.2, abs=0.1)
+    assert count(large["transformer"]) == pytest.approx(8056.6, abs=0.1)
+    assert count(medium["vae"]) == pytest.approx(83.82, abs=0.01)
+    buffer: Any = models.on_meta(medium["transformer"])
     assert buffer.pos_embed.pos_embed.numel() == 384**2 * 1536  # the rest of the card's 2.5 B
+    old, xl = models.settings("sd15"), models.settings("sdxl")
+    assert count(old["unet"]) == pytest.approx(859.52, abs=0.01)
+    assert count(xl["unet"]) == pytest.approx(2567.46, abs=0.01)
+    for parts in (old, xl):
+        assert count(parts["vae"]) == pytest.approx(83.65, abs=0.01)
 
 
 def test_the_text_encoders_are_shallow_but_as_wide_as_the_real_ones(tmp_path: Path) -> None:
@@ -83,7 +101,39 @@ def test_the_text_encoders_are_shallow_but_as_wide_as_the_real_ones(tmp_path: Pa
     assert (layout.clip_l_width, layout.clip_g_width) == (768, 1280)
     assert (config.shift(None, 1024, 1024), config.pixel_step) == (3.0, 16)
     for part in sd3.TEXT_ENCODERS:
-        assert count(part, models.settings("sd35-medium")[part]) < 200
+        assert count(models.settings("sd35-medium")[part]) < 200
+
+
+@pytest.mark.parametrize(
+    ("size", "native", "step", "numbers"),
+    [("sd15", 512, 64, 77 * 768), ("sdxl", 1024, 32, 77 * 2048 + 1280)],
+)
+def test_the_models_with_a_unet_have_the_published_widths_and_sizes(
+    size: Any, native: int, step: int, numbers: int, tmp_path: Path
+) -> None:
+    models.write_settings(tmp_path / "model", size)
+    args = family.ModelArgs(pretrained_model_name_or_path=str(tmp_path / "model"))
+    model = opening.open_model(args)  # what does not fit together is refused there
+    assert (model.native_size, model.pixel_step) == (native, step)
+    assert SupervisedArgs(model=size).size == models.native_size(size) == native
+    assert model.text_numbers == numbers
+    assert type(model) is models.FAMILIES[size].Model
+    for part in model.text_encoders:
+        assert count(models.settings(size)[part]) < 200
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("size", ["sd15", "sdxl"])
+def test_a_made_model_with_a_unet_draws(size: Any, tmp_path: Path) -> None:
+    folder = models.make_model(size, "bf16", tmp_path / "model")
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    assert type(pipeline) is models.FAMILIES[size].Model.pipeline_class
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(
+        "a caption", height=64, width=64, num_inference_steps=2, output_type="pt"
+    ).images
+    assert picture.isfinite().all()
+    assert picture.std() > 0.01
 
 
 @pytest.mark.usefixtures("narrow")
@@ -166,6 +216,30 @@ def test_the_counted_operations_follow_the_rule(tmp_path: Path) -> None:
     assert limits.by_rule("sd35-large", "lora", False, 1024, 256) is None
 
 
+@pytest.mark.parametrize(("size", "method"), [("sd15", "lora"), ("sd15", "full"), ("sdxl", "lora")])
+def test_the_counted_operations_of_a_unet_follow_the_rule(
+    size: Any, method: Any, tmp_path: Path
+) -> None:
+    models.write_settings(tmp_path / "model", size)
+    args = family.ModelArgs(
+        pretrained_model_name_or_path=str(tmp_path / "model"), gradient_checkpointing=True
+    )
+    model, pixels = opening.open_model(args), models.native_size(size)
+    adapter = finetune.LoraArgs(rank=16) if method == "lora" else full.FullArgs()
+    cost = limits.cost_per_image(model, model.args, adapter, pixels, pixels)
+    by_rule = limits.by_rule(size, method, True, pixels, None)
+    assert by_rule is not None
+    assert cost.flops / 1e12 == pytest.approx(by_rule, rel=0.01)
+
+
+def test_a_model_without_t5_has_no_length_of_it() -> None:
+    for words in ("--max_sequence_length 77", "--torch_compile"):
+        with pytest.raises(SystemExit):
+            cli.parse(SupervisedArgs, None, ["--model", "sdxl", *words.split()])
+    with pytest.raises(ValueError, match="--max_sequence_length: sd15 has no T5"):
+        limits.LimitArgs(model="sd15", max_sequence_length=(77,))
+
+
 @pytest.mark.usefixtures("narrow")
 def test_the_table_of_limits_divides_the_machine_by_the_step(
     capsys: pytest.CaptureFixture[str],
@@ -243,6 +317,7 @@ def test_operations_are_counted_for_what_the_run_did_not_for_what_was_asked() ->
 def test_extra_flags_come_last_and_processes_are_started_by_torchrun(tmp_path: Path) -> None:
     args = SupervisedArgs(model="pocket", method="full", num_processes=2, torch_compile=True)
     words = supervised.command(args, tmp_path, tmp_path, tmp_path / "runs" / "x", ["--rank", "3"])
+    assert Path(words[words.index("--nproc_per_node") + 2]).name == "train_full_sd3.py"
     assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     assert words[words.index("--nproc_per_node") + 1] == "2"
     assert words[-2:] == ["--rank", "3"]
@@ -251,7 +326,40 @@ def test_extra_flags_come_last_and_processes_are_started_by_torchrun(tmp_path: P
     assert "--gradient_checkpointing" not in words
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [("pocket-sd15", "sd15"), ("sd15", "sd15"), ("pocket-sdxl", "sdxl"), ("sdxl", "sdxl")],
+)
+def test_the_script_of_the_family_gets_options_that_it_knows(
+    model: Any, family: str, method: Any, tmp_path: Path
+) -> None:
+    args = SupervisedArgs(model=model, method=method, gradient_checkpointing=True)
+    words = supervised.command(args, tmp_path, tmp_path, tmp_path / "runs" / "x", [])
+    script = importlib.import_module(f"train_{method}_{family}")
+    assert words[1] == str(models.ROOT / f"train_{method}_{family}.py")
+    options = cli.parse(script.Args, None, words[2:])
+    assert options.model.gradient_checkpointing
+    assert options.data.resolution == (args.size,)
+
+
 # -- the command --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(("size", "method"), [("sd15", "full"), ("sdxl", "lora")])
+def test_a_made_model_is_timed_by_the_script_of_its_family(
+    size: str, method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "numbers.json"
+    words = f"supervised --model {size} --method {method} --batch_size 2 --resolution 64"
+    words += f" --num_steps 1 --warmup_steps 1 --mixed_precision no --allow_cpu --output {out}"
+    command_line.main([*words.split(), "--work_dir", str(tmp_path)])
+    result = json.loads(out.read_text())
+    assert [row["step"] for row in result["rows"]] == [1, 2]
+    assert result["tflop_per_image"] > 0
+    assert result["t5_tokens"] is None
+    assert capfd.readouterr().out.startswith("| model |")
 
 
 def test_the_pocket_model_is_timed_by_the_real_script(
@@ -374,7 +482,7 @@ def test_a_number_that_is_too_small_is_refused(
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command_line.main(["supervise"])
-    assert "there are supervised, rl and limits" in capsys.readouterr().err
+    assert "there are supervised, rl, limits and peers" in capsys.readouterr().err
 
 
 # -- reinforcement learning ---------------------------------------------------------------------

@@ -3,6 +3,7 @@
 python -m dojo.bench supervised --help     times a training script
 python -m dojo.bench rl --help             times one that learns from rewards
 python -m dojo.bench limits --help         what arithmetic alone allows
+python -m dojo.bench peers --help          our scripts and diffusers' examples side by side
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ def main(argv: Sequence[str]) -> None:
         from dojo.bench import limits
 
         cli.run(limits.main, limits.LimitArgs, limits.__doc__)
+    elif name == "peers":
+        from dojo.bench import peers
+
+        cli.run(peers.main, peers.PeerArgs, peers.__doc__)
     elif name in ("-h", "--help"):
         print(__doc__)
     else:
-        print(f"error: {name}: there are supervised, rl and limits", file=sys.stderr)
+        print(f"error: {name}: there are supervised, rl, limits and peers", file=sys.stderr)
         sys.exit(2)
 
 

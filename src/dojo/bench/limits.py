@@ -15,20 +15,30 @@ from dojo.bench import models
 from dojo.bench.table import markdown
 from dojo.cli import ranges
 from dojo.finetune import lora, whole
-from dojo.models import sd3
+from dojo.models import family
 from dojo.run.cost import Cost
 
 Method = Literal["lora", "full"]
 
-# TFLOP per picture of SD3.5-Medium by a rule of thumb, worked out apart from this code: with a
-# forward pass of L in linear layers and A in attention, LoRA takes 2L + 3A (its own few not
-# counted), with checkpointing 3L + 4A, full 3L + 3A, with checkpointing 4L + 4A, in this order, by
-# (pixels, T5 tokens).
-BY_RULE = {
-    (512, 77): (4.56, 6.70, 6.41, 8.55),
-    (512, 256): (5.24, 7.68, 7.33, 9.77),
-    (1024, 77): (25.6, 36.4, 32.3, 43.1),
-    (1024, 256): (26.7, 38.0, 33.8, 45.0),
+# TFLOP per picture by a rule of thumb, worked out apart from this code: with a forward pass of L in
+# convolutions and linear layers and A in attention, LoRA takes 2L + 3A (its own few not counted),
+# with checkpointing 3L + 4A, full 3L + 3A, with checkpointing 4L + 4A, in this order, by (pixels,
+# T5 tokens). Of a UNet, three things that are not so little are taken off: with LoRA what lies
+# before the first adapter (E), which needs no gradient and is not computed twice, and with
+# checkpointing what lies outside of what is checkpointed (S: layers between the blocks and
+# projections round the transformers) and the last layer of each checkpointed piece (T), where
+# PyTorch stops computing it again: 2L + 3A - E, 3L + 4A - S - T - 2E, 3L + 3A, 4L + 4A - S - T.
+# L + A, E, S and T are for SD1.5 at 512 px 0.677 + 0.126, 0.016, 0.099, 0.099, for SDXL at 1024 px
+# 5.98 + 0.784, 0.179, 0.331, 1.126.
+BY_RULE: dict[str, dict[tuple[int, int | None], tuple[float, float, float, float]]] = {
+    "sd35-medium": {
+        (512, 77): (4.56, 6.70, 6.41, 8.55),
+        (512, 256): (5.24, 7.68, 7.33, 9.77),
+        (1024, 77): (25.6, 36.4, 32.3, 43.1),
+        (1024, 256): (26.7, 38.0, 33.8, 45.0),
+    },
+    "sd15": {(512, None): (1.717, 2.305, 2.410, 3.014), (1024, None): (11.26, 15.07, 14.02, 17.90)},
+    "sdxl": {(512, None): (3.188, 4.368, 4.766, 5.991), (1024, None): (14.13, 19.25, 20.28, 25.59)},
 }
 
 
@@ -40,8 +50,8 @@ class LimitArgs:
     """whose sizes"""
     resolution: tuple[int, ...] = (512, 1024)
     """height and width of the pictures in pixels"""
-    max_sequence_length: tuple[int, ...] = (77, 256)
-    """tokens of T5; CLIP has 77 more"""
+    max_sequence_length: tuple[int, ...] = ()
+    """tokens of T5, where there is one; unset is 77 and 256; CLIP has 77 more"""
     rank: int = 16
     """rank of the LoRA"""
     tflops: float = 790.0
@@ -51,11 +61,20 @@ class LimitArgs:
     def __post_init__(self) -> None:
         ranges.check(self, "resolution max_sequence_length rank", least=1)
         ranges.check(self, "tflops", above=0)
+        if self.max_sequence_length and not models.has_option(self.model, "max_sequence_length"):
+            raise ValueError(f"--max_sequence_length: {self.model} has no T5")
+
+    @property
+    def tokens(self) -> tuple[int | None, ...]:
+        """Tokens of T5, or one None where there is none."""
+        if not models.has_option(self.model, "max_sequence_length"):
+            return (None,)
+        return self.max_sequence_length or (77, 256)
 
 
 def cost_per_image(
-    config: sd3.Model,
-    model: sd3.ModelArgs,
+    config: family.Model,
+    model: family.ModelArgs,
     adapter: lora.LoraArgs | whole.FullArgs,
     height: int,
     width: int,
@@ -73,12 +92,11 @@ def cost_per_image(
 
 
 def by_rule(
-    model: str, method: Method, checkpointing: bool, size: int, tokens: int
+    model: str, method: Method, checkpointing: bool, size: int, tokens: int | None
 ) -> float | None:
     """TFLOP per picture by the rule, where it was worked out."""
-    if model != "sd35-medium" or (size, tokens) not in BY_RULE:
-        return None
-    return BY_RULE[size, tokens][2 * (method == "full") + checkpointing]
+    found = BY_RULE.get(model, {}).get((size, tokens))
+    return None if found is None else found[2 * (method == "full") + checkpointing]
 
 
 def main(args: LimitArgs) -> None:
@@ -91,29 +109,32 @@ def _rows(args: LimitArgs) -> Iterator[dict[str, str]]:
         folder = Path(name) / args.model
         models.write_settings(folder, args.model)
         for size in args.resolution:
-            for tokens in args.max_sequence_length:
+            for tokens in args.tokens:
                 yield from _cases(args, folder, size, tokens)
 
 
-def _cases(args: LimitArgs, folder: Path, size: int, tokens: int) -> Iterator[dict[str, str]]:
+def _cases(
+    args: LimitArgs, folder: Path, size: int, tokens: int | None
+) -> Iterator[dict[str, str]]:
     methods: dict[Method, lora.LoraArgs | whole.FullArgs] = {
         "lora": lora.LoraArgs(rank=args.rank),
         "full": whole.FullArgs(),
     }
+    door = models.FAMILIES[args.model]
     for method, adapter in methods.items():
         for checkpointing in (False, True):
-            model = sd3.ModelArgs(
+            model = door.ModelArgs(
                 pretrained_model_name_or_path=str(folder),
-                max_sequence_length=tokens,
                 gradient_checkpointing=checkpointing,
+                **({} if tokens is None else {"max_sequence_length": tokens}),
             )
-            flops = cost_per_image(sd3.open_model(model), model, adapter, size, size).flops
+            flops = cost_per_image(door.open_model(model), model, adapter, size, size).flops
             other = by_rule(args.model, method, checkpointing, size, tokens)
             yield {
                 "model": args.model,
                 "method": f"LoRA r{args.rank}" if method == "lora" else "full",
                 "px": str(size),
-                "T5 tokens": str(tokens),
+                "T5 tokens": str(tokens or ""),
                 "checkpointing": "yes" if checkpointing else "no",
                 "TFLOP/image": f"{flops / 1e12:.4g}",
                 "by rule": f"{other:.4g}" if other else "",

@@ -1,8 +1,8 @@
 """Model folders of the published sizes with random weights, for machines without a model hub.
 
-Transformer and autoencoder are as large as Stability's; the text encoders have the real widths and
-token counts but one or two layers, since their outputs are computed once and cached. What is not a
-size comes from the pocket SD3: tokenizers, scheduler, the other settings.
+The trained network and the autoencoder are as large as the published ones; the text encoders have
+the real widths and token counts but one or two layers, since their outputs are computed once and
+cached. What is not a size comes from the pocket models: tokenizers, scheduler, other settings.
 """
 
 from __future__ import annotations
@@ -10,24 +10,45 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+import transformers
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from dojo.cli import UserError
 from dojo.files import tensors
+from dojo.models import sd3, sd15, sdxl
 from dojo.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
 POCKET = ROOT / "models" / "pocket-sd3"
+_POCKET_SD15 = ROOT / "models" / "pocket-sd15"
+POCKETS = {
+    "pocket": POCKET,
+    "pocket-sd15": _POCKET_SD15,
+    "pocket-sdxl": ROOT / "models" / "pocket-sdxl",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Size = Literal["sd35-medium", "sd35-large"]
+Size = Literal["sd35-medium", "sd35-large", "sd15", "sdxl"]
+Name = Literal["pocket", "pocket-sd15", "pocket-sdxl", "sd35-medium", "sd35-large", "sd15", "sdxl"]
+# The package of the family that each of them is of.
+FAMILIES: dict[str, Any] = {
+    "pocket": sd3,
+    "pocket-sd15": sd15,
+    "pocket-sdxl": sdxl,
+    "sd35-medium": sd3,
+    "sd35-large": sd3,
+    "sd15": sd15,
+    "sdxl": sdxl,
+}
 
 CLIP_TOKENS = 77
+_POCKET_SIZE = 64  # pixels, of every pocket model
+_PIXELS_PER_LATENT = 8
 RECIPE = "bench.json"  # in a made folder: what it was made from
 _STD = 0.02  # small enough for 38 layers, large enough for gradients everywhere
 _NUM_DRAWS = 16_777_213  # a prime: no two rows of a matrix begin at the same draw
@@ -56,17 +77,50 @@ _LARGE = {
     "dual_attention_layers": [],
 }
 TRANSFORMERS: dict[str, dict[str, Any]] = {"sd35-medium": _MEDIUM, "sd35-large": _LARGE}
-_VAE: dict[str, Any] = {
-    "latent_channels": 16,
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "sample_size": 64,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+        "attention_head_dim": 8,  # heads, not their width
+        "cross_attention_dim": 768,
+        "norm_num_groups": 32,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": [320, 640, 1280],
+        "layers_per_block": 2,
+        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
+        "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "norm_num_groups": 32,
+    },
+}
+_VAE_SIZES: dict[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
     "norm_num_groups": 32,
-    "sample_size": 1024,
-    "scaling_factor": 1.5305,
-    "shift_factor": 0.0609,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "force_upcast": True,
+}
+_VAES: dict[Any, dict[str, Any]] = {
+    sd3: {
+        "latent_channels": 16,
+        "sample_size": 1024,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "force_upcast": True,
+    },
+    sd15: {"sample_size": 512, "scaling_factor": 0.18215},
+    sdxl: {"sample_size": 1024, "scaling_factor": 0.13025},
 }
 
 
@@ -82,57 +136,114 @@ def _clip(width: int, heads: int) -> dict[str, Any]:
 
 
 _T5 = {"d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 1}
-_KINDS: dict[str, Any] = {
-    "transformer": SD3Transformer2DModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModelWithProjection,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "text_encoder_3": T5EncoderModel,
-}
+
+
+def _starts(family: Any) -> dict[str, Path]:
+    """The folders of pocket models that the parts of a family's models begin as, sizes apart.
+
+    SDXL is an SD1.5 with the second CLIP of an SD3.
+    """
+    parts = (family.Model.network_facts.part, "vae", "scheduler", *family.TEXT_FOLDERS)
+    return {
+        part: (POCKET if family is sd3 or part.endswith("_2") else _POCKET_SD15) / part
+        for part in parts
+    }
 
 
 def settings(size: Size) -> dict[str, dict[str, Any]]:
     """The config.json of every part that has weights.
 
     Raises:
-        UserError: the pocket SD3, which they start from, is not there.
+        UserError: a pocket model, which they start from, is not there.
     """
-    if not (POCKET / "model_index.json").is_file():
-        raise UserError(f"{POCKET} is missing: start the benchmark from a clone of the repository")
+    for folder in (POCKET, _POCKET_SD15):
+        if not (folder / "model_index.json").is_file():
+            raise UserError(
+                f"{folder} is missing: start the benchmark from a clone of the repository"
+            )
     sizes = {
-        "transformer": TRANSFORMERS[size],
-        "vae": _VAE,
+        "transformer": TRANSFORMERS.get(size),
+        "unet": UNETS.get(size),
+        "vae": {**_VAE_SIZES, **_VAES[FAMILIES[size]]},
         "text_encoder": _clip(768, 12),
         "text_encoder_2": _clip(1280, 20),
         "text_encoder_3": _T5,
     }
     return {
-        part: {**json.loads((POCKET / part / "config.json").read_text()), **own}
-        for part, own in sizes.items()
+        part: {**json.loads((folder / "config.json").read_text()), **(sizes[part] or {})}
+        for part, folder in _starts(FAMILIES[size]).items()
+        if part in sizes
     }
 
 
-def on_meta(part: str, config: dict[str, Any]) -> nn.Module:
+def pocket(model: str) -> Path:
+    """The folder of a pocket model.
+
+    Raises:
+        UserError: it is not there.
+    """
+    folder = POCKETS[model]
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"--model {model}: {folder} is missing")
+    return folder
+
+
+def family_name(model: str) -> str:
+    """What the names of scripts for a model end with."""
+    return str(FAMILIES[model].__name__).rpartition(".")[2]
+
+
+def native_size(model: str) -> int:
+    """Height and width, in pixels, that a model was trained at."""
+    network = {**TRANSFORMERS, **UNETS}.get(model)
+    return _POCKET_SIZE if network is None else _PIXELS_PER_LATENT * network["sample_size"]
+
+
+def has_option(model: str, name: str) -> bool:
+    """Whether the scripts of a model's family know an option of the model's."""
+    return name in {field.name for field in fields(FAMILIES[model].ModelArgs)}
+
+
+def on_meta(config: dict[str, Any]) -> nn.Module:
     """A part of a model without memory for its weights."""
-    kind = _KINDS[part]
     with torch.device("meta"):
-        if hasattr(kind, "from_config"):  # diffusers
-            return kind.from_config(config)
+        if "_class_name" in config:
+            return getattr(diffusers, config["_class_name"]).from_config(config)
+        kind = getattr(transformers, config["architectures"][0])
         return kind(kind.config_class.from_dict(config))
 
 
 def write_settings(folder: Path, size: Size) -> None:
     """Everything of a model folder but the weights; enough to count its operations."""
-    for part, config in settings(size).items():
+    configs, family = settings(size), FAMILIES[size]
+    for part, start in _starts(family).items():
+        if part not in configs:
+            shutil.copytree(start, folder / part)
+            continue
         (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_text(json.dumps(config, indent=2))
-    shutil.copy(POCKET / "model_index.json", folder)
-    for part in ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"):
-        shutil.copytree(POCKET / part, folder / part)
+        (folder / part / "config.json").write_text(json.dumps(configs[part], indent=2))
+    (folder / "model_index.json").write_text(json.dumps(_index(family), indent=2))
     for part in ("tokenizer", "tokenizer_2"):
         path = folder / part / "tokenizer_config.json"
-        longer = {**json.loads(path.read_text()), "model_max_length": CLIP_TOKENS}
-        path.write_text(json.dumps(longer, indent=2))
+        if path.is_file():
+            longer = {**json.loads(path.read_text()), "model_max_length": CLIP_TOKENS}
+            path.write_text(json.dumps(longer, indent=2))
+
+
+def _index(family: Any) -> dict[str, Any]:
+    """What model_index.json says."""
+    if family is not sdxl:
+        start = POCKET if family is sd3 else _POCKET_SD15
+        return json.loads((start / "model_index.json").read_text())
+    small = json.loads((_POCKET_SD15 / "model_index.json").read_text())
+    return {
+        "_class_name": "StableDiffusionXLPipeline",
+        "_diffusers_version": small["_diffusers_version"],
+        "force_zeros_for_empty_prompt": True,
+        **{part: small[part] for part in _starts(sd15)},
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": small["tokenizer"],
+    }
 
 
 def make_model(size: Size, dtype: str, folder: Path) -> Path:
@@ -156,7 +267,7 @@ def make_model(size: Size, dtype: str, folder: Path) -> Path:
             name = "model" if part.startswith("text") else "diffusion_pytorch_model"
             sources = {
                 key: _source(key, tensor.shape, noise)
-                for key, tensor in on_meta(part, config).state_dict().items()
+                for key, tensor in on_meta(config).state_dict().items()
                 if key != "encoder.embed_tokens.weight"  # T5's, the same as shared.weight
             }
             tensors.save(partial / part / f"{name}.safetensors", sources)

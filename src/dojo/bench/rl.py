@@ -44,6 +44,8 @@ _NEVER = 10**9  # optimizer steps
 class RlArgs(supervised.CaseArgs):
     """What is timed; the defaults are those of the script where nothing else is said."""
 
+    model: Literal["pocket", "sd35-medium", "sd35-large"]
+    """pocket is models/pocket-sd3; the others are made once, with random weights, in work_dir"""
     method: Literal["grpo", "ddpo"] = "grpo"
     """which script: train_grpo_sd3.py or train_ddpo_sd3.py"""
     cases: Literal["one", "standard"] = "one"

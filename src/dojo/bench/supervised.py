@@ -1,10 +1,11 @@
-"""Times `train_lora_sd3.py` or `train_full_sd3.py` on a model of a published size.
+"""Times `train_lora_*.py` or `train_full_*.py` on a model of a published size.
 
 The script runs as a user would start it, with a step per row of its metrics.jsonl, and is ended
 when the rows are there: it writes no checkpoint and no result, which for full fine-tuning would be
 tens of gigabytes.
 
     python -m dojo.bench supervised --model sd35-medium --method lora --resolution 1024
+    python -m dojo.bench supervised --model sdxl --method full --batch_size 8
     python -m dojo.bench supervised --model pocket --method full --batch_size 16
     python -m dojo.bench supervised --model sd35-medium -- --lora_layers attn+ff
 
@@ -38,13 +39,12 @@ from dojo.cli import TrainingStopped, UserError, ranges
 from dojo.files import outputs
 from dojo.files.records import read_rows, read_table
 from dojo.finetune import lora, whole
-from dojo.models import sd3
+from dojo.models import family, opening
 from dojo.run import checkpoint
 from dojo.run.cost import Cost
 
 Rows = list[dict[str, float]]
 
-SCRIPTS = {"lora": "train_lora_sd3.py", "full": "train_full_sd3.py"}
 _SPARE_STEPS = 1000  # that the script still has to go when it is ended
 
 
@@ -52,29 +52,34 @@ _SPARE_STEPS = 1000  # that the script still has to go when it is ended
 class CaseArgs:
     """What is timed, whichever script it is."""
 
-    model: Literal["pocket", "sd35-medium", "sd35-large"]
-    """pocket is models/pocket-sd3; the others are made once, with random weights, in work_dir"""
+    model: models.Name
+    """pocket is models/pocket-sd3, pocket-sd15 and pocket-sdxl lie beside it; the others are made
+    once, with random weights, in work_dir"""
     max_sequence_length: int | None = None
-    """tokens of T5; unset is 24 for pocket and 256 otherwise"""
+    """tokens of T5, where there is one; unset is 24 for pocket and 256 otherwise"""
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
     """precision of the frozen parts and the arithmetic"""
     gradient_checkpointing: bool = False
     """recompute the blocks' activations in the backward pass"""
     torch_compile: bool = False
-    """compile the transformer's repeated blocks"""
+    """compile the transformer's repeated blocks (SD3)"""
     num_processes: int = 1
     """processes (GPUs) on this machine, started by torchrun"""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """random weights on the disk"""
     work_dir: Path = Path("outputs/bench")
-    """folder of the models made here (5 GB for Medium, 17 GB for Large), pictures, caches, runs"""
+    """folder of the models made here (sd35-medium and sdxl 5 GB, sd35-large 17 GB, sd15 2 GB),
+    pictures, caches, runs"""
     output: Path | None = None
     """also write every number to this JSON file"""
     allow_cpu: bool = False
-    """time SD3.5 without CUDA too; a step takes minutes"""
+    """time a model of a published size without CUDA too; a step takes minutes"""
 
     def __post_init__(self) -> None:
         self.check_positive("max_sequence_length", "num_processes")
+        for name in ("max_sequence_length", "torch_compile"):
+            if getattr(self, name) and not models.has_option(self.model, name):
+                raise ValueError(f"--{name}: the scripts for {self.model} have no such option")
 
     def check_positive(self, *names: str) -> None:
         """Refuses numbers below 1.
@@ -88,8 +93,10 @@ class CaseArgs:
                 raise ValueError(f"--{name} must be at least 1")
 
     @property
-    def tokens(self) -> int:
-        """Tokens of T5."""
+    def tokens(self) -> int | None:
+        """Tokens of T5; None for a model without one."""
+        if not models.has_option(self.model, "max_sequence_length"):
+            return None
         return self.max_sequence_length or (24 if self.model == "pocket" else 256)
 
 
@@ -98,9 +105,10 @@ class SupervisedArgs(CaseArgs):
     """What is timed; the defaults are those of the script where it has the option."""
 
     method: limits.Method = "lora"
-    """which script: train_lora_sd3.py or train_full_sd3.py"""
+    """which script: train_lora_*.py or train_full_*.py of the model's family"""
     resolution: int | None = None
-    """height and width in pixels; unset is the model's own, 64 for pocket and 1024 otherwise"""
+    """height and width in pixels; unset is the model's own: 64 for the pockets, 512 for sd15 and
+    1024 otherwise"""
     batch_size: int = 4
     """pictures per process and micro-step"""
     gradient_accumulation_steps: int = 1
@@ -124,7 +132,7 @@ class SupervisedArgs(CaseArgs):
     @property
     def size(self) -> int:
         """Height and width in pixels."""
-        return self.resolution or (64 if self.model == "pocket" else 1024)
+        return self.resolution or models.native_size(self.model)
 
     @property
     def samples_per_step(self) -> int:
@@ -148,7 +156,7 @@ def main(args: SupervisedArgs, extra: Sequence[str] = ()) -> None:
     Args:
         extra: flags for the script.
     Raises:
-        UserError: an SD3.5 without CUDA, or no script to start.
+        UserError: a model of a published size without CUDA, or no script to start.
         TrainingStopped: the script ended before its last step.
     """
     check_numbers(args)
@@ -167,14 +175,14 @@ def model_folder(args: CaseArgs) -> Path:
     """The model that is timed; one that is missing is made.
 
     Raises:
-        UserError: an SD3.5 without CUDA.
+        UserError: a model of a published size without CUDA, or no such pocket model.
     """
-    if args.model == "pocket":
-        return models.POCKET
+    if args.model in ("pocket", "pocket-sd15", "pocket-sdxl"):
+        return models.pocket(args.model)
     if not torch.cuda.is_available() and not args.allow_cpu:
         raise UserError(
             f"--model {args.model} needs CUDA: on a CPU a step takes minutes and tens of gigabytes "
-            "(--allow_cpu starts it nevertheless, --model pocket is made for CPUs)"
+            "(--allow_cpu starts it nevertheless, the pocket models are made for CPUs)"
         )
     folder = args.work_dir.absolute() / "models" / f"{args.model}-{args.dtype}"
     print(f"model: {folder}", file=sys.stderr)
@@ -217,7 +225,8 @@ def command(
         "logging_steps": 1,
         **({"rank": args.rank} if args.method == "lora" else {}),
     }
-    return start_script(SCRIPTS[args.method], args, model, run, values, extra)
+    name = f"train_{args.method}_{models.family_name(args.model)}.py"
+    return start_script(name, args, model, run, values, extra)
 
 
 def start_script(
@@ -248,7 +257,7 @@ def start_script(
         "pretrained_model_name_or_path": model,
         "output_dir": run,
         "latent_cache_dir": run.parents[1] / "cache",
-        "max_sequence_length": args.tokens,
+        **({} if args.tokens is None else {"max_sequence_length": args.tokens}),
         "mixed_precision": args.mixed_precision,
         "report_to": "none",
         "seed": 0,
@@ -390,13 +399,16 @@ def cost_per_image(
 ) -> Cost:
     """Of a forward and a backward pass, counted from what the run says it did, so that extra flags
     count too."""
-    model = sd3.ModelArgs(**group(record, "model"))
+    options = group(record, "model")
+    name = str(options["pretrained_model_name_or_path"])
+    door = opening.family_of(family.ModelArgs(pretrained_model_name_or_path=name))
+    model = door.ModelArgs(**options)
     adapter = (
         lora.LoraArgs(**group(record, "lora"))
         if method == "lora"
         else whole.FullArgs(**group(record, "full"))
     )
-    return limits.cost_per_image(sd3.open_model(model), model, adapter, height, width)
+    return limits.cost_per_image(door.open_model(model), model, adapter, height, width)
 
 
 def machine(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -427,7 +439,7 @@ def table_row(result: Mapping[str, Any]) -> dict[str, str]:
         "model": case["model"],
         "method": " ".join([case["method"], *flags, *result.get("extra", ())]),
         "px": str(result["pixels"]),
-        "T5 tokens": str(result["t5_tokens"]),
+        "T5 tokens": str(result["t5_tokens"] or ""),
         "precision": precision(case["mixed_precision"]),
         "batch": batch,
         "device": f"{case['num_processes']} x {result['device']}",
