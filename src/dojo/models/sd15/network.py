@@ -1,5 +1,0 @@
-"""What is known of SD1's network."""
-
-from dojo.models.facts import NetworkFacts
-
-UNET = NetworkFacts(part="unet")
