@@ -9,14 +9,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +34,7 @@ from dojo.rewards import server, vlm, wire
 from dojo.rewards.reward import Component, Reward
 from dojo.rewards.scorer import Metadata, Place, Scorer
 from dojo.rewards.server import Limits, Server
+from tests.processes import served
 
 
 class Told(Scorer):
@@ -687,44 +687,37 @@ def test_the_list_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "DOJO_REWARD_TOKEN" in capsys.readouterr().err
 
 
-def serve(port: str) -> tuple[subprocess.Popen[str], str]:
-    """A server in a process of its own, and its address."""
-    words = [sys.executable, "-m", "dojo.rewards", "serve", "jpeg_compressibility", "--port", port]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*words, "--device", "cpu"], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None
-    match = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
-    assert match is not None
-    return process, match[0]
+def test_a_client_survives_the_servers_death_and_return(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def words(name: str) -> str:
+        return (tmp_path / name / "server.txt").read_text()
 
+    with ExitStack() as stack:
 
-def test_a_client_survives_the_servers_death_and_return(monkeypatch: pytest.MonkeyPatch) -> None:
-    processes = [serve("0")]
-    (first, url) = processes[0]
-    try:
-        reward = rewards.load(f"{url}#jpeg_compressibility[retries=1]")
+        def serve(name: str, port: str) -> Any:
+            return stack.enter_context(served("jpeg_compressibility", int(port), tmp_path / name))
+
+        first = serve("first", "0")
+        match = re.search(r"http://127\.0\.0\.1:(\d+)", words("first"))
+        assert match is not None
+        reward = rewards.load(f"{match[0]}#jpeg_compressibility[retries=1]")
         here = rewards.load("jpeg_compressibility")(pictures(), ["a"] * 3)
         assert torch.equal(reward.submit(pictures(), ["a"] * 3).result(60).scores, here.scores)
-        first.send_signal(signal.SIGKILL)
-        first.wait(10)
+        os.kill(first.pid, signal.SIGKILL)
+        first.join(10)
         with pytest.raises(TrainingStopped, match="refused"):
             reward.submit(pictures(), ["a"] * 3).result(60)
         # It is back before the second try.
-        port = url.rpartition(":")[2]
-        back = SimpleNamespace(sleep=lambda _: processes.append(serve(port)))
-        monkeypatch.setattr(wire, "time", back)
+        back: list[Any] = []
+        sleep = SimpleNamespace(sleep=lambda _: back.append(serve("again", match[1])))
+        monkeypatch.setattr(wire, "time", sleep)
         assert torch.equal(reward.submit(pictures(), ["a"] * 3).result(60).scores, here.scores)
-        (last, _) = processes[1]
-        last.send_signal(signal.SIGTERM)
-        assert last.wait(30) == 0
-        assert last.stdout is not None
-        assert last.stdout.read() == "ended\n"
-    finally:
-        for process, _ in processes:
-            process.kill()
-            process.wait(10)
+        (last,) = back
+        os.kill(last.pid, signal.SIGTERM)
+        last.join(30)
+        assert last.exitcode == 0
+        assert words("again").endswith("ended\n")
 
 
 def test_without_its_packages_serving_says_what_to_install(
