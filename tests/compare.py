@@ -112,6 +112,10 @@ def _cases() -> tuple[Case, ...]:
         Case("dpo_sd15, full", "dpo_sd15", "full", (*average, *uncached)),
         Case("refl_sd15", "refl_sd15", "lora", (*average, *learned, *pretraining)),
         Case("refl_sd15, full", "refl_sd15", "full", ("--reward", clip, *halves)),
+        Case("dpo_sdxl", "dpo_sdxl", "lora", (*average, *learned)),
+        Case("dpo_sdxl, full", "dpo_sdxl", "full", uncached),
+        Case("refl_sdxl", "refl_sdxl", "lora", (*average, *learned)),
+        Case("refl_sdxl, full", "refl_sdxl", "full", halves),
     )
 
 
