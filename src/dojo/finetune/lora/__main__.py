@@ -35,8 +35,8 @@ class Args:
     lora_format: formats.Format
     """its format"""
     base: str | None = None
-    """what it is for: a family, such as kolors, or a model's folder; unset: told by the file
-    (header, text encoders, widths)"""
+    """what it is for: a family (a wrong one is told which there are), or a model's folder;
+    unset: told by the file (header, text encoders, widths)"""
     partial: bool = False
     """leave out layers that cannot be taken over as they were meant (LoHa, LoKr, whole
     differences, a missing half) in place of refusing the file"""

@@ -35,7 +35,8 @@ class Args:
     dynamic: float | None = None
     """give each layer only as many ranks as keep this share of its squared norm, such as 0.95"""
     base: str | None = None
-    """what it is for: a family, such as kolors, or a model's folder; unset: told by the file"""
+    """what it is for: a family (a wrong one is told which there are), or a model's folder;
+    unset: told by the file"""
     lora_format: formats.Format = "diffusers"
     """its format"""
     overwrite: bool = False
