@@ -12,7 +12,13 @@ from torch import Tensor
 from dojo.maths import advantages as policy
 from dojo.maths.advantages import GROUP_FLOOR, PromptBuffer, check_sizes
 from dojo.maths.gaussian import Gaussian
-from dojo.maths.surrogate import Ratio, clipped_surrogate, log_ratio, velocity_kl
+from dojo.maths.surrogate import (
+    Ratio,
+    clipped_surrogate,
+    log_ratio,
+    masked_surrogate,
+    velocity_kl,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -362,6 +368,62 @@ def test_the_first_gradient_is_that_of_the_policy() -> None:
 def test_a_clip_range_without_width_is_refused(clip_range: float) -> None:
     with pytest.raises(ValueError, match="--clip_range"):
         clipped_surrogate(torch.zeros(2), torch.ones(2), clip_range)
+
+
+# The divergence mask
+
+
+def test_the_mask_leaves_out_what_leads_further_away_and_nothing_else() -> None:
+    ratio = torch.tensor([1.1, 1.1, 0.9, 0.9, 1.1, 0.9, 1.0])
+    advantages = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, -2.0, 2.0])
+    divergence = torch.tensor([2e-5, 2e-5, 2e-5, 2e-5, 0.9e-5, 0.9e-5, 2e-5])
+    log_ratio = ratio.log().requires_grad_()
+    found = masked_surrogate(log_ratio, advantages, divergence, 1e-5)
+    assert found.clipped_high.nonzero().flatten().tolist() == [0]
+    assert found.clipped_low.nonzero().flatten().tolist() == [3]
+    found.loss.sum().backward()
+    expected = -advantages * ratio
+    expected[[0, 3]] = 0
+    assert log_ratio.grad is not None
+    torch.testing.assert_close(log_ratio.grad, expected)
+    torch.testing.assert_close(found.loss.detach(), expected)
+
+
+def test_before_the_first_update_the_mask_leaves_nothing_out() -> None:
+    mean = draw(3, 8).requires_grad_()
+    old, new = Gaussian(mean.detach(), 0.5), Gaussian(mean, 0.5)
+    x, advantages = old.sample(draw(3, 8, seed=1)), torch.tensor([1.5, -0.5, 0.0])
+    found = masked_surrogate(log_ratio(new, old, x), advantages, new.kl(old), 1e-12)
+    assert found.divergence is not None
+    assert torch.equal(found.divergence, torch.zeros(3))
+    assert not (found.clipped_high | found.clipped_low).any()
+    found.loss.sum().backward()
+    expected = -advantages[:, None] * (x - mean.detach()) / (0.5**2 * 8)  # -A grad log p
+    assert mean.grad is not None
+    torch.testing.assert_close(mean.grad, expected)
+
+
+@pytest.mark.parametrize("std", [0.1, 0.8])
+@pytest.mark.parametrize("size", [64, 4096])
+def test_the_threshold_is_one_shift_of_the_mean_at_every_size_and_noise(
+    size: int, std: float
+) -> None:
+    # 1e-5 = d^2 / 2 for a shift by d = 0.00447 std per dimension; a clip range shrinks with sqrt(D)
+    old = Gaussian(draw(400, size).double(), std)
+    x = old.sample(draw(400, size, seed=1).double())
+    for shift, beyond in ((0.0045, True), (0.0044, False)):
+        new = Gaussian(old.mean + shift * std, std)
+        moved = log_ratio(new, old, x)
+        found = masked_surrogate(moved, moved.sign(), new.kl(old), 1e-5)
+        assert (found.clipped_high | found.clipped_low).all().item() is beyond
+        assert (found.clipped_high | found.clipped_low).any().item() is beyond
+        assert moved.std().item() == pytest.approx(shift / math.sqrt(size), rel=0.2)
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0])
+def test_a_threshold_without_room_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="--kl_mask_threshold"):
+        masked_surrogate(torch.zeros(2), torch.ones(2), torch.zeros(2), threshold)
 
 
 # How far the policy has moved

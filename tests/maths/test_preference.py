@@ -96,6 +96,38 @@ def test_a_beta_that_is_not_positive_is_refused(beta: float) -> None:
         loss(WINNER, LOSER, beta)
 
 
+@pytest.mark.parametrize("mu", [0.0, 0.5, 0.9, 1.0])
+def test_the_guard_leaves_the_winner_exactly_the_share_that_was_asked_for(mu: float) -> None:
+    # Both predictions move by the same step: d m_w = -<g_w, g_w - scale g_l>.
+    generator = torch.Generator().manual_seed(0)
+    winner = torch.randn(64, 24, generator=generator, dtype=torch.float64)
+    loser = 2 * winner + torch.randn(64, 24, generator=generator, dtype=torch.float64)
+    scale = preference.guard(winner, loser, mu).double()
+    change = -(winner * (winner - scale[:, None] * loser)).mean(1)
+    assert (scale < 1).all()
+    torch.testing.assert_close(change, -mu * winner.square().mean(1), atol=1e-6, rtol=1e-5)
+
+
+def test_the_guard_holds_nothing_back_that_does_not_harm_the_winner() -> None:
+    winner = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    loser = torch.tensor([[-3.0, 1.0], [0.0, 5.0], [0.05, 9.0], [2.0, 0.0]])
+    # against it, across it, along it by less than mu leaves, along it by more
+    scale = preference.guard(winner, loser, 0.9)
+    assert scale[:3].tolist() == [1.0, 1.0, 1.0]
+    assert scale[3].item() == pytest.approx(0.1 / 2)
+    assert preference.guard(torch.zeros(1, 2), torch.zeros(1, 2), 0.9).tolist() == [1.0]
+
+
+def test_a_scaled_pull_keeps_the_error_and_scales_its_gradient() -> None:
+    error = LOSER.clone().requires_grad_()
+    scale = torch.tensor([0.0, 0.25, 1.0])
+    held = preference.scaled_pull(error, scale)
+    assert torch.equal(held.detach(), LOSER)
+    held.sum().backward()
+    assert error.grad is not None
+    assert torch.equal(error.grad, scale)
+
+
 def test_the_hinge_pulls_until_the_margin_and_no_further() -> None:
     scores = torch.tensor([-1.0, 1.9, 2.0, 3.0], requires_grad=True)
     found = preference.shortfall(scores, 2.0)

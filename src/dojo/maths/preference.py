@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -71,6 +72,34 @@ def dpo(
         winner_drift=winner_drift,
         loser_drift=loser_drift,
     )
+
+
+def guard(winner: Tensor, loser: Tensor, mu: float) -> Tensor:
+    """How much of the loser's pull leaves the winner drawn no worse: [B], from 0 to 1.
+
+    SDPO's bound (2025, arXiv:2511.03317), here for every pair and not for a batch: with the
+    errors' gradients g_w and g_l at the predictions, the loser's is scaled by
+
+        (1 - mu) |g_w|^2 / <g_w, g_l>    where they point the same way, at most 1.
+
+    Where it binds, a small step changes the winner's error by exactly -mu |g_w|^2, if both
+    predictions moved alike: a bound in the space of predictions, not in that of the weights.
+
+    Args:
+        winner: prediction less target, [B, ...]; to it the gradient of a mean square is
+            proportional.
+        loser: the same of the loser.
+        mu: 0 lets the winner stand still, 1 takes the loser's pull away wherever it harms.
+    """
+    winner, loser = winner.detach().float().flatten(1), loser.detach().float().flatten(1)
+    along = (winner * loser).mean(1)
+    bound = (1 - mu) * winner.square().mean(1) / along.where(along > 0, 1.0)
+    return torch.where(along > 0, bound.clamp(max=1), 1.0)
+
+
+def scaled_pull(error: Tensor, scale: Tensor) -> Tensor:
+    """The same error, whose gradient is scaled: both [B]."""
+    return error.detach() + scale * (error - error.detach())
 
 
 def shortfall(scores: Tensor, margin: float | None) -> Tensor:

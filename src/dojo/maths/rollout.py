@@ -150,6 +150,13 @@ def sigma_schedule(steps: int, shift: float) -> tuple[float, ...]:
     return (*(float(sigma) for sigma in flow.shift_sigma(even, shift).float()), 0.0)
 
 
+def ode_plan(steps: int, shift: float) -> Plan:
+    """A rollout without noise on its way, of which nothing but the picture is kept."""
+    return Plan(
+        sigmas=sigma_schedule(steps, shift), trained=range(0), sampler="ode", noise_level=0.0
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is fixed about a rollout before it starts.

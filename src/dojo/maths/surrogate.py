@@ -1,4 +1,8 @@
-"""From advantages to a loss: how far the policy has moved, and the clipped surrogate of PPO."""
+"""From advantages to a loss: how far the policy has moved, and where it is held back.
+
+Two trust regions: PPO's, which clips the ratio, and one by the divergence of the transitions, which
+means the same at every size of picture.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +40,20 @@ def log_ratio(new: Gaussian, old: Gaussian, x: Tensor, kind: Ratio = "exact") ->
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Surrogate:
-    """The clipped surrogate of every sample; all but the loss without gradient."""
+    """The surrogate of every sample; all but the loss without gradient."""
 
     loss: Tensor
     """[B]"""
     ratio: Tensor
     """[B]; exactly 1 before the first update after a rollout"""
     clipped_high: Tensor
-    """bool [B]: a good sample, likelier than 1 + clip range already, that pulls no more"""
+    """bool [B]: a good sample, likelier than the trust region allows already, that pulls no more"""
     clipped_low: Tensor
-    """bool [B]: a bad sample, less likely than 1 - clip range already"""
+    """bool [B]: a bad sample, less likely than it allows already"""
     approx_kl: Tensor
     """[B]: half the squared logarithm of the ratio"""
+    divergence: Tensor | None = None
+    """[B]: how far the policy has moved, where that and not the ratio is held back"""
 
 
 def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Surrogate:
@@ -71,6 +77,40 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) 
         clipped_high=(ratio > 1 + clip_range) & (advantages > 0),
         clipped_low=(ratio < 1 - clip_range) & (advantages < 0),
         approx_kl=log_ratio.square() / 2,
+    )
+
+
+def masked_surrogate(
+    log_ratio: Tensor, advantages: Tensor, divergence: Tensor, threshold: float
+) -> Surrogate:
+    """The policy gradient within a bound on the divergence (Flow-DPPO, 2026), to be minimised.
+
+    A sample counts by -advantage ratio, without a clip. It is left out where the policy has moved
+    beyond the threshold and the sample would move it further away from the one that made the
+    rollout: good and likelier already, or bad and less likely already. What leads back counts.
+
+    Args:
+        log_ratio: [B], of the new policy to the one that made the rollout, with gradient.
+        advantages: [B].
+        divergence: [B], of these two, as a mean over dimensions (`Gaussian.kl`): half the squared
+            shift of the mean in units of the std, whatever the latent's size.
+        threshold: of the same; 1e-5 is a shift of 0.0045 std per dimension.
+    Raises:
+        ValueError: a threshold that is not positive.
+    """
+    if threshold <= 0:
+        raise ValueError(f"--kl_mask_threshold must be above 0, not {threshold}")
+    ratio, divergence = log_ratio.exp(), divergence.detach()
+    beyond = divergence >= threshold
+    high = beyond & (ratio > 1) & (advantages > 0)
+    low = beyond & (ratio < 1) & (advantages < 0)
+    return Surrogate(
+        loss=torch.where(high | low, 0.0, -advantages * ratio),
+        ratio=ratio.detach(),
+        clipped_high=high,
+        clipped_low=low,
+        approx_kl=log_ratio.detach().square() / 2,
+        divergence=divergence,
     )
 
 
