@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import shutil
@@ -40,6 +41,7 @@ from dojo.data import (
     Posterior,
     Recipe,
     Size,
+    Turns,
     assign,
     cache,
     cache_latents,
@@ -785,6 +787,41 @@ def test_workers_can_look_text_up(tmp_path: Path) -> None:
     found = list(loader)
     assert [length for _, length in found] == [1, 2, 3, 4] * 2
     assert os.getpid() not in {process for process, _ in found}
+
+
+def test_encoders_take_turns_and_each_is_let_go_before_the_next(tmp_path: Path) -> None:
+    events: list[str] = []
+
+    def load(name: str) -> Any:
+        def loader() -> Any:
+            events.append(f"{name} loaded")
+            return lambda captions: {
+                name: torch.tensor([[len(one), len(name)] for one in captions])
+            }
+
+        return loader
+
+    turns = Turns(
+        earlier=[("a title", load("a")), ("b title", load("bb"))],
+        join=lambda said: {"all": torch.cat([said["a"], said["bb"], said["ccc"]], dim=1)},
+        let_go=lambda: events.append("let go"),
+    )
+    words = [f"{number:03}" * (1 + number % 3) for number in range(100)]
+    found = cache_text([words, words[:2], [""]], load("ccc"), tmp_path, {}, turns=turns)
+    assert events == ["a loaded", "let go", "bb loaded", "let go", "ccc loaded"]
+    for word in [*words, ""]:
+        assert found([word])["all"].tolist() == [[len(word), 1, len(word), 2, len(word), 3]]
+    events.clear()
+    cache_text([words], load("ccc"), tmp_path, {}, turns=turns)
+    assert events == []  # nothing is missing, nobody is asked
+
+
+def test_an_earlier_encoder_without_numbers_is_told_before_the_next_is_loaded(
+    tmp_path: Path,
+) -> None:
+    turns = Turns(earlier=[("first", lambda: lambda captions: {"a": torch.tensor([math.nan])})])
+    with pytest.raises(UserError, match="embeddings of 'word' are not finite"):
+        cache_text([["word"]], fail, tmp_path, {}, turns=turns)
 
 
 def test_text_that_the_disk_cannot_hold_is_refused(

@@ -457,7 +457,7 @@ def test_what_is_not_read_is_counted_by_kind_with_what_would_read_it(tmp_path: P
     others = {
         **dict.fromkeys(("IMG_1.CR2", "IMG_2.cr2", "IMG_3.CR2"), "export them as PNG or JPEG"),
         "IMG_1.txt": "",
-        "00000.tar": "tar -xf",
+        "00000.tar": "FOLDER/*.tar",
         "notes": "",
     }
     for name in others:
@@ -473,15 +473,15 @@ def test_what_is_not_read_is_counted_by_kind_with_what_would_read_it(tmp_path: P
         ".tar files": (1, counted[".tar files"][1]),
         "files without an ending": (1, ""),
     }
-    assert "tar -xf" in counted[".tar files"][1]
+    assert "FOLDER/*.tar" in counted[".tar files"][1]
     assert "not read: 3 .cr2 files (export them as PNG or JPEG), 2 files" in source.description
     assert join([source, source]).unread == source.unread * 2
     assert source.select([0]).unread == source.unread
 
 
 def test_a_folder_without_readable_files_says_what_is_there(tmp_path: Path) -> None:
-    (tmp_path / "00000.tar").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"no data found; .*; not read: 1 \.tar files \(.*tar -xf"):
+    (tmp_path / "00000.zip").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no data found; .*; not read: 1 \.zip files \(unpack"):
         source_of(tmp_path)
 
 

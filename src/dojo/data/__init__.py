@@ -5,10 +5,12 @@ from dojo.data.cache import (
     CacheArgs,
     CachedText,
     TextCacheArgs,
+    Turns,
     cache_latents,
     cache_text,
     checked,
     encoded_at_a_time,
+    encoded_views,
 )
 from dojo.data.contents import file_hashes, write_json
 from dojo.data.geometry import Geometry
@@ -28,6 +30,9 @@ from dojo.data.sources.captioned import (
     Captioned,
     Recipe,
     join,
+    judged,
+    look,
+    nothing,
     seen,
     split,
     told_notes,
@@ -37,9 +42,17 @@ from dojo.data.sources.captions import CaptionArgs
 from dojo.data.sources.config import args_for
 from dojo.data.sources.folders import Folder, scan
 from dojo.data.sources.opening import open_evaluation, open_source, open_training
+from dojo.data.streams.ahead import Ahead
+from dojo.data.streams.made import Made, MadeRows, MadeTexts, differences
+from dojo.data.streams.opening import open_shards
+from dojo.data.streams.places import is_streamed
+from dojo.data.streams.rows import Rows
+from dojo.data.streams.samples import Streamed
+from dojo.data.streams.stream import Stream
 
 __all__ = [
     "CHOICE_MODELS",
+    "Ahead",
     "BadReport",
     "BadSample",
     "Batch",
@@ -54,6 +67,9 @@ __all__ = [
     "Folder",
     "Geometry",
     "Latents",
+    "Made",
+    "MadeRows",
+    "MadeTexts",
     "Pair",
     "PairArgs",
     "PairSet",
@@ -62,9 +78,13 @@ __all__ = [
     "Plan",
     "Posterior",
     "Recipe",
+    "Rows",
     "Score",
     "Size",
+    "Stream",
+    "Streamed",
     "TextCacheArgs",
+    "Turns",
     "args_for",
     "assign",
     "cache_latents",
@@ -73,15 +93,22 @@ __all__ = [
     "checked",
     "collate",
     "cover_box",
+    "differences",
     "digest",
     "encoded_at_a_time",
+    "encoded_views",
     "file_hashes",
     "fit",
     "fit_mask",
     "identified",
+    "is_streamed",
     "join",
+    "judged",
+    "look",
+    "nothing",
     "open_evaluation",
     "open_pairs",
+    "open_shards",
     "open_source",
     "open_training",
     "pair_fingerprint",

@@ -15,6 +15,7 @@ from dojo.cli import UserError
 from dojo.data.images import Size
 from dojo.data.options import DataArgs
 from dojo.data.sources.captioned import Captioned, Recipe
+from dojo.data.streams.rows import Rows
 
 DEFAULT_STEP = 64
 """Step of the sides in pixels, from a resolution of 256 on; a smaller one would be mostly crops."""
@@ -28,7 +29,7 @@ class Plan:
     in such an epoch.
     """
 
-    rounds: tuple[dict[Size, tuple[int, ...]], ...]
+    rounds: tuple[dict[Size, Sequence[int]], ...]
     partners: tuple[int, ...] = ()
     """Regularisation samples that every batch is paired with (DreamBooth), at the batch's size."""
     left_out: tuple[tuple[int, str], ...] = ()
@@ -61,13 +62,15 @@ class Plan:
         rows: list[dict[str, float]] = []
         for height, width in self.sizes:
             uses = [one.get((height, width), ()) for one in self.rounds]
+            # Rows of shards come once each, and are too many to be listed.
+            once = len(uses) == 1 and isinstance(uses[0], Rows)
             per_epoch = sum(map(len, uses)) / len(self.rounds)
             rows.append(
                 {
                     "height": height,
                     "width": width,
                     "aspect": width / height,
-                    "pictures": len(set().union(*uses)),
+                    "pictures": len(uses[0]) if once else len(set().union(*uses)),
                     "uses_per_epoch": per_epoch,
                     "batches_per_epoch": per_epoch / batch_size,
                 }

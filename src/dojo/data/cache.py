@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dojo.cli import UserError, option
 from dojo.data.contents import write_json
@@ -22,13 +24,13 @@ from dojo.data.identity import identified
 from dojo.data.images import READER, Size
 from dojo.data.options import DataArgs
 from dojo.data.samples import Latents, Pictures, Posterior
-from dojo.data.shards import Shards, announce, cache_folder, describe, digest
+from dojo.data.shards import Aside, Shards, announce, cache_folder, describe, digest
 from dojo.data.sources.captioned import BadReport, Captioned, Seen, judged, look, noted
 
 S = TypeVar("S")
 T = TypeVar("T")
 
-_DECODERS = 4  # threads that read pictures, and pictures that lie ready for the encoder
+_DECODERS = 4  # threads that read pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,7 @@ def cache_latents(
         announce(f"the latents of {num_missing:,} pictures", root, num_bytes)
     first = 0
     for size, indices in needed.items():
-        shards[size].fill(
+        shards[size].stream(
             partial(_encoded, pictures, encode, size, indices, views[size]),
             title=f"caching latents {size[0]} x {size[1]}",
             process=process,
@@ -200,31 +202,70 @@ def cache_latents(
     )
 
 
+def encoded_views(
+    pictures: Pictures,
+    encode: Callable[[Tensor], Posterior],
+    size: Size,
+    indices: Sequence[int],
+) -> dict[str, Tensor]:
+    """Every view of some samples at one size: tensors [sample, crop, mirrored, C, h, w].
+
+    Raises:
+        UserError: the latents are not finite numbers.
+    """
+    views = pictures.num_views(indices)
+    (found,) = _encoded(pictures, encode, size, indices, views, [range(len(indices))])
+    return found
+
+
 def _encoded(
     pictures: Pictures,
     encode: Callable[[Tensor], Posterior],
     size: Size,
     indices: Sequence[int],
     views: tuple[int, int],
-    members: Sequence[int],
-) -> dict[str, Tensor]:
-    """The tensors of one shard: [sample, crop, mirrored, C, h, w]."""
+    lists: Sequence[Sequence[int]],
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each shard: [sample, crop, mirrored, C, h, w].
+
+    Pictures are read ahead of the encoder, of the next shard too, and never more than one of its
+    batches holds.
+    """
     crops, flips = views
+    chunk = encoded_at_a_time(size)
+    ahead = max(_DECODERS, chunk // (crops * flips))
 
     def render(member: int) -> list[dict[str, Tensor]]:
         anchors = [pictures.anchor(indices[member], crop) for crop in range(crops)]
         framings = [(anchor, flip > 0) for anchor in anchors for flip in range(flips)]
         return pictures.render(indices[member], size, framings)
 
-    chunk = encoded_at_a_time(size)
+    with ThreadPoolExecutor(_DECODERS) as pool:
+        every = itertools.chain.from_iterable(lists)
+        seen = itertools.chain.from_iterable(_ahead(pool, render, every, ahead))
+        for members in lists:
+            rows = itertools.islice(seen, len(members) * crops * flips)
+            yield _shard(pictures, encode, indices, views, members, rows, chunk)
+
+
+def _shard(
+    pictures: Pictures,
+    encode: Callable[[Tensor], Posterior],
+    indices: Sequence[int],
+    views: tuple[int, int],
+    members: Sequence[int],
+    rows: Iterable[dict[str, Tensor]],
+    chunk: int,
+) -> dict[str, Tensor]:
+    """The tensors of one shard, its rows encoded `chunk` at a time."""
+    crops, flips = views
     columns: dict[str, list[Tensor]] = {"mean": [], "std": [], "mask": []}
-    with ThreadPoolExecutor(_DECODERS) as pool:  # decoding runs ahead of encoding
-        seen = itertools.chain.from_iterable(_ahead(pool, render, members))
-        while some := list(itertools.islice(seen, chunk)):
-            mean, std = encode(torch.stack([row["pixels"] for row in some]))
-            columns["mean"].append(mean.float().cpu())
-            columns["std"].append(std.float().cpu())
-            columns["mask"] += [row["mask"][None] for row in some if "mask" in row]
+    seen = iter(rows)
+    while some := list(itertools.islice(seen, chunk)):
+        mean, std = encode(torch.stack([row["pixels"] for row in some]))
+        columns["mean"].append(mean.float().cpu())
+        columns["std"].append(std.float().cpu())
+        columns["mask"] += [row["mask"][None] for row in some if "mask" in row]
     shape = (len(members), crops, flips)
     latents = {
         name: torch.cat(values).unflatten(0, shape) for name, values in columns.items() if values
@@ -255,12 +296,12 @@ def _refuse_no_numbers(
             raise UserError(f"{name(first)} are not finite numbers: {advice}")
 
 
-def _ahead(pool: Executor, work: Callable[[S], T], jobs: Iterable[S]) -> Iterator[T]:
-    """Results in order; a few jobs run ahead and no more, so that results do not pile up."""
+def _ahead(pool: Executor, work: Callable[[S], T], jobs: Iterable[S], ahead: int) -> Iterator[T]:
+    """Results in order; so many jobs run ahead and no more, so that results do not pile up."""
     running: deque[Future[T]] = deque()
     for job in jobs:
         running.append(pool.submit(work, job))
-        if len(running) > _DECODERS:
+        if len(running) > ahead:
             yield running.popleft().result()
     while running:
         yield running.popleft().result()
@@ -299,12 +340,34 @@ class CachedText:
         raise KeyError(f"the text cache does not hold {caption!r}")
 
 
+Said = Mapping[str, Tensor]
+LoadEncoder = Callable[[], Callable[[Sequence[str]], Said]]
+"""Loads what turns captions into tensors, whose first axis is the caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turns:
+    """Encoders that are asked before the last one, and what all of them said together.
+
+    Each is loaded, says all that is missing, and is let go before the next one is loaded. What it
+    said lies aside on the disk of the cache until the last one's is joined to it.
+    """
+
+    earlier: Sequence[tuple[str, LoadEncoder]] = ()
+    """titles and encoders"""
+    join: Callable[[Said], Said] = lambda said: said
+    """the embeddings, of what all said; called while the last one is loaded"""
+    let_go: Callable[[], object] = gc.collect
+    """called when an encoder has no owner any more"""
+
+
 def cache_text(
     groups: Sequence[Sequence[str]],
-    load_encoder: Callable[[], Callable[[Sequence[str]], Mapping[str, Tensor]]],
+    load_encoder: LoadEncoder,
     root: Path,
     settings: Mapping[str, object],
     *,
+    turns: Turns = Turns(),
     sample_bytes: int = 0,
     process: int = 0,
     num_processes: int = 1,
@@ -317,11 +380,13 @@ def cache_text(
     Args:
         settings: what the numbers depend on besides the caption: the encoders, their dtype, the
             length that captions are padded to.
+        turns: encoders before the one of `load_encoder`.
         sample_bytes: what one caption takes, to estimate the room on the disk.
 
     Raises:
         UserError: the disk cannot hold it.
     """
+    share = {"process": process, "num_processes": num_processes}
     folder = cache_folder(root, "text", settings)
     lists = [sorted(set(group)) for group in groups]
     text = CachedText()
@@ -331,26 +396,56 @@ def cache_text(
     if missing and process == 0:
         describe(folder, settings)
         announce(f"the embeddings of {missing:,} captions", root, missing * sample_bytes)
+    mine: dict[tuple[str, ...], None] = {}  # the captions of each shard that this process makes
+    first = 0
+    for captions, shards in text.groups:
+        for k in shards.share(**share, first=first):
+            mine[tuple(captions[i] for i in shards.members[k])] = None
+        first += len(shards.names)
+    aside = [_laid_aside(mine, *turn, folder, turns.let_go) for turn in turns.earlier if mine]
     encoder = cache(load_encoder)  # loaded at the first shard that is missing, once
     first = 0
     for captions, shards in text.groups:
 
         def make(members: Sequence[int], captions: list[str] = captions) -> Mapping[str, Tensor]:
             some = [captions[i] for i in members]
-            embeds = encoder()(some)
-            _refuse_no_numbers(
-                embeds,
-                lambda row: f"the text encoders' embeddings of {some[row][:60]!r}",
-                "give --mixed_precision bf16 or no, or mend the encoders",
-            )
-            return embeds
+            said = dict(_say(encoder(), some))
+            for one in aside:
+                said |= one.get(tuple(some))
+            return turns.join(said)
 
-        shards.fill(
-            make,
-            title="caching text",
-            process=process,
-            num_processes=num_processes,
-            first=first,
-        )
+        shards.fill(make, title="caching text", **share, first=first)
         first += len(shards.names)
     return text
+
+
+def _laid_aside(
+    captions: Collection[tuple[str, ...]],
+    title: str,
+    load_encoder: LoadEncoder,
+    folder: Path,
+    let_go: Callable[[], object],
+) -> Aside:
+    """What an encoder says of lists of captions, each list under itself."""
+    aside = Aside(folder)
+    encoder = load_encoder()
+    for some in tqdm(captions, title, unit="shard", leave=False):
+        aside.put(some, _say(encoder, some))
+    del encoder
+    let_go()
+    return aside
+
+
+def _say(encoder: Callable[[Sequence[str]], Said], captions: Sequence[str]) -> Said:
+    """What an encoder says.
+
+    Raises:
+        UserError: some of it is no number.
+    """
+    said = encoder(captions)
+    _refuse_no_numbers(
+        said,
+        lambda row: f"the text encoders' embeddings of {captions[row][:60]!r}",
+        "give --mixed_precision bf16 or no, or mend the encoders",
+    )
+    return said

@@ -41,7 +41,7 @@ _REMEDIES = {
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".dng"), _EXPORT),
     **dict.fromkeys((".psd", ".svg", ".eps", ".ai", ".xcf", ".exr", ".hdr", ".ico"), _EXPORT),
     **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm"), "save their frames as pictures"),
-    ".tar": "pictures and captions of a webdataset are read once they are unpacked: tar -xf",
+    ".tar": "a webdataset is read where no pictures lie beside it, or by a pattern: FOLDER/*.tar",
     **dict.fromkeys((".zip", ".tgz", ".gz", ".7z", ".rar"), "unpack them"),
     ".json": "captions of other trainers go into metadata.jsonl (file_name, text)",
     ".npz": "another trainer's cache",

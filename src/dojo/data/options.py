@@ -23,7 +23,9 @@ class DataArgs:
 
     dataset_name: str | None = option(None, incidental=True, common=True)
     """Hub id or local folder: pictures with metadata.csv, .jsonl or .parquet (file_name, text),
-    pictures with .txt files of the same name, parquet or arrow files, a save_to_disk folder."""
+    pictures with .txt files of the same name, parquet or arrow files, a save_to_disk folder; or
+    shards, read as they are needed: s3://bucket/prefix, hf://datasets/owner/name, FOLDER/*.parquet,
+    a folder of .tar files, a folder that python -m dojo.data cache wrote."""
     train_data_dir: str | None = option(None, incidental=True)
     """The same as dataset_name, under the name that other trainers use for local folders."""
     instance_data_dir: str | None = option(None, incidental=True)
@@ -49,6 +51,13 @@ class DataArgs:
     """One caption for all pictures."""
     cache_dir: str | None = option(None, incidental=True)
     """Where downloaded data sets are kept. Default: the datasets library's own place."""
+    data_cache_dir: Path = option(Path("outputs/cache/shards"), incidental=True)
+    """Where shards are kept that are being read, shared by all runs."""
+    data_cache_limit: float = option(50.0, incidental=True)
+    """Most that they take there, in GB; the longest unused go first."""
+    shuffle_window: int | None = None
+    """Shards whose rows are shuffled among each other, and which the disk has to hold twice over.
+    Default: 16."""
     max_train_samples: int | None = option(None, incidental=True)
     """Train on the first N samples only; regularisation pictures do not count."""
     resolution: tuple[int, ...] = option((512,), common=True)
@@ -110,10 +119,12 @@ class DataArgs:
         yield from self._caption_problems()
         yield from self._size_problems()
         yield from self._mask_problems()
-        for name in ("max_train_samples", "repeats"):
+        for name in ("max_train_samples", "repeats", "shuffle_window"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"--{name} must be at least 1, got {value}"
+        if not self.data_cache_limit > 0:
+            yield f"--data_cache_limit must be above 0, got {self.data_cache_limit}"
         if self.dataloader_num_workers < 0:
             yield f"--dataloader_num_workers must be 0 or more, got {self.dataloader_num_workers}"
         if self.on_bad_sample not in ("skip", "error"):

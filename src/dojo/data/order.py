@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -24,6 +25,7 @@ from torch.utils.data import Sampler
 from dojo import rng
 from dojo.data.buckets import Plan
 from dojo.data.images import Size
+from dojo.data.streams.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,13 @@ class Batches(Sampler[list[Draw]]):
         if not self.uses:
             raise ValueError("the plan uses no sample")
         # The epoch that each stream is in, and its order.
-        self.orders: dict[tuple[rng.Key, ...], tuple[int, list[int]]] = {}
+        self.orders: dict[tuple[rng.Key, ...], tuple[int, Sequence[int]]] = {}
+
+    def again(self) -> Batches:
+        """The same batches, for somebody else."""
+        other = copy(self)
+        other.orders = {}
+        return other
 
     def filled(self, epoch: int) -> Counter[Size]:
         """Batches of each bucket before an epoch."""
@@ -132,11 +140,20 @@ class Batches(Sampler[list[Draw]]):
         epoch, place = divmod(number, len(self.plan.partners))
         return self._order(("partners",), epoch, self.plan.partners)[place]
 
-    def _order(self, stream: tuple[rng.Key, ...], epoch: int, members: Sequence[int]) -> list[int]:
+    def _order(
+        self, stream: tuple[rng.Key, ...], epoch: int, members: Sequence[int]
+    ) -> Sequence[int]:
         """One epoch of a stream; the last one asked for is kept."""
-        kept_epoch, order = self.orders.get(stream, (-1, []))
+        kept_epoch, order = self.orders.get(stream, (-1, ()))
         if kept_epoch != epoch:
-            generator = rng.generator(self.seed, stream[0], epoch, *stream[1:])
-            order = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+            order = self._shuffled(stream, epoch, members)
             self.orders[stream] = epoch, order
         return order
+
+    def _shuffled(
+        self, stream: tuple[rng.Key, ...], epoch: int, members: Sequence[int]
+    ) -> Sequence[int]:
+        if isinstance(members, Rows):
+            return members.shuffled(self.seed, stream[0], epoch, *stream[1:])
+        generator = rng.generator(self.seed, stream[0], epoch, *stream[1:])
+        return [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]

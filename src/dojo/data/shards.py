@@ -12,12 +12,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
+import tempfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -75,6 +80,10 @@ class Shards:
         """Samples in the missing shards."""
         return sum(len(self.members[k]) for k in self.missing())
 
+    def share(self, process: int = 0, num_processes: int = 1, first: int = 0) -> list[int]:
+        """Numbers of the missing shards that `fill` lets this process make."""
+        return [k for k in self.missing() if (first + k) % num_processes == process]
+
     def fill(
         self,
         make: Callable[[Sequence[int]], Mapping[str, Tensor]],
@@ -84,16 +93,40 @@ class Shards:
         num_processes: int = 1,
         first: int = 0,
     ) -> None:
-        """Makes this process's share of the missing shards.
+        """Makes this process's share of the missing shards, one after another.
 
         Args:
             make: takes sample indices, returns tensors whose first axis is the sample.
+            title, process, num_processes, first: as for `stream`.
+        """
+        self.stream(
+            partial(map, make),
+            title=title,
+            process=process,
+            num_processes=num_processes,
+            first=first,
+        )
+
+    def stream(
+        self,
+        make_all: Callable[[Sequence[Sequence[int]]], Iterable[Mapping[str, Tensor]]],
+        *,
+        title: str,
+        process: int = 0,
+        num_processes: int = 1,
+        first: int = 0,
+    ) -> None:
+        """Makes this process's share of the missing shards; one is written while the next is made.
+
+        Args:
+            make_all: takes lists of sample indices, returns for each list tensors whose first axis
+                is the sample; it may read ahead.
             first: shards of lists that were dealt to the processes before this one, so that many
                 short lists do not all begin with process 0.
         """
         if process == 0:
             files.sweep(self.folder.parent.glob("*/.*"))  # of kills, in other caches too
-        mine = [k for k in self.missing() if (first + k) % num_processes == process]
+        mine = self.share(process, num_processes, first)
         damaged = [self.path(k) for k in mine if self.path(k).exists()]
         if damaged:
             names = ", ".join(path.name for path in damaged[:3])
@@ -102,9 +135,15 @@ class Shards:
             )
         total = sum(len(self.members[k]) for k in mine)
         bar = tqdm(total=total, desc=title, disable=process != 0 or not mine, unit="sample")
-        for k in mine:
-            tensors.save(self.path(k), make(self.members[k]))
-            bar.update(len(self.members[k]))
+        with ThreadPoolExecutor(1) as writer:  # the disk is waited for while the next is made
+            written: Future[None] | None = None
+            for k, made in zip(mine, make_all([self.members[k] for k in mine]), strict=True):
+                if written is not None:
+                    written.result()
+                written = writer.submit(tensors.save, self.path(k), made)
+                bar.update(len(self.members[k]))
+            if written is not None:
+                written.result()
         bar.close()
 
     def read(self, index: int, *view: int) -> dict[str, Tensor]:
@@ -123,6 +162,31 @@ class Shards:
                 f"{self.path(shard)}, a file of the cache, cannot be read any more ({error}): "
                 "the same command with --resume_from_checkpoint latest makes it again"
             ) from error
+
+
+class Aside:
+    """Tensors laid aside in one file without a name, which ends with its process, however it ends.
+
+    Args:
+        folder: on the disk that has the room.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._places: dict[object, tuple[int, int]] = {}
+
+    def put(self, key: Hashable, tensors: Mapping[str, Tensor]) -> None:
+        """Lays tensors aside under a key."""
+        content = safetensors.torch.save({name: one.contiguous() for name, one in tensors.items()})
+        self._places[key] = (self._file.seek(0, os.SEEK_END), len(content))
+        self._file.write(content)
+
+    def get(self, key: Hashable) -> dict[str, Tensor]:
+        """What lies under a key."""
+        start, length = self._places[key]
+        self._file.seek(start)
+        return safetensors.torch.load(self._file.read(length))
 
 
 def _starts(ids: Sequence[str], size: int) -> list[int]:

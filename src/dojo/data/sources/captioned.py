@@ -132,6 +132,8 @@ class Captioned:
     notes: Mapping[str, int] = field(default_factory=dict[str, int])
     """How many pictures were read in a way that their owner may want to know; {} before
     ``verify``. A selection keeps them."""
+    decoded: Mapping[int, Decoded] = field(default_factory=dict[int, Decoded])
+    """Pictures that are at hand already, by their rows."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -157,6 +159,8 @@ class Captioned:
         """
         if self.problems[index]:
             raise BadSample(f"{self.names[index]}: {self.problems[index]}")
+        if (at_hand := self.decoded.get(self.rows[index])) is not None:
+            return at_hand
         return decode(self.store(self.rows[index]), self.names[index])
 
     def read_mask(self, index: int, size: Size | None = None) -> Image.Image | None:
@@ -204,6 +208,21 @@ class Captioned:
             masks=chosen(self.masks),
             sizes=chosen(self.sizes),
         )
+
+
+def nothing(description: str, recipe: Recipe) -> Captioned:
+    """No sample, for samples that lie in shards: how they are used, and where they come from."""
+    return Captioned(
+        description=description,
+        names=[],
+        ids=[],
+        captions=[],
+        problems=[],
+        rows=[],
+        store=Stores((), ()),
+        recipes=(recipe,),
+        recipe_of=[],
+    )
 
 
 @dataclass(frozen=True)

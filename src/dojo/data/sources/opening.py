@@ -13,6 +13,7 @@ from dojo.data.sources.captioned import Captioned, join
 from dojo.data.sources.config import args_for, read_config
 from dojo.data.sources.folders import Folder, folder_source, scan
 from dojo.data.sources.tables import SAVED, load_dataset, load_saved, table_source
+from dojo.data.streams.places import is_streamed
 
 if TYPE_CHECKING:
     import datasets
@@ -92,6 +93,12 @@ def find(location: str, args: DataArgs) -> Folder | datasets.Dataset:
         UserError: nothing is there, or not the split.
     """
     root = Path(location).expanduser()
+    if is_streamed(location):
+        raise UserError(
+            f"{location}: shards stand alone, as --dataset_name or --train_data_dir of the scripts "
+            "that train on captioned pictures (full, LoRA, DreamBooth), not beside others, for "
+            "evaluation or as pairs: unpack them, or name a folder or a hub id"
+        )
     if not root.exists():
         if location.startswith((".", "~", "/")) or location.count("/") > 1:
             raise UserError(f"{location}: there is no such folder")

@@ -1,0 +1,354 @@
+"""Latents and embeddings of a whole data set as a folder that scripts train from, anywhere.
+
+    python -m dojo.data cache --pretrained_model_name_or_path MODEL \
+        --dataset_name datas/pocket-hearts --resolution 64 --output_dir outputs/hearts-made
+
+Scripts that train on captioned pictures then take outputs/hearts-made as --train_data_dir.
+Training from it reads neither pictures nor encoders. Several processes, on several machines too,
+may be given the same command with the same folder: they share the work, by locks. What a kill
+leaves undone is done by whoever is started next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, make_dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dojo import cli, data, files
+from dojo.cli import UserError, ranges
+from dojo.data.contents import write_json
+from dojo.data.streams import made as folders
+from dojo.data.streams.places import MADE
+from dojo.files import tensors
+from dojo.inputs import made
+from dojo.models import family
+from dojo.models.folders import DTYPES, posterior
+from dojo.models.opening import family_of, open_model
+
+_FLAG = "--pretrained_model_name_or_path"
+_AT_A_TIME = 32  # captions that are encoded at a time, on a GPU
+_DECODERS = 2  # threads that look at pictures before they are encoded
+
+Part = Callable[[], data.Captioned]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeArgs:
+    """The folder that is written."""
+
+    output_dir: Path
+    """the folder; if it was begun with the same options, it is gone on with"""
+    prompts: tuple[str, ...] = ()
+    """texts besides the captions whose embeddings it holds too: validation and negative prompts"""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """precision of the text encoders; unset: bf16 on a GPU, float32 (no) on a CPU"""
+    rows_per_file: int = 256
+    """rows in a file at most, which is what is lost by a kill"""
+
+    def __post_init__(self) -> None:
+        ranges.check(self, "rows_per_file", least=1)
+
+
+class Args(Protocol):
+    """The groups of options; those of the model are of its family."""
+
+    @property
+    def model(self) -> family.ModelArgs: ...
+    @property
+    def text(self) -> family.TextArgs: ...
+    @property
+    def data(self) -> data.DataArgs: ...
+    @property
+    def captions(self) -> data.CaptionArgs: ...
+    @property
+    def make(self) -> MakeArgs: ...
+
+
+def args_type(argv: Sequence[str]) -> type[Any]:
+    """The options for a command line, which depend on the model that it names."""
+    groups: tuple[type, type] = (family.ModelArgs, family.TextArgs)
+    for place, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        if flag == _FLAG:
+            name = value or next(iter(argv[place + 1 :]), "")
+            found = family_of(family.ModelArgs(pretrained_model_name_or_path=name))
+            groups = found.ModelArgs, found.TextArgs
+    fields = [
+        *(("model", groups[0]), ("text", groups[1]), ("data", data.DataArgs)),
+        *(("captions", data.CaptionArgs), ("make", MakeArgs)),
+    ]
+    return make_dataclass("Args", fields, frozen=True, kw_only=True)
+
+
+def run() -> None:
+    """The command, with its options in `sys.argv`."""
+    try:
+        kind = args_type(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    cli.run(main, kind, __doc__)
+
+
+def main(args: Args) -> None:
+    """Does the part of the work that nobody else does, waits for the others, and writes the end."""
+    _refuse(args.data)
+    model = open_model(args.model, args.text)
+    model.check_step(*args.data.size)
+    source, parts, rows_total = _parts(args.data, args.make.rows_per_file)
+    folder = args.make.output_dir
+    _begin(folder, made.settings(model, args))
+    print(f"{source}\n{folder}: {rows_total:,} rows in {len(parts):,} parts", flush=True)
+    maker = _Maker(args, model, folder)
+    names = [f"{number:05d}" for number in range(len(parts))]
+    for wait in (False, True):  # then those that others had in their hands, if they were killed
+        _once(folder, "texts", maker.has_texts, maker.texts, wait=wait)
+        for name, part in zip(names, parts, strict=True):
+            done = (folder / f"{name}.json").exists
+            _once(folder, name, done, partial(maker.rows, name, part), wait=wait)
+    _end(folder, source, names)
+
+
+def _refuse(args: data.DataArgs) -> None:
+    """What a folder cannot hold.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if args.data_config:
+        raise UserError(
+            "--data_config: a folder holds pictures that are all used alike; make one of a single "
+            "--dataset_name"
+        )
+    if args.random_crop:
+        raise UserError("--random_crop needs the pictures at every use; --crop_variants N keeps N")
+    if args.eval_fraction or args.eval_data_dir:
+        name = "eval_fraction" if args.eval_fraction else "eval_data_dir"
+        raise UserError(f"--{name} belongs to the training: name --eval_data_dir there")
+    if len(args.resolution) > 1:
+        raise UserError("a folder holds latents of one --resolution: make one for each")
+    if args.repeats > 1 or args.repeats_from_folder_names:
+        name = "repeats" if args.repeats > 1 else "repeats_from_folder_names"
+        raise UserError(f"--{name}: a folder's rows come once each; --num_train_epochs in training")
+    if args.mask_dir:
+        raise UserError("--mask_dir cannot be told of in training; --mask_from_alpha works")
+
+
+def _parts(args: data.DataArgs, rows: int) -> tuple[str, list[Part], int]:
+    """The samples in words, in parts of so many rows at most, and their number."""
+    if data.is_streamed(args.location):
+        stream = data.open_shards(args, to_cache=True)
+        if isinstance(stream, data.Made):
+            raise UserError(f"{args.location} was written by this command: name the pictures")
+        return stream.description, _of_stream(stream, rows), len(stream)
+    source = data.open_training(args)
+    source, _ = data.split(
+        source, eval_fraction=0.0, seed=0, max_train_samples=args.max_train_samples
+    )
+    starts = range(0, len(source), rows)
+
+    def part(start: int) -> data.Captioned:
+        some = source.select(range(start, min(start + rows, len(source))))
+        return data.identified(some, None, num_threads=_DECODERS)
+
+    return source.description, [partial(part, start) for start in starts], len(source)
+
+
+def _of_stream(stream: data.Stream, rows: int) -> list[Part]:
+    """The shards in order, each in parts."""
+    left, parts = len(stream), list[Part]()
+    for shard, count in enumerate(stream.counts):
+        used = min(count, left)
+        left -= used
+        parts += [
+            partial(stream.part, shard, range(start, min(start + rows, used)))
+            for start in range(0, used, rows)
+        ]
+    return parts
+
+
+def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Marks the folder with what is made there, or compares it.
+
+    Raises:
+        UserError: something else is there.
+    """
+    path = folder / MADE
+    if folder.exists() and not path.exists() and any(folder.iterdir()):
+        raise UserError(f"--output_dir {folder} is not empty, and was not begun by this command")
+    if path.exists():
+        begun = json.loads(path.read_text())
+        changed = data.differences(begun.get("settings", {}), settings)
+        if changed or begun.get("format") != folders.FORMAT:
+            raise UserError(
+                f"--output_dir {folder} was begun otherwise: {'; '.join(changed) or 'its format'}: "
+                "name another folder, or remove it"
+            )
+        files.sweep(folder.glob(".*"))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"format": folders.FORMAT, "settings": settings})
+
+
+def _once(
+    folder: Path,
+    name: str,
+    done: Callable[[], bool],
+    work: Callable[[], object],
+    *,
+    wait: bool,
+) -> None:
+    """Does something that is not done and that no other process is doing."""
+    if done():
+        return
+    path = folder / f".{name}.lock"
+    try:
+        descriptor = files.open_locked(path, wait=wait)
+    except BlockingIOError:
+        return
+    try:
+        if not done():
+            work()
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _end(folder: Path, source: str, names: Sequence[str]) -> None:
+    """Writes what the folder holds, now that it holds all of it."""
+    done = [json.loads((folder / f"{name}.json").read_text()) for name in names]
+    rows = [one for job in done for one in job["files"]]
+    left_out = [one for job in done for one in job["left_out"]]
+    if not rows:
+        raise UserError(f"no usable sample in {source}")
+    index = {"source": source, "files": rows, "left_out": left_out}
+    write_json(folder / folders.INDEX, index)
+    count = sum(one["rows"] for one in rows)
+    size = sum(one["num_bytes"] for one in rows) / 2**30
+    print(f"done: {folder}: {count:,} rows, {size:.2f} GiB, {len(left_out)} left out", flush=True)
+
+
+class _Maker:
+    """What makes a part, with the models, which are loaded when they are first needed."""
+
+    def __init__(self, args: Args, model: family.Model, folder: Path) -> None:
+        rank = os.environ.get("LOCAL_RANK", "0")
+        cuda = torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{rank}" if cuda else "cpu")
+        precision = args.make.mixed_precision or ("bf16" if cuda else "no")
+        self.dtype = DTYPES[precision]
+        self.args = args
+        self.model = model
+        self.folder = folder
+        self.vae = cache(lambda: model.load_vae(self.device))
+        self.encoders = cache(lambda: model.load_text(self.dtype, self.device))
+
+    def has_texts(self) -> bool:
+        """Whether the file of texts is there and holds those that were asked for."""
+        path = self.folder / folders.TEXTS
+        return path.exists() and all(
+            one in folders.Opened(path).texts for one in self.args.make.prompts
+        )
+
+    @torch.no_grad()
+    def texts(self) -> None:
+        """Writes the empty caption and the prompts."""
+        words = sorted({"", *self.args.make.prompts})
+        tensors.save(self.folder / folders.TEXTS, self._embeds(words), folders.header([], words))
+
+    @torch.no_grad()
+    def rows(self, name: str, part: Part) -> None:
+        """Writes the files of one part, and then that they are there.
+
+        Raises:
+            UserError: a sample is bad under `--on_bad_sample error`.
+        """
+        source = part()
+        good, left_out = self._checked(source)
+        written: list[dict[str, Any]] = []
+        if len(good):
+            plan = data.assign(good, self.args.data, self.model.pixel_step)
+            left_out += self._too_small(good, plan)
+            written = [
+                self._file(name, good, size, indices) for size, indices in plan.needed().items()
+            ]
+        write_json(
+            self.folder / f"{name}.json",
+            {"files": written, "left_out": [asdict(one) for one in left_out]},
+        )
+        print(f"part {name}: {sum(one['rows'] for one in written)} rows", flush=True)
+
+    def _checked(self, source: data.Captioned) -> tuple[data.Captioned, list[data.BadReport]]:
+        """The good samples, with the sizes of their pictures, and the others."""
+        skip = self.args.data.on_bad_sample
+        found = data.look(source, num_threads=_DECODERS, progress=False)
+        if skip == "skip" and all(isinstance(one, str) for one in found):
+            pairs = zip(source.names, found, strict=True)
+            return source.select([]), [data.BadReport(name, str(why)) for name, why in pairs]
+        indices, bad, sizes = data.judged(source, found, on_bad_sample=skip)
+        return replace(source.select(indices), sizes=sizes), bad
+
+    def _too_small(self, source: data.Captioned, plan: data.Plan) -> list[data.BadReport]:
+        """Pictures that `--max_upscale` leaves out.
+
+        Raises:
+            UserError: there are some, under `--on_bad_sample error`.
+        """
+        found = [data.BadReport(source.names[index], why) for index, why in plan.left_out]
+        if found and self.args.data.on_bad_sample == "error":
+            raise UserError(
+                f"{found[0].name}: {found[0].reason}: --on_bad_sample skip leaves such pictures out"
+            )
+        return found
+
+    def _file(
+        self, name: str, source: data.Captioned, size: data.Size, indices: Sequence[int]
+    ) -> dict[str, Any]:
+        """Writes the rows of one size; what `index.json` says of them comes back."""
+        self.model.latent_shape(*size)  # refuses what the model cannot take
+        some = source.select(indices)
+        pictures = data.Pictures(
+            *(some, self.args.data, self.args.captions),
+            seed=0,
+            latent_step=self.model.pixels_per_latent,
+        )
+        texts = sorted({*pictures.texts(), ""})
+        here = list(range(len(some)))
+        vae = self.vae()
+        latents = data.encoded_views(pictures, lambda x: posterior(vae, x), size, here)
+        rows = [
+            folders.MadeRow(name=name, id=one, captions=list(captions), original=original)
+            for name, one, captions, original in zip(
+                some.names, some.ids, some.captions, some.sizes, strict=True
+            )
+        ]
+        path = self.folder / f"{name}-{size[0]}x{size[1]}.safetensors"
+        tensors.save(path, {**latents, **self._embeds(texts)}, folders.header(rows, texts))
+        found = folders.MadeFile(
+            name=path.name, rows=len(rows), size=size, num_bytes=path.stat().st_size
+        )
+        return asdict(found)
+
+    def _embeds(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of texts, by the names that files have for them."""
+        # As in texts.prepare: a batch rounds otherwise than a caption alone.
+        step = _AT_A_TIME if self.device.type == "cuda" else 1
+        encoders = self.encoders()
+        parts = [encoders(texts[i : i + step]) for i in range(0, len(texts), step)]
+        found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+        for name, values in found.items():
+            if not values.isfinite().all():
+                raise UserError(
+                    f"the text encoders' {name} are not finite numbers: give --mixed_precision "
+                    "bf16 or no, or mend the encoders"
+                )
+        return {f"{folders.PREFIX}{name}": values for name, values in found.items()}

@@ -1,0 +1,440 @@
+"""Training from shards and from folders that `python -m dojo.data cache` wrote, end to end."""
+
+import io
+import json
+import shutil
+import tarfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from pyarrow import parquet
+
+import train_dreambooth_lora_sd3
+import train_lora_sd3
+import train_lora_sdxl
+from dojo import cli, data
+from dojo.cli import UserError
+from dojo.data import Draw
+from dojo.data.streams.made import Opened
+from dojo.inputs import caching
+from dojo.models import sd3
+from tests.conftest import MakeArgs, lora_flags, reset_accelerate
+from tests.processes import Death, spawn
+from tests.scripts.runs import adapter_bytes, metrics
+
+SCRIPT = "train_lora_sd3.py"
+
+
+def samples(scenes: Path) -> list[tuple[bytes, str]]:
+    rows = [json.loads(row) for row in (scenes / "metadata.jsonl").read_text().splitlines()]
+    return [((scenes / row["file_name"]).read_bytes(), row["text"]) for row in rows]
+
+
+@pytest.fixture(scope="session")
+def scene_shards(tmp_path_factory: pytest.TempPathFactory, scene_data: Path) -> Path:
+    """The ten scenes in parquet files of three, at most."""
+    folder = tmp_path_factory.mktemp("shards")
+    rows = samples(scene_data)
+    for start in range(0, len(rows), 3):
+        images, texts = zip(*rows[start : start + 3], strict=True)
+        table = pa.table({"image": [{"bytes": one, "path": None} for one in images], "text": texts})
+        parquet.write_table(table, folder / f"train-{start}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scene_tars(tmp_path_factory: pytest.TempPathFactory, scene_data: Path) -> Path:
+    """The ten scenes in two tars."""
+    folder = tmp_path_factory.mktemp("tars")
+    rows = samples(scene_data)
+    for start in (0, 5):
+        with tarfile.open(folder / f"{start}.tar", "w") as tar:
+            for number, (image, text) in enumerate(rows[start : start + 5]):
+                for ending, content in (("png", image), ("txt", text.encode())):
+                    member = tarfile.TarInfo(f"{start + number:04d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def run(args: train_lora_sd3.Args) -> Path:
+    train_lora_sd3.main(args)
+    reset_accelerate()
+    return args.run.output_dir
+
+
+def streamed(folder: Path, location: object, **more: object) -> list[str]:
+    flags = {"dataset_name": location, "data_cache_dir": folder / "kept", **more}
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+# -- pictures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(
+    scene_shards: Path, tmp_path: Path, tiny_sd3: Path, processes: int
+) -> None:
+    common = ["--random_flip", "--random_crop", "--caption_dropout", "0.3", "--seed", "4"]
+    common += ["--max_train_steps", "7", "--checkpointing_steps", "2", "--shuffle_window", "2"]
+    common += ["--train_batch_size", str(2 // processes), "--resume_from_checkpoint", "latest"]
+
+    def flags(folder: Path, workers: int) -> list[str]:
+        own = streamed(folder, f"file://{scene_shards}", dataloader_num_workers=workers)
+        return [*lora_flags(folder, tiny_sd3, scene_shards), *common, *own]
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    code, said = spawn(SCRIPT, flags(whole, 2), whole, processes=processes)
+    assert code == 0, said
+    death = Death(place="step", count=5)
+    code, said = spawn(SCRIPT, flags(broken, 0), broken, death, processes)
+    assert code != 0, said
+    assert (broken / "run" / "checkpoint-4").is_dir()
+    shutil.rmtree(broken / "kept")  # another machine has none of it
+    code, said = spawn(SCRIPT, flags(broken, 3), broken, processes=processes)
+    assert code == 0, said
+    assert adapter_bytes(broken / "run") == adapter_bytes(whole / "run")
+
+
+def test_tars_are_trained_on_by_their_folder(
+    lora_args: MakeArgs, tmp_path: Path, scene_tars: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(lora_args(tmp_path, *streamed(tmp_path, scene_tars)))
+    assert [row["step"] for row in metrics(folder) if "loss" in row] == [1, 2, 3]
+    assert json.loads((folder / "data_report.json").read_text())["train"] == 10
+    said = capsys.readouterr().out
+    assert "10 rows in 2 tar files" in said
+    assert "python -m dojo.data cache" in said
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_bad_row_stops_the_run_in_one_sentence_or_is_replaced(
+    lora_args: MakeArgs, tmp_path: Path, scene_data: Path, workers: str
+) -> None:
+    images = [samples(scene_data)[0][0], b"nothing"]
+    (tmp_path / "bad").mkdir()
+    parquet.write_table(pa.table({"image": images, "text": ["a", "b"]}), tmp_path / "bad/x.parquet")
+    flags = streamed(tmp_path, f"{tmp_path}/bad/*.parquet", dataloader_num_workers=workers)
+    with pytest.raises(data.BadSample) as caught:
+        run(lora_args(tmp_path, *flags))
+    sentence = "x.parquet row 1: not a picture in a format that can be read"
+    assert str(caught.value) == sentence
+    reset_accelerate()
+    run(lora_args(tmp_path / "skip", *flags, "--on_bad_sample", "skip"))
+
+
+def test_an_eval_folder_goes_with_shards(
+    lora_args: MakeArgs, tmp_path: Path, scene_shards: Path, scene_data: Path
+) -> None:
+    flags = streamed(tmp_path, f"{scene_shards}/*.parquet", eval_data_dir=scene_data)
+    folder = run(lora_args(tmp_path, *flags, "--validation_steps", "3"))
+    assert [row["step"] for row in metrics(folder) if "eval_loss" in row] == [0, 3]
+
+
+def test_a_model_that_is_told_sizes_is_told_those_of_shards(
+    tmp_path: Path, scene_shards: Path, tiny_sdxl: Path
+) -> None:
+    flags = lora_flags(tmp_path, tiny_sdxl, scene_shards)
+    place = flags.index("--max_sequence_length")
+    flags = [*flags[:place], *flags[place + 2 :], *streamed(tmp_path, f"{scene_shards}/*.parquet")]
+    train_lora_sdxl.main(cli.parse(train_lora_sdxl.Args, None, flags))
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_other_shards_or_another_window_are_no_continuation(
+    lora_args: MakeArgs, tmp_path: Path, scene_shards: Path
+) -> None:
+    flags = [*streamed(tmp_path, f"{scene_shards}/*.parquet"), "--checkpointing_steps", "1"]
+    run(lora_args(tmp_path, *flags))
+    again = [*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", "4"]
+    with pytest.raises(UserError, match="shuffle_window"):
+        run(lora_args(tmp_path, *again, "--shuffle_window", "1"))
+    reset_accelerate()
+    copied = tmp_path / "copied"  # elsewhere, and one shard less
+    shutil.copytree(scene_shards, copied)
+    run(lora_args(tmp_path, *again, "--dataset_name", f"{copied}/*.parquet"))
+    (copied / "train-9.parquet").unlink()
+    more = ("--dataset_name", f"{copied}/*.parquet", "--max_train_steps", "5")
+    with pytest.raises(UserError, match="data"):
+        run(lora_args(tmp_path, *again, *more))
+
+
+def test_prior_preservation_is_refused_with_shards(
+    tmp_path: Path, scene_shards: Path, tiny_sd3: Path
+) -> None:
+    own = ("--with_prior_preservation", "--class_prompt", "x", "--class_data_dir", "nowhere")
+    words = [*lora_flags(tmp_path, tiny_sd3, scene_shards), *own, "--instance_prompt", "a"]
+    words += streamed(tmp_path, f"{scene_shards}/*.parquet")
+    with pytest.raises(UserError, match="--with_prior_preservation"):
+        train_dreambooth_lora_sd3.main(cli.parse(train_dreambooth_lora_sd3.Args, None, words))
+
+
+# -- folders that were made ---------------------------------------------------------------------
+
+
+def make_flags(folder: Path, model: Path, location: object, *more: str) -> list[str]:
+    """The command line of `python -m dojo.data cache`, for parts of four rows."""
+    flags = {
+        "pretrained_model_name_or_path": model,
+        "max_sequence_length": 24,
+        "dataset_name": location,
+        "resolution": 64,
+        "output_dir": folder / "made",
+        "data_cache_dir": folder / "kept",
+        "rows_per_file": 4,
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return [*words, *more]
+
+
+def make(folder: Path, model: Path, location: object, *more: str) -> Path:
+    """The command in this process."""
+    words = make_flags(folder, model, location, *more)
+    caching.main(cli.parse(caching.args_type(words), None, words))
+    return folder / "made"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory, scene_data: Path, tiny_sd3: Path) -> Path:
+    """The ten scenes, with two crops each, mirrored and not."""
+    folder = tmp_path_factory.mktemp("made")
+    flags = ("--random_flip", "--crop_variants", "2", "--prompts", "a star")
+    return make(folder, tiny_sd3, scene_data, *flags)
+
+
+def test_a_made_folder_holds_what_the_caches_of_a_run_hold(
+    made: Path, lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the sizes and crops that SDXL is told. Other batches round latents otherwise."""
+    from dojo.inputs import pictures
+
+    kept: list[Any] = []
+    original = pictures.prepare
+    monkeypatch.setattr(
+        pictures, "prepare", lambda *a, **k: kept.append(original(*a, **k)) or kept[-1]
+    )
+    common = ("--random_flip", "--crop_variants", "2", "--max_train_steps", "1", "--seed", "2")
+    run(lora_args(tmp_path, *common))
+    run(lora_args(tmp_path / "b", *common, "--train_data_dir", str(made), "--dataset_name", ""))
+    plain, other = kept
+    for index in range(10):
+        one = plain.train[Draw(index, 7 + index, (64, 64))]
+        two = other.train[Draw(index, 7 + index, (64, 64))]
+        assert one["caption"] == two["caption"]
+        for name in ("mean", "std"):
+            torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
+        for name in ("original", "crop", "weight"):
+            assert torch.equal(one[name], two[name]), name
+        for name, value in plain.text.lookup([one["caption"]]).items():
+            assert torch.equal(value[0], two[name]), name
+
+
+def test_a_made_folder_is_trained_from_without_pictures_and_encoders(
+    made: Path, lora_args: MakeArgs, tmp_path: Path, tiny_sd3: Path
+) -> None:
+    elsewhere, bare = tmp_path / "elsewhere", tmp_path / "bare"
+    shutil.copytree(made, elsewhere)
+    shutil.copytree(tiny_sd3, bare)
+    for part in sd3.TEXT_ENCODERS:
+        (bare / part / "model.safetensors").unlink()
+    flags = ("--random_flip", "--crop_variants", "2", "--caption_dropout", "0.5", "--seed", "1")
+    flags += ("--validation_prompt", "a star", "--validation_inference_steps", "2")
+    one = run(lora_args(tmp_path / "1", *flags, "--dataset_name", str(elsewhere)))
+    name = ("--pretrained_model_name_or_path", str(bare))
+    url = f"file://{elsewhere}"  # through the bounded disk
+    kept = ("--data_cache_dir", str(tmp_path / "kept"), "--dataloader_num_workers", "2")
+    two = run(lora_args(tmp_path / "2", *flags, *name, *kept, "--dataset_name", url))
+    assert adapter_bytes(one) == adapter_bytes(two)
+    assert len(list((tmp_path / "kept").glob("*.shard"))) >= 3
+
+
+def test_a_made_folder_is_resumed_to_the_bit(made: Path, tmp_path: Path, tiny_sd3: Path) -> None:
+    common = ["--random_flip", "--crop_variants", "2", "--max_train_steps", "6", "--seed", "4"]
+    common += ["--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+
+    def flags(folder: Path) -> list[str]:
+        return [*lora_flags(folder, tiny_sd3, made), *common]
+
+    code, said = spawn(SCRIPT, flags(whole), whole)
+    assert code == 0, said
+    code, said = spawn(SCRIPT, flags(broken), broken, Death(place="step", count=4))
+    assert code != 0, said
+    code, said = spawn(SCRIPT, [*flags(broken), "--dataloader_num_workers", "2"], broken)
+    assert code == 0, said
+    assert adapter_bytes(broken / "run") == adapter_bytes(whole / "run")
+
+
+@pytest.mark.parametrize("source", ["scene_data", "scene_shards", "scene_tars"])
+def test_several_makers_end_what_a_killed_one_began_with_the_same_bytes(
+    tmp_path: Path, tiny_sd3: Path, source: str, request: pytest.FixtureRequest
+) -> None:
+    location = request.getfixturevalue(source)
+    location = f"{location}/*.parquet" if source == "scene_shards" else location
+    alone = contents(make(tmp_path / "alone", tiny_sd3, location))
+    flags = ["cache", *make_flags(tmp_path / "many", tiny_sd3, location)]
+    code, said = spawn("dojo.data", flags, tmp_path / "many", Death(place="cache", count=3))
+    assert code != 0, said
+    assert not (tmp_path / "many" / "made" / "index.json").exists()
+    code, said = spawn("dojo.data", flags, tmp_path / "many", processes=3)
+    assert code == 0, said
+    assert contents(tmp_path / "many" / "made") == alone
+    rows = json.loads(alone["index.json"])["files"]
+    assert sum(row["rows"] for row in rows) == 10
+    assert max(row["rows"] for row in rows) <= 4
+
+
+def test_an_unfinished_folder_is_refused_and_gone_on_with(
+    made: Path, lora_args: MakeArgs, tmp_path: Path, tiny_sd3: Path, scene_data: Path
+) -> None:
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    for name in ("index.json", "00001.json", "00001-64x64.safetensors"):
+        (folder / name).unlink()
+    kept = (folder / "00000-64x64.safetensors").stat().st_mtime_ns
+    with pytest.raises(UserError, match=r"index.json is missing"):
+        run(lora_args(tmp_path, "--dataset_name", str(folder)))
+    flags = ("--random_flip", "--crop_variants", "2", "--prompts", "a star")
+    make(tmp_path, tiny_sd3, scene_data, *flags)
+    assert contents(folder) == contents(made)
+    assert (folder / "00000-64x64.safetensors").stat().st_mtime_ns == kept
+    with pytest.raises(UserError, match=r"begun otherwise: random_flip was True, now False"):
+        make(tmp_path, tiny_sd3, scene_data)
+
+
+def test_shapes_of_buckets_are_kept_in_a_made_folder(
+    lora_args: MakeArgs, tmp_path: Path, tiny_sd3: Path, scene_shards: Path
+) -> None:
+    from PIL import Image
+
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    images: list[bytes] = []
+    for number in range(6):
+        buffer = io.BytesIO()
+        Image.new("RGB", (128, 64) if number % 2 else (64, 64), (9 * number,) * 3).save(
+            buffer, "PNG"
+        )
+        images.append(buffer.getvalue())
+    parquet.write_table(pa.table({"image": images, "text": ["x"] * 6}), wide / "a.parquet")
+    flags = ("--aspect_buckets", "--bucket_step", "16")
+    folder = make(tmp_path, tiny_sd3, f"{wide}/*.parquet", *flags)
+    sizes = {tuple(one["size"]) for one in json.loads((folder / "index.json").read_text())["files"]}
+    assert len(sizes) == 2
+    result = run(lora_args(tmp_path, *flags, "--dataset_name", str(folder)))
+    shapes = json.loads((result / "data_report.json").read_text())["buckets"]
+    assert [row["pictures"] for row in shapes] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--resolution", "32"), r"resolution was \[64\], now \[32\]"),
+        (("--crop_variants", "1"), "crop_variants was 2, now 1"),
+        (("--max_sequence_length", "16"), "max_sequence_length was 24, now 16"),
+        (("--shuffle_caption",), "shuffle_caption was False, now True"),
+        (("--caption_column", "text"), "--caption_column"),
+        (("--eval_fraction", "0.2"), "--eval_fraction"),
+        (("--random_crop", "--crop_variants", "1"), "--random_crop"),
+    ],
+)
+def test_a_made_folder_refuses_other_options_by_name(
+    made: Path, lora_args: MakeArgs, tmp_path: Path, more: tuple[str, ...], words: str
+) -> None:
+    common = ("--random_flip", "--crop_variants", "2", "--dataset_name", str(made))
+    with pytest.raises(UserError, match=words):
+        run(lora_args(tmp_path, *common, *more))
+
+
+def test_a_made_folder_refuses_another_autoencoder(
+    made: Path, lora_args: MakeArgs, tmp_path: Path, tiny_sd3: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_sd3, other)
+    path = other / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    common = ("--random_flip", "--crop_variants", "2", "--dataset_name", str(made))
+    with pytest.raises(UserError, match="vae was"):
+        run(lora_args(tmp_path, *common, "--pretrained_model_name_or_path", str(other)))
+
+
+def test_a_fetched_file_that_is_damaged_is_fetched_again(made: Path, tmp_path: Path) -> None:
+    args = data.DataArgs(
+        dataset_name=f"file://{made}", data_cache_dir=tmp_path, resolution=(64,), random_flip=True
+    )
+    rows = data.MadeRows(folder_of(args), args, data.CaptionArgs(), seed=0)
+    before = rows[Draw(0, 0, (64, 64))]["mean"]
+    (kept,) = tmp_path.glob("00000-*.shard")
+    content = kept.read_bytes()
+    kept.unlink()  # mapped into memory: cut off in place, its reader would die of it
+    kept.write_bytes(content[:300])
+    rows = data.MadeRows(folder_of(args), args, data.CaptionArgs(), seed=0)
+    assert torch.equal(rows[Draw(0, 0, (64, 64))]["mean"], before)
+
+
+def folder_of(args: data.DataArgs) -> data.Made:
+    found = data.open_shards(args)
+    assert isinstance(found, data.Made)
+    return found
+
+
+def test_a_damaged_file_of_a_made_folder_is_named(made: Path, tmp_path: Path) -> None:
+    path = tmp_path / "00000-64x64.safetensors"
+    path.write_bytes((made / path.name).read_bytes()[:500])
+    with pytest.raises(UserError, match=r"00000-64x64.safetensors, a file of a folder"):
+        Opened(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--repeats", "2"), "--repeats"),
+        (("--random_crop",), "--random_crop"),
+        (("--eval_fraction", "0.1"), "--eval_fraction"),
+        (("--resolution", "64", "32"), "--resolution"),
+        (("--mask_dir", "x"), "--mask_dir"),
+    ],
+)
+def test_what_a_made_folder_cannot_hold_is_refused(
+    tmp_path: Path, tiny_sd3: Path, scene_data: Path, more: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        make(tmp_path, tiny_sd3, scene_data, *more)
+    assert not (tmp_path / "made").exists()
+
+
+def test_bad_samples_are_left_out_of_a_made_folder(
+    tmp_path: Path, tiny_sd3: Path, scene_data: Path
+) -> None:
+    images = [samples(scene_data)[0][0], b"nothing", None]
+    (tmp_path / "bad").mkdir()
+    parquet.write_table(
+        pa.table({"image": images, "text": ["a", "b", "c"]}), tmp_path / "bad" / "x.parquet"
+    )
+    location = f"{tmp_path}/bad/*.parquet"
+    with pytest.raises(data.BadSample, match=r"x\.parquet row 1"):
+        make(tmp_path, tiny_sd3, location)
+    folder = make(tmp_path, tiny_sd3, location, "--on_bad_sample", "skip")
+    index = json.loads((folder / "index.json").read_text())
+    assert [one["name"] for one in index["left_out"]] == ["x.parquet row 1", "x.parquet row 2"]
+
+
+def test_the_command_has_the_options_of_its_models_family(tiny_sd3: Path, tiny_sdxl: Path) -> None:
+    found: dict[str, set[str]] = {}
+    for model in (tiny_sd3, tiny_sdxl):
+        kind = caching.args_type([f"--pretrained_model_name_or_path={model}"])
+        groups: list[Any] = [group.type for group in fields(kind)]
+        found[model.name] = {field.name for group in groups for field in fields(group)}
+    assert "max_sequence_length" in found["tiny-sd3"]
+    assert "max_sequence_length" not in found["tiny-sdxl"]
+    assert "uncond" in found["tiny-sdxl"]
