@@ -21,6 +21,7 @@ from dojo.inputs import texts
 from dojo.models import sd15
 from dojo.run import run as training
 from dojo.run.optim import OptimArgs
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red circle", "two blue stars on a black background", ""]
@@ -416,3 +417,18 @@ def test_a_safety_checker_comes_along_where_there_is_one(tmp_path: Path, tiny_sd
     drawing: Any = config.load_pipeline(torch.float32, CPU)
     assert drawing.safety_checker is None
     assert drawing.unet.dtype == torch.float32
+
+
+def test_a_result_is_called_after_its_own_base(tiny_sd15: Path, tmp_path: Path) -> None:
+    def title(model: Path) -> str:
+        return sd15.open_model(sd15.ModelArgs(pretrained_model_name_or_path=str(model))).title
+
+    assert title(tiny_sd15) == "Stable Diffusion 1.5"
+    other = tmp_path / "sd2"
+    shutil.copytree(tiny_sd15, other)
+    path = other / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "gelu"}))
+    assert title(other) == "Stable Diffusion 2"
+    for script in ROOT.glob("train_*_sd15.py"):
+        card = script.read_text().partition("publish.Card(")[2]
+        assert "{model.title}" in card.partition("dataset=")[0], script.name

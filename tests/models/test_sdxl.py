@@ -190,9 +190,10 @@ def test_the_remark_is_said_before_anything_is_trained(
 ) -> None:
     real = replace(model, unet={**model.unet, "sample_size": 128})
     said: list[str] = []
-    run: Any = SimpleNamespace(say=said.append, dtype=torch.float32)
-    flags = SimpleNamespace(resolution=[size[0]], height=None, width=None)
-    args: Any = SimpleNamespace(data=flags, cache=SimpleNamespace(no_cache_latents=False))
+    run: Any = SimpleNamespace(say_once=lambda _, text: said.append(text), dtype=torch.float32)
+    flags = SimpleNamespace(resolution=[size[0]], height=None, width=None, location="datas")
+    cache = SimpleNamespace(no_cache_latents=False, no_cache_text_embeddings=False)
+    args: Any = SimpleNamespace(data=flags, cache=cache)
     needs(run, real, args, size, 1, drawn=False)
     assert said == ([real.remark(*size)] if size == SIZE else [])
 
@@ -296,6 +297,33 @@ def test_half_precision_is_refused_where_the_autoencoder_overflows(
         tiny_sdxl, vae_dtype="fp16", pretrained_vae_model_name_or_path=str(fixed / "vae")
     )
     assert other.load_vae(CPU).dtype == torch.float16
+
+
+def test_an_autoencoder_in_one_file_is_asked_whether_it_overflows(
+    tmp_path: Path, tiny_sdxl: Path
+) -> None:
+    written = "diffusion_pytorch_model.safetensors"
+    alone = tmp_path / "fixed.safetensors"
+    alone.write_bytes((tiny_sdxl / "vae" / written).read_bytes())
+    given: dict[str, Any] = {"vae_dtype": "fp16", "pretrained_vae_model_name_or_path": str(alone)}
+    with pytest.raises(UserError, match="say --vae_fits_fp16"):
+        opened(tiny_sdxl, **given)
+    model = opened(tiny_sdxl, **given, vae_fits_fp16=True)
+    assert model.load_vae(CPU).dtype == torch.float16
+    # Its config.json in a result says so too, or the next program would upcast it.
+    saving = Saving(dtype=torch.float32)
+    unet = model.load_network(torch.float32, CPU)
+    model.save_whole(tmp_path / "result", unet, saving, model.objective((64, 64)))
+    assert not json.loads((tmp_path / "result" / "vae" / "config.json").read_text())["force_upcast"]
+
+    fixed = changed(tmp_path, tiny_sdxl, "vae", force_upcast=False) / "vae"
+    given["pretrained_vae_model_name_or_path"] = str(fixed / written)
+    assert opened(tiny_sdxl, **given).load_vae(CPU).dtype == torch.float16
+    given["pretrained_vae_model_name_or_path"] = str(fixed)
+    with pytest.raises(UserError, match="--vae_fits_fp16 is for an autoencoder in one file"):
+        opened(tiny_sdxl, **given, vae_fits_fp16=True)
+    with pytest.raises(ValueError, match="--vae_fits_fp16 is said of an autoencoder"):
+        opened(tiny_sdxl, vae_fits_fp16=True)
 
 
 # The real sizes

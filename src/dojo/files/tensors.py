@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -95,6 +95,28 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     for entry in header.values():
         entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
     return header, metadata
+
+
+def read_tensor(file: BinaryIO, entry: Mapping[str, Any]) -> Tensor:
+    """One tensor of an open safetensors file, in its own precision and memory.
+
+    Unlike the library's it is not mapped: pages of a mapped file count as a process's memory, and
+    stay in it.
+
+    Args:
+        entry: as `read_header` has it.
+    Raises:
+        ValueError: its precision is none that is read here, or the file ends too early.
+    """
+    kind = {code: dtype for dtype, code in _CODES.items()}.get(entry["dtype"])
+    if kind is None:
+        raise ValueError(f"{entry['dtype']} is not read here")
+    begin, end = entry["data_offsets"]
+    data = torch.empty(end - begin, dtype=torch.uint8)
+    file.seek(begin)
+    if file.readinto(data.numpy()) != end - begin:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError("the file ends too early")
+    return data.view(kind).reshape(entry["shape"])
 
 
 def obey_umask(path: Path) -> None:

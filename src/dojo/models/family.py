@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from dojo.cli import UserError, option
 from dojo.data.geometry import Geometry
 from dojo.maths.objective import Objective
-from dojo.models import folders
+from dojo.models import folders, published
 from dojo.models.facts import NetworkFacts
 from dojo.models.folders import DTYPES, FLAG, Embeds
+from dojo.models.loaded import Prepare
 from dojo.models.truncation import Reader
 from dojo.run import cost, phases
 
@@ -42,10 +43,24 @@ class ModelArgs:
     """branch, tag or commit of the hub repository"""
     variant: str | None = None
     """file variant of the hub repository, such as fp16"""
+    text_encoder_device: Literal["auto", "cpu"] = "auto"
+    """where frozen text encoders compute: auto is the run's device; cpu is slow, and takes none of
+    a GPU's memory"""
+    text_encoder_precision: Literal["auto", "int8"] = "auto"
+    """precision of frozen text encoders: auto is the run's; int8 halves the memory of their blocks
+    (bitsandbytes) and changes the embeddings by about one percent"""
     vae_dtype: Literal["no", "fp16", "bf16"] = "no"
     """precision of the frozen autoencoder; no is float32"""
+    enable_vae_tiling: bool = False
+    """the autoencoder takes pictures larger than its own size (1024 px in SD3 and SDXL) in tiles
+    that overlap: less memory, and pixels and latents that differ somewhat"""
+    enable_vae_slicing: bool = False
+    """the autoencoder takes the pictures of a batch one by one: less memory, slower"""
     gradient_checkpointing: bool = option(False, incidental=True, common=True)
     """recompute the blocks' activations in the backward pass: less memory, about 30 % slower"""
+    activations_on_cpu: bool = option(False, incidental=True)
+    """what the trained network's forward pass keeps for the backward pass (with
+    --gradient_checkpointing the blocks' inputs) lies in CPU memory meanwhile"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +100,14 @@ class TextEncoders(Protocol):
         ...
 
     def __call__(self, captions: Sequence[str]) -> Embeds: ...
+
+    def said(self, captions: Sequence[str]) -> Embeds:
+        """What each loaded encoder says by itself, under names that `joined` knows."""
+        ...
+
+    def joined(self, said: Mapping[str, Tensor]) -> Embeds:
+        """The embeddings, of what all encoders said: moved, never computed with."""
+        ...
 
     def refresh(self, cached: Mapping[str, Tensor], captions: Sequence[str]) -> Embeds:
         """Cached embeddings with the part of the trainable encoders as it is now."""
@@ -136,6 +159,11 @@ class Model(ABC):
     def flag(self) -> str:
         """What the user named the folder with."""
         return FLAG
+
+    @property
+    def title(self) -> str:
+        """How a result calls this model: the family, or which of its models it is."""
+        return self.name
 
     @property
     def pixels_per_latent(self) -> int:
@@ -191,6 +219,8 @@ class Model(ABC):
         Raises:
             UserError: naming the part.
         """
+        if published.has_no_weights(self.folder):  # a dry run does without
+            return
         for part in parts:
             names = [path.name for path in (self.folder / part).glob("*")]
             if not any(name.endswith((".safetensors", ".bin")) for name in names):
@@ -223,18 +253,29 @@ class Model(ABC):
         """Numbers in the embeddings of one caption."""
 
     @property
+    @abstractmethod
+    def text_lengths(self) -> Mapping[str, int]:
+        """Tokens that each text encoder reads of a caption, by its folder."""
+
+    @property
     def text_settings(self) -> dict[str, object]:
         """What the embeddings hang on besides the encoders' files and their precision."""
         return {}
 
     @abstractmethod
     def load_text(
-        self, dtype: torch.dtype, device: torch.device, *, whole: bool = True
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        whole: bool = True,
+        only: str | None = None,
     ) -> TextEncoders:
-        """The frozen text encoders.
+        """The frozen text encoders, in `--text_encoder_precision`.
 
         Args:
             whole: False leaves those out that are not trainable.
+            only: the one of `text_encoders` that is loaded; it can say, the others' part is joined.
         """
 
     @abstractmethod
@@ -264,8 +305,14 @@ class Model(ABC):
     # -- networks -----------------------------------------------------------------------------
 
     @abstractmethod
-    def load_network(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """The frozen network in `dtype`."""
+    def load_network(
+        self, dtype: torch.dtype, device: torch.device, *, prepare: Prepare | None = None
+    ) -> Any:
+        """The frozen network in `dtype`.
+
+        Args:
+            prepare: puts layers into it that store their weights in a way of their own.
+        """
 
     @abstractmethod
     def load_vae(self, device: torch.device, *, checkpointing: bool = False) -> AutoencoderKL:
@@ -398,9 +445,18 @@ class Model(ABC):
         self.check_weights(self.needed)
         return phases.Needs(
             config=self,
-            text=self.text_encoders,
             dtype=dtype,
-            vae_dtype=DTYPES[self.args.vae_dtype],
             size=size,
-            **more,
+            **{**needs_of(self.args), **more},
         )
+
+
+def needs_of(args: ModelArgs) -> dict[str, Any]:
+    """What the options say of the frozen parts: fields of `phases.Needs`."""
+    return {
+        "vae_dtype": DTYPES[args.vae_dtype],
+        "text_on_cpu": args.text_encoder_device == "cpu",
+        "text_in_int8": args.text_encoder_precision == "int8",
+        "tiling": args.enable_vae_tiling,
+        "slicing": args.enable_vae_slicing,
+    }

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -23,7 +23,7 @@ from torch import Tensor
 from dojo.cli import TrainingStopped, UserError
 from dojo.files import outputs
 from dojo.files.tensors import obey_umask
-from dojo.models import classic, loaded
+from dojo.models import classic, loaded, published
 from dojo.run import finite
 
 FLAG = "--pretrained_model_name_or_path"
@@ -51,6 +51,8 @@ def find_folder(
 ) -> Path:
     """A folder, or the local copy of a hub repository without the `passed` parts' weights.
 
+    While a dry run plans, a known model's configurations are enough (`published`).
+
     Args:
         flag: what the user named it with.
         revision: branch, tag or commit of the repository.
@@ -60,8 +62,12 @@ def find_folder(
     """
     if Path(name).is_dir():
         return Path(name)
+    if (known := published.planned_folder(name)) is not None:
+        return known
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.startswith("models/"):
-        raise UserError(f"{flag}: there is no folder {name}")
+        short = published.find(name)
+        hint = f"; {short.title} is {short.hub_ids[0]} (a dry run needs no more)" if short else ""
+        raise UserError(f"{flag}: there is no folder {name}{hint}")
     try:
         folder = Path(
             DiffusionPipeline.download(name, revision=revision, variant=variant, **(passed or {}))
@@ -325,6 +331,24 @@ def zeros_for_empty(embeds: Embeds, captions: Sequence[str]) -> Embeds:
 
 
 # ---- the autoencoder ----
+
+
+class Frugal(Protocol):
+    """How an autoencoder may save memory."""
+
+    @property
+    def enable_vae_tiling(self) -> bool: ...
+    @property
+    def enable_vae_slicing(self) -> bool: ...
+
+
+def frugal(vae: Any, args: Frugal) -> Any:
+    """The autoencoder, working in tiles and picture by picture where the options say so."""
+    if args.enable_vae_tiling:
+        vae.enable_tiling()
+    if args.enable_vae_slicing:
+        vae.enable_slicing()
+    return vae
 
 
 @torch.no_grad()

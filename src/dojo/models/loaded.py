@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from dojo.cli import UserError
 from dojo.files import tensors
+from dojo.models import published
 
 INDEX = "model_index.json"
 
@@ -82,6 +83,98 @@ def network(kind: Any, name: str | Path, part: str = "", *, flag: str, **options
         _check_types(weight_files(folder, options.get("variant")), state, where)
     check_finite(state, where)
     return model
+
+
+Prepare = Callable[[nn.Module, torch.device], None]
+"""Puts layers into a network that store their weights in a way of their own: on the meta device
+they wait for them (`take`), elsewhere they take them along. The device is the run's."""
+
+
+def prepared(
+    kind: Any,
+    folder: Path | None,
+    part: str,
+    otherwise: Callable[[], Any],
+    prepare: Prepare,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    variant: str | None,
+    flag: str,
+) -> Any:
+    """A frozen network of diffusers on a device; some of its layers store their weights otherwise.
+
+    It is read tensor by tensor, so that no more than one is in memory as the file has it. What that
+    cannot read is read by `otherwise`, whole, and its layers are replaced one after another.
+
+    Args:
+        folder: the model's; None where `part` does not come from it.
+        otherwise: the network in `dtype`, or the sentence about what is wrong with it.
+    Raises:
+        UserError: it is damaged, incomplete, or other than its configuration.
+    """
+    model = None
+    if folder is not None:
+        where = subject(folder, part, flag)
+        model = _in_pieces(kind, folder / part, prepare, dtype, device, variant, where)
+    if model is None:
+        model = otherwise()
+        prepare(model, device)
+    return model.requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def _in_pieces(
+    kind: Any,
+    folder: Path,
+    prepare: Prepare,
+    dtype: torch.dtype,
+    device: torch.device,
+    variant: str | None,
+    where: str,
+) -> Any:
+    """A network read tensor by tensor; None where that is not possible.
+
+    Raises:
+        UserError: a tensor is not finite.
+    """
+    _check_settings(folder, where)
+    paths = weight_files(folder, variant)
+    try:
+        with torch.device("meta"):
+            model = _empty(kind, folder)
+        nn.Module.to(model, dtype)  # diffusers' own warns
+        headers = {path: tensors.read_header(path)[0] for path in paths}
+    except Exception:  # whatever it is, reading the network whole says it
+        return None
+    sizes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    found = {name: entry for header in headers.values() for name, entry in header.items()}
+    if {name: entry["shape"] for name, entry in found.items()} != sizes:
+        return None
+    plain = {entry["dtype"] for entry in found.values()} <= _FLOATS - {"F8_E5M2"}
+    if not plain or kind._keep_in_fp32_modules:
+        return None
+    prepare(model, device)
+    for path, header in headers.items():
+        with path.open("rb") as file:
+            for name, entry in sorted(header.items(), key=lambda one: one[1]["data_offsets"]):
+                tensor = tensors.read_tensor(file, entry)
+                check_finite({name: tensor}, where)
+                _place(model, name, tensor.to(device, dtype))
+    left = [*model.parameters(), *model.buffers()]
+    return None if any(tensor.is_meta for tensor in left) else model.eval()
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Gives a network on the meta device one of its tensors."""
+    parent, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(parent)
+    if leaf == "weight" and hasattr(module, "take"):
+        module.take(tensor)
+    elif leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
 def tokenizer(
@@ -314,6 +407,8 @@ def check_vocabulary_files(folder: Path, where: str, kind: Any = None) -> None:
     Raises:
         UserError: naming what is missing.
     """
+    if published.has_no_weights(folder.parent):
+        return
     own: Mapping[str, str] = getattr(kind, "vocab_files_names", {})
     sets = [*_VOCABULARIES, {name for key, name in own.items() if key != "tokenizer_file"}]
     there = {path.name for path in folder.glob("*")}

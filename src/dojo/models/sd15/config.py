@@ -62,6 +62,11 @@ class Config(unet.Config):
         return "sd1" if clip == "quick_gelu" else "sd2"
 
     @property
+    def title(self) -> str:
+        """SD1 is 1.5 to most, and no file tells it from 1.4."""
+        return "Stable Diffusion 2" if self.kind_of_file == "sd2" else "Stable Diffusion 1.5"
+
+    @property
     def pipeline_options(self) -> dict[str, Any]:
         """No warning of a safety checker that is not there."""
         return {"requires_safety_checker": False}

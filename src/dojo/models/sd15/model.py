@@ -25,7 +25,12 @@ class Model(Config, UNetModel):
         return {"clip_skip": skipped} if skipped else {}
 
     def load_text(
-        self, dtype: torch.dtype, device: torch.device, *, whole: bool = True
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        whole: bool = True,
+        only: str | None = None,
     ) -> text.TextEncoders:
         """The frozen CLIP."""
         return text.load_text(self, dtype, device)

@@ -18,9 +18,9 @@ from dojo.models.unet import text
 class TextEncoders(text.TextEncoders):
     """CLIP, as `StableDiffusionPipeline.encode_prompt` asks it."""
 
-    def encode(self, captions: Sequence[str]) -> Embeds:
+    def say(self, place: int, captions: Sequence[str]) -> Embeds:
         """`prompt_embeds` [B, T, D]."""
-        return {"prompt_embeds": self.ask(0, captions)[0]}
+        return {"prompt_embeds": self.ask(place, captions)[0]}
 
 
 def load_text(config: Config, dtype: torch.dtype, device: torch.device) -> TextEncoders:

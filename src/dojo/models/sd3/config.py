@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dojo.cli import UserError, option
 from dojo.maths import flow
-from dojo.models import family, folders, loaded
+from dojo.models import family, folders, loaded, published
 from dojo.models.folders import FLAG
 from dojo.models.sd3 import schedule, single_file
 from dojo.models.sd3.keys import PREFIXES
@@ -54,6 +54,11 @@ class ModelArgs(family.ModelArgs):
             raise ValueError(
                 "--single_file_config goes with a .safetensors file as "
                 "--pretrained_model_name_or_path"
+            )
+        if self.torch_compile and self.activations_on_cpu:
+            raise ValueError(
+                "--activations_on_cpu does not go with --torch_compile: "
+                "--gradient_checkpointing does"
             )
 
     @property
@@ -166,10 +171,18 @@ class Config(family.Model):
         return tokens * self._int("joint_attention_dim") + self._int("pooled_projection_dim")
 
     @property
+    def text_lengths(self) -> dict[str, int]:
+        """77 tokens for the CLIPs, and T5's own number."""
+        own: dict[str, int] = {part: self.clip_tokens for part in TEXT_ENCODERS[:2]}
+        return {**own, TEXT_ENCODERS[2]: self.args.max_sequence_length} if self.has_t5 else own
+
+    @property
     def has_t5(self) -> bool:
         """Whether there is a T5; without one zeros take its place."""
         part = "text_encoder_3"
         if self.checkpoint is not None and part in self.checkpoint:
+            return True
+        if published.has_no_weights(self.folder):
             return True
         return any((self.folder / part).glob("*.safetensors"))
 

@@ -17,6 +17,7 @@ from dojo.maths.objective import Flow, Objective
 from dojo.models import folders
 from dojo.models.family import Saving
 from dojo.models.folders import Embeds
+from dojo.models.loaded import Prepare
 from dojo.models.sd3 import config, guidance, models, pipeline, schedule, text
 from dojo.models.sd3.config import Config, ModelArgs, NoiseArgs, TextArgs
 from dojo.models.sd3.folder import save_scheduler, save_whole
@@ -56,10 +57,15 @@ class Model(Config):
         }
 
     def load_text(
-        self, dtype: torch.dtype, device: torch.device, *, whole: bool = True
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        whole: bool = True,
+        only: str | None = None,
     ) -> text.TextEncoders:
-        """The three frozen encoders, or the two CLIPs."""
-        return text.TextEncoders.load(self, dtype, device, with_t5=whole)
+        """The three frozen encoders, the two CLIPs, or one of the three."""
+        return text.TextEncoders.load(self, dtype, device, with_t5=whole, only=only)
 
     def readers(self) -> list[Reader]:
         """CLIP's tokenizers and T5's."""
@@ -82,9 +88,11 @@ class Model(Config):
 
     # -- networks -----------------------------------------------------------------------------
 
-    def load_network(self, dtype: torch.dtype, device: torch.device) -> SD3Transformer2DModel:
+    def load_network(
+        self, dtype: torch.dtype, device: torch.device, *, prepare: Prepare | None = None
+    ) -> SD3Transformer2DModel:
         """The frozen MMDiT."""
-        return models.load_transformer(self, dtype, device)
+        return models.load_transformer(self, dtype, device, prepare)
 
     def load_vae(self, device: torch.device, *, checkpointing: bool = False) -> AutoencoderKL:
         """The frozen autoencoder."""

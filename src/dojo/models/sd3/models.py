@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +16,33 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from dojo.cli import UserError
 from dojo.models import folders, loaded
 from dojo.models.folders import FLAG
+from dojo.models.loaded import Prepare
 from dojo.models.sd3.config import Config
 from dojo.models.sd3.single_file import load_encoder
 
 
 def load_transformer(
-    config: Config, dtype: torch.dtype, device: torch.device
+    config: Config, dtype: torch.dtype, device: torch.device, prepare: Prepare | None = None
 ) -> SD3Transformer2DModel:
-    """The frozen MMDiT in `dtype`."""
+    """The frozen MMDiT in `dtype`.
+
+    Args:
+        prepare: see `family.Model.load_network`.
+    """
     args = config.args
-    transformer: Any = load_part(SD3Transformer2DModel, "transformer", config, dtype)
+    whole = partial(load_part, SD3Transformer2DModel, "transformer", config, dtype)
+    if prepare is None:
+        transformer: Any = whole()
+    else:
+        single = config.checkpoint is not None and "transformer" in config.checkpoint
+        transformer = loaded.prepared(
+            *(SD3Transformer2DModel, None if single else config.folder, "transformer"),
+            *(whole, prepare),
+            dtype=dtype,
+            device=device,
+            variant=args.variant,
+            flag=config.flag,
+        )
     transformer.requires_grad_(False)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -44,7 +62,7 @@ def load_vae(config: Config, device: torch.device, *, checkpointing: bool = Fals
     vae = load_part(AutoencoderKL, "vae", config, folders.DTYPES[config.args.vae_dtype])
     if checkpointing:
         vae.enable_gradient_checkpointing()
-    return vae.requires_grad_(False).eval().to(device)
+    return folders.frugal(vae, config.args).requires_grad_(False).eval().to(device)
 
 
 def load_part(kind: Any, part: str, config: Config, dtype: torch.dtype) -> Any:
@@ -78,7 +96,7 @@ def load_part(kind: Any, part: str, config: Config, dtype: torch.dtype) -> Any:
 
 
 def load_text_pipeline(
-    config: Config, dtype: torch.dtype, *, with_t5: bool = True
+    config: Config, dtype: torch.dtype, *, with_t5: bool = True, only: str | None = None
 ) -> StableDiffusion3Pipeline:
     """Tokenizers and text encoders in `dtype`, without transformer and autoencoder.
 
@@ -87,6 +105,7 @@ def load_text_pipeline(
 
     Args:
         with_t5: False leaves the largest of the three unread.
+        only: the one encoder that is read, with its tokenizer.
     Raises:
         UserError: a CLIP's weights are neither in the single file nor in the folder, or a part is
             damaged, incomplete, or does not fit another.
@@ -95,6 +114,9 @@ def load_text_pipeline(
     parts: dict[str, Any] = {"transformer": None, "vae": None}
     for part, kind in _KINDS.items():
         tokenizer = part.replace("text_encoder", "tokenizer")
+        if only not in (None, part):
+            parts[part] = parts[tokenizer] = None
+            continue
         if part == "text_encoder_3" and _lacks_t5(config, index):
             parts[part] = None
             if os.environ.get("RANK", "0") == "0":

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from dojo.models import loaded
+from dojo.models import int8, loaded
 from dojo.models.folders import Embeds
 from dojo.models.sd3.config import Config
 from dojo.models.sd3.models import load_text_pipeline
 from dojo.models.truncation import Reader
+
+_CLIPS = ("clip_l", "clip_g")
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,16 @@ class TextEncoders:
         self,
         pipeline: Any,
         *,
+        clip_tokens: int,
         max_sequence_length: int,
         t5_padding: Literal["unmodified", "zero"],
         width: int,
         device: torch.device,
     ) -> None:
-        """Takes the encoders of a pipeline.
+        """Takes the encoders of a pipeline; None where one was not loaded.
 
         Args:
+            clip_tokens: length that the CLIPs' captions are padded to.
             max_sequence_length: tokens of T5.
             width: D, that the transformer reads.
             device: where the encoders compute.
@@ -104,7 +108,7 @@ class TextEncoders:
         self.clips = [pipeline.text_encoder, pipeline.text_encoder_2]
         self.tokenizer_3 = pipeline.tokenizer_3
         self.t5 = pipeline.text_encoder_3
-        self.clip_tokens = pipeline.tokenizer.model_max_length
+        self.clip_tokens = clip_tokens
         self.t5_tokens = max_sequence_length
         self.width = width
         self.zero_padding = t5_padding == "zero"
@@ -118,14 +122,16 @@ class TextEncoders:
         device: torch.device,
         *,
         with_t5: bool = True,
+        only: str | None = None,
     ) -> TextEncoders:
-        """The frozen encoders of a model."""
-        pipeline: Any = load_text_pipeline(config, dtype, with_t5=with_t5)
+        """The frozen encoders of a model, or one of them."""
+        pipeline: Any = load_text_pipeline(config, dtype, with_t5=with_t5, only=only)
         for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
             if part is not None:
-                part.requires_grad_(False).eval().to(device)
+                int8.as_asked(part, config.args).requires_grad_(False).eval().to(device)
         return cls(
             pipeline,
+            clip_tokens=config.clip_tokens,
             max_sequence_length=config.args.max_sequence_length,
             t5_padding=config.text.t5_padding,
             width=int(config.transformer["joint_attention_dim"]),
@@ -135,18 +141,37 @@ class TextEncoders:
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Embeds:
         """Everything that the transformer reads of the captions, on the CPU."""
-        rows, pooled = self.clip(captions)
-        t5_rows = self._t5(captions).to(rows.dtype)
-        prompt_embeds = torch.cat([rows, t5_rows], dim=1)
-        return {"prompt_embeds": prompt_embeds.cpu(), "pooled_prompt_embeds": pooled.cpu()}
+        return {name: value.cpu() for name, value in self.joined(self.said(captions)).items()}
+
+    def said(self, captions: Sequence[str]) -> Embeds:
+        """What each loaded encoder says, on the device."""
+        found = self._clips(captions)
+        if self.t5 is not None:
+            found["t5"] = self._t5(captions)
+        return found
+
+    def joined(self, said: Mapping[str, Tensor]) -> Embeds:
+        """CLIP's rows over T5's, or over zeros, as the pipeline has them for a model without T5."""
+        rows, pooled = self._side_by_side(said)
+        t5 = said.get("t5")
+        if t5 is None:
+            t5 = torch.zeros(len(rows), self.t5_tokens, self.width, device=rows.device)
+        prompt_embeds = torch.cat([rows, t5.to(rows.dtype)], dim=1)
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
     def clip(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """CLIP's rows [B, clip tokens, D] and pooled vectors [B, P], with gradients if they train.
 
         A caption longer than CLIP's 77 tokens is cut; T5 sees more of it.
         """
-        rows, pooled = [], []
-        for tokenizer, encoder in zip(self.clip_tokenizers, self.clips, strict=True):
+        return self._side_by_side(self._clips(captions))
+
+    def _clips(self, captions: Sequence[str]) -> Embeds:
+        """Rows [B, clip tokens, width] and pooled vectors of the CLIPs that are loaded."""
+        found: Embeds = {}
+        for name, tokenizer, encoder in zip(_CLIPS, self.clip_tokenizers, self.clips, strict=True):
+            if encoder is None:
+                continue
             tokens = tokenizer(
                 list(captions),
                 padding="max_length",
@@ -156,11 +181,15 @@ class TextEncoders:
             )
             encoder.train(torch.is_grad_enabled())  # dropout of adapters in training only
             output = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
-            rows.append(output.hidden_states[-2])
-            pooled.append(output[0])
-        side_by_side = torch.cat(rows, dim=-1)
+            found[name] = output.hidden_states[-2]
+            found[f"{name} pooled"] = output[0]
+        return found
+
+    def _side_by_side(self, said: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """CLIP-L's and CLIP-G's numbers as one: rows padded to D, and pooled vectors."""
+        side_by_side = torch.cat([said[name] for name in _CLIPS], dim=-1)
         padded = F.pad(side_by_side, (0, self.width - side_by_side.shape[-1]))
-        return padded, torch.cat(pooled, dim=-1)
+        return padded, torch.cat([said[f"{name} pooled"] for name in _CLIPS], dim=-1)
 
     @property
     def trainable(self) -> list[Any]:
@@ -176,8 +205,8 @@ class TextEncoders:
         self.t5 = None
 
     def _t5(self, captions: Sequence[str]) -> Tensor:
-        if self.t5 is None:  # a checkpoint without T5: the pipeline gives zeros too
-            return torch.zeros(len(captions), self.t5_tokens, self.width, device=self.device)
+        t5: Any = self.t5
+        assert t5 is not None, "it is loaded"
         tokens = self.tokenizer_3(
             list(captions),
             padding="max_length",
@@ -185,7 +214,7 @@ class TextEncoders:
             truncation=True,
             return_tensors="pt",
         )
-        rows = self.t5(tokens.input_ids.to(self.device))[0]
+        rows = t5(tokens.input_ids.to(self.device))[0]
         if self.zero_padding:
             rows = rows * tokens.attention_mask.to(rows).unsqueeze(-1)
         return rows

@@ -39,6 +39,21 @@ class ModelArgs(unet.ModelArgs):
     """what the UNet is told of a picture beside the size that is trained: file is its size in the
     file and the crop, as SDXL was trained; resized is its size when resized, and the crop; constant
     is nothing, as if it had been of the trained size"""
+    vae_fits_fp16: bool = False
+    """with one file as pretrained_vae_model_name_or_path: it does not overflow in --vae_dtype fp16,
+    as sdxl-vae-fp16-fix does not, which a file by itself does not say"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vae_fits_fp16 and self.pretrained_vae_model_name_or_path is None:
+            raise ValueError(
+                f"--vae_fits_fp16 is said of an autoencoder that is given as {autoencoder.FLAG}"
+            )
+
+    @property
+    def vae_is_said_to_fit(self) -> bool:
+        """Whether the user says so."""
+        return self.vae_fits_fp16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,5 +155,6 @@ class Config(unet.Config):
             raise UserError(
                 "--vae_dtype fp16: the autoencoder overflows in it (its config.json says "
                 f"force_upcast); take bf16, or give {autoencoder.FLAG} the folder or hub id of "
-                "one that does not, such as madebyollin/sdxl-vae-fp16-fix"
+                "one that does not, such as madebyollin/sdxl-vae-fp16-fix (of one file, which does "
+                "not say it, say --vae_fits_fp16)"
             )

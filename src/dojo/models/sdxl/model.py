@@ -22,10 +22,15 @@ class Model(Config, UNetModel):
     """One opened Stable Diffusion XL, whose network is told sizes and crops."""
 
     def load_text(
-        self, dtype: torch.dtype, device: torch.device, *, whole: bool = True
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        whole: bool = True,
+        only: str | None = None,
     ) -> text.TextEncoders:
-        """The two frozen CLIPs."""
-        return text.load_text(self, dtype, device)
+        """The two frozen CLIPs, or one of them."""
+        return text.load_text(self, dtype, device, only)
 
     def no_caption(self, embeds: Embeds, captions: Sequence[str]) -> Embeds:
         """As `--uncond` or the folder says: zeros, pooled included, or the embeddings of ""."""

@@ -7,9 +7,10 @@ layer is never read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from dojo.models.folders import Embeds
 from dojo.models.sdxl.config import Config
@@ -19,16 +20,24 @@ from dojo.models.unet import text
 class TextEncoders(text.TextEncoders):
     """Both CLIPs, as `StableDiffusionXLPipeline.encode_prompt` asks them."""
 
-    def encode(self, captions: Sequence[str]) -> Embeds:
+    def say(self, place: int, captions: Sequence[str]) -> Embeds:
+        """The rows of one CLIP; of CLIP-G the pooled vectors too."""
+        found = self.ask(place, captions, output_hidden_states=True)
+        if place == 0:
+            return {"clip_l": found.hidden_states[-1]}
+        return {"clip_g": found.hidden_states[-2], "pooled_prompt_embeds": found[0]}
+
+    def joined(self, said: Mapping[str, Tensor]) -> Embeds:
         """`prompt_embeds` [B, T, D] and `pooled_prompt_embeds` [B, P]."""
-        first = self.ask(0, captions, output_hidden_states=True)
-        second = self.ask(1, captions, output_hidden_states=True)
-        rows = torch.cat([first.hidden_states[-1], second.hidden_states[-2]], dim=-1)
-        return {"prompt_embeds": rows, "pooled_prompt_embeds": second[0]}
+        rows = torch.cat([said["clip_l"], said["clip_g"]], dim=-1)
+        return {"prompt_embeds": rows, "pooled_prompt_embeds": said["pooled_prompt_embeds"]}
 
 
-def load_text(config: Config, dtype: torch.dtype, device: torch.device) -> TextEncoders:
-    """The frozen encoders of a model, CLIP-L without its last layer."""
-    made = TextEncoders.load(config, dtype, device)
-    text.cut(made.encoders[0], 1)
+def load_text(
+    config: Config, dtype: torch.dtype, device: torch.device, only: str | None = None
+) -> TextEncoders:
+    """The frozen encoders of a model or one of them, CLIP-L without its last layer."""
+    made = TextEncoders.load(config, dtype, device, only)
+    if made.encoders[0] is not None:
+        text.cut(made.encoders[0], 1)
     return made

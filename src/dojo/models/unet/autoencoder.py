@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ _WANTED = [
 ]
 _UNWANTED = ["*.fp16*", "*non_ema*"]
 _KIND = "AutoencoderKL"
+_OVERFLOWS = "force_upcast"  # of a config.json: in float16
+_DIFFUSERS = "diffusion_pytorch_model"  # how diffusers' own files begin
 # What diffusers called an attention's layers once, as in the files of SD 1.5's own repository.
 _NOW = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _FORMER = re.compile("|".join(map(re.escape, _NOW)))
@@ -45,7 +47,8 @@ class Autoencoder:
     path: Path
     """the file, or the folder that holds config.json and weights"""
     config: dict[str, Any]
-    """the folder's own, or with a file the model's: files do not say any"""
+    """the folder's own; with a file that of a folder that it lies in as diffusers writes it, or
+    else the model's: files do not say any"""
     settings: Path
     """the folder whose config.json that is"""
 
@@ -60,6 +63,19 @@ class Autoencoder:
             return folders.fingerprint(self.path, [""])
         words = json.dumps(self.config, sort_keys=True, default=str)
         return folders.fingerprint_of({words: self.path})
+
+    def fitting_half(self) -> Autoencoder:
+        """The same, of which the user says that it does not overflow in float16.
+
+        Raises:
+            UserError: it is a folder, which says it itself.
+        """
+        if self.path.is_dir():
+            raise UserError(
+                f"--vae_fits_fp16 is for an autoencoder in one file: {self.path}/config.json says "
+                "itself whether it overflows (force_upcast)"
+            )
+        return replace(self, config={**self.config, _OVERFLOWS: False})
 
     def load(self, dtype: torch.dtype) -> AutoencoderKL:
         """Reads it.
@@ -88,6 +104,8 @@ class Autoencoder:
             diffusers_logging.set_verbosity(level)
         loaded.check_whole(vae, {"missing_keys": [], "unexpected_keys": []}, self.where)
         loaded.check_finite(vae.state_dict(), self.where)
+        if _OVERFLOWS in self.config:  # so that a result's config.json says it
+            vae.register_to_config(**{_OVERFLOWS: self.config[_OVERFLOWS]})
         return vae
 
 
@@ -141,7 +159,7 @@ def check(found: Autoencoder, own: Mapping[str, Any], channels: int) -> None:
 
 
 def _of_file(path: Path, settings: Path) -> Autoencoder:
-    """A file and the model's own configuration, which it has to fit."""
+    """A file, and the configuration beside it or the model's own, which it has to fit."""
     if path.suffix != ".safetensors":
         raise UserError(f"{FLAG}: {path} is no .safetensors file")
     try:
@@ -149,6 +167,11 @@ def _of_file(path: Path, settings: Path) -> Autoencoder:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{FLAG}: {path} is no whole safetensors file ({reason})") from error
+    beside = path.parent / "config.json"
+    if path.name.startswith(_DIFFUSERS) and beside.is_file():
+        config = loaded.read_json(beside, f"{FLAG}: {path.parent}")
+        if config.get("_class_name") == _KIND:
+            return Autoencoder(path, config, path.parent)
     config = loaded.read_json(settings / "config.json", f"{FLAG}: {settings}")
     return Autoencoder(path, config, settings)
 

@@ -54,6 +54,11 @@ class ModelArgs(family.ModelArgs):
             )
 
     @property
+    def vae_is_said_to_fit(self) -> bool:
+        """Whether the user says that the given autoencoder does not overflow in float16."""
+        return False
+
+    @property
     def is_single_file(self) -> bool:
         """Whether the model comes as one file."""
         return single_file.is_named_like_one(self.pretrained_model_name_or_path)
@@ -135,6 +140,11 @@ class Config(family.Model):
     def text_numbers(self) -> int:
         """Numbers in the embeddings of one caption."""
         return self.clip_tokens * int(self.unet["cross_attention_dim"])
+
+    @property
+    def text_lengths(self) -> dict[str, int]:
+        """77 tokens for every CLIP."""
+        return dict.fromkeys(self.clips, self.clip_tokens)
 
     @property
     def scaling_factor(self) -> float:
@@ -278,6 +288,8 @@ def read(kind: type[ConfigT], args: ModelArgs, text: family.TextArgs) -> ConfigT
     if checkpoint is not None:
         scheduler = schedule.able(single_file.marked(checkpoint, scheduler))
     vae = None if other is None else autoencoder.find(other, folder)
+    if vae is not None and args.vae_is_said_to_fit:
+        vae = vae.fitting_half()
     config = kind(
         args=args,
         text=text,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from dojo.maths.objective import Diffusion, Objective
-from dojo.models import folders
+from dojo.models import folders, loaded
 from dojo.models.family import Saving
 from dojo.models.folders import UNET
+from dojo.models.loaded import Prepare
 from dojo.models.truncation import Reader
 from dojo.models.unet import folder as folder_
 from dojo.models.unet import networks, noise, pipeline, schedule, text
@@ -45,9 +47,22 @@ class Model(Config, ABC):
 
     # -- networks -----------------------------------------------------------------------------
 
-    def load_network(self, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
+    def load_network(
+        self, dtype: torch.dtype, device: torch.device, *, prepare: Prepare | None = None
+    ) -> UNet2DConditionModel:
         """The frozen UNet."""
-        unet = self.load_part(UNet2DConditionModel, UNET, dtype)
+        whole = partial(self.load_part, UNet2DConditionModel, UNET, dtype)
+        if prepare is None:
+            unet = whole()
+        else:
+            folder = None if self.elsewhere(UNET) else self.folder
+            unet = loaded.prepared(
+                *(UNet2DConditionModel, folder, UNET, whole, prepare),
+                dtype=dtype,
+                device=device,
+                variant=self.args.variant,
+                flag=self.flag,
+            )
         unet.requires_grad_(False)
         if self.args.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -58,7 +73,7 @@ class Model(Config, ABC):
         vae = self.load_part(AutoencoderKL, "vae", folders.DTYPES[self.args.vae_dtype])
         if checkpointing:
             vae.enable_gradient_checkpointing()
-        return vae.requires_grad_(False).eval().to(device)
+        return folders.frugal(vae, self.args).requires_grad_(False).eval().to(device)
 
     def predict(
         self,

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from dojo.models import loaded
+from dojo.models import folders, loaded
 from dojo.models.unet.config import Config
 
 
 def load_pipeline(config: Config, dtype: torch.dtype, device: torch.device) -> Any:
     """The model as it was, every part in `dtype`, with its own scheduler, no safety checker."""
     parts = {part: config.load_part(kind, part, dtype) for part, kind in config.networks.items()}
+    folders.frugal(parts["vae"], config.args)
     pipeline = loaded.pipeline(
         config.folder,
         flag=config.flag,

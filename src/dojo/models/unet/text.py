@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from dojo.models import loaded
+from dojo.models import int8, loaded
 from dojo.models.folders import Embeds
 from dojo.models.truncation import Reader
 from dojo.models.unet.config import Config
@@ -46,17 +46,24 @@ class TextEncoders:
         """Takes tokenizers and the CLIPs that compute on `device`.
 
         Args:
+            encoders: None where one was not loaded.
             tokens: T, that every caption is padded to.
         """
         self.tokenizers, self.encoders = list(tokenizers), list(encoders)
         self.tokens, self.device = tokens, device
 
     @classmethod
-    def load(cls, config: Config, dtype: torch.dtype, device: torch.device) -> Any:
-        """The frozen encoders of a model."""
+    def load(
+        cls, config: Config, dtype: torch.dtype, device: torch.device, only: str | None = None
+    ) -> Any:
+        """The frozen encoders of a model, or one of them."""
         tokenizers, encoders = [], []
         for part, kind in config.clips.items():
-            encoder = config.load_part(kind, part, dtype)
+            if only not in (None, part):
+                tokenizers.append(None)
+                encoders.append(None)
+                continue
+            encoder = int8.as_asked(config.load_part(kind, part, dtype), config.args)
             name = _tokenizer(part)
             tokenizers.append(
                 loaded.tokenizer(
@@ -84,8 +91,24 @@ class TextEncoders:
         return {name: value.cpu() for name, value in self.encode(captions).items()}
 
     def encode(self, captions: Sequence[str]) -> Embeds:
-        """The embeddings, on the device; a family says what it reads of its CLIPs."""
+        """The embeddings, on the device."""
+        return self.joined(self.said(captions))
+
+    def said(self, captions: Sequence[str]) -> Embeds:
+        """What each loaded CLIP says, on the device."""
+        found: Embeds = {}
+        for place, encoder in enumerate(self.encoders):
+            if encoder is not None:
+                found |= self.say(place, captions)
+        return found
+
+    def say(self, place: int, captions: Sequence[str]) -> Embeds:
+        """What a family reads of one of its CLIPs."""
         raise NotImplementedError
+
+    def joined(self, said: Mapping[str, Tensor]) -> Embeds:
+        """What the CLIPs said as the UNet reads it."""
+        return dict(said)
 
     def ask(self, place: int, captions: Sequence[str], **options: Any) -> Any:
         """What one of the encoders says of captions."""

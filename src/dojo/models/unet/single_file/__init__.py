@@ -10,7 +10,7 @@ from dojo.models.unet.ldm import PREFIXES as PARTS
 from dojo.models.unet.single_file.constants import CONFIG_FLAG, marked
 from dojo.models.unet.single_file.folder import configurations
 from dojo.models.unet.single_file.header import FAMILIES, SingleFile, identify, inspect
-from dojo.models.unet.single_file.loading import check, lacking, load
+from dojo.models.unet.single_file.loading import check, lacking, load, origins
 from dojo.models.unet.single_file.reading import PICKLES, read
 from dojo.models.unet.single_file.saving import save
 
@@ -18,6 +18,7 @@ __all__ = [
     "CONFIG_FLAG",
     "FAMILIES",
     "PARTS",
+    "PICKLES",
     "SingleFile",
     "check",
     "configurations",
@@ -27,6 +28,7 @@ __all__ = [
     "lacking",
     "load",
     "marked",
+    "origins",
     "read",
     "save",
 ]

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from dojo.cli import UserError
+from dojo.models import published
 from dojo.models.folders import FLAG
 from dojo.models.unet.single_file.header import SingleFile
 from dojo.models.unet.single_file.vocabulary import TOKENS
@@ -21,14 +23,10 @@ CONFIG_FLAG = "--single_file_config"
 # Height and width, in latents, that a family was trained at.
 _SIDES = {"sd1": 64, "sd2": 64, "sdxl": 128}
 _SIDE_OF_V = 96  # SD2 that predicts v
-# The text encoders of the public models: hidden, layers, projection, activation.
-_CLIP_L = (768, 12, 768, "quick_gelu")
-_CLIP_H = (1024, 23, 512, "gelu")  # its 24th layer is not read
-_CLIP_G = (1280, 32, 1280, "gelu")
 TEXTS = {
-    "sd1": {"text_encoder": _CLIP_L},
-    "sd2": {"text_encoder": _CLIP_H},
-    "sdxl": {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G},
+    "sd1": {"text_encoder": published.CLIP_L},
+    "sd2": {"text_encoder": published.CLIP_H},
+    "sdxl": {"text_encoder": published.CLIP_L, "text_encoder_2": published.CLIP_G},
 }
 _HEAD = 64
 _OPEN_CLIP_H_LAYERS = 24
@@ -84,8 +82,7 @@ def vae(file: SingleFile) -> dict[str, Any]:
     made: dict[str, Any] = {
         "sample_size": 8 * sides,
         "scaling_factor": 0.13025 if file.family == "sdxl" else 0.18215,
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
+        **published.VAE_SIZES,
         "latent_channels": 4,
     }
     if "vae" in file:
@@ -109,10 +106,11 @@ def text_encoder(file: SingleFile, part: str) -> dict[str, Any]:
     Raises:
         UserError: its vocabulary or its width is not that of a public CLIP.
     """
-    hidden, layers, projection, activation = TEXTS[file.family][part]
-    rows, places, inner = TOKENS, 77, 4 * hidden
+    clip = TEXTS[file.family][part]
+    hidden, layers, projection = clip.hidden, clip.layers, clip.projection
+    rows, places, inner = TOKENS, published.CLIP_TOKENS, 4 * hidden
     if part in file:
-        open_clip = activation == "gelu"
+        open_clip = clip.activation == "gelu"
         try:
             rows, hidden = _shape(file, part, *_TABLE)
             places = _shape(file, part, *_POSITIONS)[0]
@@ -132,32 +130,13 @@ def text_encoder(file: SingleFile, part: str) -> dict[str, Any]:
             f"{TOKENS}: name a folder with its tokenizers and configurations as {CONFIG_FLAG} "
             "(the pocket models' are folders below models/)"
         )
-    return {
-        "vocab_size": rows,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": max(1, hidden // _HEAD),
-        "max_position_embeddings": places,
-        "hidden_act": activation,
-        "projection_dim": projection,
-        "bos_token_id": 0,
-        "eos_token_id": 2,  # not the real one: transformers takes the first of the largest then
-        "pad_token_id": 1,
-    }
+    sizes = replace(clip, hidden=hidden, layers=layers, projection=projection)
+    return sizes.config(vocab_size=rows, intermediate_size=inner, max_position_embeddings=places)
 
 
 def scheduler(file: SingleFile) -> tuple[str, dict[str, Any]]:
     """The scheduler's class and its configuration."""
-    made: dict[str, Any] = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-        "prediction_type": file.prediction_type,
-    }
+    made: dict[str, Any] = {**published.BETAS, "prediction_type": file.prediction_type}
     kind = "EulerDiscreteScheduler"
     if file.family != "sdxl":
         plain = file.prediction_type == "epsilon" and not file.zero_snr
@@ -236,7 +215,7 @@ def _cross(file: SingleFile) -> int:
 
 def _pooled(file: SingleFile) -> int:
     """Numbers of the pooled text that the UNet of SDXL reads."""
-    return (file.shape("text_encoder_2", "text_projection") or (0, _CLIP_G[2]))[1]
+    return (file.shape("text_encoder_2", "text_projection") or (0, published.CLIP_G.projection))[1]
 
 
 def _other_build(file: SingleFile, what: str, name: str) -> str:

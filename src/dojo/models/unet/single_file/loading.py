@@ -47,6 +47,17 @@ def check(file: SingleFile, folder: Path) -> None:
             _matched(file, part, _meta(part, folder))
 
 
+def origins(file: SingleFile, part: str, folder: Path) -> dict[str, ldm.Origin]:
+    """The file's own names of a part's tensors, and what of diffusers' they are made of.
+
+    Args:
+        folder: with its configuration.
+    Raises:
+        UserError: names or sizes differ from the configuration.
+    """
+    return _matched(file, part, _meta(part, folder))
+
+
 def load(file: SingleFile, part: str, folder: Path, dtype: torch.dtype) -> Any:
     """A part in its own class, with its configuration from a folder.
 

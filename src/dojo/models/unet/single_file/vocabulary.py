@@ -7,12 +7,11 @@ were joined, and two marks (openai/CLIP, simple_tokenizer.py); OpenCLIP's encode
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-
-import open_clip
 
 TOKENS = 49_408
 LENGTH = 77  # places that a caption has
@@ -51,7 +50,10 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
 @cache
 def _vocabulary() -> tuple[dict[str, int], list[str]]:
     """Token to id, and the pairs that are joined, first ones first."""
-    path = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    found = importlib.util.find_spec("open_clip")  # to import it takes a second
+    assert found is not None
+    assert found.origin is not None
+    path = Path(found.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
     with gzip.open(path, "rt", encoding="utf-8") as file:
         pairs = file.read().split("\n")[1 : _PAIRS + 1]  # behind a line that names the version
     letters = _letters()
