@@ -153,7 +153,12 @@ def test_loras_of_one_scale_are_stacked_without_rounding(
         ({"scales": (1.0, 2.0, 3.0)}, "--scales needs one number, or 2"),
         ({"output": Path("x.bin")}, "--output must end in .safetensors"),
         ({"input": ("a",)}, "one LoRA alone"),
-        ({"base": "b"}, "--output is a folder with --base"),
+        ({"base": "b"}, "--output is a folder with a folder as --base"),
+        ({"base": "b.ckpt", "output": Path("x")}, "--output must end in .safetensors, as --base"),
+        (
+            {"base": "b", "output": Path("x"), "single_file_config": "c"},
+            "--single_file_config goes with a single file",
+        ),
         (
             {"base": "b", "output": Path("x"), "lora_format": "kohya"},
             "--lora_format is of a LoRA",
@@ -178,7 +183,9 @@ def test_merge_refuses_in_a_sentence(
         return str(error.value)
 
     assert "--output: " in refused(output=base)
-    assert "is a file; LoRAs are merged into folders" in refused(base=path)
+    file = tmp_path / "out.safetensors"
+    assert "is a LoRA; name its base model here" in refused(base=path, output=file)
+    assert not file.exists()
     (base / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (base / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     assert "has no .safetensors" in refused()

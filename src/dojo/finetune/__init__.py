@@ -2,7 +2,9 @@
 
 from dojo.finetune.adapters import Adapters
 from dojo.finetune.contract import Trained
-from dojo.finetune.cost import begin, cost_of
+from dojo.finetune.cost import begin, cost_of, shape_of
+from dojo.finetune.fit import planned
+from dojo.finetune.lagged import Lagged
 from dojo.finetune.lora import LoraArgs
 from dojo.finetune.options import FinetuneAllArgs, FinetuneArgs, TextEncoderArgs, choose
 from dojo.finetune.whole import AllWeights, FileArgs, FullArgs, WholeArgs
@@ -14,6 +16,7 @@ __all__ = [
     "FinetuneAllArgs",
     "FinetuneArgs",
     "FullArgs",
+    "Lagged",
     "LoraArgs",
     "TextEncoderArgs",
     "Trained",
@@ -21,4 +24,6 @@ __all__ = [
     "begin",
     "choose",
     "cost_of",
+    "planned",
+    "shape_of",
 ]

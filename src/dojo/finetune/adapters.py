@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from dojo import rng
+from dojo.cli import UserError
 from dojo.finetune import lora
 from dojo.finetune.contract import Trained
+from dojo.finetune.offload import Storage, keep_activations_on_cpu
 from dojo.maths.objective import Objective
-from dojo.models.family import Model
+from dojo.models.family import Model, ModelArgs
 from dojo.models.opening import facts_of
 from dojo.run import averaging
 from dojo.run.averaging import EmaArgs
@@ -25,25 +27,50 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2")
 
 
 class Adapters(Trained):
-    """Adapters in float32; the frozen weights are in the run's precision.
+    """Adapters in float32; the frozen weights are in the run's precision, or packed.
 
     A checkpoint holds one file, and one in `ema/` for the average. The reference is the network
-    with its adapters switched off.
+    with its adapters switched off: of a packed network the packed one.
     """
 
     result_name = lora.WEIGHTS
     card_weights = lora.WEIGHTS
     reference_is_free = True
+    result_has_frozen = False
     has_reference = True
 
     def __init__(self, run: Run, args: lora.LoraArgs) -> None:
         super().__init__(run)
         self.args = args
+        self.storage = Storage(args.base_precision, args.blocks_on_cpu)
 
     @property
     def dtype(self) -> torch.dtype:
         """float32, whatever the network is in."""
         return torch.float32
+
+    def check(self, args: OptimArgs) -> None:
+        """See `Trained`."""
+        if args.fused_backward:
+            raise UserError(
+                "--fused_backward is for training all weights (--finetune full, train_full_*.py): "
+                "the gradients of adapters take next to nothing"
+            )
+        self.args.check_package()
+        super().check(args)
+
+    def check_model(self, args: ModelArgs) -> None:
+        """See `Trained`."""
+        if self.storage and getattr(args, "torch_compile", False):
+            flag = "--blocks_on_cpu" if self.args.blocks_on_cpu else "--base_precision"
+            raise UserError(
+                f"--torch_compile does not go with {flag}, whose weights are fetched between the "
+                "products: leave it out"
+            )
+
+    def stored_bytes(self, network: nn.Module) -> int:
+        """See `Trained`; of weights in CPU memory those on their way count."""
+        return self.storage.bytes_of(network)
 
     def adapt(self, network: nn.Module) -> list[nn.Parameter]:
         """Adds adapters; A is drawn from torch's global generator.
@@ -81,16 +108,21 @@ class Adapters(Trained):
     ) -> None:
         """Reads the network and adds adapters to it and to the CLIPs; see `Trained`."""
         self.model, self.objective = model, objective
-        self.network = model.load_network(self.run.dtype, self.run.device)
-        self.modules = [self.network, *text_encoders]
-        rng.seed_global(self.run.seed, "adapter")
-        self.groups = [{"params": self.adapt(self.network)}]
-        rates = [*text_rates, *(None for _ in text_encoders)]
-        for text_encoder, part, rate in zip(text_encoders, TEXT_PARTS, rates, strict=False):
-            group = {"params": self.adapt_text(text_encoder, part)}
-            self.groups.append(group if rate is None else {**group, "lr": rate})
-        lora.start_from(self.args, *self.modules)
-        self.params = [param for group in self.groups for param in group["params"]]
+        store = self.storage.prepare if self.storage else None
+        replicas = self.run.replicas
+        with replicas.turn():
+            self.network = model.load_network(self.run.dtype, replicas.home, prepare=store)
+            if model.args.activations_on_cpu:
+                keep_activations_on_cpu(self.network)
+            self.modules = [self.network, *text_encoders]
+            rng.seed_global(self.run.seed, "adapter")
+            self.groups = [{"params": self.adapt(self.network)}]
+            rates = [*text_rates, *(None for _ in text_encoders)]
+            for text_encoder, part, rate in zip(text_encoders, TEXT_PARTS, rates, strict=False):
+                group = {"params": self.adapt_text(text_encoder, part)}
+                self.groups.append(group if rate is None else {**group, "lr": rate})
+            lora.start_from(self.args, *self.modules)
+            self.spread()
         self.network.eval()
 
     @contextmanager

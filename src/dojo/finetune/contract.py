@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from dojo.maths.objective import Objective
-from dojo.models.family import Model
-from dojo.run import optim
+from dojo.models.family import Model, ModelArgs
+from dojo.run import fused, optim
 from dojo.run.averaging import EmaArgs
 from dojo.run.optim import OptimArgs
 from dojo.run.run import Run
@@ -33,6 +33,8 @@ class Trained(ABC):
     """The result, as the model card calls it."""
     reference_is_free: bool
     """Whether the model as it was can be asked without a copy of it."""
+    result_has_frozen: bool
+    """Whether weights that are not trained belong to the result."""
 
     has_reference: bool
     """Whether there is a `reference`."""
@@ -61,9 +63,12 @@ class Trained(ABC):
         """Refuses what could not be trained.
 
         Raises:
-            UserError: the weights' precision does not fit the run's or the optimizer's.
+            UserError: the weights' precision does not fit the run's or the optimizer's, or the
+                steps cannot be taken in the backward pass.
         """
         optim.check(args, self.dtype)
+        if args.fused_backward:
+            fused.check_run(self.run)
 
     @abstractmethod
     def adapt(self, network: nn.Module) -> list[nn.Parameter]:
@@ -79,6 +84,22 @@ class Trained(ABC):
     ) -> int:
         """What training one weight takes: itself, gradient, optimizer, average, autocast's copy,
         and the reference's."""
+
+    @abstractmethod
+    def check_model(self, args: ModelArgs) -> None:
+        """Refuses options of the model that do not go with those of the training.
+
+        Raises:
+            UserError: naming both.
+        """
+
+    def stored_bytes(self, network: nn.Module) -> int:
+        """Bytes on the device of the network's frozen weights, as training stores them.
+
+        Args:
+            network: as `stored` gives it, also on the meta device.
+        """
+        return sum(param.nbytes for param in network.parameters() if not param.requires_grad)
 
     # ---- the network ----
 
@@ -103,6 +124,29 @@ class Trained(ABC):
         Raises:
             UserError: the options name layers or weights that are not there.
         """
+
+    def spread(self) -> None:
+        """Leaves this process its part of what was just read, where a run is sharded."""
+        self.params = []  # nothing but the modules may hold the whole weights
+        self.params = self.run.replicas.spread(self.modules, self.groups)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The whole weights in `modules` of the process that writes, for a while: a collective."""
+        if not self.run.replicas.sharded:
+            yield
+            return
+        kept = self.network, self.modules
+        state = self.run.replicas.whole(self.network, frozen=self.result_has_frozen)
+        if self.run.main:
+            self.network = self.model.meta_network()
+            self.adapt(self.network)
+            self.network.load_state_dict(state, strict=False, assign=True)
+            self.modules = [self.network]
+        try:
+            yield
+        finally:
+            self.network, self.modules = kept
 
     @abstractmethod
     def reference(self) -> AbstractContextManager[nn.Module]:

@@ -5,12 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from dojo.finetune import fit
 from dojo.finetune.contract import Trained
 from dojo.models.family import Model
 from dojo.run.cost import Cost
 from dojo.run.dry_run import print_plan
 from dojo.run.phases import Needs
+from dojo.run.processes import ABOUT_SIZE
 from dojo.run.run import Run
+
+
+def shape_of(run: Run, model: Model, size: tuple[int, int]) -> tuple[int, int, int]:
+    """[C, h, w] of the largest pictures; what the user should hear about their size is said.
+
+    Args:
+        size: height and width in pixels.
+    Raises:
+        UserError: the model takes no such size.
+    """
+    shape = model.latent_shape(*size)
+    if (said := model.remark(*size)) is not None:
+        run.say_once(ABOUT_SIZE, said)
+    return shape
 
 
 def cost_of(
@@ -27,10 +45,12 @@ def cost_of(
     Args:
         shape: [C, h, w] of a latent.
     """
-    network, cost = model.training_cost(
-        run.dtype, trained.adapt, rows, shape, checkpointing=checkpointing
-    )
-    return trained.stored(network), cost
+
+    def adapt(network: nn.Module) -> None:
+        trained.adapt(network)
+        trained.stored(network)
+
+    return model.training_cost(run.dtype, adapt, rows, shape, checkpointing=checkpointing)
 
 
 def begin(
@@ -41,6 +61,7 @@ def begin(
     needs: Callable[[], Needs],
     *,
     with_reference: bool = False,
+    lagged: bool = False,
 ) -> bool:
     """Prints the plan of a dry run, or opens the output folder (`Run.begin`).
 
@@ -49,16 +70,23 @@ def begin(
         cost: that of a training batch, by whether activations are recomputed (`checkpointing`).
         needs: what is held beside the network.
         with_reference: whether the model as it was is asked for.
+        lagged: whether a second set of the trained weights is kept.
     Returns:
         Whether there is something to train.
     Raises:
         UserError: the folder holds another run.
+        Planned: a plan for `--fit` ends here.
     """
+    trained.check_model(args.model)
     batch_size = args.optim.train_batch_size
     if args.run.dry_run:
-        planned = cost(checkpointing=args.model.gradient_checkpointing)
         state = trained.bytes_per_weight(args.optim, args.ema, with_reference=with_reference)
-        print_plan(run, args, *planned, batch_size, needs=needs(), bytes_per_weight=state)
+        state += trained.dtype.itemsize * lagged
+        if fit.asked():
+            raise fit.Planned(fit.Tried(args, trained, cost, needs(), state))
+        network, counted = cost(checkpointing=args.model.gradient_checkpointing)
+        held = fit.held(trained, network, counted, state, args.optim)
+        print_plan(run, args, held, counted, batch_size, needs=needs())
         return False
     if not run.begin(args, trained.result_name):
         return False

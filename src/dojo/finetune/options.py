@@ -38,10 +38,28 @@ def choose(args: FinetuneArgs, run: Run, *, lora: LoraArgs, full: WholeArgs) -> 
         UserError: `--lora_dropout`, under which two passes differ.
     """
     if args.finetune == "full":
+        _refuse_storage(lora)
         return AllWeights(run, full)
     if lora.lora_dropout:
         raise UserError("--lora_dropout: the network and its reference would not be comparable")
     return Adapters(run, lora)
+
+
+def _refuse_storage(args: LoraArgs) -> None:
+    """
+    Raises:
+        UserError: weights that are trained should be stored as only frozen ones can.
+    """
+    if args.base_precision != "bf16":
+        raise UserError(
+            f"--base_precision {args.base_precision} stores frozen weights: use --finetune lora, "
+            "or for every weight --train_dtype bf16"
+        )
+    if args.blocks_on_cpu:
+        raise UserError(
+            f"--blocks_on_cpu {args.blocks_on_cpu} fetches frozen weights: use --finetune lora, or "
+            "for every weight --train_dtype bf16 with --activations_on_cpu"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +96,16 @@ class TextEncoderArgs:
     def check_model(self, model: Model) -> None:
         """
         Raises:
-            UserError: a rate of an encoder that the model does not have.
+            UserError: a rate of an encoder that the model does not have, or encoders that train
+                where and as frozen ones may compute.
         """
+        frozen = ("text_encoder_device", "text_encoder_precision")
+        for name in frozen if self.train_text_encoder else ():
+            value = getattr(model.args, name)
+            if value != "auto":
+                raise UserError(
+                    f"--{name} {value} is for frozen text encoders: leave it out, or "
+                    "--train_text_encoder"
+                )
         if self.text_encoder_2_lr is not None and "text_encoder_2" not in model.text_encoders:
             raise UserError(f"--text_encoder_2_lr: {model.name} has one text encoder")

@@ -19,9 +19,10 @@ from torch import nn
 
 from dojo.cli import UserError, option
 from dojo.finetune.contract import Trained
+from dojo.finetune.offload import keep_activations_on_cpu
 from dojo.maths.objective import Objective
 from dojo.models import loaded
-from dojo.models.family import Model, Saving
+from dojo.models.family import Model, ModelArgs, Saving
 from dojo.models.folders import SAVED
 from dojo.models.opening import facts_of
 from dojo.run.averaging import EmaArgs
@@ -169,6 +170,7 @@ class AllWeights(Trained):
     result_name = RESULT
     card_weights = ""
     reference_is_free = False
+    result_has_frozen = True
 
     def __init__(self, run: Run, args: WholeArgs) -> None:
         super().__init__(run)
@@ -185,6 +187,9 @@ class AllWeights(Trained):
         """See `Trained`."""
         self.args.check(self.run.dtype)
         super().check(args)
+
+    def check_model(self, args: ModelArgs) -> None:
+        """See `Trained`; every option goes."""
 
     def adapt(self, network: nn.Module) -> list[nn.Parameter]:
         """Makes the weights trainable."""
@@ -214,13 +219,18 @@ class AllWeights(Trained):
         """Reads the network, and a second time for the reference; see `Trained`."""
         assert not text_encoders, "text encoders are trained by adapters only"
         self.model, self.objective = model, objective
-        self.network = model.load_network(self.dtype, self.run.device)
-        self.modules = [self.network]
-        self.params = self.adapt(self.network)
-        self.groups = [{"params": self.params}]
-        self.has_reference = with_reference
-        if with_reference:
-            self._copy = model.load_network(self.dtype, self.run.device).eval()
+        replicas = self.run.replicas
+        with replicas.turn():
+            self.network = model.load_network(self.dtype, replicas.home)
+            if model.args.activations_on_cpu:
+                keep_activations_on_cpu(self.network)
+            self.modules = [self.network]
+            self.groups = [{"params": self.adapt(self.network)}]
+            self.spread()
+            self.has_reference = with_reference
+            if with_reference:
+                self._copy = copy = model.load_network(self.dtype, replicas.home).eval()
+                replicas.spread([copy], [])
         self.network.eval()
 
     @contextmanager
@@ -228,7 +238,7 @@ class AllWeights(Trained):
         """The copy."""
         assert self._copy is not None, "load with_reference"
         # accelerate has wrapped the trained network's forward pass only.
-        with self.run.accelerator.autocast():
+        with self.run.replicas.autocast():
             yield self._copy
 
     def save(self, folder: Path) -> None:

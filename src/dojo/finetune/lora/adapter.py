@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from peft import LoraConfig
 from torch import nn
 
-from dojo.cli import UserError, option
+from dojo.cli import UserError, option, ranges
 from dojo.finetune.lora.formats import Format
 from dojo.finetune.lora.injected import inject
+from dojo.finetune.quantised import Precision
 from dojo.models.facts import NetworkFacts
 from dojo.models.opening import facts_of
 
@@ -49,9 +51,18 @@ class LoraArgs:
     """write the result in this format too, beside diffusers' file, which resuming needs; for SD1
     ComfyUI reads kohya's"""
 
+    base_precision: Precision = "bf16"
+    """how the frozen weights of the network's blocks are stored: bf16 (as --mixed_precision says,
+    nothing quantised), int8 or fp8 (a byte each), nf4 (4.5 bits; needs bitsandbytes); the model as
+    it was, wherever it is asked for, is the quantised one"""
+    blocks_on_cpu: int = option(0, incidental=True)
+    """so many of the network's blocks, evenly spread, keep their frozen weights in CPU memory, from
+    where they come for each product; 0: none"""
+
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError("--rank must be at least 1")
+        ranges.check(self, "blocks_on_cpu", least=0)
         if self.lora_alpha is not None and self.lora_alpha <= 0:
             raise ValueError("--lora_alpha must be positive")
         if self.conv_rank < 0:
@@ -68,6 +79,17 @@ class LoraArgs:
             raise ValueError(f"--lora_format {self.lora_format} has no form for --use_dora")
         if self.use_dora and self.init_lora_weights_path:
             raise ValueError("--init_lora_weights_path cannot be combined with --use_dora")
+
+    def check_package(self) -> None:
+        """
+        Raises:
+            UserError: the package that unpacks 4-bit weights is missing.
+        """
+        if self.base_precision == "nf4" and find_spec("bitsandbytes") is None:
+            raise UserError(
+                "--base_precision nf4 needs the package bitsandbytes: pip install bitsandbytes "
+                "(int8 needs none)"
+            )
 
 
 def target_layers(model: nn.Module, choice: Sequence[str]) -> list[str]:

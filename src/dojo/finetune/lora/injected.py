@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+
+from dojo.cli import UserError
+from dojo.finetune.quantised import FrozenLinear
 
 ADAPTER = "default"
 
@@ -31,8 +34,22 @@ def inject(network: nn.Module, config: LoraConfig, adapter: str = ADAPTER) -> No
     inject_adapter_in_model(config, network, adapter)
     for layer in _layers(network):
         layer.set_adapter([adapter])
+        if isinstance(layer.get_base_layer(), FrozenLinear):
+            layer.merge = _refuse_merging  # peft would write into a copy: the update would be lost
     if hasattr(network, _HAS_ADAPTERS):
         setattr(network, _HAS_ADAPTERS, True)
+
+
+def _refuse_merging(*_: object, **__: object) -> NoReturn:
+    """
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        "adapters cannot be merged into a network that is quantised, or partly in CPU memory "
+        "(--base_precision, --blocks_on_cpu): python -m dojo.lora merge writes them into the "
+        "weights of the model's folder"
+    )
 
 
 def config_of(network: nn.Module) -> Mapping[str, LoraConfig]:

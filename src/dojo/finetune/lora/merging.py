@@ -1,11 +1,14 @@
 """Puts LoRAs into a model's weights, or several LoRAs into one.
 
     python -m dojo.lora merge --input outputs/hearts --base MODEL --output hearts-model
+    python -m dojo.lora merge --input hearts.safetensors --base model.safetensors \
+        --output hearts-model.safetensors
     python -m dojo.lora merge --input a.safetensors b.safetensors --scales 1 0.5 \
         --output both.safetensors
 
-With --base the result is a folder like the base's, with every weight. Without it the factors are
-laid side by side: the result does exactly what the inputs do together, and its rank is their sum.
+With --base the result is a folder like the base's, with every weight, or one file where the base
+is one. Without it the factors are laid side by side: the result does exactly what the inputs do
+together, and its rank is their sum.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +35,9 @@ from dojo.finetune.lora.layers import Factors, Lora, is_dora
 from dojo.finetune.lora.lycoris import Update
 from dojo.finetune.lora.placing import TEXT_MODEL, check_lost
 from dojo.models.folders import UNET, find_folder
+from dojo.models.unet import single_file
+from dojo.models.unet.ldm import Origin
+from dojo.models.unet.single_file import CONFIG_FLAG, SingleFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +47,13 @@ class Args:
     input: tuple[str, ...]
     """LoRA, LoHa or LoKr files, folders or hub ids of any public trainer"""
     output: Path
-    """with --base a new folder, else the .safetensors file to write"""
+    """with a folder as --base a new folder, else the .safetensors file to write"""
     base: str | None = None
-    """folder or hub id of the model whose weights they go into; unset: one LoRA is made of all"""
+    """folder, hub id or single file (.safetensors, .ckpt) of the model whose weights they go into;
+    unset: one LoRA is made of all"""
+    single_file_config: str | None = None
+    """with a single file as --base: folder or hub id of the same model in parts, which says how it
+    is built; unset is told by the file"""
     scales: tuple[float, ...] = (1.0,)
     """strength of each input, or one for all"""
     lora_format: formats.Format = "diffusers"
@@ -60,10 +70,19 @@ class Args:
             raise ValueError("--output must end in .safetensors (or give --base)")
         if self.base is None and len(self.input) == 1:
             raise ValueError("--input: one LoRA alone is merged into a --base")
-        if self.base is not None and self.output.suffix == ".safetensors":
-            raise ValueError("--output is a folder with --base")
+        if self.into_file and self.output.suffix != ".safetensors":
+            raise ValueError("--output must end in .safetensors, as --base is one file")
+        if self.base and not self.into_file and self.output.suffix == ".safetensors":
+            raise ValueError("--output is a folder with a folder as --base")
+        if self.single_file_config and not self.into_file:
+            raise ValueError("--single_file_config goes with a single file as --base")
         if self.base is not None and self.lora_format != "diffusers":
             raise ValueError("--lora_format is of a LoRA; with --base a model is written")
+
+    @property
+    def into_file(self) -> bool:
+        """Whether the base is one file."""
+        return self.base is not None and single_file.is_named_like_one(self.base)
 
     def strengths(self) -> list[float]:
         """One for each input."""
@@ -76,6 +95,8 @@ def main(args: Args) -> None:
         raise UserError(f"--output: {args.output} is there already (--overwrite replaces it)")
     if args.base is None:
         _into_one(args)
+    elif args.into_file:
+        _into_file(args, Path(args.base))
     else:
         _into_base(args, args.base)
 
@@ -127,24 +148,43 @@ def _say_lost(name: str, lost: list[str]) -> None:
 _PLAIN = re.compile(r"[a-z_]+(?:-\d+-of-\d+)?\.safetensors")
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".ckpt", ".h5", ".onnx", ".pt")
 Change = tuple[Factors | Update, float]
-_Weights = dict[str, dict[str, Path]]  # by part, then by the tensor's name: the file it is in
+Changes = dict[Any, dict[str, list[Change]]]
+"""by where a tensor lies (a folder's file, or a name in a single file), then by its name"""
 
 
 def _into_base(args: Args, base: str) -> None:
-    if Path(base).is_file():
-        raise UserError(f"--base: {base} is a file; LoRAs are merged into folders")
     folder = find_folder(base, "--base", revision=None, variant=None)
-    blocks = _blocks_of(folder)
-    changes: dict[Path, dict[str, list[Change]]] = {}
-    weights: _Weights = {}
-    merged_layers = 0
+    weights: dict[str, dict[str, Path]] = {}
+
+    def weights_of(part: str) -> Mapping[str, Path]:
+        return weights.setdefault(part, _weights_of(folder, part))
+
+    changes, count = _collect(args, _blocks_of(folder), weights_of)
+    used = {path for there in weights.values() for path in there.values()}
+    _write_folder(args, folder, changes, used)
+    print(f"{args.output}: {folder} with {count} updates of {len(args.input)} files")
+
+
+def _collect(
+    args: Args, blocks: Any, weights_of: Callable[[str], Mapping[str, Any]]
+) -> tuple[Changes, int]:
+    """What changes in a base, and how many updates that are.
+
+    Args:
+        blocks: how its UNet is built.
+        weights_of: the tensors of a part by diffusers' names, and where each lies.
+    Raises:
+        UserError: a LoRA is for another model.
+    """
+    changes: Changes = {}
+    count = 0
     for name, strength in zip(args.input, args.strengths(), strict=True):
         where = f"--input: {name}"
         file = reading.read_any(find(name, "--input"), where, blocks=blocks)
         found: dict[str, dict[str, Any]] = {}
         lost = list(file.lost)
         for part, layers in together({}, file.lora, file.kin).items():
-            there = weights.setdefault(part, _weights_of(folder, part))
+            there = weights_of(part)
             for layer, update in layers.items():
                 tensor = _tensor_of(there, layer)
                 if tensor is None:
@@ -153,12 +193,10 @@ def _into_base(args: Args, base: str) -> None:
                 found.setdefault(part, {})[layer] = update
                 change = changes.setdefault(there[tensor], {}).setdefault(tensor, [])
                 change.append((update, strength))
-                merged_layers += 1
+                count += 1
         check_lost(found, lost, where)
         _say_lost(name, lost)
-    used = {path for there in weights.values() for path in there.values()}
-    _write_folder(args, folder, changes, used)
-    print(f"{args.output}: {folder} with {merged_layers} updates of {len(args.input)} files")
+    return changes, count
 
 
 def _blocks_of(folder: Path) -> Any:
@@ -188,7 +226,7 @@ def _weights_of(folder: Path, part: str) -> dict[str, Path]:
     return found
 
 
-def _tensor_of(weights: Mapping[str, Path], layer: str) -> str | None:
+def _tensor_of(weights: Mapping[str, Any], layer: str) -> str | None:
     names = (f"{layer}.weight", f"{layer.removeprefix(TEXT_MODEL)}.weight")
     return next((name for name in names if name in weights), None)
 
@@ -253,12 +291,88 @@ def _changed(opened: Any, name: str, changes: Any, device: str) -> Tensor:
         part = opened.get_slice(name)
         return torch.empty(part.get_shape(), dtype=opened.get_tensor(name).dtype, device="meta")
     weight: Tensor = opened.get_tensor(name)
-    if not changes:
-        return weight
+    return _updated(weight, name, changes).to(weight.dtype) if changes else weight
+
+
+def _updated(weight: Tensor, name: str, changes: Iterable[Change]) -> Tensor:
+    """A weight with updates: float32.
+
+    Raises:
+        UserError: one has another size than the weight.
+    """
     new = weight.float()
     for update, strength in changes:
         try:
             new = algebra.merged(new, update, strength)
         except RuntimeError as error:
             raise UserError(f"--input: a layer {name} has another size in --base") from error
-    return new.to(weight.dtype)
+    return new
+
+
+# ---- LoRAs into a single file ----
+
+# Of a header: what is no longer so.
+_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+_AVERAGED = "model_ema."
+
+
+def _into_file(args: Args, path: Path) -> None:
+    if args.output.is_dir():
+        raise UserError(f"--output: {args.output} is a folder; name a file in it")
+    file = single_file.inspect(path.expanduser(), "--base")
+    if args.single_file_config:
+        folder = find_folder(args.single_file_config, CONFIG_FLAG, revision=None, variant=None)
+    else:
+        folder = single_file.configurations(file)
+    origins = {
+        part: single_file.origins(file, part, folder)
+        for part in single_file.PARTS[file.family]
+        if part in file
+    }
+
+    def weights_of(part: str) -> Mapping[str, str]:
+        found = origins.get(part, {}).items()
+        return {ours: name for name, origin in found for ours in origin.names}
+
+    changes, count = _collect(args, _blocks_of(folder), weights_of)
+    _write_file(args.output, file, origins, changes)
+    print(f"{args.output}: {path} with {count} updates of {len(args.input)} files")
+
+
+def _write_file(
+    path: Path, file: SingleFile, origins: Mapping[str, Mapping[str, Origin]], changes: Changes
+) -> None:
+    """A single file with updates in some of its tensors; the others, types and marks stay.
+
+    A second, averaged UNet is left out where the plain one has changed: it would be the base's.
+    """
+    known = {name: origin for part in origins.values() for name, origin in part.items()}
+    names = list(file.contents.entries)
+    if file.has_ema and changes.keys() & origins["unet"].keys():
+        names = [name for name in names if not name.startswith(_AVERAGED)]
+        print(f"left out: the averaged UNet of {file.path.name}, which is the base's")
+    kept = {key: text for key, text in file.contents.metadata.items() if key not in _STALE}
+    with file.contents.opened() as get:
+        made: dict[str, tensors.Source] = {
+            name: partial(_changed_in_file, get, name, known.get(name), changes.get(name, {}))
+            for name in names
+        }
+        tensors.save(path, made, kept)
+
+
+def _changed_in_file(
+    get: Callable[[str], Tensor],
+    name: str,
+    origin: Origin | None,
+    changes: Mapping[str, list[Change]],
+    device: str,
+) -> Tensor:
+    """A tensor of the file; of one that is several of diffusers', some parts may have changed."""
+    tensor = get(name)
+    if device == "meta" or origin is None or not changes:
+        return tensor.to(device)
+    parts = origin.split(tensor.float())
+    for ours, updates in changes.items():
+        parts[ours] = _updated(parts[ours], ours, updates)
+    joined = origin.join([parts[ours] for ours in origin.names])
+    return joined.reshape(tensor.shape).to(tensor.dtype)

@@ -1,0 +1,415 @@
+"""`--fit`: options with which a run fits a graphics card, the least change first.
+
+Every script asks for it in one place: `planned(main)` is what its command line calls. With `--fit`
+the script first plans, as a dry run does, up to where `begin` knows what the run would hold; there
+the options are tried in a fixed order, and the script is called again with the first ones that fit.
+
+Three ladders are climbed, each a list of changes from none to the most: how text encoders are
+encoded with, how the autoencoder works, how the network is trained. The first two cost time once,
+so they are used up before the third takes its next step. What fits a card fits every larger one,
+and the order is the same for all: a larger card never gets a change that a smaller one did not.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from dojo import cli
+from dojo.cli import UserError
+from dojo.files import records
+from dojo.finetune.contract import Trained
+from dojo.models import published
+from dojo.models.family import needs_of
+from dojo.run import checkpoint, fused, phases
+from dojo.run.cost import Cost
+from dojo.run.optim import OptimArgs
+from dojo.run.phases import Held, Needs, Phase
+from dojo.run.run import Run
+
+ArgsT = TypeVar("ArgsT")
+Change = Mapping[str, Any]
+"""Options and their new values."""
+
+CHOSEN = (
+    *("gradient_checkpointing", "text_encoder_device", "text_encoder_precision"),
+    *("enable_vae_slicing", "enable_vae_tiling", "vae_dtype"),
+    *("train_batch_size", "gradient_accumulation_steps", "base_precision", "blocks_on_cpu"),
+)
+"""Every option that may be chosen."""
+_GIB = 2**30
+_BATCH = ("train_batch_size", "gradient_accumulation_steps")
+
+
+class Planned(Exception):
+    """A script has planned so far that options can be tried."""
+
+    def __init__(self, tried: Tried) -> None:
+        super().__init__("options can be tried")
+        self.tried = tried
+
+
+# Whether a script plans, up to where options can be tried.
+_planning: ContextVar[bool] = ContextVar("planning", default=False)
+
+
+def planned(main: Callable[[ArgsT], None]) -> Callable[[ArgsT], None]:
+    """A script's `main` with the options that `--fit` chooses.
+
+    A dry run of a known model asks for none of its files (see `models.published`).
+    """
+
+    def run(args: Any) -> None:
+        if args.run.fit is not None:
+            args = _fitted(main, args, cli.typed(sys.argv[1:]))
+        with published.planning(args.run.dry_run):
+            main(args)
+
+    return run
+
+
+def _fitted(main: Callable[[Any], None], args: Any, typed: frozenset[str]) -> Any:
+    """The options of the run that goes on, or those that are chosen.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    recorded = _recorded(args, typed)
+    if recorded is not None:
+        return recorded
+    tried = plan(main, args)
+    change = choose(tried, args.run.fit, typed)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(told(args.run.fit, change, tried)))
+    return changed(args, change)
+
+
+def plan(main: Callable[[Any], None], args: Any) -> Tried:
+    """What a script's run would hold, for options that are to be tried; nothing is downloaded.
+
+    Raises:
+        UserError: the run would be refused.
+    """
+    before = _planning.set(True)
+    try:
+        # What it says now is said again by the run.
+        with published.planning(), redirect_stdout(io.StringIO()):
+            main(replace(args, run=replace(args.run, dry_run=True)))
+    except Planned as planned:
+        return planned.tried
+    finally:
+        _planning.reset(before)
+    raise AssertionError("a plan ends where options can be tried")
+
+
+def _recorded(args: Any, typed: frozenset[str]) -> Any:
+    """The options that an earlier start of the same run chose; None if there was none."""
+    run = args.run
+    if run.resume_from_checkpoint is None or run.overwrite_output_dir:
+        return None
+    resumed = checkpoint.choose(run.output_dir, run.resume_from_checkpoint)
+    path = (resumed.parent if resumed else run.output_dir) / "args.json"
+    groups: Any = records.read_table(path).get("args") if path.is_file() else None
+    if not isinstance(groups, dict) or groups.get("run", {}).get("fit") != run.fit:
+        return None
+    change = {
+        name: value
+        for values in groups.values()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if name in CHOSEN and name not in typed
+    }
+    return changed(args, change)
+
+
+def asked() -> bool:
+    """Whether a script plans for options to be tried."""
+    return _planning.get()
+
+
+def choose(tried: Tried, card: float, typed: frozenset[str] = frozenset()) -> Change:
+    """The first change with which everything fits a card.
+
+    Args:
+        card: its GB.
+        typed: options that stay as they are.
+    Raises:
+        UserError: nothing fits; naming what comes nearest, and the card that it fits.
+    """
+    every: list[Change] = []
+    for change in filter(tried.possible, changes(tried, typed)):
+        every.append(change)
+        if tried.wanted(change) <= card:
+            return change
+    raise UserError(_refusal(card, every, tried, typed))
+
+
+# ---- the ladders ----
+
+
+def changes(tried: Tried, typed: frozenset[str] = frozenset()) -> Iterator[Change]:
+    """All changes of a script's options that may be tried, in their order.
+
+    Args:
+        typed: options that stay as they are.
+    """
+    args, needs = tried.args, tried.needs
+    free = {name for name in _values(args) if name not in typed}
+    if not tried.adapts:
+        free -= {"base_precision", "blocks_on_cpu"}
+    for network in _network_steps(args, needs, free):
+        for vae in _vae_steps(needs):
+            for text in _text_steps(args):
+                change = {**network, **vae, **text}
+                if free.issuperset(change):
+                    yield change
+
+
+def _text_steps(args: Any) -> Iterator[Change]:
+    yield {}
+    trains = getattr(getattr(args, "text_encoder", None), "train_text_encoder", False)
+    if not trains:  # frozen ones only
+        yield {"text_encoder_precision": "int8"}
+        yield {"text_encoder_device": "cpu"}
+
+
+def _vae_steps(needs: Needs) -> Iterator[Change]:
+    slicing: Change = {"enable_vae_slicing": True}
+    tiling: Change = {**slicing, "enable_vae_tiling": True}
+    large = max(needs.size) > needs.config.vae.get("sample_size", 0)
+    yield {}
+    yield slicing
+    if large:
+        yield tiling
+    if needs.dtype == torch.bfloat16:
+        yield {**slicing, "vae_dtype": "bf16"}
+        if large:
+            yield {**tiling, "vae_dtype": "bf16"}
+
+
+def _network_steps(args: Any, needs: Needs, free: set[str]) -> Iterator[Change]:
+    """Smaller micro-batches, recomputed activations, quantised weights, weights in CPU memory.
+
+    A smaller micro-batch comes before recomputation, which takes about 30 % longer: the effective
+    batch stays the same.
+    """
+    batches = list(_batches(args, needs, free))
+    precisions: tuple[str | None, ...] = (None,)
+    if "base_precision" in free and args.lora.base_precision == "bf16":
+        precisions = (None, "int8", "nf4")
+    last: Change = {}
+    for precision in precisions:
+        base = {} if precision is None else {"base_precision": precision}
+        for checkpointing in ({}, {"gradient_checkpointing": True}):
+            for batch in batches:
+                last = {**base, **checkpointing, **batch}
+                yield last
+    if "blocks_on_cpu" in free:
+        for number in range(1, _MOST_BLOCKS + 1):
+            yield {**last, "blocks_on_cpu": number}
+
+
+_MOST_BLOCKS = 100  # no network has more; what has fewer refuses more
+
+
+def _batches(args: Any, needs: Needs, free: set[str]) -> Iterator[Change]:
+    """Divisors of the micro-batch, the largest first, with as many more accumulated."""
+    yield {}
+    optim = args.optim
+    splits = needs.batch_is_free and free.issuperset(_BATCH)
+    if not splits or getattr(optim, "fused_backward", False):  # which accumulates nothing
+        return
+    size = optim.train_batch_size
+    for part in range(size - 1, 0, -1):
+        if size % part == 0:
+            times = optim.gradient_accumulation_steps * size // part
+            yield {"train_batch_size": part, "gradient_accumulation_steps": times}
+
+
+# ---- what they come to ----
+
+
+@dataclass
+class Tried:
+    """A run's phases under changed options; what was counted once is kept."""
+
+    args: Any
+    trained: Trained
+    cost: Callable[..., tuple[Any, Cost]]
+    needs: Needs
+    bytes_per_weight: int
+    _costs: dict[bool, tuple[Any, Cost]] = field(default_factory=dict[bool, tuple[Any, Cost]])
+    _helds: dict[str, Held] = field(default_factory=dict[str, Held])
+    _found: dict[str, list[Phase]] = field(default_factory=dict[str, list[Phase]])
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained, beside weights that stay as they are."""
+        own: Any = self.trained
+        return getattr(self.args, "lora", None) is own.args
+
+    def possible(self, change: Change) -> bool:
+        """Whether the options take the change."""
+        try:
+            self._held(change)
+        except (ValueError, UserError):
+            return False
+        return True
+
+    def phases(self, change: Change) -> list[Phase]:
+        """What each phase holds."""
+        key = repr(sorted(change.items()))
+        if key not in self._found:
+            needs = replace(self.needs, **needs_of(changed(self.args, change).model))
+            self._found[key] = phases.compute(needs, self._held(change))
+        return self._found[key]
+
+    def largest(self, change: Change) -> Phase:
+        """The phase that decides."""
+        return max(self.phases(change), key=lambda phase: phase.size)
+
+    def wanted(self, change: Change) -> float:
+        """GB of a card that holds all phases."""
+        return phases.wanted(self.largest(change).size / _GIB)
+
+    def _held(self, change: Change) -> Held:
+        args = changed(self.args, change)
+        lora = getattr(args, "lora", None)
+        size, checkpointing = args.optim.train_batch_size, args.model.gradient_checkpointing
+        key = repr((size, checkpointing, lora))
+        if key not in self._helds:
+            if checkpointing not in self._costs:
+                self._costs[checkpointing] = self.cost(checkpointing=checkpointing)
+            trained: Any = self.trained
+            if self.adapts:
+                trained = type(trained)(trained.run, lora)
+            made = held(trained, *self._costs[checkpointing], self.bytes_per_weight, args.optim)
+            # A batch's activations are those of its rows.
+            rows = size / self.args.optim.train_batch_size
+            self._helds[key] = replace(made, activations=round(rows * made.activations))
+        return self._helds[key]
+
+
+def held(
+    trained: Trained, network: nn.Module, cost: Cost, bytes_per_weight: int, optim: OptimArgs
+) -> Held:
+    """What training holds of a network.
+
+    Args:
+        network: on the meta device, as it is trained.
+        cost: of a micro-batch.
+        bytes_per_weight: what training one weight takes.
+    """
+    params = [param for param in network.parameters() if param.requires_grad]
+    count = sum(param.numel() for param in params)
+    stepping = fused.step_bytes(params) if optim.fused_backward else 0
+    parts, gathered = _shared(trained.run, network)
+    buffers = sum(buffer.nbytes for buffer in network.buffers())
+    frozen = trained.stored_bytes(network) + buffers
+    plain = sum(param.nbytes for param in network.parameters() if not param.requires_grad) + buffers
+    return Held(
+        network=network,
+        weights=(frozen + trained.dtype.itemsize * count) // parts,
+        kept=(frozen + bytes_per_weight * count) // parts,
+        activations=cost.held_bytes + stepping + gathered,
+        leaves=frozen == plain,
+    )
+
+
+def _shared(run: Run, network: nn.Module) -> tuple[int, int]:
+    """Among how many processes `--shard` shares the weights out, and the bytes of those that are
+    whole on each meanwhile: of two blocks, and of what lies in no block."""
+    if not run.args.shard:
+        return 1, 0
+    parts = int(os.environ.get("LOCAL_WORLD_SIZE") or run.accelerator.num_processes)
+    names = set(getattr(network, "_no_split_modules", None) or ())
+    blocks = [one for one in network.modules() if type(one).__name__ in names]
+    sizes = [sum(param.numel() for param in one.parameters()) for one in blocks]
+    rest = sum(param.numel() for param in network.parameters()) - sum(sizes)
+    whole = rest + 2 * max(sizes, default=0)
+    return parts, (whole * run.dtype.itemsize if parts > 1 else 0)
+
+
+def changed(args: ArgsT, change: Change) -> ArgsT:
+    """A script's options with some changed, in the groups that have them.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    groups: dict[str, Any] = {}
+    for name, group in vars(args).items():
+        own = {one.name: change[one.name] for one in fields(group) if one.name in change}
+        if own:
+            groups[name] = replace(group, **own)
+    made: Any = args
+    return replace(made, **groups)
+
+
+def _values(args: Any) -> dict[str, Any]:
+    """The options that may be chosen, with their values."""
+    return {
+        one.name: getattr(group, one.name)
+        for group in vars(args).values()
+        for one in fields(group)
+        if one.name in CHOSEN
+    }
+
+
+# ---- in words ----
+
+
+def words(change: Change) -> str:
+    """A change as flags of a command line."""
+    flags = (
+        f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items()
+    )
+    return " ".join(flags)
+
+
+def told(card: float, change: Change, tried: Tried) -> list[str]:
+    """What was chosen, and why each part of it."""
+    largest = tried.largest(change)
+    size = f"{largest.size / _GIB:.2f} GiB ({largest.name}), computed, not measured"
+    if not change:
+        return [f"--fit {card:g}: the options fit as they are; the largest phase has {size}"]
+    lines = [f"--fit {card:g} chooses: {words(change)}", f"  the largest phase has {size}"]
+    for names in _together(change):
+        rest = {name: value for name, value in change.items() if name not in names}
+        without = tried.largest(rest)
+        flags = words({name: change[name] for name in names})
+        if phases.wanted(without.size / _GIB) > card:
+            why = f"without it {without.name} has {without.size / _GIB:.2f} GiB"
+        else:
+            why = "a step on the way to the others"
+        lines.append(f"  {flags}: {why}")
+    return lines
+
+
+def _together(change: Change) -> list[tuple[str, ...]]:
+    """The options of a change, those of the batch as one."""
+    alone = [(name,) for name in change if name not in _BATCH]
+    return [*alone, _BATCH] if _BATCH[0] in change else alone
+
+
+def _refusal(card: float, every: Sequence[Change], tried: Tried, typed: frozenset[str]) -> str:
+    best = min(every, key=tried.wanted)
+    largest = tried.largest(best)
+    size = largest.size / _GIB
+    larger = phases.card_for(size)
+    where = f"which fits a card of {larger} GB" if larger else "more than any card known here has"
+    flags = f"with {words(best)} " if best else ""
+    kept = sorted(typed.intersection(_values(tried.args)))
+    left = f"; typed, and so left as they are: {', '.join(f'--{name}' for name in kept)}"
+    return (
+        f"--fit {card:g}: nothing that was tried fits; {flags}{largest.name} still takes "
+        f"{size:.2f} GiB, {where}{left if kept else ''}"
+    )

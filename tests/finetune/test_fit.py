@@ -1,0 +1,302 @@
+"""--fit: which options are tried in which order, what a card gets, and that a run keeps it."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+import train_full_sd15
+import train_lora_sd3
+import train_lora_sd15
+from dojo import cli
+from dojo.cli import UserError
+from dojo.finetune import fit, lora
+from dojo.finetune.adapters import Adapters
+from dojo.models import published, sd15
+from dojo.run import phases
+from dojo.run.cost import Cost
+from tests.conftest import reset_accelerate, run_flags
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored(lora.LoraArgs):
+    """Adapters on a base that can be stored in fewer bits, some blocks of it on the CPU."""
+
+    base_precision: Literal["bf16", "int8", "nf4"] = "bf16"  # pyright: ignore
+    blocks_on_cpu: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blocks_on_cpu > 4:
+            raise ValueError("--blocks_on_cpu: there are 4 blocks")
+
+
+class Frozen(Adapters):
+    """A base of 8 GiB, a quarter of a GiB of it in each of four blocks in four bits."""
+
+    def stored_bytes(self, network: nn.Module) -> int:
+        args: Any = self.args
+        size = {"bf16": 8, "int8": 4, "nf4": 2}[args.base_precision]
+        return round((size - args.blocks_on_cpu * size / 8) * GIB)
+
+
+@pytest.fixture
+def make_tried() -> Any:
+    """Makes a run that holds round numbers: activations of 4 GiB a row, 1 with checkpointing."""
+
+    def make(*flags: str, script: Any = train_lora_sd15, size: int = 512) -> fit.Tried:
+        words = ["--pretrained_model_name_or_path", "sd15", "--dataset_name", "datas"]
+        args = cli.parse(script.Args, None, [*words, "--output_dir", "out", *flags])
+        if hasattr(args, "lora"):
+            args = replace(args, lora=Stored())
+        with published.planning():
+            model = sd15.open_model(args.model)
+        needs = model.needs(torch.bfloat16, (size, size), encoded=8, vae_stays=False)
+        run: Any = SimpleNamespace(dtype=torch.bfloat16, args=SimpleNamespace(shard=False))
+        trained: Any = Frozen(run, args.lora) if hasattr(args, "lora") else None
+        if trained is None:
+            trained = SimpleNamespace(args=args.full, dtype=torch.float32)
+            trained.stored_bytes = lambda network: 0
+        network = nn.Linear(1, 1, bias=False, device="meta")
+
+        def cost(*, checkpointing: bool) -> tuple[nn.Module, Cost]:
+            row = GIB if checkpointing else 4 * GIB
+            return network, Cost(0, row * args.optim.train_batch_size)
+
+        return fit.Tried(args, trained, cost, needs, 16)
+
+    return make
+
+
+def sizes(tried: fit.Tried, change: fit.Change) -> dict[str, float]:
+    return {phase.name: phase.size / GIB for phase in tried.phases(change)}
+
+
+def test_a_change_costs_what_it_says(make_tried: Any) -> None:
+    tried = make_tried("--train_batch_size", "4")
+    assert sizes(tried, {})["training"] == pytest.approx(8 + 16)
+    assert sizes(tried, {"gradient_checkpointing": True})["training"] == pytest.approx(8 + 4)
+    smaller = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert sizes(tried, smaller)["training"] == pytest.approx(8 + 8)
+    assert sizes(tried, {"base_precision": "nf4"})["training"] == pytest.approx(2 + 16)
+    fewer = {"base_precision": "nf4", "blocks_on_cpu": 4}
+    assert sizes(tried, fewer)["training"] == pytest.approx(1 + 16)
+    assert "text cache" not in sizes(tried, {"text_encoder_device": "cpu"})
+    half = sizes(tried, {"vae_dtype": "bf16"})["latent cache"]
+    assert half == pytest.approx(sizes(tried, {})["latent cache"] / 2, rel=0.05)
+
+
+def test_smaller_batches_come_before_recomputation_and_that_before_fewer_bits(
+    make_tried: Any,
+) -> None:
+    tried = make_tried("--train_batch_size", "4", "--gradient_accumulation_steps", "2")
+    seen: list[fit.Change] = []
+    for change in fit.changes(tried):
+        network = {
+            name: value
+            for name, value in change.items()
+            if not name.startswith(("text_", "vae_", "enable_"))
+        }
+        if network not in seen:
+            seen.append(network)
+    halves = {"train_batch_size": 2, "gradient_accumulation_steps": 4}
+    ones = {"train_batch_size": 1, "gradient_accumulation_steps": 8}
+    again = {"gradient_checkpointing": True}
+    assert seen[:6] == [{}, halves, ones, again, {**again, **halves}, {**again, **ones}]
+    assert seen[6] == {"base_precision": "int8"}
+    assert seen[12] == {"base_precision": "nf4"}
+    assert seen[18] == {"base_precision": "nf4", **again, **ones, "blocks_on_cpu": 1}
+    assert all(
+        change.get("train_batch_size", 4) * change.get("gradient_accumulation_steps", 2) == 8
+        for change in seen
+    )
+
+
+def test_the_first_change_that_fits_is_chosen(make_tried: Any) -> None:
+    tried = make_tried("--train_batch_size", "4")
+    assert fit.choose(tried, 80) == {}
+    # 8 and 8 GiB, a tenth more, and one: 18.6.
+    assert fit.choose(tried, 19) == {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    chosen = fit.choose(tried, 8)
+    assert chosen["base_precision"] == "int8"
+    assert chosen["gradient_checkpointing"] is True
+    assert tried.wanted(chosen) <= 8
+    assert fit.choose(tried, 8) == chosen  # the same again
+
+
+def test_a_larger_card_never_gets_a_later_change(make_tried: Any) -> None:
+    tried = make_tried("--train_batch_size", "4")
+    order = [dict(change) for change in fit.changes(tried)]
+    places: list[int] = []
+    for tenth in range(32, 300, 7):
+        try:
+            places.append(order.index(dict(fit.choose(tried, tenth / 10))))
+        except UserError:
+            places.append(len(order))
+    assert places == sorted(places, reverse=True)
+    assert places[0] == len(order)
+    assert places[-1] == 0
+    assert len(set(places)) > 5
+
+
+def test_what_was_typed_stays(make_tried: Any) -> None:
+    tried = make_tried("--train_batch_size", "4")
+    typed = frozenset({"train_batch_size", "base_precision"})
+    for change in fit.changes(tried, typed):
+        assert not typed.intersection(change)
+    chosen = fit.choose(tried, 15, typed)
+    assert chosen == {"gradient_checkpointing": True}
+    assert tried.args.optim.train_batch_size == 4
+
+
+def test_nothing_that_fits_is_refused_with_the_nearest_that_does(make_tried: Any) -> None:
+    tried = make_tried("--train_batch_size", "4")
+    with pytest.raises(UserError) as refused:
+        fit.choose(tried, 2.0)
+    said = str(refused.value)
+    assert said.startswith("--fit 2: nothing that was tried fits")
+    assert "--base_precision nf4" in said
+    assert "--blocks_on_cpu 4" in said
+    assert "fits a card of 8 GB" in said
+    with pytest.raises(UserError, match="typed, and so left as they are: --train_batch_size"):
+        fit.choose(tried, 2.0, frozenset({"train_batch_size", "seed"}))
+
+
+def test_each_choice_is_told_with_its_reason(make_tried: Any) -> None:
+    tried = make_tried("--train_batch_size", "4")
+    lines = fit.told(15, fit.choose(tried, 15), tried)
+    assert lines[0] == ("--fit 15 chooses: --train_batch_size 1 --gradient_accumulation_steps 4")
+    assert lines[1] == "  the largest phase has 12.00 GiB (training), computed, not measured"
+    assert lines[2].endswith("without it training has 24.00 GiB")
+    assert fit.told(80, {}, tried)[0].startswith("--fit 80: the options fit as they are")
+
+
+def test_weights_that_all_train_are_neither_quantised_nor_moved(make_tried: Any) -> None:
+    tried = make_tried(script=train_full_sd15)
+    names = {name for change in fit.changes(tried) for name in change}
+    assert not names & {"base_precision", "blocks_on_cpu"}
+    assert "gradient_checkpointing" in names
+
+
+def test_pictures_larger_than_the_autoencoders_own_may_come_in_tiles(make_tried: Any) -> None:
+    for size, tiles in ((512, False), (1024, True)):
+        names = {name for change in fit.changes(make_tried(size=size)) for name in change}
+        assert ("enable_vae_tiling" in names) == tiles
+
+
+def test_a_batch_that_other_things_hang_on_is_not_split(make_tried: Any) -> None:
+    tried = make_tried("--train_batch_size", "4")
+    tried.needs = replace(tried.needs, batch_is_free=False)
+    names = {name for change in fit.changes(tried) for name in change}
+    assert "train_batch_size" not in names
+
+
+def test_the_options_of_a_command_line_are_known_by_their_names() -> None:
+    words = ["--vae-dtype=no", "--train_batch_size", "4", "text", "--dry_run"]
+    assert cli.typed(words) == {"vae_dtype", "train_batch_size", "dry_run"}
+
+
+# -- whole runs -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tiny_sd3: Path, scene_data: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Starts the script, on cards whose every byte is the run's."""
+    monkeypatch.setattr(phases, "CONTEXT", 0.0)
+    monkeypatch.setattr(phases, "MARGIN", 1.0)
+
+    def begin(folder: Path, *flags: str, card: float | None = None) -> None:
+        reset_accelerate()
+        fits = [] if card is None else ["--fit", f"{card:.9f}"]
+        own = [*run_flags(folder, tiny_sd3, scene_data), "--mixed_precision", "bf16", *flags, *fits]
+        monkeypatch.setattr("sys.argv", ["train_lora_sd3.py", *flags, *fits])
+        args = cli.parse(train_lora_sd3.Args, None, own)
+        fit.planned(train_lora_sd3.main)(args)
+
+    return begin
+
+
+@pytest.fixture
+def peaks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Gets the GiB of every table of phases that is computed."""
+    found: list[float] = []
+    original = phases.compute
+
+    def compute(needs: phases.Needs, held: phases.Held) -> list[phases.Phase]:
+        made = original(needs, held)
+        found.append(max(phase.size for phase in made) / GIB)
+        return made
+
+    monkeypatch.setattr(phases, "compute", compute)
+    return found
+
+
+def options(folder: Path) -> dict[str, Any]:
+    groups = json.loads((folder / "run" / "args.json").read_text())["args"]
+    return {name: value for values in groups.values() for name, value in values.items()}
+
+
+def test_a_run_trains_with_what_was_chosen_and_goes_on_with_it(
+    start: Any,
+    peaks: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    start(tmp_path, "--dry_run")
+    assert not (tmp_path / "run").exists()
+    card = peaks[-1] * 0.999  # a little less than the run has as it is
+    start(tmp_path, "--dry_run", card=card)
+    assert not (tmp_path / "run").exists()
+    told = capsys.readouterr().out
+    assert f"--fit {card:g} chooses: --" in told
+    assert peaks[-1] <= card  # the plan that is printed has the choice in it
+
+    start(tmp_path, card=card)
+    assert told.split("chooses: ")[1].split("\n")[0] in capsys.readouterr().out
+    chosen = options(tmp_path)
+    assert chosen["fit"] == pytest.approx(card)
+    assert chosen["train_batch_size"] * chosen["gradient_accumulation_steps"] == 2
+    default = {"train_batch_size": 2, "gradient_accumulation_steps": 1}
+    default |= {"text_encoder_precision": "auto", "text_encoder_device": "auto"}
+    default |= {"gradient_checkpointing": False, "enable_vae_slicing": False, "vae_dtype": "no"}
+    assert any(chosen[name] != value for name, value in default.items())
+
+    def never(*_: Any) -> None:
+        raise AssertionError("what was chosen stands in args.json")
+
+    monkeypatch.setattr(fit, "choose", never)
+    more = ("--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    start(tmp_path, *more, card=card)
+    again = options(tmp_path)
+    assert {name: again[name] for name in fit.CHOSEN if name in again} == {
+        name: chosen[name] for name in fit.CHOSEN if name in chosen
+    }
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+
+
+def test_without_a_card_nothing_is_chosen(start: Any, tmp_path: Path) -> None:
+    start(tmp_path, "--max_train_steps", "1")
+    assert options(tmp_path)["fit"] is None
+    assert options(tmp_path)["train_batch_size"] == 2
+
+
+def test_a_card_has_more_than_no_memory(
+    lora_args: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        lora_args(tmp_path, "--fit", "0")
+    assert "--fit 0 must be above 0" in capsys.readouterr().err
+
+
+def test_every_script_chooses_options_for_a_card() -> None:
+    root = Path(train_lora_sd3.__file__).parent
+    for path in root.glob("train_*.py"):
+        assert "cli.run(finetune.planned(main), Args, __doc__" in path.read_text(), path.name
