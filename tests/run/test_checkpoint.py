@@ -5,6 +5,7 @@ import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +178,17 @@ def training() -> tuple[nn.Linear, torch.optim.Optimizer, torch.optim.lr_schedul
     return model, optimizer, schedule
 
 
+def save(folder: Path, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
+    """All but the weights."""
+    checkpoint.save_optimizer(folder, optimizer.state_dict())
+    checkpoint.save_training(folder, STATE, schedule, scaler)
+
+
+def load(folder: Path, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
+    optimizer.load_state_dict(checkpoint.load_optimizer(folder))
+    checkpoint.load_training(folder, schedule, scaler)
+
+
 def step(
     model: nn.Linear,
     optimizer: torch.optim.Optimizer,
@@ -194,14 +206,14 @@ def test_optimizer_and_schedule_go_on_exactly(tmp_path: Path) -> None:
     first = training()
     for number in range(3):
         step(*first, number)
-    checkpoint.save_training(tmp_path, STATE, first[1], first[2], None)
+    save(tmp_path, first[1], first[2])
     weights = {name: value.clone() for name, value in first[0].state_dict().items()}
     for number in range(3, 6):
         step(*first, number)
 
     second = training()
     second[0].load_state_dict(weights)
-    checkpoint.load_training(tmp_path, second[1], second[2], None)
+    load(tmp_path, second[1], second[2])
     for number in range(3, 6):
         step(*second, number)
     assert torch.equal(first[0].weight, second[0].weight)
@@ -212,7 +224,7 @@ def test_optimizer_and_schedule_go_on_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["state.json", "optimizer.pt", "schedule.pt"])
 def test_a_missing_part_is_named(tmp_path: Path, part: str) -> None:
     _, optimizer, schedule = training()
-    checkpoint.save_training(tmp_path, STATE, optimizer, schedule, None)
+    save(tmp_path, optimizer, schedule)
     (tmp_path / part).unlink()
     with pytest.raises(UserError, match=f"{part} is missing"):
         checkpoint.read_state(tmp_path)
@@ -223,15 +235,15 @@ def test_the_gradient_scaler_goes_on_exactly(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=7)
     scaler.scale(torch.zeros(()))
     scaler.update(2.0)
-    checkpoint.save_training(tmp_path, STATE, optimizer, schedule, scaler)
+    save(tmp_path, optimizer, schedule, scaler)
     again = torch.amp.GradScaler("cpu")
-    checkpoint.load_training(tmp_path, optimizer, schedule, again)
+    load(tmp_path, optimizer, schedule, again)
     assert again.state_dict() == scaler.state_dict()
     with pytest.raises(UserError, match="fp16"):
-        checkpoint.load_training(tmp_path, optimizer, schedule, None)
+        load(tmp_path, optimizer, schedule)
     (tmp_path / "scaler.json").unlink()
     with pytest.raises(UserError, match="fp16"):
-        checkpoint.load_training(tmp_path, optimizer, schedule, again)
+        load(tmp_path, optimizer, schedule, again)
 
 
 @pytest.mark.parametrize(
@@ -265,14 +277,14 @@ class Malice:
 @pytest.mark.parametrize("part", ["optimizer.pt", "schedule.pt"])
 def test_no_code_of_a_checkpoint_is_run(tmp_path: Path, part: str) -> None:
     _, optimizer, schedule = training()
-    checkpoint.save_training(tmp_path, STATE, optimizer, schedule, None)
+    save(tmp_path, optimizer, schedule)
     torch.save({"state": Malice(tmp_path / "harm"), "param_groups": []}, tmp_path / part)
     with pytest.raises((pickle.UnpicklingError, UserError)):
-        checkpoint.load_training(tmp_path, optimizer, schedule, None)
+        load(tmp_path, optimizer, schedule)
     assert not (tmp_path / "harm").exists()
 
 
 def test_the_state_is_readable_text(tmp_path: Path) -> None:
     _, optimizer, schedule = training()
-    checkpoint.save_training(tmp_path, STATE, optimizer, schedule, None)
+    save(tmp_path, optimizer, schedule)
     assert json.loads((tmp_path / "state.json").read_text())["step"] == 3

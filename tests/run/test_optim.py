@@ -1,5 +1,6 @@
 """Claims about the length of a run, its optimizers and the schedule of the learning rate."""
 
+import copy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -129,15 +130,20 @@ def test_adam_gets_its_options() -> None:
 
 # The optimizers
 
-KINDS = ["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedulefree"]
+EIGHT = ["adamw8bit", "paged_adamw8bit", "lion8bit", "paged_lion8bit"]
+KINDS = ["adamw", *EIGHT, "adafactor", "lion", "prodigy", "schedulefree", "stableadamw"]
 SIZE = 4096 + 7  # bitsandbytes keeps weights below 4096 numbers in full precision
+
+
+def skip_without_its_package(kind: str) -> None:
+    if kind.endswith("8bit") and find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
 
 
 def problem(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> tuple[Any, Any]:
     """A weight that starts at 1 and its optimizer."""
-    if kind == "adamw8bit" and find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
-    rate = {"prodigy": 1.0, "lion": 1e-3}.get(kind, 1e-2)
+    skip_without_its_package(kind)
+    rate = {"prodigy": 1.0, "lion": 1e-3, "lion8bit": 1e-3, "paged_lion8bit": 1e-3}.get(kind, 1e-2)
     options: Any = {"optimizer": kind, "learning_rate": rate, "max_train_steps": 40, **more}
     args = OptimArgs(**options)
     weight = nn.Parameter(torch.ones(SIZE, dtype=dtype))
@@ -195,7 +201,7 @@ def test_adamw_is_the_formula() -> None:
 
 # bfloat16 weights
 
-LOW = ["adamw", "lion", "adafactor"]
+LOW = ["adamw", "lion", "adafactor", *EIGHT]
 
 
 def way(kind: str, dtype: torch.dtype, **options: Any) -> Tensor:
@@ -203,6 +209,7 @@ def way(kind: str, dtype: torch.dtype, **options: Any) -> Tensor:
 
     The gradients are one burst of a hundred steps, then a thousand times smaller and falling.
     """
+    skip_without_its_package(kind)
     args: Any = {"optimizer": kind, "max_train_steps": 5000, **options}
     weight = nn.Parameter(torch.linspace(0.9, 1.1, 8).bfloat16().to(dtype))
     run: Any = Processes(OptimArgs(**args), 1)
@@ -226,6 +233,7 @@ def way(kind: str, dtype: torch.dtype, **options: Any) -> Tensor:
         ("adamw", {"learning_rate": 1e-4, "adam_weight_decay": 2.0}),
         ("lion", {"learning_rate": 1e-5, "adam_weight_decay": 20.0}),
         ("adafactor", {"learning_rate": 1e-3, "adam_weight_decay": 0.1}),
+        ("lion8bit", {"learning_rate": 1e-5, "adam_weight_decay": 20.0}),
     ],
 )
 def test_bfloat16_weights_go_the_way_of_float32_ones(kind: str, options: dict[str, float]) -> None:
@@ -312,9 +320,16 @@ def test_a_state_that_kept_less_of_the_weights_is_refused() -> None:
         optimizer.load_state_dict(other.state_dict())
 
 
-@pytest.mark.parametrize("kind", LOW)
+# But for what leaves the device, on a GPU.
+COUNTED = [kind for kind in [*LOW, "stableadamw"] if "paged" not in kind]
+
+
+@pytest.mark.parametrize("kind", COUNTED)
 def test_the_bytes_per_weight_are_those_that_a_training_takes(kind: str) -> None:
+    skip_without_its_package(kind)
     for dtype in (torch.float32, torch.bfloat16):
+        if dtype == torch.bfloat16 and kind not in LOW:
+            continue
         args: Any = {"optimizer": kind, "max_train_steps": 1}
         args = OptimArgs(**args)
         run: Any = Processes(args, 1)
@@ -335,7 +350,65 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [tensor for one in inner for tensor in tensors_in(one)]
 
 
-@pytest.mark.parametrize("kind", ["adamw8bit", "prodigy", "schedulefree"])
+def test_the_bytes_without_gradients_are_those_of_a_fused_backward_pass() -> None:
+    for dtype, gradient in ((torch.float32, 4), (torch.bfloat16, 2)):
+        plain, other = (
+            OptimArgs(optimizer="adafactor", fused_backward=how) for how in (False, True)
+        )
+        assert plain.state_bytes(dtype) - other.state_bytes(dtype) == gradient
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EIGHT if "paged" in kind])
+def test_a_state_that_is_read_back_is_paged_again(kind: str) -> None:
+    eightbit = pytest.importorskip("dojo.run.eightbit")
+    options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.0, "eps": 1e-8}
+    weight = nn.Parameter(torch.ones(SIZE))
+    gpu = torch.device("cuda")  # what is made for one; the weight stays where it is
+
+    def make(asked: list[int]) -> Any:
+        optimizer = eightbit.make(kind, [{"params": [weight]}], options, gpu)
+        make_buffer = optimizer.get_state_buffer
+
+        def buffer(*args: Any, **kwargs: Any) -> Tensor:
+            made = make_buffer(*args, **kwargs)
+            made.is_paged = True
+            asked.append(1)
+            return made
+
+        optimizer.get_state_buffer = buffer
+        optimizer.prefetch_state = lambda weight: None
+        return optimizer
+
+    states = 1 if "lion" in kind else 2
+    first, again = [], []
+    optimizer = make(first)
+    with pytest.warns(UserWarning, match="not supported on CPU"):
+        descend(weight, optimizer, range(2))
+    assert len(first) == states
+    saved, before = copy.deepcopy(optimizer.state_dict()), weight.detach().clone()
+    descend(weight, optimizer, range(2, 4))
+    expected = weight.detach().clone()
+    other = make(again)
+    weight.data.copy_(before)
+    other.load_state_dict(saved)
+    for state in other.state.values():  # a copy on the device is no page
+        state.update({name: one.clone() for name, one in state.items() if "state" in name})
+    with pytest.warns(UserWarning, match="not supported on CPU"):
+        descend(weight, other, range(2, 4))
+    assert len(again) == states
+    assert torch.equal(weight, expected)
+
+
+def test_a_cpu_is_told_what_falls_back() -> None:
+    assert "nothing is paged" in optimizers.remark(
+        OptimArgs(optimizer="paged_lion8bit"), torch.device("cpu")
+    )
+    assert "float32" in optimizers.remark(OptimArgs(use_8bit_adam=True), torch.device("cpu"))
+    assert not optimizers.remark(OptimArgs(optimizer="stableadamw"), torch.device("cpu"))
+    assert not optimizers.remark(OptimArgs(optimizer="lion8bit"), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("kind", ["prodigy", "schedulefree", "stableadamw"])
 def test_optimizers_that_cannot_train_bfloat16_weights_are_refused(kind: str) -> None:
     with pytest.raises(UserError, match=f"--optimizer {kind}.*bfloat16"):
         problem(kind, torch.bfloat16)

@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors import safe_open
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from dojo.data import shards
 from dojo.models import sd3
 from dojo.run import cost, phases
 
@@ -38,32 +42,185 @@ def stored(folder: Path) -> int:
     return total
 
 
-def test_phases_are_what_lies_in_memory_together(tiny_sd3: Path) -> None:
+@pytest.fixture
+def alone(tiny_sd3: Path) -> phases.Needs:
+    """A run that encodes nothing and draws nothing."""
     config = sd3.open_model(sd3.ModelArgs(pretrained_model_name_or_path=str(tiny_sd3)))
-    alone = phases.Needs(
+    return phases.Needs(
         config=config,
-        text=sd3.TEXT_ENCODERS,
         dtype=torch.bfloat16,
         vae_dtype=torch.float32,
         size=(64, 64),
+        vae_stays=False,
     )
+
+
+@pytest.fixture
+def held(alone: phases.Needs) -> phases.Held:
+    """A network whose training holds round numbers of bytes."""
+    network = alone.config.meta_network()
+    return phases.Held(network=network, weights=1000, kept=5000, activations=4000)
+
+
+def sizes(needs: phases.Needs, held: phases.Held) -> dict[str, int]:
+    return {phase.name: phase.size for phase in phases.compute(needs, held)}
+
+
+def parts(needs: phases.Needs, held: phases.Held, name: str) -> dict[str, int]:
+    return dict(next(one.parts for one in phases.compute(needs, held) if one.name == name))
+
+
+def test_a_run_that_draws_nothing_reads_texts_and_trains(
+    alone: phases.Needs, held: phases.Held
+) -> None:
+    assert list(sizes(alone, held)) == ["text cache", "training"]
+    assert sizes(alone, held)["training"] == 9000
+    on_cpu = replace(alone, text_on_cpu=True)
+    assert sizes(on_cpu, held) == {"training": 9000}
+
+
+def test_text_encoders_count_one_after_another(
+    alone: phases.Needs, held: phases.Held, tiny_sd3: Path
+) -> None:
+    weights = {part: 2 * stored(tiny_sd3 / part) for part in sd3.TEXT_ENCODERS}
+    found = parts(alone, held, "text cache")
+    (part,) = set(found) - {"activations"}
+    assert found[part] == weights[part]
+    assert found["activations"] > 32 * alone.config.text_lengths[part] * 2  # 32 captions
+    assert sizes(alone, held)["text cache"] < sum(weights.values()) + found["activations"]
+    for other, own in weights.items():
+        assert own + phases._reading(
+            tiny_sd3 / other, torch.bfloat16, 32, alone.config.text_lengths[other]
+        ) <= sum(found.values())
+
+
+def test_a_shard_of_captions_is_read_at_a_time() -> None:
+    assert phases.CAPTIONS == shards.SHARD_SIZE
+
+
+def test_int8_takes_a_byte_a_weight_of_the_blocks_and_a_scale_a_row() -> None:
+    config = CLIPTextConfig(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        projection_dim=16,
+    )
+    clip = CLIPTextModelWithProjection(config)
+    total = sum(param.numel() for param in clip.parameters())
+    inside = 3 * (4 * 16 * 16 + 2 * 16 * 48)
+    rows = 3 * (4 * 16 + 48 + 16)
+    assert phases.encoder_bytes(clip, torch.bfloat16, int8=False) == 2 * total
+    assert phases.encoder_bytes(clip, torch.bfloat16, int8=True) == (
+        2 * (total - inside) + inside + 4 * rows
+    )
+
+
+def test_t5_keeps_a_part_that_half_precision_cannot_hold() -> None:
+    config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=40, num_layers=2, num_heads=2)
+    encoder = T5EncoderModel(config)
+    total = sum(param.numel() for param in encoder.parameters())
+    assert phases.encoder_bytes(encoder, torch.bfloat16, int8=False) == 2 * total
+    assert phases.encoder_bytes(encoder, torch.float16, int8=False) == 2 * total + 2 * (2 * 16 * 40)
+
+
+def test_the_latent_cache_holds_the_autoencoder_and_its_activations(
+    alone: phases.Needs, held: phases.Held, tiny_sd3: Path
+) -> None:
+    needs = replace(alone, encoded=2)
+    found = parts(needs, held, "latent cache")
+    assert found["autoencoder"] == 4 * stored(tiny_sd3 / "vae")
+    pixels = 2 * 3 * 64 * 64 * 4
+    assert found["activations"] > pixels
+    half = parts(replace(needs, vae_dtype=torch.bfloat16), held, "latent cache")
+    assert half == {
+        "autoencoder": found["autoencoder"] // 2,
+        "activations": pytest.approx(found["activations"] / 2, rel=0.05),
+    }
+
+
+@pytest.mark.parametrize("way", ["slicing", "tiling"])
+def test_slices_and_tiles_hold_what_diffusers_holds(
+    way: str, alone: phases.Needs, held: phases.Held
+) -> None:
+    vae: Any = AutoencoderKL.from_config({**alone.config.vae, "sample_size": 64})
+    vae.to("meta")
+    getattr(vae, f"enable_{way}")()
+    size = 64 if way == "slicing" else 128
+    config: Any = replace(alone.config, vae={**alone.config.vae, "sample_size": 64})  # pyright: ignore
+    needs = replace(alone, config=config, size=(size, size), **{way: True})
+    latents = torch.empty(4, vae.config.latent_channels, size // 8, size // 8, device="meta")
+    real = cost.live_bytes(lambda: vae.decode(latents))
+    plain = phases._autoencoder(needs, torch.float32)
+    found = phases._decoding(plain, needs, 4)
+    assert found == pytest.approx(real, rel=0.1)
+    assert found < 0.5 * phases._decoding(plain, replace(needs, **{way: False}), 4)
+
+
+def test_class_pictures_are_drawn_in_turns(alone: phases.Needs, held: phases.Held) -> None:
+    needs = replace(alone, class_pictures=3)
+    found = parts(needs, held, "class pictures")
+    network = 2 * sum(param.numel() for param in held.network.parameters())
+    turns = {"network", "autoencoder", *alone.config.text_lengths}
+    assert len(turns & set(found)) == 1  # never two of them together
+    assert sum(found.values()) >= network
+    assert sizes(replace(needs, class_dtype=torch.float32), held)["class pictures"] > sum(
+        found.values()
+    )
+
+
+def test_a_validation_sends_the_network_away_while_it_decodes(
+    alone: phases.Needs, held: phases.Held
+) -> None:
+    large = replace(held, weights=10**9, kept=3 * 10**9)
+    needs = replace(alone, decoded=1)
+    vae = phases._autoencoder(alone, torch.float32)
+    own, decoding = phases._bytes(vae), phases._decoding(vae, needs, 1)
+    asking = phases._asking(needs, held, 2)
+    found = sizes(needs, large)["validation"]
+    assert found == max(3 * 10**9 + own + asking, 2 * 10**9 + own + decoding)
+    stays = replace(needs, vae_stays=True)
+    assert sizes(stays, large)["validation"] == 3 * 10**9 + own + max(asking, decoding)
+    assert sizes(stays, large)["training"] == 3 * 10**9 + 4000 + own
+    quantised = replace(large, leaves=False)
+    assert sizes(needs, quantised)["validation"] == 3 * 10**9 + own + max(asking, decoding)
+
+
+def test_rewards_stay_on_the_device_and_their_drawing_is_called_scoring(
+    alone: phases.Needs, held: phases.Held
+) -> None:
     scorer = nn.Linear(100, 100, bias=False)
-    needs = replace(alone, encoded=2, decoded=3, class_pictures=3, scorers=(scorer,))
-    found = phases.memory(needs, network=1000, kept=5000, training=9000)
+    needs = replace(alone, decoded=3, rows=3, vae_stays=True)
+    needs = replace(needs, scored=True, scorers=(scorer,))
+    found = phases.compute(needs, held)
+    assert [phase.name for phase in found] == ["text cache", "training", "scoring"]
+    assert found[1].parts["rewards"] == found[2].parts["rewards"] == 40_000
+    assert found[2].size < phases.compute(replace(needs, rows=300), held)[2].size
+
+
+def test_encoders_that_are_not_freed_count_in_training(
+    alone: phases.Needs, held: phases.Held, tiny_sd3: Path
+) -> None:
+    needs = replace(alone, live_text=sd3.TEXT_ENCODERS)
     text = 2 * sum(stored(tiny_sd3 / part) for part in sd3.TEXT_ENCODERS)
-    vae = 4 * stored(tiny_sd3 / "vae")
-    gib = 2**30
-    assert found["text embeddings"] * gib == pytest.approx(text, rel=1e-3)
-    assert found["training"] * gib == pytest.approx(9000 + vae + 40_000)
-    drawing = found["drawing"] * gib - 5000 - vae - 40_000
-    assert drawing > 3 * 3 * 64 * 64 * 4  # the pictures at the least
-    assert found["class pictures"] * gib == pytest.approx(text + 1000 + vae + drawing, rel=1e-3)
-    assert found["latents"] * gib > vae
-    assert phases.memory(alone, 1000, 5000, 9000).keys() == {"text embeddings", "training"}
+    assert sizes(needs, held) == {"training": 9000 + text}
 
 
 def test_the_largest_phase_decides_which_cards_are_large_enough() -> None:
-    said = phases.told({"text embeddings": 10.4, "training": 4.7})
-    assert said["peak over all phases"] == "10.40 GiB (text embeddings)"
+    gib = 2**30
+    said = phases.table(
+        [
+            phases.Phase("text cache", {"T5": round(10.4 * gib)}),
+            phases.Phase("training", {"weights": 4 * gib, "activations": round(0.7 * gib)}),
+        ]
+    )
+    assert "  training           4.70  weights 4.00 + activations 0.70" in said
+    assert "largest phase: text cache, 10.40 GiB" in said
     # 1.1 times 10.4 GiB and one for the context: 12.4.
-    assert said["fits on a card of so many GB"].startswith("8 no, 12 no, 16 yes, 24 yes")
+    assert said[-1].startswith(
+        "fits on a card of so many GB: 8 no, 10 no, 12 no, 16 yes, 24 yes, 48 yes, 80 yes"
+    )
+    assert phases.card_for(10.4) == 16
+    assert phases.card_for(100) is None

@@ -11,9 +11,9 @@ import torch
 
 import train_grpo_sd3
 import train_lora_sd3
-from dojo import cli
+from dojo import cli, launch
 from dojo.cli import UserError
-from dojo.run import folders, optim
+from dojo.run import folders, optim, sharding
 from dojo.run import run as training
 from tests.conftest import ROOT, MakeArgs, reset_accelerate, rl_flags
 from tests.run.test_training import metrics, toy
@@ -213,6 +213,12 @@ INCIDENTAL = [
     "optim.train_batch_size",
     "optim.gradient_accumulation_steps",
     "optim.lr_when_length_changes",
+    "optim.offload_lower_halves",
+    "run.fit",
+    "data.data_cache_dir",
+    "data.data_cache_limit",
+    "lora.blocks_on_cpu",
+    "model.activations_on_cpu",
     "model.gradient_checkpointing",
     "model.torch_compile",
     "data.dataset_name",
@@ -299,17 +305,86 @@ def test_where_the_precision_came_from_is_said(
     assert changed(tmp_path, unset, {}) == []
 
 
+def test_a_run_from_before_an_option_goes_on_with_its_default(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    before = folders.options(lora_args(tmp_path))
+    del before["run"]["shard"], before["lora"]["rank"]
+    then = {"args": before}
+    [told] = changed(tmp_path, lora_args(tmp_path, "--rank", "3"), then)
+    assert told == "--rank was 16, now 3"
+    [told] = changed(tmp_path, lora_args(tmp_path, "--rank", "16", "--shard"), then)
+    assert told == "--shard was False, now True"
+
+
 # Processes
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_sharding_is_refused_on_a_cpu_too(
-    lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_USE_FSDP", "true"),
+        (launch.COMMAND, "python -m dojo.launch --use_fsdp train_full_sd3.py"),
+        (
+            launch.COMMAND,
+            "python -m dojo.launch --config_file {folder}/fsdp.yaml train_full_sd3.py",
+        ),
+    ],
+)
+def test_accelerates_own_sharding_is_refused_however_it_was_asked_for(
+    lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     args = lora_args(tmp_path)
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(UserError, match=f"{kind} is not supported yet"):
+    (tmp_path / "fsdp.yaml").write_text("debug: false\ndistributed_type: FSDP\n")
+    monkeypatch.setenv(name, value.format(folder=tmp_path))
+    with pytest.raises(UserError, match=r"FSDP is not supported.* add --shard"):
         training.start(args.run, args.optim)
+    (tmp_path / "fsdp.yaml").write_text("debug: false\ndistributed_type: MULTI_GPU\n")
+    monkeypatch.setenv(name, value.format(folder=tmp_path).replace("--use_fsdp", "").strip("true"))
+    training.start(args.run, args.optim)
+
+
+def test_deepspeed_is_refused_on_a_cpu_too(
+    lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = lora_args(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="DeepSpeed needs GPUs"):
+        training.start(args.run, args.optim)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--optimizer adafactor", "--optimizer adafactor cannot be sharded: it needs the sums"),
+        ("--use_8bit_adam", "--optimizer adamw8bit cannot be sharded: its state is packed"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_by_name(
+    lora_args: MakeArgs, tmp_path: Path, words: str, said: str
+) -> None:
+    args = lora_args(tmp_path, "--shard", "--dry_run", *words.split())
+    with pytest.raises(UserError, match=said):
+        training.start(args.run, args.optim).check_folder(args)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [("model", "torch_compile", True), ("lora", "base_precision", "nf4"), ("x", "no", "x")],
+)
+def test_options_that_were_not_tried_sharded_are_refused(
+    lora_args: MakeArgs, tmp_path: Path, group: str, name: str, value: object
+) -> None:
+    args = lora_args(tmp_path, "--shard", "--dry_run")
+    run = training.start(args.run, args.optim)
+    run.check_folder(args)
+    if group == "x":
+        with pytest.raises(UserError, match="--mixed_precision bf16 in place of fp16"):
+            sharding.check(args, "fp16")
+        return
+    object.__setattr__(getattr(args, group), name, value)
+    with pytest.raises(UserError, match=f"--{name} does not work with --shard"):
+        run.check_folder(args)
 
 
 def test_fewer_processes_than_were_asked_for_are_said(

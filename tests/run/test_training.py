@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ class Number:
 
     def restore_average(self, folder: Path) -> None:
         self.restore(folder / "average")
+
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @dataclass
@@ -709,21 +713,28 @@ def test_the_plan_says_the_numbers(
     model.extra = nn.Parameter(torch.zeros(2**20 // 16))
     config = sd3.open_model(args.model)
     needs = phases.Needs(
-        config=config, text=(), dtype=torch.float32, vae_dtype=torch.float32, size=(64, 64)
+        config=config,
+        dtype=torch.float32,
+        vae_dtype=torch.float32,
+        size=(64, 64),
+        text_on_cpu=True,
+        vae_stays=False,
     )
-    dry_run.print_plan(run, args, model, Cost(3 * 10**12, 2**29), 3, needs=needs)
+    kept = 2**20 * 4 + 2**16 * 16
+    held = phases.Held(network=model, weights=kept, kept=kept, activations=2**29)
+    dry_run.print_plan(run, args, held, Cost(3 * 10**12, 2**29), 3, needs=needs)
     shown = capsys.readouterr().out
     assert "trainable parameters: 65,536\n" in shown
     assert "total parameters: 1,114,112\n" in shown
     assert "effective batch size: 12\n" in shown
     assert "optimizer steps: 3\n" in shown
     assert "steps per epoch: 0.83\n" in shown
-    assert "activations 0.50" in shown
-    total = (2**20 * 4 + 2**16 * 16 + 2**29) / 2**30
-    assert f"estimated: {total:.2f} GiB" in shown
+    assert "  0.50  activations 0.50\n" in shown
+    total = (kept + 2**29) / 2**30
+    assert f"largest phase: training, {total:.2f} GiB" in shown
     assert "operations per process and step: 12.000 TFLOP\n" in shown
     assert '"train_batch_size": 3' in shown
-    assert "peak over all phases: 0.5" in shown
+    assert "fits on a card of so many GB: 8 yes, 10 yes, 12 yes" in shown
     assert "hours to finish: not known" in shown
 
 

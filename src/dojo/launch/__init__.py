@@ -91,6 +91,29 @@ def asked_processes() -> int | None:
     return int(numbers[-1]) if numbers else None
 
 
+def asks_for_fsdp() -> bool:
+    """Whether environment, launcher's command line or its configuration ask for accelerate's FSDP.
+
+    Without several GPUs accelerate reads the last two and hands nothing on.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        return True
+    words = shlex.split(os.environ.get(COMMAND, "")) or parent()
+    text = " ".join(words)
+    if re.search(r"--use[-_]fsdp(?= |$)", text):
+        return True
+    names = re.findall(r"--config[-_]file[ =](\S+)", text)[-1:]
+    if not names and any(Path(word).name in ("accelerate", "dojo.launch") for word in words[:3]):
+        from accelerate.commands.config.config_args import default_yaml_config_file
+
+        names = [default_yaml_config_file]
+    for name in names:
+        with suppress(OSError):
+            text = Path(name).read_text(encoding="utf-8")
+            return bool(re.search(r"^distributed_type: *['\"]?FSDP\b", text, re.MULTILINE))
+    return False
+
+
 def main() -> None:
     """Starts a script as `accelerate launch` would."""
     from accelerate.commands import launch

@@ -126,8 +126,13 @@ class Averaged:
         if self._rounded:
             shadows = {str(i): value for i, value in enumerate(self.ema.shadow_params)}
             tensors.save(folder / SHADOWS, shadows)
-        state = {"optimization_step": self.ema.optimization_step}
-        (folder / STATE).write_text(json.dumps(state))
+        self.save_progress(folder)
+
+    def save_progress(self, folder: Path) -> None:
+        """Writes how far the moving average is."""
+        if self.ema is not None:
+            state = {"optimization_step": self.ema.optimization_step}
+            (folder / STATE).write_text(json.dumps(state))
 
     def restore(self, folder: Path, read: Callable[[], None]) -> None:
         """Lets `read` load the saved average into the model and takes it from there.
@@ -139,9 +144,7 @@ class Averaged:
         """
         if self.ema is None:
             return
-        if not (folder / STATE).is_file():
-            raise UserError(f"{folder} was made without --use_ema")
-        self.ema.optimization_step = json.loads((folder / STATE).read_text())["optimization_step"]
+        self.restore_progress(folder)
         if self._rounded:
             saved = load_file(folder / SHADOWS)
             values = [saved[str(i)] for i in range(len(saved))]
@@ -150,6 +153,18 @@ class Averaged:
             values = [param.detach() for param in self.params]
         for shadow, value in zip(self.ema.shadow_params, values, strict=True):
             shadow.copy_(value)
+
+    def restore_progress(self, folder: Path) -> None:
+        """Reads how far the moving average was.
+
+        Raises:
+            UserError: the checkpoint was made without an average.
+        """
+        if self.ema is None:
+            return
+        if not (folder / STATE).is_file():
+            raise UserError(f"{folder} was made without --use_ema")
+        self.ema.optimization_step = json.loads((folder / STATE).read_text())["optimization_step"]
 
     def shadows(self) -> Sequence[torch.Tensor]:
         """The average's tensors, wherever they are now; none where there is no moving average."""

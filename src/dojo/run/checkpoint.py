@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -70,13 +70,29 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     Raises:
         TrainingStopped: the disk is full.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    outputs.own_folder(folder)
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = begin(folder)
     with files.room_in(folder.parent):
         write(temporary)
+    seal(temporary, folder)
+
+
+def begin(folder: Path) -> Path:
+    """An empty folder to be filled, which `seal` will give its name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    outputs.own_folder(folder)
+    temporary = partial_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
+
+
+def partial_name(folder: Path) -> Path:
+    """What a folder is called while it is filled."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def seal(temporary: Path, folder: Path) -> None:
+    """Gives a filled folder its name, when every byte is on the disk."""
     for path in [*temporary.rglob("*"), temporary]:
         if path.suffix == ".safetensors":
             obey_umask(path)
@@ -159,15 +175,8 @@ def forget_after(output_dir: Path, step: int) -> None:
             _remove(path)
 
 
-def save_training(
-    folder: Path,
-    state: State,
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
-    scaler: Any | None,
-) -> None:
-    """Writes everything but the weights into a folder."""
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+def save_training(folder: Path, state: State, schedule: LRScheduler, scaler: Any | None) -> None:
+    """Writes where the run stands into a folder: everything but weights and optimizer."""
     torch.save(schedule.state_dict(), folder / "schedule.pt")
     if scaler is not None:
         (folder / "scaler.json").write_text(json.dumps(scaler.state_dict()))
@@ -202,20 +211,24 @@ def load_part(folder: Path, name: str) -> dict[str, Tensor]:
     return load_file(folder / name)
 
 
-def load_training(
-    folder: Path,
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
-    scaler: Any | None,
-) -> None:
-    """Puts everything but the weights back.
+def save_optimizer(folder: Path, saved: Mapping[str, Any]) -> None:
+    """Writes an optimizer's state."""
+    torch.save(saved, folder / "optimizer.pt")
+
+
+def load_optimizer(folder: Path) -> dict[str, Any]:
+    """Reads an optimizer's state; it moves that to where its weights are."""
+    return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+
+
+def load_training(folder: Path, schedule: LRScheduler, scaler: Any | None) -> None:
+    """Puts everything but weights and optimizer back.
 
     Raises:
         UserError: the checkpoint was made under fp16 and the run is not, or the reverse.
     """
-    # To the CPU first; the optimizer moves its state to where the weights are.
-    for part, file in ((optimizer, "optimizer.pt"), (schedule, "schedule.pt")):
-        part.load_state_dict(torch.load(folder / file, map_location="cpu", weights_only=True))
+    made = torch.load(folder / "schedule.pt", map_location="cpu", weights_only=True)
+    schedule.load_state_dict(made)
     saved = folder / "scaler.json"
     if saved.is_file() != (scaler is not None):
         raise UserError(f"{folder}: --mixed_precision fp16 must be the same when a run goes on")
@@ -226,25 +239,33 @@ def load_training(
 # -- damage -----------------------------------------------------------------------------------
 
 
-def add_checksums(folder: Path) -> None:
+def add_checksums(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Writes the checksums of all files of a checkpoint beside them, as its last part.
 
     xxHash's 128 bits tell a flipped bit, not a forger, and cost little beside the writing.
+
+    Args:
+        known: those that other processes have found, of files that they wrote.
     """
-    sums = {str(path.relative_to(folder)): _checksum(path) for path in _files(folder)}
-    text = json.dumps({"xxh3_128": sums}, indent=1)
+    sums = dict(known or {})
+    for path in _files(folder):
+        name = str(path.relative_to(folder))
+        sums[name] = sums.get(name) or _checksum(path)
+    text = json.dumps({"xxh3_128": dict(sorted(sums.items()))}, indent=1)
     (folder / CHECKSUMS).write_text(text, encoding="utf-8")
 
 
-def check_whole(folder: Path) -> bool:
+def check_whole(folder: Path, process: int = 0, num_processes: int = 1) -> bool:
     """Reads a checkpoint and compares it with its checksums; files beside these are not minded.
 
+    Args:
+        process: this one, where several share the reading.
     Returns:
         False where it carries none: it was made before there were any.
     Raises:
         UserError: it is not as it was written; the message names the one before it.
     """
-    fault = _fault(folder)
+    fault = _fault(folder, slice(process, None, num_processes))
     if fault:
         raise damaged(folder, fault)
     return (folder / CHECKSUMS).is_file()
@@ -293,13 +314,23 @@ def _checksum(path: Path) -> str:
     return total.hexdigest()
 
 
-def _fault(folder: Path) -> str:
-    """What is not as it was written, in words; nothing where all is, or nothing is known."""
+def settled(path: Path) -> str:
+    """The checksum of a file whose bytes are on the disk then."""
+    _flush(path)
+    return _checksum(path)
+
+
+def _fault(folder: Path, share: slice = slice(None)) -> str:
+    """What is not as it was written, in words; nothing where all is, or nothing is known.
+
+    Args:
+        share: of the files, which are looked at.
+    """
     if not (folder / CHECKSUMS).is_file():
         return ""
     try:
         sums = read_table(folder / CHECKSUMS)["xxh3_128"]
-        for name, expected in sums.items():
+        for name, expected in [*sums.items()][share]:
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if _checksum(folder / name) != expected:

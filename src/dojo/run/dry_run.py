@@ -5,60 +5,40 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from torch import nn
-
 from dojo.files import records
 from dojo.run import folders, machine, phases
 from dojo.run.cost import Cost
+from dojo.run.phases import Held, Needs
 from dojo.run.run import Run
 
 
 def print_plan(
-    run: Run,
-    args: Any,
-    model: nn.Module,
-    cost: Cost,
-    batch_size: int,
-    *,
-    needs: phases.Needs,
-    bytes_per_weight: int = 16,
+    run: Run, args: Any, held: Held, cost: Cost, batch_size: int, *, needs: Needs
 ) -> None:
     """Prints what `--dry_run` promises: options, sizes, steps, memory, operations and hours.
 
     Args:
-        model: holds the parameters in the dtype that they will have.
+        held: what training holds of the network.
         cost: of a micro-batch of `batch_size`.
-        bytes_per_weight: what training one weight takes: itself, its gradient, the optimizer's
-            state, an average.
         needs: what is held beside the network.
     Raises:
         UserError: the run would be refused: its folder, or the checkpoint that it goes on from.
     """
-    total = sum(param.numel() for param in model.parameters())
-    trained = [param for param in model.parameters() if param.requires_grad]
-    weights = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    frozen_bytes = sum(weights.values()) - sum(weights[id(p)] for p in trained)
-    trained_bytes = bytes_per_weight * sum(param.numel() for param in trained)
-    kept = frozen_bytes + trained_bytes
-    gib = (kept + cost.saved_bytes) / 2**30
-    found = phases.memory(needs, sum(weights.values()), kept, kept + cost.saved_bytes)
+    params = list(held.network.parameters())
     micro_batches = run.samples_per_step / batch_size / run.accelerator.num_processes
-    rows = {
-        "trainable parameters": f"{sum(param.numel() for param in trained):,}",
-        "total parameters": f"{total:,}",
-        "effective batch size": f"{run.samples_per_step}",
-        "optimizer steps": f"{run.num_steps}",
-        "steps per epoch": f"{run.epoch_length:.2f}",
-        "memory of training per process, estimated": f"{gib:.2f} GiB (weights "
-        f"{frozen_bytes / 2**30:.2f}, training state {trained_bytes / 2**30:.2f}, "
-        f"activations {cost.saved_bytes / 2**30:.2f}; the autoencoder not included)",
-        **phases.told(found),
-        "operations per process and step": f"{cost.flops * micro_batches / 1e12:.3f} TFLOP",
-        "hours to finish": hours(run, cost.flops * micro_batches),
-    }
+    rows = [
+        f"trainable parameters: {sum(one.numel() for one in params if one.requires_grad):,}",
+        f"total parameters: {sum(one.numel() for one in params):,}",
+        f"effective batch size: {run.samples_per_step}",
+        f"optimizer steps: {run.num_steps}",
+        f"steps per epoch: {run.epoch_length:.2f}",
+        *phases.table(phases.compute(needs, held)),
+        f"operations per process and step: {cost.flops * micro_batches / 1e12:.3f} TFLOP",
+        f"hours to finish: {hours(run, cost.flops * micro_batches)}",
+    ]
     run.say(json.dumps(folders.options(args), indent=1))
-    for name, value in rows.items():
-        run.say(f"{name}: {value}")
+    for row in rows:
+        run.say(row)
     run.check_folder(args)  # refuses what `begin` would refuse
 
 

@@ -31,7 +31,7 @@ def not_finite(groups: Mapping[str, Iterable[Tensor]]) -> list[str]:
     ends: list[Tensor] = []
     owners: list[str] = []
     for name, tensors in groups.items():
-        for tensor in tensors:
+        for tensor in map(_own, tensors):
             if tensor.is_floating_point() and tensor.numel():
                 ends += [end.float() for end in tensor.aminmax()]
                 owners += [name, name]
@@ -42,3 +42,8 @@ def not_finite(groups: Mapping[str, Iterable[Tensor]]) -> list[str]:
     good = torch.stack([end.to(device) for end in ends]).isfinite().tolist()
     broken = {owner for owner, whole in zip(owners, good, strict=True) if not whole}
     return [name for name in groups if name in broken]
+
+
+def _own(tensor: Any) -> Tensor:
+    """What this process has of a tensor that may be shared out over several."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

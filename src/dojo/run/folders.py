@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -175,15 +175,16 @@ def _refuse_own_sources(folder: Path, args: Any) -> None:
 def options(args: Any) -> dict[str, Any]:
     """The resolved options by group, ready for JSON; tokens and secrets of addresses stay out."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            # hub_token and its like; max_sequence_length and keep_tokens are no secrets.
-            return {k: plain(item) for k, item in value.items() if not k.endswith("_token")}
-        if isinstance(value, tuple | list):
-            return [plain(item) for item in value]
-        return hide(str(value)) if isinstance(value, str | Path) else value
+    return _plain(asdict(args))
 
-    return plain(asdict(args))
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        # hub_token and its like; max_sequence_length and keep_tokens are no secrets.
+        return {k: _plain(item) for k, item in value.items() if not k.endswith("_token")}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return hide(str(value)) if isinstance(value, str | Path) else value
 
 
 def record(args: Any, seed: int, accelerator: accelerate.Accelerator) -> dict[str, Any]:
@@ -245,6 +246,9 @@ def _changed_options(folder: Path, args: Any, mixed_precision: str) -> list[str]
     then["mixed_precision"] = record["mixed_precision"]
     now = {**essential(options(args)), "mixed_precision": mixed_precision}
     names = sorted(then.keys() | now.keys())
+    # A run from before an option was there did what its default says.
+    usual = {field.name: field.default for group in vars(args).values() for field in fields(group)}
+    then = {**{name: _plain(usual.get(name)) for name in now}, **then}
     changed = {name: (then.get(name), now.get(name)) for name in names}
     whence = {"mixed_precision": (_whence(record), f" ({_precision_from(args)})")}
     return [

@@ -22,16 +22,18 @@ from torch import Tensor, nn
 
 from dojo.cli import TrainingStopped
 from dojo.files import tensors
-from dojo.run import checkpoint, finite
+from dojo.run import checkpoint, deepspeed, finite, fused
 from dojo.run import optim as optimizers
 from dojo.run.averaging import Averaged, EmaArgs
+from dojo.run.fused import FusedOptimizer
 from dojo.run.optim import OptimArgs
+from dojo.run.replicas import Learned, Written
 from dojo.run.run import Run
 
 MAX_SKIPPED_STEPS = 20  # of the fp16 gradient scaler, in a row
 
 
-class Trained(Protocol):
+class Trained(Written, Protocol):
     """What is trained, and how it is written down."""
 
     @property
@@ -49,20 +51,8 @@ class Trained(Protocol):
         """The network, and the text encoders that are trained too."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes the weights, and what belongs beside them, into a checkpoint."""
-        ...
-
-    def restore(self, folder: Path) -> None:
-        """Reads them back, to the bit."""
-        ...
-
-    def save_average(self, folder: Path) -> None:
-        """Writes the weights to where a checkpoint has their average, which is in the model."""
-        ...
-
-    def restore_average(self, folder: Path) -> None:
-        """Reads a checkpoint's average into the model."""
+    def whole(self) -> AbstractContextManager[None]:
+        """The whole weights in the model, on the process that writes: a collective."""
         ...
 
 
@@ -117,13 +107,17 @@ class Learner:
         self.max_grad_norm = optim.max_grad_norm
         self._micro_loss = torch.zeros((), device=run.device)
         self._skipped = 0
+        if optim.fused_backward:
+            fused.check_run(run, passes)
+        if remark := optimizers.remark(optim, run.device):
+            run.say(remark)
         self.optimizer, self.schedule = optimizers.make(trained.groups, optim, run)
+        self._fused = self.optimizer if isinstance(self.optimizer, FusedOptimizer) else None
         self._averaged = Averaged(trained.params, ema, self.optimizer)
+        if deepspeed.of(run.accelerator):
+            run.replicas = deepspeed.Zero(run.accelerator, optim, passes)
         self._resume()
-        network, *others = trained.modules
-        prepared: Any = run.accelerator.prepare(network, self.optimizer, *others)
-        self.modules: list[nn.Module] = [prepared[0], *prepared[2:]]
-        self.optimizer = prepared[1]
+        self.modules, self.optimizer = run.replicas.prepare(trained.modules, self.optimizer)
         run.accelerator.gradient_accumulation_steps *= passes
 
     @property
@@ -135,11 +129,31 @@ class Learner:
         """The averaged weights in the model for a while, where an average is kept."""
         return self._averaged.applied()
 
+    @contextmanager
+    def asked_freely(self) -> Iterator[None]:
+        """For a while processes may ask the model as often as they like, each for itself; keeps
+        what was learned when something outside ends the run meanwhile."""
+        with self.kept_when_stopped(), self.run.replicas.gathered():
+            yield
+
+    @contextmanager
+    def result(self) -> Iterator[bool]:
+        """The averaged weights, whole in the model of the process that writes: a collective.
+
+        Yields:
+            Whether this is that process.
+        """
+        if not (self.run.main or self.run.replicas.sharded):
+            yield False
+            return
+        with self.averaged(), self.trained.whole():
+            yield self.run.main
+
     # -- one step -----------------------------------------------------------------------------
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """A micro-batch, from its forward to its backward pass."""
-        return self.run.accelerator.accumulate(*self.modules)
+        return self.run.replicas.accumulate(self.modules)
 
     def step(self, loss: Tensor) -> bool:
         """Backward pass of a micro-batch and, when its turn has come, the optimizer step.
@@ -162,7 +176,7 @@ class Learner:
         if not whole and run.accelerator.scaler is None:
             self._stop(f"loss {micro_loss:g}, gradient norm {grad_norm:g}")
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        run.replicas.zero_grad(self.optimizer)
         # Asked of the gradients and not of accelerate: GradScaler calls the fused AdamW's step in
         # any case and lets the kernel skip, so that accelerate sees no skipped step.
         if whole:
@@ -180,8 +194,10 @@ class Learner:
         """The gradients' norm before it is clipped, the micro-batches' loss, and what was asked of
         the run, equal on all processes: all stop, or none."""
         run = self.run
-        norm = run.accelerator.clip_grad_norm_(self.trained.params, self.max_grad_norm)
-        assert norm is not None  # DeepSpeed alone keeps it to itself
+        if self._fused is not None:  # clipped and stepped already
+            norm = self._fused.norm()
+        else:
+            norm = run.replicas.clip(self.trained.params, self.max_grad_norm)
         asked = run.stopping.requests.local()
         numbers = torch.stack([norm.float(), self._micro_loss])
         if run.accelerator.num_processes > 1:
@@ -219,13 +235,13 @@ class Learner:
         """Looks at the averaged model when it is due or was asked for; keeps what was learned when
         something outside ends the run meanwhile."""
         if self.run.pictures_due(due):
-            with self.kept_when_stopped(), self.averaged():
+            with self.kept_when_stopped(), self.averaged(), self.run.replicas.gathered():
                 for evaluate in evaluations:
                     evaluate()
 
     def catch_up(self, *evaluations: Evaluation, due: bool) -> None:
         """What is due before the first step, or was left out when the run stopped."""
-        with self.averaged():
+        with self.averaged(), self.run.replicas.gathered():
             for evaluation in evaluations:
                 evaluation.catch_up(due=due)
 
@@ -261,9 +277,9 @@ class Learner:
             if broken := self._not_finite():
                 self._stop(f"NaN or infinite numbers in {broken}", run.step)
             state = run.state()  # a collective: on all processes
+            folder = run.output_dir / f"checkpoint-{run.step}"
+            run.replicas.write(folder, self._learned(), lambda inside: self._write(inside, state))
             if run.main:
-                folder = run.output_dir / f"checkpoint-{run.step}"
-                checkpoint.write_whole(folder, lambda inside: self._write(inside, state))
                 checkpoint.rotate(run.output_dir, run.args.checkpoints_total_limit)
             run.accelerator.wait_for_everyone()
             run.stopping.requests.saved()
@@ -278,23 +294,13 @@ class Learner:
         asked = requests.save or bool(requests.stop)
         return run.step // every > before // every or run.step == run.num_steps or asked
 
-    def _write(self, folder: Path, state: checkpoint.State) -> None:
-        self._save_weights(folder)
-        scaler = self.run.accelerator.scaler
-        checkpoint.save_training(folder, state, self.optimizer, self.schedule, scaler)
-        checkpoint.add_checksums(folder)
+    def _learned(self) -> Learned:
+        return Learned(self.trained, self._averaged, self.optimizer)
 
-    def _save_weights(self, folder: Path) -> None:
-        self.trained.save(folder)
-        self._averaged.save(folder, lambda: self.trained.save_average(folder))
+    def _write(self, folder: Path, state: checkpoint.State) -> None:
         for name, part in self.parts.items():
             tensors.save(folder / name, part.state_dict())
-
-    def _load_weights(self, folder: Path) -> None:
-        self._averaged.restore(folder, lambda: self.trained.restore_average(folder))
-        self.trained.restore(folder)
-        for name, part in self.parts.items():
-            part.load_state_dict(checkpoint.load_part(folder, name))
+        checkpoint.save_training(folder, state, self.schedule, self.run.accelerator.scaler)
 
     def _resume(self) -> None:
         """Continues from the chosen checkpoint, if there is one; sets the run's step."""
@@ -303,9 +309,10 @@ class Learner:
             state = checkpoint.read_state(folder)
             checkpoint.check_same_run(folder, state, run.state())
             with checkpoint.reading(folder):
-                self._load_weights(folder)
-                scaler = run.accelerator.scaler
-                checkpoint.load_training(folder, self.optimizer, self.schedule, scaler)
+                run.replicas.read(folder, self._learned())
+                for name, part in self.parts.items():
+                    part.load_state_dict(checkpoint.load_part(folder, name))
+                checkpoint.load_training(folder, self.schedule, run.accelerator.scaler)
             if broken := self._not_finite():
                 raise checkpoint.damaged(folder, f"NaN or infinite numbers in {broken}")
             if run.span != optimizers.Span(0, run.num_steps) or (
@@ -334,6 +341,6 @@ class Learner:
         groups = {
             "the weights": [p for group in self.optimizer.param_groups for p in group["params"]],
             "their moving average": self._averaged.shadows(),
-            "the optimizer's state": finite.tensors_in(self.optimizer.state_dict()),
+            "the optimizer's state": self.run.replicas.state(self.optimizer),
         }
-        return ", ".join(finite.not_finite(groups))
+        return ", ".join(self.run.replicas.anywhere(finite.not_finite(groups)))

@@ -16,7 +16,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from dojo.cli import UserError, option, ranges
-from dojo.run import split
+from dojo.run import fused, split
 
 Groups = Sequence[nn.Parameter] | Sequence[dict[str, Any]]
 
@@ -28,9 +28,22 @@ STATE_BYTES = {
     "lion": 12,
     "prodigy": 24,
     "schedulefree": 16,
+    "stableadamw": 16,
+    "lion8bit": 9,
+    # Their state may leave the device, page by page, where it has no room.
+    "paged_adamw8bit": 8,
+    "paged_lion8bit": 8,
 }
 # The same of bfloat16 weights and gradients: `split` keeps each weight's lower half beside it.
-SPLIT_BYTES = {"adamw": 14, "lion": 10, "adafactor": 6}
+SPLIT_BYTES = {
+    "adamw": 14,
+    "lion": 10,
+    "adafactor": 6,
+    "adamw8bit": 8,
+    "lion8bit": 7,
+    "paged_adamw8bit": 6,
+    "paged_lion8bit": 6,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +60,24 @@ class OptimArgs:
     """passes over the data"""
     steps_per_epoch: int | None = option(None, incidental=True)
     """optimizer steps that count as one epoch; unset is what the data set takes"""
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy", "schedulefree"] = (
-        "adamw"
-    )
+    optimizer: Literal[
+        "adamw",
+        "adamw8bit",
+        "paged_adamw8bit",
+        "adafactor",
+        "lion",
+        "lion8bit",
+        "paged_lion8bit",
+        "prodigy",
+        "schedulefree",
+        "stableadamw",
+    ] = "adamw"
     """adamw (fused), adamw8bit (bitsandbytes), adafactor (torch; its
     rate is relative to the weights' size, 1e-2 is usual), lion (optimi, wants a learning rate 3 to
-    10 times smaller), prodigy (finds its step size: set --learning_rate 1), schedulefree
-    (AdamW that averages its weights and needs no schedule)"""
+    10 times smaller), lion8bit (bitsandbytes), paged_adamw8bit, paged_lion8bit (their state leaves
+    a GPU that has no room for it), prodigy (finds its step size: set --learning_rate 1),
+    schedulefree (AdamW that averages its weights and needs no schedule), stableadamw (optimi: AdamW
+    whose steps are scaled down where a gradient is larger than the ones before)"""
     use_8bit_adam: bool = False
     """the same as --optimizer adamw8bit"""
     use_adafactor: bool = False
@@ -87,7 +111,12 @@ class OptimArgs:
     adam_epsilon: float = 1e-8
     """added to the root of the second moment"""
     max_grad_norm: float = 1.0
-    """gradients are scaled down to this norm"""
+    """gradients are scaled down to this norm, with --fused_backward each weight's by itself"""
+    fused_backward: bool = False
+    """full fine-tuning, one process: take each weight's step in the backward pass, so that one
+    layer's gradients are in memory at a time"""
+    offload_lower_halves: bool = option(False, incidental=True)
+    """with --train_dtype bf16: keep the lower 16 bits of the weights in CPU memory between steps"""
 
     def __post_init__(self) -> None:
         counts = "train_batch_size gradient_accumulation_steps max_train_steps num_train_epochs"
@@ -109,6 +138,8 @@ class OptimArgs:
             raise ValueError("--lr_warmup_steps needs --lr_scheduler constant_with_warmup")
         if self.scale_lr and self.kind == "prodigy":
             raise ValueError("--scale_lr: prodigy finds its own step size")
+        if self.fused_backward:
+            fused.check(self.kind, self.gradient_accumulation_steps)
 
     @property
     def kind(self) -> str:
@@ -142,8 +173,14 @@ class OptimArgs:
         return self.max_train_steps is not None or self.num_train_epochs is not None
 
     def state_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes per trained weight: weight, gradient, optimizer state."""
-        return (STATE_BYTES if dtype == torch.float32 else SPLIT_BYTES).get(self.kind, 16)
+        """Bytes per trained weight: weight, gradient, optimizer state.
+
+        Without the gradient where the step is taken in the backward pass (`fused.step_bytes` are
+        those of one weight), and on the device alone.
+        """
+        held = (STATE_BYTES if dtype == torch.float32 else SPLIT_BYTES).get(self.kind, 16)
+        gradient = dtype.itemsize if self.fused_backward else 0
+        return held - gradient - (2 if self.offload_lower_halves else 0)
 
 
 class Length(Protocol):
@@ -276,7 +313,11 @@ def check(args: OptimArgs, dtype: torch.dtype) -> None:
             f"--optimizer {args.kind} cannot train bfloat16 weights: with --train_dtype bf16 use "
             f"{', '.join(SPLIT_BYTES)}, or leave --train_dtype at fp32"
         )
-    if args.kind == "adamw8bit":
+    if dtype == torch.float32 and args.offload_lower_halves:
+        raise UserError(
+            "--offload_lower_halves needs --train_dtype bf16: others have no such halves"
+        )
+    if args.kind.endswith("8bit"):
         _require("bitsandbytes", args)
 
 
@@ -285,9 +326,19 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     low = any(param.dtype != torch.float32 for group in groups for param in group["params"])
     check(args, torch.bfloat16 if low else torch.float32)
-    if low:
-        return split.SplitOptimizer(groups, lambda whole: _float32_optimizer(whole, args, device))
-    return _float32_optimizer(groups, args, device)
+
+    def inner(some: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if low:
+            return split.SplitOptimizer(
+                some,
+                lambda whole: _float32_optimizer(whole, args, device),
+                offload=args.offload_lower_halves,
+            )
+        return _float32_optimizer(some, args, device)
+
+    if args.fused_backward:
+        return fused.FusedOptimizer(groups, inner, args.max_grad_norm)
+    return inner(groups)
 
 
 def _float32_optimizer(
@@ -303,10 +354,10 @@ def _float32_optimizer(
         return torch.optim.Adafactor(
             groups, lr=args.learning_rate, weight_decay=args.adam_weight_decay
         )
-    if args.kind == "adamw8bit":
-        import bitsandbytes  # pyright: ignore[reportMissingImports]
+    if args.kind.endswith("8bit"):
+        from dojo.run import eightbit
 
-        return bitsandbytes.optim.AdamW8bit(groups, **common)
+        return eightbit.make(args.kind, groups, common, device)
     if args.kind == "prodigy":
         import prodigyopt
 
@@ -319,12 +370,28 @@ def _float32_optimizer(
         )
         optimizer.train()
         return optimizer
-    if args.kind == "lion":
+    if args.kind in ("lion", "stableadamw"):
         import optimi
 
+        if args.kind == "stableadamw":
+            # optimi 0.3.3 would choose triton by an empty list of weights, so on a CPU too.
+            return optimi.StableAdamW(
+                groups, triton=None if device.type == "cuda" else False, **common
+            )
         common.pop("eps")
         return optimi.Lion(groups, **common)
     return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **common)
+
+
+def remark(args: OptimArgs, device: torch.device) -> str:
+    """What the user should hear about the optimizer on this device; mostly nothing."""
+    if device.type != "cpu" or not args.kind.endswith("8bit"):
+        return ""
+    paged = ", and nothing is paged" if args.kind.startswith("paged") else ""
+    return (
+        f"--optimizer {args.kind} on a CPU: bitsandbytes computes each weight's step in float32 "
+        f"between reading and writing its 8-bit state{paged}"
+    )
 
 
 def _require(package: str, args: OptimArgs) -> None:

@@ -1,31 +1,48 @@
-"""What a run holds in a device's memory, phase by phase, computed from configurations alone."""
+"""What a run holds in a device's memory, phase by phase, computed from configurations alone.
+
+Networks that do not compute together are not on the device together: text encoders come one after
+another, the pipeline of the class pictures in turns, and the autoencoder only where it is used.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 
 from dojo.run import cost
 
-CARDS = (8, 12, 16, 24, 48, 80)
+CARDS = (8, 10, 12, 16, 24, 48, 80)
 """Sizes of graphics cards in GiB (sold as GB)."""
 MARGIN = 1.1
 """What the allocator and kernels take on top of the tensors: assumed, not measured."""
 CONTEXT = 1.0
 """GiB that the CUDA context and libraries take: assumed, not measured."""
+CAPTIONS = 32
+"""Captions that an encoder reads at a time: a shard of the cache."""
 
+TEXTS, LATENTS, CLASS, TRAINING, VALIDATION, SCORING = PHASES = (
+    *("text cache", "latent cache", "class pictures"),
+    *("training", "validation", "scoring"),
+)
 _GIB = 2**30
+# The linear layers of a text encoder that int8 replaces: inside the blocks of CLIP and of T5.
+_INT8 = re.compile(r"(.*\.)?(layers|block)\.\d+\.(?!.*\bwo$).*")
 
 
-class Parts(Protocol):
-    """A pipeline's folder and what is known of its autoencoder."""
+class Model(Protocol):
+    """A pipeline's folder, what is known of its parts, and its network on the meta device."""
 
     @property
     def folder(self) -> Path: ...
@@ -33,66 +50,222 @@ class Parts(Protocol):
     def vae(self) -> dict[str, Any]: ...
     @property
     def pixels_per_latent(self) -> int: ...
+    @property
+    def text_lengths(self) -> Mapping[str, int]: ...
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]: ...
+    def meta_network(self) -> Any: ...
+    def meta_inputs(
+        self, rows: int, shape: tuple[int, int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
+    def predict(
+        self,
+        network: nn.Module,
+        noisy: Tensor,
+        level: Tensor,
+        conditions: Mapping[str, Tensor],
+        dtype: torch.dtype,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """What a run holds beside the network that it trains."""
 
-    config: Parts
-    text: Sequence[str]
-    """folders of the text encoders"""
+    config: Model
     dtype: torch.dtype
-    """of text encoders"""
+    """of the run: of text encoders and of what is computed"""
     vae_dtype: torch.dtype
     size: tuple[int, int]
     """height and width of the largest picture in pixels"""
+    text_on_cpu: bool = False
+    """the text encoders compute on the CPU"""
+    text_in_int8: bool = False
+    """their blocks' weights take a byte each"""
+    tiling: bool = False
+    """the autoencoder takes large pictures in tiles"""
+    slicing: bool = False
+    """the autoencoder takes the pictures of a batch one by one"""
     encoded: int = 0
     """pictures whose latents are computed at a time, 0 for none"""
     decoded: int = 0
     """pictures that are drawn at a time, 0 for none"""
+    rows: int | None = None
+    """rows of the network's batches while they are drawn; unset is two a picture, with guidance"""
     class_pictures: int = 0
     """those that the whole pipeline draws at a time before training"""
+    class_dtype: torch.dtype | None = None
+    """precision of that drawing; unset is the run's"""
+    vae_stays: bool = True
+    """the autoencoder is on the device in training too, and the network while it decodes"""
+    live_text: Sequence[str] = ()
+    """text encoders that are there in training too"""
+    batch_is_free: bool = True
+    """a batch may be taken in smaller parts: nothing else hangs on its size"""
+    scored: bool = False
+    """what is drawn is scored by rewards"""
     scorers: Sequence[nn.Module] = ()
-    """networks of the rewards, as loaded"""
+    """their networks, as loaded, which are on the device all the time"""
 
 
-def memory(needs: Needs, network: int, kept: int, training: int) -> dict[str, float]:
-    """GiB of tensors in each phase of a run, in their order.
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What training holds of the network, in bytes; computed from a network on the meta device."""
 
-    Args:
-        network: bytes of the network's weights.
-        kept: bytes of the network and what its training keeps between two steps.
-        training: bytes in a training step.
-    """
-    vae = _autoencoder(needs)
-    own = bytes_of(vae, needs.vae_dtype)
-    drawing = own + _decoding(vae, needs, needs.decoded)
-    text = sum(bytes_of(encoder, needs.dtype) for encoder in _text_encoders(needs))
-    scoring = sum(param.nbytes for scorer in needs.scorers for param in scorer.parameters())
-    found = {
-        "class pictures": needs.class_pictures
-        and text + network + own + _decoding(vae, needs, needs.class_pictures),
-        "latents": needs.encoded and own + _encoding(vae, needs),
-        "text embeddings": text,
-        "training": training + own + scoring,
-        "drawing": needs.decoded and kept + drawing + scoring,
+    network: Any
+    """as it is trained"""
+    weights: int
+    """of all its weights, as they are stored"""
+    kept: int
+    """of what is there between two steps: weights, gradients, the optimizer's state, averages"""
+    activations: int
+    """of what a training step has besides"""
+    leaves: bool = True
+    """the network may leave the device for a while; quantised weights stay"""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is on the device at the fullest moment of a phase, in bytes."""
+
+    name: str
+    parts: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def size(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
+
+    @property
+    def told(self) -> str:
+        """The parts in words, those of less than a hundredth of a GiB left out."""
+        shown = {name: size / _GIB for name, size in self.parts.items() if size >= _GIB / 200}
+        return " + ".join(f"{name} {size:.2f}" for name, size in shown.items())
+
+
+def memory(needs: Needs, held: Held) -> dict[str, float]:
+    """GiB of tensors in each phase of a run, in their order."""
+    return {phase.name: phase.size / _GIB for phase in compute(needs, held)}
+
+
+def compute(needs: Needs, held: Held) -> list[Phase]:
+    """The phases of a run that hold something on the device, in their order."""
+    makers: dict[str, Callable[[Needs, Held], Mapping[str, int]]] = {
+        TEXTS: _texts,
+        LATENTS: _latents,
+        CLASS: _class_pictures,
+        TRAINING: _training,
+        SCORING if needs.scored else VALIDATION: _drawing,
     }
-    return {name: size / _GIB for name, size in found.items() if size}
+    found = [Phase(name, make(needs, held)) for name, make in makers.items()]
+    return [phase for phase in found if phase.size]
 
 
-def told(found: Mapping[str, float]) -> dict[str, str]:
+def wanted(gib: float) -> float:
+    """What a card must have for so many GiB of tensors."""
+    return MARGIN * gib + CONTEXT
+
+
+def card_for(gib: float) -> int | None:
+    """The smallest card that holds so many GiB of tensors; None if none of those known does."""
+    return next((card for card in CARDS if wanted(gib) <= card), None)
+
+
+def table(found: Sequence[Phase]) -> list[str]:
     """The phases as the dry run prints them, and which cards hold the largest."""
-    name, most = max(found.items(), key=lambda phase: phase[1])
-    wanted = MARGIN * most + CONTEXT
-    fits = ", ".join(f"{card} {'yes' if wanted <= card else 'no'}" for card in CARDS)
-    shown = ", ".join(f"{phase} {size:.2f}" for phase, size in found.items())
-    return {
-        "memory by phase, computed": f"{shown} GiB of tensors",
-        "peak over all phases": f"{most:.2f} GiB ({name})",
-        "fits on a card of so many GB": f"{fits} (with {MARGIN - 1:.0%} and {CONTEXT:g} GiB on top "
+    largest = max(found, key=lambda phase: phase.size)
+    most = largest.size / _GIB
+    fits = ", ".join(f"{card} {'yes' if wanted(most) <= card else 'no'}" for card in CARDS)
+    return [
+        "memory on the device by phase, computed, not measured:",
+        f"  {'phase':<14}  {'GiB':>7}  of it",
+        *(f"  {phase.name:<14}  {phase.size / _GIB:>7.2f}  {phase.told}" for phase in found),
+        f"largest phase: {largest.name}, {most:.2f} GiB",
+        f"fits on a card of so many GB: {fits} (with {MARGIN - 1:.0%} and {CONTEXT:g} GiB on top "
         "for allocator and context: assumed)",
+    ]
+
+
+# ---- the phases ----
+
+
+def _texts(needs: Needs, held: Held) -> Mapping[str, int]:
+    if needs.text_on_cpu or set(needs.live_text).issuperset(needs.config.text_lengths):
+        return {}
+    found = _encoders(needs, needs.dtype, CAPTIONS, int8=needs.text_in_int8)
+    return max(found, key=_total, default={})
+
+
+def _latents(needs: Needs, held: Held) -> Mapping[str, int]:
+    if not needs.encoded:
+        return {}
+    vae = _autoencoder(needs, needs.vae_dtype)
+    return {"autoencoder": _bytes(vae), "activations": _encoding(vae, needs)}
+
+
+def _class_pictures(needs: Needs, held: Held) -> Mapping[str, int]:
+    """The base pipeline in turns, every part in the precision of the drawing."""
+    count, dtype = needs.class_pictures, needs.class_dtype or needs.dtype
+    if not count:
+        return {}
+    vae = _autoencoder(needs, dtype)
+    weights = _own_weights(held.network)
+    turns = [
+        *_encoders(needs, dtype, count, int8=False),
+        {"network": dtype.itemsize * weights, "activations": _asking(needs, held, 2 * count)},
+        {"autoencoder": _bytes(vae), "activations": _decoding(vae, needs, count)},
+    ]
+    return max(turns, key=_total)
+
+
+def _training(needs: Needs, held: Held) -> Mapping[str, int]:
+    return {
+        "weights and state": held.kept,
+        "activations": held.activations,
+        **_residents(needs),
     }
+
+
+def _drawing(needs: Needs, held: Held) -> Mapping[str, int]:
+    """Validation, or drawing for rewards: denoising, then decoding."""
+    if not needs.decoded:
+        return {}
+    vae = _autoencoder(needs, needs.vae_dtype)
+    rows = 2 * needs.decoded if needs.rows is None else needs.rows
+    gone = held.weights if held.leaves and not needs.vae_stays else 0
+    common = {"autoencoder": _bytes(vae), **_residents(needs)}
+    denoising = {
+        "weights and state": held.kept,
+        **common,
+        "activations": _asking(needs, held, rows),
+    }
+    decoding = {
+        "weights and state": held.kept - gone,
+        **common,
+        "activations": _decoding(vae, needs, needs.decoded),
+    }
+    return max(denoising, decoding, key=_total)
+
+
+def _residents(needs: Needs) -> dict[str, int]:
+    """What is on the device all the time beside the network."""
+    scorers = [param for scorer in needs.scorers for param in scorer.parameters()]
+    made: dict[str, int] = {}
+    if needs.vae_stays:
+        made["autoencoder"] = _bytes(_autoencoder(needs, needs.vae_dtype))
+    for part in () if needs.text_on_cpu else needs.live_text:
+        if (needs.config.folder / part / "config.json").is_file():
+            folder = needs.config.folder / part
+            made[part] = _stored(folder, needs.dtype, needs.text_in_int8)
+    if scorers:
+        made["rewards"] = sum(param.nbytes for param in scorers)
+    return made
+
+
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(parts.values())
+
+
+# ---- the parts ----
 
 
 def bytes_of(model: nn.Module, dtype: torch.dtype) -> int:
@@ -100,37 +273,134 @@ def bytes_of(model: nn.Module, dtype: torch.dtype) -> int:
     return dtype.itemsize * sum(param.numel() for param in model.parameters())
 
 
-def _text_encoders(needs: Needs) -> list[nn.Module]:
-    made: list[nn.Module] = []
-    for part in needs.text:
+def encoder_bytes(encoder: nn.Module, dtype: torch.dtype, *, int8: bool) -> int:
+    """Bytes of a text encoder's weights.
+
+    Args:
+        int8: the linear layers of its blocks have a byte a weight and a float32 scale a row.
+    """
+    total = bytes_of(encoder, dtype)
+    kept = getattr(encoder, "_keep_in_fp32_modules", None) or ()
+    for name, module in encoder.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        count = module.weight.numel()
+        if int8 and _INT8.fullmatch(name):
+            total += count + 4 * module.out_features - dtype.itemsize * count
+        elif dtype == torch.float16 and name.rpartition(".")[2] in kept:
+            total += 2 * count  # transformers keeps T5's in float32
+    return total
+
+
+def _encoders(
+    needs: Needs, dtype: torch.dtype, captions: int, *, int8: bool
+) -> list[Mapping[str, int]]:
+    """Weights and activations of each text encoder."""
+    made: list[Mapping[str, int]] = []
+    for part, tokens in needs.config.text_lengths.items():
         folder = needs.config.folder / part
         if not (folder / "config.json").is_file():  # SD3 without T5
             continue
-        config = transformers.AutoConfig.from_pretrained(folder)
-        kind = getattr(transformers, (config.architectures or ["CLIPTextModel"])[0])
-        with torch.device("meta"):
-            made.append(kind(config))
+        made.append(
+            {
+                part: _stored(folder, dtype, int8),
+                "activations": _reading(folder, dtype, captions, tokens),
+            }
+        )
     return made
 
 
-def _autoencoder(needs: Needs) -> Any:
+@cache
+def _encoder(folder: Path) -> nn.Module:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, (config.architectures or ["CLIPTextModel"])[0])
     with torch.device("meta"):
-        vae: Any = AutoencoderKL.from_config(needs.config.vae)
+        return kind(config).eval()
+
+
+@cache
+def _stored(folder: Path, dtype: torch.dtype, int8: bool) -> int:
+    return encoder_bytes(_encoder(folder), dtype, int8=int8)
+
+
+@cache
+def _reading(folder: Path, dtype: torch.dtype, captions: int, tokens: int) -> int:
+    """Bytes that are alive while an encoder reads captions."""
+    encoder = _encoder(folder).to(dtype)
+    words = torch.empty(captions, tokens, dtype=torch.int64, device="meta")
+    return cost.live_bytes(lambda: encoder(words, output_hidden_states=True))
+
+
+_asked: WeakKeyDictionary[nn.Module, dict[object, int]] = WeakKeyDictionary()
+
+
+def _asking(needs: Needs, held: Held, rows: int) -> int:
+    """Bytes that are alive while the network predicts, without a gradient."""
+    counted = _asked.setdefault(held.network, {})
+    key = (needs.size, needs.dtype)
+    if key not in counted:
+        inputs = needs.config.meta_inputs(1, needs.config.latent_shape(*needs.size), needs.dtype)
+        network = held.network.eval()
+        counted[key] = cost.live_bytes(
+            lambda: needs.config.predict(network, *inputs, needs.dtype), autocast=needs.dtype
+        )
+    return rows * counted[key]  # the rows do not know of each other
+
+
+_own: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def _own_weights(network: nn.Module) -> int:
+    """How many weights are the network's own: no adapter's."""
+    if network not in _own:
+        named = network.named_parameters()
+        _own[network] = sum(param.numel() for name, param in named if "lora_" not in name)
+    return _own[network]
+
+
+def _autoencoder(needs: Needs, dtype: torch.dtype) -> Any:
+    return _autoencoder_of(json.dumps(needs.config.vae, sort_keys=True, default=list), dtype)
+
+
+@cache
+def _autoencoder_of(config: str, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        vae: Any = AutoencoderKL.from_config(json.loads(config))
     for param in vae.parameters():
-        param.data = param.data.to(needs.vae_dtype)
+        param.data = param.data.to(dtype)  # its own `to` has remarks
     return vae
 
 
+def _bytes(model: nn.Module) -> int:
+    return sum(param.nbytes for param in model.parameters())
+
+
 def _encoding(vae: Any, needs: Needs) -> int:
-    pixels = torch.empty(needs.encoded, 3, *needs.size, dtype=needs.vae_dtype, device="meta")
-    return cost.live_bytes(lambda: vae.encode(pixels))
+    """Bytes beside the weights while pictures are encoded."""
+    count, size = _at_once(vae, needs, needs.encoded)
+    given = needs.encoded * 3 * math.prod(needs.size) * vae.dtype.itemsize
+    return given + _alive(vae, "encode", (count, 3, *size))
 
 
 def _decoding(vae: Any, needs: Needs, count: int) -> int:
-    if not count:
-        return 0
+    """Bytes beside the weights while latents are decoded."""
+    once, (height, width) = _at_once(vae, needs, count)
     step = needs.config.pixels_per_latent
-    channels, (height, width) = needs.config.vae["latent_channels"], needs.size
-    shape = (count, channels, height // step, width // step)
-    latents = torch.empty(shape, dtype=needs.vae_dtype, device="meta")
-    return cost.live_bytes(lambda: vae.decode(latents))
+    shape = (once, needs.config.vae["latent_channels"], height // step, width // step)
+    alive = _alive(vae, "decode", shape)
+    if (once, (height, width)) == (count, needs.size):
+        return alive
+    return alive + count * 3 * math.prod(needs.size) * vae.dtype.itemsize  # and what is done
+
+
+def _at_once(vae: Any, needs: Needs, count: int) -> tuple[int, tuple[int, int]]:
+    """Pictures, or tiles of them, that pass through the autoencoder together, and their size."""
+    side = vae.tile_sample_min_size if needs.tiling else max(needs.size)
+    height, width = needs.size
+    return min(count, 1) if needs.slicing else count, (min(height, side), min(width, side))
+
+
+@cache
+def _alive(vae: Any, way: Literal["encode", "decode"], shape: tuple[int, ...]) -> int:
+    given = torch.empty(shape, dtype=vae.dtype, device="meta")
+    return cost.live_bytes(lambda: getattr(vae, way)(given))

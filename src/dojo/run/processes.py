@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from dojo.cli import UserError
 
+ABOUT_SIZE = "size of the pictures"  # a topic that is said once, wherever it is known first
+
 
 class Processes:
     """What this process knows of itself and the others."""

@@ -1,4 +1,4 @@
-"""Options that had another name, so that a run from before still goes on."""
+"""Options that had another name once, so that a run from before still goes on."""
 
 from __future__ import annotations
 

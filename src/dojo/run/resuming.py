@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dojo.run import checkpoint
+from accelerate.utils import gather_object
+
+from dojo.cli import UserError
+from dojo.run import checkpoint, deepspeed
 from dojo.run.optim import OptimArgs, Span, new_span
-from dojo.run.processes import Processes, alone
+from dojo.run.processes import Processes
 
 
 def check(
@@ -24,11 +27,8 @@ def check(
         UserError: the checkpoint is damaged; or saying with which options it could go on.
     """
 
-    def check_whole() -> None:
-        if not checkpoint.check_whole(folder):
-            processes.say(f"{folder} has no checksums yet: whether it is whole is not known")
-
-    alone(processes.accelerator, check_whole)
+    _check_whole(folder, processes)
+    deepspeed.check_resume(folder, processes.accelerator)
     saved = checkpoint.read_state(folder)
     checkpoint.check_batches(folder, saved, here, processes.accelerator.num_processes)
     made = Span(saved.lr_start, saved.lr_steps)
@@ -40,3 +40,17 @@ def check(
             f"--lr_scheduler {optim.lr_scheduler} runs {begun}over {span.steps}"
         )
     return span
+
+
+def _check_whole(folder: Path, processes: Processes) -> None:
+    """Reads the checkpoint, each process a share of its files; what one refuses, all refuse."""
+    trouble = ""
+    try:
+        if not checkpoint.check_whole(folder, **processes.share):
+            processes.say(f"{folder} has no checksums yet: whether it is whole is not known")
+    except UserError as error:
+        trouble = str(error)
+    if processes.accelerator.num_processes > 1:
+        trouble = next(filter(None, gather_object([trouble])), "")
+    if trouble:
+        raise UserError(trouble)

@@ -36,12 +36,13 @@ from dojo import launch
 from dojo.cli import UserError, marks, option, ranges
 from dojo.files import outputs
 from dojo.launch import interrupt, launcher
-from dojo.run import checkpoint, folders, machine, resuming, trackers
+from dojo.run import checkpoint, deepspeed, folders, machine, resuming, sharding, trackers
 from dojo.run import optim as optimizers
 from dojo.run.cost import Cost
 from dojo.run.metrics import Metrics
 from dojo.run.optim import OptimArgs
 from dojo.run.processes import Processes, alone
+from dojo.run.replicas import Replicas
 from dojo.run.stopping import Stopping
 
 Item = TypeVar("Item")
@@ -70,6 +71,9 @@ class RunArgs:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, common=True)
     """precision of the frozen parts and the arithmetic; unset is what accelerate's configuration
     says; trainable weights are float32 in any case but --train_dtype bf16"""
+    shard: bool = False
+    """each process keeps its part of weights, gradients and optimizer state (over several machines:
+    each machine a set of parts); for models that one GPU cannot train"""
     allow_tf32: bool = False
     """let float32 products on Ampere and newer GPUs use TensorFloat-32"""
     report_to: Literal["tensorboard", "wandb", "swanlab", "all", "none"] = option(
@@ -82,8 +86,13 @@ class RunArgs:
     """optimizer steps between two logged ones, which average over them; step 1 is always logged"""
     dry_run: bool = option(False, incidental=True, common=True)
     """print the resolved options, sizes, steps and estimates, and exit"""
+    fit: float | None = option(None, incidental=True)
+    """choose what is not given so that the run fits a card of so many GB (text encoders, VAE,
+    micro-batch, checkpointing, base precision, blocks on the CPU), and print it; the choice is
+    computed, and a run that goes on keeps it"""
 
     def __post_init__(self) -> None:
+        ranges.check(self, "fit", above=0)
         ranges.check(self, "checkpointing_steps logging_steps checkpoints_total_limit", least=1)
         ranges.check_seed(self, "seed")
         if self.checkpointing_minutes is not None and not 0 < self.checkpointing_minutes < math.inf:
@@ -106,6 +115,7 @@ class Run(Processes):
         self.samples = 0  # used so far, over all processes
         self.metrics = Metrics(accelerator, args.output_dir)
         self.stopping = Stopping(self, args.checkpointing_minutes)
+        self.replicas = Replicas(accelerator)  # how the processes share the weights
         self.optim = OptimArgs()
         self.span = optimizers.Span(0, 0)  # the optimizer steps that the schedule runs over
         self._samples_per_epoch = 1
@@ -192,6 +202,7 @@ class Run(Processes):
 
     def check_folder(self, args: Any, result: str = "") -> bool:
         """Whether there is something to do; refuses a folder that holds another run."""
+        sharding.check(args, self.accelerator.mixed_precision)
         found = folders.look(args, result, self.resumed, self.num_steps, self)
         if self.args.resume_from_checkpoint is not None:
             found.refuse_changed()
@@ -228,6 +239,7 @@ class Run(Processes):
             folders.write_finished(self.output_dir, self.step)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        self.replicas.close()
         outputs.release(self.output_dir)
 
     # -- loop ---------------------------------------------------------------------------------
@@ -370,16 +382,11 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
 
     Raises:
         UserError: a tracker is not installed, a checkpoint is not there, the folder holds a user's
-            files or another process is at work in it, or the processes are sharded (FSDP,
-            DeepSpeed) or not joined.
+            files or another process is at work in it, or the processes are sharded by FSDP, by
+            DeepSpeed in a way that is not supported, or not joined.
     """
-    for kind in ("FSDP", "DEEPSPEED"):  # on a CPU accelerate would only not do it
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true"):
-            raise UserError(
-                f"{kind} is not supported yet: a run could not be resumed exactly; use "
-                "scripts/accelerate/multi_gpu.yaml (for less memory see --train_dtype, "
-                "--optimizer adamw8bit, --freeze, --gradient_checkpointing)"
-            )
+    sharding.refuse_others()
+    deepspeed.check(run_args.mixed_precision, optim)
     names = trackers.chosen(run_args.report_to)  # a dry run refuses what is not installed, too
     accelerator = accelerate.Accelerator(
         mixed_precision=run_args.mixed_precision,
@@ -431,6 +438,9 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         raise
     run = Run(accelerator, run_args, seed)
     run.resumed = resumed
+    if run_args.shard and not run_args.dry_run:
+        prodigy = optim.kind == "prodigy"  # which adds up over all weights
+        run.replicas = sharding.Shards(accelerator, run.dtype, summing=prodigy)
     asked, processes = launch.asked_processes() or 1, accelerator.num_processes
     if asked > processes:
         run.say(

@@ -9,7 +9,8 @@ memory of a float32 gradient and of autocast's copy of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,9 +54,18 @@ def _halves(whole: Tensor) -> Tensor:
     return whole.view(torch.int32).unsqueeze(-1).view(torch.int16)
 
 
-def no_lower_half(weight: Tensor) -> Tensor:
-    """What stands for lower bits of zero: int16 of the weight's shape."""
-    return torch.full_like(weight, -_HALF, dtype=torch.int16, memory_format=torch.contiguous_format)
+def no_lower_half(weight: Tensor, *, offload: bool = False) -> Tensor:
+    """What stands for lower bits of zero: int16 of the weight's shape.
+
+    Args:
+        offload: in CPU memory, where the weight's device can fetch it without a copy.
+    """
+    if not offload:
+        return torch.full_like(
+            weight, -_HALF, dtype=torch.int16, memory_format=torch.contiguous_format
+        )
+    pinned = weight.device.type == "cuda"
+    return torch.full(weight.shape, -_HALF, dtype=torch.int16, pin_memory=pinned)
 
 
 class SplitOptimizer(torch.optim.Optimizer):
@@ -68,9 +78,12 @@ class SplitOptimizer(torch.optim.Optimizer):
     Args:
         groups: of bfloat16 weights, with their learning rates `lr`.
         make: makes the inner optimizer from the same groups of stand-ins.
+        offload: keep the lower halves in CPU memory; the numbers are the same.
     """
 
-    def __init__(self, groups: Sequence[Group], make: MakeOptimizer) -> None:
+    def __init__(
+        self, groups: Sequence[Group], make: MakeOptimizer, *, offload: bool = False
+    ) -> None:
         super().__init__([{**group} for group in groups], {})
         self.weights: list[Tensor] = []
         self.stand_ins: list[nn.Parameter] = []
@@ -81,7 +94,7 @@ class SplitOptimizer(torch.optim.Optimizer):
             self.stand_ins += stand_ins
             inner_groups.append({"params": stand_ins, "lr": group["lr"]})
         self.inner = make(inner_groups)
-        self.lower = [no_lower_half(weight) for weight in self.weights]
+        self.lower = [no_lower_half(weight, offload=offload) for weight in self.weights]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -89,16 +102,32 @@ class SplitOptimizer(torch.optim.Optimizer):
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner["lr"] = group["lr"]  # the schedule's
         for some in self._portions():
-            for i in some:
-                weight, stand_in = self.weights[i], self.stand_ins[i]
-                assert weight.grad is not None
-                stand_in.data = join(weight, self.lower[i])
-                stand_in.grad = weight.grad.float()
-            self.inner.step()
-            for i in some:
-                weight, stand_in = self.weights[i], self.stand_ins[i]
-                split_into(weight.data, self.lower[i], stand_in.data)
-                stand_in.data, stand_in.grad = _nothing(weight), None
+            with self._whole(some):
+                self.inner.step()
+
+    def step_one(self, place: int, step: Callable[[torch.optim.Optimizer, int], None]) -> None:
+        """A step of one weight, where each has a group of its own.
+
+        Args:
+            step: takes a step of one group of the inner optimizer.
+        """
+        self.inner.param_groups[place]["lr"] = self.param_groups[place]["lr"]
+        with torch.no_grad(), self._whole([place]):
+            step(self.inner, place)
+
+    @contextmanager
+    def _whole(self, some: Sequence[int]) -> Iterator[None]:
+        """Some stand-ins in float32 with their gradients, and back into halves."""
+        for i in some:
+            weight, stand_in = self.weights[i], self.stand_ins[i]
+            assert weight.grad is not None
+            stand_in.data = join(weight, self.lower[i])
+            stand_in.grad = weight.grad.float()
+        yield
+        for i in some:
+            weight, stand_in = self.weights[i], self.stand_ins[i]
+            split_into(weight.data, self.lower[i], stand_in.data)
+            stand_in.data, stand_in.grad = _nothing(weight), None
 
     def _portions(self) -> list[list[int]]:
         """The places of the weights that have gradients, some at a time."""

@@ -1,0 +1,275 @@
+"""DeepSpeed's ZeRO under a run: what its engine has to be told, and what of it a checkpoint keeps.
+
+accelerate makes the engine on GPUs, as one of scripts/accelerate/deepspeed_zero*.yaml says. The
+engine then owns the backward pass, the clipping and the step; the rest stays the run's. It is told
+to train float32 weights, which autocast computes with as in any run here: DeepSpeed's own bfloat16
+would round every weight, adapters too, and keep the exact ones to itself.
+
+ZeRO-1 shards the optimizer's state and ZeRO-2 the gradients too: each process has whole weights, so
+that all but the optimizer is as with plain data parallelism. A checkpoint has what each process
+keeps of the optimizer in `deepspeed/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from dojo.cli import UserError
+from dojo.run import checkpoint, finite
+from dojo.run.optim import OptimArgs
+from dojo.run.replicas import Learned, Replicas
+
+FOLDER = "deepspeed"  # of a checkpoint
+_MADE_BY = "made_by.json"
+_TAG = "zero"
+# Those whose step is the same on a flat part of all weights as on each by itself.
+OPTIMIZERS = ("adamw", "lion")
+
+
+def asked() -> bool:
+    """Whether accelerate's configuration asks for DeepSpeed."""
+    return _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
+def check(mixed_precision: str | None, optim: OptimArgs) -> None:
+    """Refuses, before accelerate acts on it, a configuration that would not do what it says.
+
+    Raises:
+        UserError: naming what stands against it.
+    """
+    if not asked():
+        return
+    if _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+        # accelerate 1.15 makes plain data parallelism of it, or processes without each other.
+        raise UserError(
+            "DeepSpeed needs GPUs: on a CPU accelerate does something else and does not say so; "
+            "start several processes with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
+        )
+    if find_spec("deepspeed") is None:
+        raise UserError("DeepSpeed is not installed: pip install deepspeed")
+    _check_settings()
+    if (mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
+        raise UserError("--mixed_precision fp16 does not go with DeepSpeed: take bf16")
+    check_optimizer(optim)
+
+
+def _check_settings() -> None:
+    """Refuses settings of accelerate's that are not ours to keep exact.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    settings = {
+        name: os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}", "none")
+        for name in ("config_file", "offload_optimizer_device", "offload_param_device")
+    }
+    for name, value in settings.items():
+        if value != "none":
+            raise UserError(
+                f"DeepSpeed: {name} {value} is not supported; take "
+                "scripts/accelerate/deepspeed_zero2.yaml as it is, or for less memory --shard"
+            )
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage not in ("1", "2"):
+        raise UserError(
+            f"DeepSpeed: zero_stage {stage} is not supported, 1 and 2 are "
+            "(scripts/accelerate/deepspeed_zero2.yaml); --shard shards the weights too"
+        )
+
+
+def check_optimizer(optim: OptimArgs) -> None:
+    """Refuses what could not train flat parts of all weights.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if optim.kind not in OPTIMIZERS:
+        raise UserError(
+            f"--optimizer {optim.kind} looks at each weight as a whole and DeepSpeed shards all of "
+            f"them as one row of numbers: take {' or '.join(OPTIMIZERS)}"
+        )
+    if optim.fused_backward:
+        raise UserError("--fused_backward does not go with DeepSpeed, which has its own")
+
+
+def of(accelerator: Any) -> bool:
+    """Whether these processes are DeepSpeed's."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def check_resume(folder: Path, accelerator: Any) -> None:
+    """Refuses to go on from a checkpoint of other processes.
+
+    Raises:
+        UserError: saying from which it was made.
+    """
+    path = folder / FOLDER / _MADE_BY
+    now = _made_by(accelerator) if of(accelerator) else None
+    then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if then == now:
+        return
+    words = [
+        "without DeepSpeed"
+        if made is None
+        else f"by DeepSpeed ZeRO-{made['stage']} on {made['processes']} processes"
+        for made in (then, now)
+    ]
+    raise UserError(
+        f"{folder} was made {words[0]}, and this run is {words[1]}: what the processes keep of the "
+        "optimizer cannot be dealt anew; go on as it was made"
+    )
+
+
+def _made_by(accelerator: Any) -> dict[str, int]:
+    plugin = accelerator.state.deepspeed_plugin
+    return {"stage": plugin.zero_stage, "processes": accelerator.num_processes}
+
+
+class Zero(Replicas):
+    """The engine of a run, and its part of a checkpoint.
+
+    Args:
+        accelerator: of a run that DeepSpeed takes part in.
+        passes: backward passes of a micro-batch.
+    Raises:
+        UserError: it cannot train this.
+    """
+
+    def __init__(self, accelerator: Any, optim: OptimArgs, passes: int = 1) -> None:
+        check_optimizer(optim)
+        if passes > 1:
+            raise UserError(
+                "DeepSpeed is for supervised training, DPO and ReFL; several processes of this "
+                "method start with scripts/accelerate/multi_gpu.yaml"
+            )
+        super().__init__(accelerator)
+        self._settings = {
+            "train_micro_batch_size_per_gpu": optim.train_batch_size,
+            "gradient_accumulation_steps": optim.gradient_accumulation_steps,
+            "gradient_clipping": optim.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        self.engine: Any = None
+        self._resumed: Path | None = None
+
+    # -- training -----------------------------------------------------------------------------
+
+    def prepare(
+        self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer
+    ) -> tuple[list[nn.Module], Any]:
+        """The engine, which is called as the network, and the optimizer as accelerate wraps it.
+
+        Args:
+            modules: what is trained.
+        Raises:
+            UserError: there are several, or their trained weights are not float32.
+        """
+        if len(modules) > 1:
+            raise UserError("DeepSpeed trains one network: leave --train_text_encoder out")
+        network = modules[0]
+        if any(p.dtype != torch.float32 for p in network.parameters() if p.requires_grad):
+            raise UserError("--train_dtype bf16 does not go with DeepSpeed; --shard takes it")
+        accelerator = self.accelerator
+        low = accelerator.mixed_precision == "bf16"
+        accelerator.native_amp = low  # as in other runs: asked by what wraps the forward pass
+        network = accelerator.prepare_model(network)
+        plugin: Any = accelerator.state.deepspeed_plugin
+        config = plugin.deepspeed_config
+        config.update(self._settings)
+        config["bf16"] = {"enabled": False}
+        try:
+            self.engine, wrapped = accelerator.prepare(network, optimizer)
+        finally:
+            config["bf16"] = {"enabled": low}  # where accelerate looks the precision up
+        if self._resumed is not None:
+            self._load(self._resumed)
+        return [self.engine], wrapped
+
+    def clip(self, params: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """The gradients' norm over all processes before the engine clipped them; infinite where
+        one is not finite, and then no weight has moved."""
+        found = self.engine.get_global_grad_norm()
+        return torch.as_tensor(found, dtype=torch.float32, device=self.accelerator.device)
+
+    def state(self, optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+        """What this process keeps of the optimizer; nothing before there is an engine."""
+        if self.engine is None:
+            return
+        for state in self.engine.optimizer.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def anywhere(self, names: list[str]) -> list[str]:
+        """What is wrong on this process, or that something is on another: a collective."""
+        number = torch.tensor(float(bool(names)), device=self.accelerator.device)
+        found = self.accelerator.reduce(number, "sum").item() > 0  # pyright: ignore
+        return names or (["another process's part"] if found else [])
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def write(self, folder: Path, learned: Learned, rest: Callable[[Path], None]) -> None:
+        """Lets every process write its part beside the checkpoint, and moves that into it."""
+        beside = staging(folder)
+        self._save(beside)
+
+        def fill(inside: Path) -> None:
+            self.write_weights(inside, learned)
+            beside.rename(inside / FOLDER)
+            rest(inside)
+            checkpoint.add_checksums(inside)
+
+        if self.accelerator.is_main_process:
+            checkpoint.write_whole(folder, fill)
+
+    def read(self, folder: Path, learned: Learned) -> None:
+        """Puts back weights and average; the optimizer follows when there is an engine."""
+        self.read_weights(folder, learned)
+        self._resumed = folder
+
+    def _save(self, beside: Path) -> None:
+        if self.accelerator.is_main_process:
+            shutil.rmtree(beside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # Of the weights DeepSpeed would write a copy; they are in the checkpoint.
+        self.engine.save_checkpoint(
+            str(beside), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
+        )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            text = json.dumps(_made_by(self.accelerator))
+            (beside / _MADE_BY).write_text(text, encoding="utf-8")
+
+    def _load(self, folder: Path) -> None:
+        """Reads this process's part of a checkpoint.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        with checkpoint.reading(folder):
+            path, _ = self.engine.load_checkpoint(
+                str(folder / FOLDER), tag=_TAG, load_module_strict=False
+            )
+        if path is None:
+            raise UserError(f"{folder / FOLDER} is no checkpoint of DeepSpeed's")
+        groups = {"the optimizer's state": self.state(self.engine.optimizer)}
+        if broken := self.anywhere(finite.not_finite(groups)):
+            raise checkpoint.damaged(folder, f"NaN or infinite numbers in {', '.join(broken)}")
+
+
+def staging(folder: Path) -> Path:
+    """Where the processes write before a checkpoint; removed with what a kill left."""
+    return folder.with_name(f".{folder.name}.{FOLDER}")
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true")

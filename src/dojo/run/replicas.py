@@ -1,0 +1,187 @@
+"""How the processes of a run share the work on the weights: by default, every one has them all.
+
+`sharding.Shards` is the other way. A `Learner` and what is trained ask these methods, and need not
+know which of the two a run has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import accelerate
+import torch
+from torch import Tensor, nn
+
+from dojo.cli import UserError
+from dojo.run import checkpoint, finite
+from dojo.run.averaging import Averaged
+from dojo.run.fused import FusedOptimizer
+
+SHARDS = "shards"  # the folder of a checkpoint that holds the processes' parts
+
+
+class Written(Protocol):
+    """What is trained, as far as checkpoints write it."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the weights, and what belongs beside them, into a checkpoint."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Reads them back, to the bit."""
+        ...
+
+    def save_average(self, folder: Path) -> None:
+        """Writes the weights to where a checkpoint has their average, which is in the model."""
+        ...
+
+    def restore_average(self, folder: Path) -> None:
+        """Reads a checkpoint's average into the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What of a training is as large as the weights."""
+
+    trained: Written
+    averaged: Averaged
+    optimizer: torch.optim.Optimizer
+
+
+class Replicas:
+    """Every process has all weights, and accelerate (DDP) averages their gradients."""
+
+    sharded = False
+
+    def __init__(self, accelerator: accelerate.Accelerator) -> None:
+        self.accelerator = accelerator
+
+    # -- the weights --------------------------------------------------------------------------
+
+    @property
+    def home(self) -> torch.device:
+        """Where networks are read to."""
+        return self.accelerator.device
+
+    def turn(self) -> AbstractContextManager[None]:
+        """While networks are read: how many processes of a machine may do so at once."""
+        return nullcontext()
+
+    def spread(
+        self, modules: Sequence[nn.Module], groups: list[dict[str, Any]]
+    ) -> list[nn.Parameter]:
+        """Leaves this process its part of networks that have just been read.
+
+        Args:
+            groups: of trained weights; their `params` become what the optimizer works on.
+        Returns:
+            The trained weights of all groups, as far as this process has them.
+        """
+        return [param for group in groups for param in group["params"]]
+
+    def whole(self, network: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
+        """The weights by their names, on the process that writes: a collective.
+
+        Args:
+            frozen: with those that are not trained.
+        """
+        raise NotImplementedError("every process has them")
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """For a while the processes may ask the networks as often as they like, each for itself:
+        a collective at its beginning."""
+        return nullcontext()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What a pass needs that does not go through the network as it was prepared."""
+        return self.accelerator.autocast()
+
+    # -- a step -------------------------------------------------------------------------------
+
+    def prepare(
+        self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer
+    ) -> tuple[list[nn.Module], Any]:
+        """Modules and optimizer as the loop uses them."""
+        network, *others = modules
+        # accelerate would move the whole state of one to the device that steps as it goes.
+        fused = isinstance(optimizer, FusedOptimizer)
+        placed = [None, False, *[None] * len(others)] if fused else None
+        prepared: Any = self.accelerator.prepare(
+            network, optimizer, *others, device_placement=placed
+        )
+        return [prepared[0], *prepared[2:]], prepared[1]
+
+    def accumulate(self, modules: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+        """A micro-batch, from its forward to its backward pass."""
+        return self.accelerator.accumulate(*modules)
+
+    def clip(self, params: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Scales the gradients down to a norm, and returns what it was: equal everywhere."""
+        norm = self.accelerator.clip_grad_norm_(params, max_norm)
+        assert norm is not None  # DeepSpeed alone keeps it to itself: see `deepspeed.Zero`
+        return norm
+
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forgets the gradients."""
+        optimizer.zero_grad(set_to_none=True)
+
+    def state(self, optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+        """The tensors that an optimizer keeps on this process."""
+        return finite.tensors_in(optimizer.state_dict())
+
+    def anywhere(self, names: list[str]) -> list[str]:
+        """Names that any process has found: a collective."""
+        return names
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def write(self, folder: Path, learned: Learned, rest: Callable[[Path], None]) -> None:
+        """Writes a checkpoint, whole or not at all: all processes call it.
+
+        Args:
+            rest: writes what is small, on one process.
+        Raises:
+            TrainingStopped: the disk is full.
+        """
+
+        def fill(inside: Path) -> None:
+            self.write_weights(inside, learned)
+            checkpoint.save_optimizer(inside, learned.optimizer.state_dict())
+            rest(inside)
+            checkpoint.add_checksums(inside)
+
+        if self.accelerator.is_main_process:
+            checkpoint.write_whole(folder, fill)
+
+    def read(self, folder: Path, learned: Learned) -> None:
+        """Puts back what `write` wrote of weights, average and optimizer.
+
+        Raises:
+            UserError: the checkpoint was made with `--shard`.
+        """
+        if (folder / SHARDS).is_dir():
+            raise UserError(f"{folder} was made with --shard: give it to go on from it")
+        self.read_weights(folder, learned)
+        learned.optimizer.load_state_dict(checkpoint.load_optimizer(folder))
+
+    @staticmethod
+    def write_weights(folder: Path, learned: Learned) -> None:
+        """Writes the weights and their average."""
+        trained = learned.trained
+        trained.save(folder)
+        learned.averaged.save(folder, lambda: trained.save_average(folder))
+
+    @staticmethod
+    def read_weights(folder: Path, learned: Learned) -> None:
+        """Puts them back."""
+        trained = learned.trained
+        learned.averaged.restore(folder, lambda: trained.restore_average(folder))
+        trained.restore(folder)
+
+    def close(self) -> None:
+        """Ends what this has begun."""
