@@ -531,6 +531,7 @@ def test_the_clip_score_is_the_mean_cosine_of_pictures_and_prompts(
     args = args_of(*pictures, validation_clip_model=str(CLIP))
     watch = validator(run, config, network, args)
     monkeypatch.setattr(watch, "_draw", lambda _, picture: pictures[picture.prompt])
+    monkeypatch.setattr(watch, "_decoded", lambda picture: picture)
     watch()
     model: Any = transformers.CLIPModel.from_pretrained(CLIP)
     processor: Any = transformers.CLIPProcessor.from_pretrained(CLIP)

@@ -433,3 +433,14 @@ def test_a_single_file_is_told_from_a_lora_by_its_tensors(sd3_lora: Path, tmp_pa
     save_file({"model.diffusion_model.x_embedder.proj.bias": torch.zeros(1)}, path)
     assert not inference.is_lora(str(path), "--versus")
     assert inference.is_lora(str(sd3_lora / lora.WEIGHTS), "--versus")
+
+
+def test_a_pickle_is_told_from_a_lora_by_its_tensors_too(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"model.diffusion_model.out.2.bias": torch.zeros(1)}}, path)
+    assert not inference.is_lora(str(path), "--versus")
+    torch.save({"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.ones(())}, path)
+    assert inference.is_lora(str(path), "--versus")
+    path.write_bytes(b"neither")
+    with pytest.raises(UserError, match=r"--versus: .*model.ckpt holds more than tensors"):
+        inference.is_lora(str(path), "--versus")

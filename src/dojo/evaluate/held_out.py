@@ -143,6 +143,7 @@ class Evaluator:
             any there are pictures only. One that can score none of the prompts is a UserError.
         draw: asks the model as it is at that moment.
         batch_size: pictures per process at a time.
+        name: tells a second evaluation of the run from the first, in folders and metrics.
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class Evaluator:
         rewards: Sequence[Reward],
         draw: Draw,
         batch_size: int,
+        name: str = "",
     ) -> None:
         self.run, self.args, self.rewards, self.draw = run, args, rewards, draw
         for reward in rewards:
@@ -167,7 +169,8 @@ class Evaluator:
             f"{i:0{digits}d}-{slug(prompt.text)}-seed{seed}.png"
             for i, (prompt, seed) in enumerate(self.pictures[: args.num_saved_images])
         ]
-        self.folder = run.output_dir / "validation"
+        self.folder = run.output_dir / "-".join(filter(None, ("validation", name)))
+        self.prefix = "_".join(filter(None, ("eval", name)))
         if run.main and self.files:
             write_prompts(self.folder, [self._about(i) for i in range(len(self.files))])
 
@@ -191,7 +194,7 @@ class Evaluator:
         """
         step = self.run.step
         done = step > 0 and (self.folder / f"step-{step}" / SCORES).is_file()
-        done = done and (not self.rewards or self.run.has_logged("eval_invalid_share"))
+        done = done and (not self.rewards or self.run.has_logged(f"{self.prefix}_invalid_share"))
         if due and not done:
             self()
 
@@ -251,16 +254,15 @@ class Evaluator:
         if run.main:
             log_pictures(run, folder)
             self._write(folder / SCORES, columns, table)
+        names = [name if name == "reward" else f"reward/{name}" for name in columns]
         row = {
-            f"eval_{name}" if name == "reward" else f"eval_reward/{name}": values[values.isfinite()]
-            .mean()
-            .item()
-            for name, values in zip(columns, table.T, strict=True)
+            f"{self.prefix}_{name}": values[values.isfinite()].mean().item()
+            for name, values in zip(names, table.T, strict=True)
         }
         if self.rewards:
-            row["eval_invalid_share"] = 1 - table[:, 0].isfinite().double().mean().item()
+            row[f"{self.prefix}_invalid_share"] = 1 - table[:, 0].isfinite().double().mean().item()
         if knows.item():
-            row["eval_kl"] = moved.mean().item()
+            row[f"{self.prefix}_kl"] = moved.mean().item()
         return {name: value for name, value in row.items() if math.isfinite(value)}
 
     def _score(self, images: Tensor, some: Sequence[int]) -> Tensor:

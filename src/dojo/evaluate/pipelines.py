@@ -19,7 +19,7 @@ from dojo.cli import UserError
 from dojo.finetune import lora
 from dojo.models import loaded, opening, sd3, truncation
 from dojo.models.family import ModelArgs
-from dojo.models.unet import schedule
+from dojo.models.unet import schedule, single_file
 
 
 def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None = None) -> Any:
@@ -67,6 +67,9 @@ def is_lora(name: str, flag: str) -> bool:
             return there[:1] != ["model_index.json"]
         raise UserError(f"{flag}: {name} has neither {' nor '.join(parts)}")
     if path.is_file():
+        if path.suffix in single_file.PICKLES:
+            # Of a LoRA its reader says that it takes no pickles; a whole model may be one.
+            return lora.is_lora(single_file.read(path, flag).entries)
         if path.suffix in lora.PICKLES:
             return True  # the reader of LoRA says what is wrong with it
         try:
@@ -224,6 +227,7 @@ def embeddings(
         raise UserError("--uncond zeros and --t5_padding zero are for Stable Diffusion 3")
     encoders = sd3.TextEncoders(
         pipeline,
+        clip_tokens=pipeline.tokenizer.model_max_length,
         max_sequence_length=max_sequence_length,
         t5_padding=t5_padding,
         width=pipeline.transformer.config["joint_attention_dim"],

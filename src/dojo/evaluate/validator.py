@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dojo.evaluate.args import Picture, ValidationArgs
@@ -21,6 +22,7 @@ from dojo.files.outputs import clear, own
 from dojo.files.pictures import contact_sheet, to_pil
 from dojo.inputs.pictures import Inputs
 from dojo.models.family import NoiseArgs
+from dojo.run import residence
 from dojo.run.checkpoint import write_file
 from dojo.run.run import Run
 
@@ -99,7 +101,8 @@ class Validator:
             if self.inputs.evaluation:
                 row |= eval_losses(self.run, network, self.inputs, self.noise, self.args)
             if self.pictures:
-                row |= self._draw_all()
+                with residence.at_work(self.inputs.vae, self.run.device):
+                    row |= self._draw_all()
                 if self.run.main:
                     log_pictures(self.run, self.folder / f"step-{self.run.step}")
         network.train(training)
@@ -126,17 +129,22 @@ class Validator:
         pipeline.set_progress_bar_config(disable=True)
         drawn: list[Image.Image] = []
         share = run.paused(self.mine, len(self.pictures))
-        for (i,) in tqdm(share, "validation", len(self.mine), disable=not run.main, leave=False):
-            drawn.append(self._draw(pipeline, self.pictures[i]))
-            drawn[-1].save(folder / self.pictures[i].file)
+        bar = tqdm(share, "validation", len(self.mine), disable=not run.main, leave=False)
+        latents = [self._draw(pipeline, self.pictures[i]) for (i,) in bar]
+        # For the autoencoder's activations. Gathered shards have an owner who counts on them.
+        stays = run.replicas.sharded
+        with nullcontext() if stays else residence.away(self.network, run.device):
+            for i, one in zip(self.mine, latents, strict=True):
+                drawn.append(self._decoded(one))
+                drawn[-1].save(folder / self.pictures[i].file)
         row: dict[str, float] = {}
         if self.args.validation_clip_model:
             row["clip_score"] = self._clip_score(drawn)
         run.accelerator.wait_for_everyone()
         return row
 
-    def _draw(self, pipeline: Any, picture: Picture) -> Image.Image:
-        """The picture that every pipeline with the result draws from this seed."""
+    def _draw(self, pipeline: Any, picture: Picture) -> Tensor:
+        """The latents of the picture that every pipeline with the result draws from this seed."""
         args, dtype = self.args, self.run.dtype
         embeds = self.inputs.text([picture.prompt])
         negative = self.inputs.text([picture.negative])
@@ -149,8 +157,8 @@ class Validator:
         if args.validation_guidance_rescale:
             more["guidance_rescale"] = args.validation_guidance_rescale
         noise = self.model.step_noise(pipeline.scheduler, picture.seed)
-        with self.run.accelerator.autocast(), noise:
-            latents = pipeline(
+        with self.run.replicas.autocast(), noise:
+            return pipeline(
                 **{name: value.to(dtype) for name, value in embeds.items()},
                 **{f"negative_{name}": value.to(dtype) for name, value in negative.items()},
                 height=picture.height,
@@ -162,6 +170,8 @@ class Validator:
                 **self.model.call_options,
                 **more,
             ).images
+
+    def _decoded(self, latents: Tensor) -> Image.Image:
         return to_pil(self.model.decode(self.inputs.vae, latents))[0]
 
     def _clip_score(self, drawn: list[Image.Image]) -> float:

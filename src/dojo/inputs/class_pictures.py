@@ -20,6 +20,7 @@ from dojo import data, files, rng
 from dojo.cli import UserError, option, ranges
 from dojo.inputs.pictures import refuse_inside
 from dojo.models.family import Model
+from dojo.run import residence
 from dojo.run.run import Run
 
 _DRAWN = re.compile(r"class-\d{5}\.png")
@@ -139,7 +140,7 @@ def _draw(
     """Draws batches of pictures, named by their files, and keeps those that are wanted."""
     precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = precisions.get(args.prior_generation_precision or "", run.dtype)
-    pipeline: Any = model.load_pipeline(dtype, run.device)
+    pipeline = _in_turns(model.load_pipeline(dtype, torch.device("cpu")), model, run.device)
     pipeline.set_progress_bar_config(disable=True)
     count = sum(name in wanted for some in batches for name in some)
     bar = tqdm(total=count, desc="drawing class pictures", disable=not run.main)
@@ -168,6 +169,27 @@ def _draw(
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _in_turns(pipeline: Any, model: Model, device: torch.device) -> Any:
+    """The pipeline, each of whose networks is on the device only while it computes.
+
+    Its texts are encoded by the first call, for all: they are the same in every batch. The encoders
+    are freed then.
+    """
+    encode, encoded = pipeline.encode_prompt, list[Any]()
+
+    def once(*args: Any, **options: Any) -> Any:
+        if not encoded:
+            encoded.append(encode(*args, **options))
+            for part in model.text_encoders:
+                setattr(pipeline, part, None)
+        return encoded[0]
+
+    pipeline.encode_prompt = once
+    networks = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module)]
+    residence.Turns(networks, device)
+    return pipeline
 
 
 def open_class(args: PriorArgs, data_args: data.DataArgs) -> data.Captioned:

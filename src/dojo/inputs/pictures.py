@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL
@@ -20,13 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from dojo import data, rng
 from dojo.cli import UserError
-from dojo.inputs import texts
+from dojo.finetune.adapters import TEXT_PARTS
+from dojo.inputs import made, texts
 from dojo.launch import interrupt
 from dojo.models.family import Model
 from dojo.models.folders import Embeds, posterior
 from dojo.run import checkpoint, phases
 from dojo.run.machine import arithmetic
 from dojo.run.optim import OptimArgs
+from dojo.run.processes import ABOUT_SIZE
 from dojo.run.run import Run
 
 
@@ -50,6 +52,13 @@ class Sources:
     left_out: list[data.BadReport] = field(default_factory=list)
     plan: data.Plan | None = None
     eval_plan: data.Plan | None = None
+    shards: data.Stream | data.Made | None = None
+    """The samples to train on, where they lie in shards; `train` has none then."""
+
+    @property
+    def count(self) -> int:
+        """Samples to train on."""
+        return len(self.train if self.shards is None else self.shards)
 
     @property
     def size(self) -> data.Size:
@@ -66,6 +75,8 @@ class Sources:
         """Uses of pictures per epoch: repeats count; partners of DreamBooth's batches do not."""
         if self.plan is not None:
             return self.plan.samples_per_epoch
+        if self.shards is not None:
+            return len(self.shards)
         return sum(self.train.recipe(index).repeats for index in range(len(self.train)))
 
     def fingerprint(self, whole_batch: int) -> str:
@@ -77,7 +88,8 @@ class Sources:
         """
         digest = hashlib.blake2b(digest_size=8)
         plan, train = self.plan, self.train
-        rounds = [sorted(some.items()) for some in plan.rounds] if plan else []
+        by_shards = self.shards is not None
+        rounds = [sorted(some.items()) for some in plan.rounds] if plan and not by_shards else []
         partners = plan.partners if plan else ()
         filled = whole_batch if plan and len(plan.sizes) > 1 else 0
         recipes = [asdict(recipe) for recipe in train.recipes]
@@ -89,13 +101,14 @@ class Sources:
             rounds,
             partners,
             filled,
+            *(self.shards.words if self.shards is not None else ()),
         ):
             digest.update(json.dumps(words).encode())
         return digest.hexdigest()
 
     def report(self, batch_size: int) -> str:
         """The content of data_report.json."""
-        counts = {"train": len(self.train), "held_out": len(self.held_out or ())}
+        counts = {"train": self.count, "held_out": len(self.held_out or ())}
         buckets = self.plan.rows(batch_size) if self.plan else []
         left_out = [asdict(row) for row in self.left_out]
         sources = [source for source in (self.train, self.held_out) if source is not None]
@@ -120,7 +133,7 @@ class EvalSet:
 class Inputs:
     """The data sets and the frozen models' outputs for them."""
 
-    train: data.Pictures | data.Latents
+    train: data.Pictures | data.Latents | data.Streamed | data.MadeRows
     evaluation: list[EvalSet]
     plan: data.Plan
     vae: AutoencoderKL
@@ -128,6 +141,7 @@ class Inputs:
     model: Model
     options: Groups
     run: Run
+    shards: data.Stream | data.Made | None = None
 
     def posterior(self, batch: data.Batch) -> data.Posterior:
         """Mean and std of a batch's posterior: float32 [B, C, h, w], unscaled, on the device."""
@@ -169,7 +183,7 @@ class Inputs:
         mask = batch["mask"].to(self.run.device)
         return mask + (1 - mask) * self.options.data.masked_loss_weight
 
-    def loader(self, batch_size: int) -> DataLoader[data.Batch]:
+    def loader(self, batch_size: int) -> Iterable[data.Batch]:
         """Batches of this process from where the run stands, without end."""
         run = self.run
         batches = data.Batches(
@@ -179,17 +193,35 @@ class Inputs:
             first_batch=run.samples // (batch_size * run.accelerator.num_processes),
             **run.share,
         )
+        shards = self.shards
         # Workers read the cached embeddings too; encoders on the device stay with the main process.
         lookup = self.text.lookup
         cached = isinstance(lookup, data.CachedText)
-        return DataLoader(
+        loader: DataLoader[data.Batch] = DataLoader(
             _WithText(self.train, lookup) if cached else self.train,
-            batch_sampler=batches,
+            batch_sampler=batches if shards is None else data.Ahead(batches, shards),
             collate_fn=data.collate,
             num_workers=self.options.data.dataloader_num_workers,
             worker_init_fn=interrupt.stand_apart,
             pin_memory=run.device.type == "cuda",
         )
+        # Only rows of shards can be bad now: the others have been looked at.
+        return loader if shards is None else _InOwnWords(loader)
+
+
+@dataclass(frozen=True)
+class _InOwnWords:
+    """Batches, of which a worker's complaint is one sentence as the main process's would be."""
+
+    loader: DataLoader[data.Batch]
+
+    def __iter__(self) -> Iterator[data.Batch]:
+        try:
+            yield from self.loader
+        except UserError as error:
+            kind = type(error)
+            said = str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
+            raise kind(said) from error
 
 
 class _WithText(Dataset[data.Batch]):
@@ -197,7 +229,7 @@ class _WithText(Dataset[data.Batch]):
 
     def __init__(
         self,
-        rows: data.Pictures | data.Latents,
+        rows: data.Pictures | data.Latents | data.Streamed | data.MadeRows,
         lookup: Callable[[Sequence[str]], Mapping[str, Tensor]],
     ) -> None:
         self.rows = rows
@@ -211,6 +243,8 @@ class _WithText(Dataset[data.Batch]):
 
 def open_sources(run: Run, args: Groups) -> Sources:
     """Finds the samples and their captions; reads no picture. Rank 0 goes first (downloads)."""
+    if data.is_streamed(args.data.location):
+        return _open_shards(run, args)
     args.cache.check(args.data)
     with run.accelerator.main_process_first():
         source = data.open_training(args.data)
@@ -227,6 +261,35 @@ def open_sources(run: Run, args: Groups) -> Sources:
         run.say(held_out.description)
     refuse_inside(run.output_dir, args.data.location, "output_dir")
     return Sources(train, held_out)
+
+
+def _open_shards(run: Run, args: Groups) -> Sources:
+    """The same for samples in shards: of each as much is read as tells how many rows it has.
+
+    Raises:
+        UserError: something was asked for that shards cannot do.
+    """
+    location = args.data.location
+    if getattr(getattr(args, "prior", None), "with_prior_preservation", False):
+        raise UserError(
+            f"{location}: --with_prior_preservation takes the pictures of the instance from a "
+            "folder or a hub id, not from shards"
+        )
+    with run.accelerator.main_process_first():
+        shards = data.open_shards(args.data)
+        held_out = data.open_evaluation(args.data)
+    run.say(shards.description)
+    for row in shards.left_out[:10]:
+        run.say(f"  left out: {row.name}: {row.reason}")
+    if isinstance(shards, data.Stream):
+        run.say(
+            "latents and embeddings are made at every use, with the encoders in memory; "
+            "`python -m dojo.data cache` makes them once"
+        )
+    if held_out is not None:
+        run.say(held_out.description)
+    train = data.nothing(shards.description, data.Recipe.of(args.data))
+    return Sources(train, held_out, list(shards.left_out), shards=shards)
 
 
 def plan(run: Run, sources: Sources, optim: OptimArgs) -> None:
@@ -261,10 +324,25 @@ def needs(
     return model.needs(
         run.dtype,
         size,
-        encoded=batch_size if args.cache.no_cache_latents else data.encoded_at_a_time(size),
+        encoded=batch_size if _encodes_at_use(args) else data.encoded_at_a_time(size),
         decoded=int(drawn),
         class_pictures=class_pictures,
+        vae_stays=_encodes_at_use(args),
+        live_text=_live_text(model, args),
     )
+
+
+def _encodes_at_use(args: Groups) -> bool:
+    """Whether pictures go through the autoencoder at every use."""
+    return args.cache.no_cache_latents or data.is_streamed(args.data.location)
+
+
+def _live_text(model: Model, args: Groups) -> list[str]:
+    """The text encoders that are there in training: all without a cache, CLIPs that train."""
+    if args.cache.no_cache_text_embeddings or data.is_streamed(args.data.location):
+        return list(model.text_encoders)
+    trains = getattr(getattr(args, "text_encoder", None), "train_text_encoder", False)
+    return [part for part in model.text_encoders if trains and part in TEXT_PARTS]
 
 
 def refuse_inside(folder: Path, location: str, flag: str) -> None:
@@ -307,14 +385,19 @@ def check_samples(
                 progress=run.main,
             )
 
-    train, bad = check(sources.train)
+    shards = sources.shards
+    train, bad = check(sources.train) if shards is None else (sources.train, sources.left_out)
     held_out = eval_plan = None
     if sources.held_out is not None:
         held_out, more = check(sources.held_out)
         bad = bad + more
         eval_plan = data.assign(held_out, args.data, model.pixel_step)
         bad += [data.BadReport(held_out.names[index], why) for index, why in eval_plan.left_out]
-    plan = data.assign(train, args.data, model.pixel_step, pair_regularisation=pair_regularisation)
+    plan = (
+        data.assign(train, args.data, model.pixel_step, pair_regularisation=pair_regularisation)
+        if shards is None
+        else made.plan(shards, model, args)
+    )
     too_small = [data.BadReport(train.names[index], why) for index, why in plan.left_out]
     if too_small and args.data.on_bad_sample == "error":
         shown = "\n".join(f"  {row.name}: {row.reason}" for row in too_small[:10])
@@ -328,20 +411,21 @@ def check_samples(
     for height, width in plan.sizes:
         model.latent_shape(height, width)  # refuses what the model cannot take
     _remark(run, model, plan.sizes)
-    counts = f"{len(train) - len(too_small)} to train on, {len(held_out or ())} held out"
+    count = len(train) if shards is None else len(shards)
+    counts = f"{count - len(too_small)} to train on, {len(held_out or ())} held out"
     run.say(f"pictures: {counts}, {len(bad)} left out")
     for row in bad[:10]:
         run.say(f"  left out: {row.name}: {row.reason}")
     for line in data.told_notes(train, *([held_out] if held_out else [])):
         run.say(line)
-    return Sources(train, held_out, bad, plan, eval_plan)
+    return Sources(train, held_out, bad, plan, eval_plan, shards)
 
 
 def _remark(run: Run, model: Model, sizes: Iterable[data.Size]) -> None:
     """Says what the largest pictures are small for, if they are."""
     said = model.remark(*max(sizes, key=lambda size: size[0] * size[1]))
     if said is not None:
-        run.say(said)
+        run.say_once(ABOUT_SIZE, said)
 
 
 def prepare(
@@ -376,6 +460,8 @@ def prepare(
             latent_step=model.pixels_per_latent,
         )
 
+    if sources.shards is not None:
+        return _prepare_shards(run, sources, model, args, others, train_text=train_text)
     train = pictures_of(sources.train)
     vae = model.load_vae(run.device)
 
@@ -403,9 +489,53 @@ def prepare(
             # Unshuffled, which training never asks for.
             others += [sources.train.captions[draw.index][0] for draw in few]
         run.accelerator.wait_for_everyone()
+    if not args.cache.no_cache_latents:
+        vae.to(device="cpu")  # pyright: ignore  # until something is drawn
     groups = [train.texts(), others]
     text = texts.prepare(run, model, args.cache, groups, trained=train_text)
     return Inputs(train_rows, evaluation, plan, vae, text, model, args, run)
+
+
+def _prepare_shards(
+    run: Run,
+    sources: Sources,
+    model: Model,
+    args: Groups,
+    others: Sequence[str],
+    *,
+    train_text: bool,
+) -> Inputs:
+    """The same for samples in shards: nothing is made of them beforehand.
+
+    The pictures of `--eval_data_dir` are cached as ever.
+    """
+    shards, plan = sources.shards, sources.plan
+    assert shards is not None
+    assert plan is not None
+    common: dict[str, Any] = {"seed": run.seed}
+    rows: data.Streamed | data.MadeRows
+    if isinstance(shards, data.Made):
+        rows = data.MadeRows(shards, args.data, args.captions, **common)
+    else:
+        step = model.pixels_per_latent
+        rows = data.Streamed(shards, args.data, args.captions, **common, latent_step=step)
+    vae = model.load_vae(run.device)
+    evaluation: list[EvalSet] = []
+    words = [*others, ""]
+    if sources.held_out is not None and (eval_plan := sources.eval_plan) is not None:
+        held_out = data.Pictures(
+            *(sources.held_out, args.data, args.captions),
+            **common,
+            still=True,
+            latent_step=model.pixels_per_latent,
+        )
+        with run.phase("cache"):
+            latents = latents_of(run, held_out, eval_plan, vae, model, args.cache)
+            run.accelerator.wait_for_everyone()
+        evaluation.append(EvalSet("eval", latents, _each_once(eval_plan)))
+        words += held_out.texts()
+    text = made.text_of(run, shards, model, args.cache, words, trained=train_text)
+    return Inputs(rows, evaluation, plan, vae, text, model, args, run, shards)
 
 
 def posterior_of(batch: data.Batch, vae: AutoencoderKL, device: torch.device) -> data.Posterior:
@@ -446,6 +576,9 @@ def latent_settings(run: Run, model: Model) -> dict[str, str]:
     return {
         "vae": model.fingerprint(["vae"]),
         "dtype": model.args.vae_dtype,
+        # Tiles are blended where they meet, and a picture by itself may round otherwise.
+        **({"tiling": "yes"} if model.args.enable_vae_tiling else {}),
+        **({"slicing": "yes"} if model.args.enable_vae_slicing else {}),
         **arithmetic(run.device),
     }
 

@@ -63,22 +63,38 @@ def prepare(
         groups: texts that are cached together; the first group's shards do not hang on the second.
         trained: keep the encoders that can be trained; the others are freed as ever.
     """
-    once = _Once(partial(model.load_text, run.dtype, run.device))
+    device = device_of(run, model)
     settings = {
         "encoders": model.fingerprint(model.text_folders),
         "dtype": str(run.dtype),
+        **precision_of(model),
         **model.text_settings,
     }
-    lookup = _fill(run, cache, groups, once, settings, model.text_numbers)
-    _tell_cut(run, cache, groups, settings, model.readers)
     live: TextEncoders | None = None
-    if trained:
-        live = once.loaded or model.load_text(run.dtype, run.device, whole=False)
-        if lookup is not live:
-            live.free_others()
-    what = "text encoders" if len(model.text_encoders) > 1 else "text encoder"
-    _free(run, once, lookup, what if live is None else f"{what} that do not train")
+    with run.phase("cache"):
+        if cache.no_cache_text_embeddings:
+            lookup = live = model.load_text(run.dtype, device)
+        else:
+            lookup = _fill(run, model, device, cache, groups, settings)
+        run.accelerator.wait_for_everyone()
+    _tell_cut(run, cache, groups, settings, model.readers)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)  # the training's peak, not the encoders'
+    if not trained:
+        return Texts(lookup, run.device, model)
+    live = live or model.load_text(run.dtype, device, whole=False)
     return Texts(lookup, run.device, model, live)
+
+
+def device_of(run: Run, model: Model) -> torch.device:
+    """Where frozen text encoders compute."""
+    return torch.device("cpu") if model.args.text_encoder_device == "cpu" else run.device
+
+
+def precision_of(model: Model) -> dict[str, str]:
+    """What the settings of a cache say of `--text_encoder_precision`: nothing of the run's."""
+    precision = model.args.text_encoder_precision
+    return {} if precision == "auto" else {"precision": precision}
 
 
 def _tell_cut(
@@ -116,50 +132,79 @@ def _tell_cut(
     checkpoint.write_file(path, json.dumps(report, indent=1, ensure_ascii=False))
 
 
-class _Once:
-    """Loads encoders at the first call."""
-
-    def __init__(self, load: Callable[[], TextEncoders]) -> None:
-        self._load = load
-        self.loaded: TextEncoders | None = None
-
-    def __call__(self) -> TextEncoders:
-        if self.loaded is None:
-            self.loaded = self._load()
-        return self.loaded
-
-
 def _fill(
     run: Run,
+    model: Model,
+    device: torch.device,
     cache: data.TextCacheArgs,
     groups: Sequence[Sequence[str]],
-    load: Callable[[], Lookup],
     settings: Mapping[str, object],
-    numbers: int,
 ) -> Lookup:
-    """The cache, whole, or the encoders where none is wanted.
+    """The cache, whole; the encoders come one after another, and the peak is the largest one.
 
     Args:
         settings: what the embeddings depend on.
-        numbers: in the embeddings of one caption.
     """
-    with run.phase("cache"):
-        if cache.no_cache_text_embeddings:
-            lookup = load()
-        else:
-            # A batch rounds otherwise than a caption alone, which is what a pipeline encodes: on a
-            # CPU they come one by one, and a validation draws what demo.py draws to the pixel.
-            alone = run.device.type != "cuda"
-            lookup = data.cache_text(
-                groups,
-                (lambda: _one_by_one(load())) if alone else load,
-                cache.latent_cache_dir,
-                {**settings, **arithmetic(run.device), **({"captions": "alone"} if alone else {})},
-                sample_bytes=numbers * run.dtype.itemsize,
-                **run.share,
-            )
-        run.accelerator.wait_for_everyone()
+    # A batch rounds otherwise than a caption alone, which is what a pipeline encodes: on a CPU
+    # they come one by one, and a validation draws what demo.py draws to the pixel.
+    # In int8 they do so everywhere: which inputs are outliers hangs on all captions of a batch.
+    alone = device.type != "cuda" or model.args.text_encoder_precision == "int8"
+    loader = _Loader(model, run.dtype, device, alone=alone)
+    *earlier, last = model.text_encoders
+    lookup = data.cache_text(
+        groups,
+        partial(loader, last),
+        cache.latent_cache_dir,
+        {**settings, **arithmetic(device), **({"captions": "alone"} if alone else {})},
+        turns=data.Turns(
+            earlier=[(f"caching text: {part}", partial(loader, part)) for part in earlier],
+            join=loader.join,
+            let_go=partial(_let_go, run),
+        ),
+        sample_bytes=model.text_numbers * run.dtype.itemsize,
+        **run.share,
+    )
+    _free(run, loader, "text encoders" if earlier else "text encoder")
     return lookup
+
+
+def _free(run: Run, loader: _Loader, what: str) -> None:
+    """Lets go of the encoder that was loaded last, and says what of the memory came back."""
+    loaded, before = loader.joiner is not None, used_memory_gib(run.device)
+    loader.joiner = None
+    _let_go(run)
+    if loaded:
+        after = used_memory_gib(run.device)
+        run.say(f"{what} freed: {before:.2f} GiB of memory in use before, {after:.2f} GiB after")
+
+
+class _Loader:
+    """Loads one encoder at a time; the last one of a model joins what all of them said."""
+
+    def __init__(
+        self, model: Model, dtype: torch.dtype, device: torch.device, *, alone: bool
+    ) -> None:
+        self._load = partial(model.load_text, dtype, device)
+        self._last = model.text_encoders[-1]
+        self._alone = alone
+        self.joiner: TextEncoders | None = None
+
+    def __call__(self, part: str) -> Lookup:
+        """What the encoder of a folder says of captions, on the CPU."""
+        encoders = self._load(only=part)
+        if part == self._last:
+            self.joiner = encoders
+
+        @torch.no_grad()
+        def say(captions: Sequence[str]) -> Embeds:
+            return {name: one.cpu() for name, one in encoders.said(captions).items()}
+
+        return _one_by_one(say) if self._alone else say
+
+    def join(self, said: Mapping[str, Tensor]) -> Embeds:
+        """The embeddings, of what every encoder said."""
+        assert self.joiner is not None, "the last encoder is loaded when all have spoken"
+        return self.joiner.joined(said)
 
 
 def _one_by_one(lookup: Lookup) -> Lookup:
@@ -172,15 +217,8 @@ def _one_by_one(lookup: Lookup) -> Lookup:
     return each
 
 
-def _free(run: Run, once: _Once, lookup: Lookup, what: str) -> None:
-    """Lets go of encoders that `lookup` does not need, and says what of the memory came back."""
-    before = used_memory_gib(run.device)
-    idle = once.loaded is not None and once.loaded is not lookup
-    once.loaded = None
+def _let_go(run: Run) -> None:
+    """Gives memory back that nobody owns any more."""
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(run.device)  # the training's peak, not the encoders'
-    if idle:
-        after = used_memory_gib(run.device)
-        run.say(f"{what} freed: {before:.2f} GiB of memory in use before, {after:.2f} GiB after")
