@@ -27,7 +27,7 @@ from dojo.inputs import prompts, texts
 from dojo.launch import interrupt
 from dojo.maths import rollout
 from dojo.maths.advantages import PromptBuffer
-from dojo.maths.surrogate import clipped_surrogate, log_ratio
+from dojo.maths.surrogate import log_ratio
 from dojo.methods import rl
 from dojo.methods.drawing import evaluator
 from dojo.models import sd3
@@ -37,7 +37,7 @@ BUFFER = "prompt_buffer.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DdpoSampleArgs(rl.SampleArgs):
+class DdpoSampleArgs(rl.WaySampleArgs):
     """The pictures of an epoch, of prompts drawn at random."""
 
     num_prompts_per_epoch: int = 64
@@ -48,7 +48,7 @@ class DdpoSampleArgs(rl.SampleArgs):
 
 @dataclass(frozen=True, kw_only=True)
 class DdpoArgs(rl.PolicyArgs):
-    """Advantages by each prompt's own past, and the clipped surrogate."""
+    """Advantages by each prompt's own past, and the surrogate."""
 
     buffer_size: int = 32
     """latest scores of each prompt that are kept, over the epochs"""
@@ -95,7 +95,7 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------ prompts
     source = prompts.open_together(run, args.prompts)
     args.sample.check(args.optim, run.accelerator.num_processes, min_group=1)
-    size, shape = args.sample.size, model.latent_shape(*args.sample.size)
+    size, shape = args.sample.size, finetune.shape_of(run, model, args.sample.size)
     objective = model.objective(size, sd3.NoiseArgs(flow_shift=args.sample.flow_shift))
     batch_size, train_batch_size = args.sample.batch_size(args.optim), args.optim.train_batch_size
     passes = args.ddpo.num_inner_epochs
@@ -133,7 +133,7 @@ def main(args: Args) -> None:
         drawn = source.draw(run.seed, epoch, args.sample.num_prompts_per_epoch, replace=True)
         scoring = rl.Scoring(run, reward, args.sample.max_invalid)
         chunks: list[rl.Chunk] = []
-        with learner.kept_when_stopped():
+        with learner.asked_freely():
             for batch in rl.batches(run, args.sample, source.train, drawn, epoch, batch_size):
                 with run.phase("sample", wait=True):
                     velocity = steering(trained.network, batch.texts)
@@ -158,7 +158,7 @@ def main(args: Args) -> None:
                 with learner.accumulate():
                     new, _ = rollout.predict(velocity, step.latents, number, plan, step.copies)
                     moved = log_ratio(new, step.policy, step.reached, args.ddpo.ratio)
-                    surrogate = clipped_surrogate(moved, advantage, args.ddpo.clip_range)
+                    surrogate = args.ddpo.surrogate(moved, advantage, new.kl(step.policy))
                     loss = plan.weight(number) * surrogate.loss.mean()
                     rl.record(run, surrogate, fresh=run.step == began)
                     learner.step(loss)
@@ -178,4 +178,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     interrupt.watch()
-    cli.run(main, Args, __doc__, {"--list_rewards": rewards.table})
+    cli.run(finetune.planned(main), Args, __doc__, {"--list_rewards": rewards.table})

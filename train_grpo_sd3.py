@@ -27,7 +27,7 @@ from dojo.inputs import prompts, texts
 from dojo.launch import interrupt
 from dojo.maths import rollout
 from dojo.maths.advantages import Spread, decoupled_advantages, group_advantages
-from dojo.maths.surrogate import clipped_surrogate, log_ratio, velocity_kl
+from dojo.maths.surrogate import log_ratio, velocity_kl
 from dojo.methods import rl
 from dojo.methods.drawing import evaluator
 from dojo.models import sd3
@@ -36,7 +36,7 @@ from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoArgs(rl.PolicyArgs):
-    """Advantages, the clipped surrogate, and the tie to the model as it was."""
+    """Advantages, the surrogate, and the tie to the model as it was."""
 
     advantage_std: Spread = "group"
     """what a picture's distance from its group's mean reward is divided by: the std of the group,
@@ -66,7 +66,7 @@ class Args:
     prompts: prompts.PromptArgs
     cache: data.TextCacheArgs
     reward: rewards.RewardArgs
-    sample: rl.SampleArgs
+    sample: rl.WaySampleArgs
     rollout: rollout.RolloutArgs
     grpo: GrpoArgs
     finetune: finetune.FinetuneArgs
@@ -91,7 +91,7 @@ def main(args: Args) -> None:
     # ------------------------------------------------------------------------------ prompts
     source = prompts.open_together(run, args.prompts)
     args.sample.check(args.optim, run.accelerator.num_processes, min_group=2)
-    size, shape = args.sample.size, model.latent_shape(*args.sample.size)
+    size, shape = args.sample.size, finetune.shape_of(run, model, args.sample.size)
     objective = model.objective(size, sd3.NoiseArgs(flow_shift=args.sample.flow_shift))
     batch_size, train_batch_size = args.sample.batch_size(args.optim), args.optim.train_batch_size
     passes = args.grpo.num_inner_epochs
@@ -130,7 +130,7 @@ def main(args: Args) -> None:
         drawn = source.draw(run.seed, epoch, args.sample.num_prompts_per_epoch, replace=False)
         scoring = rl.Scoring(run, reward, args.sample.max_invalid)
         chunks: list[rl.Chunk] = []
-        with learner.kept_when_stopped():
+        with learner.asked_freely():
             for batch in rl.batches(run, args.sample, source.train, drawn, epoch, batch_size):
                 with run.phase("sample", wait=True):
                     velocity = steering(trained.network, batch.texts)
@@ -162,7 +162,7 @@ def main(args: Args) -> None:
                         velocity, step.latents, number, plan, step.copies
                     )
                     moved = log_ratio(new, step.policy, step.reached, args.grpo.ratio)
-                    surrogate = clipped_surrogate(moved, advantage, args.grpo.clip_range)
+                    surrogate = args.grpo.surrogate(moved, advantage, new.kl(step.policy))
                     loss = plan.weight(number) * surrogate.loss.mean()
                     rl.record(run, surrogate, fresh=run.step == began)
                     if args.grpo.beta:
@@ -190,4 +190,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     interrupt.watch()
-    cli.run(main, Args, __doc__, {"--list_rewards": rewards.table})
+    cli.run(finetune.planned(main), Args, __doc__, {"--list_rewards": rewards.table})

@@ -181,7 +181,7 @@ def test_chunks_come_as_often_as_asked_in_an_order_that_all_processes_share() ->
 
 
 def test_pictures_that_part_later_start_from_one_noise() -> None:
-    args = rl.SampleArgs(num_prompts_per_epoch=2, group_size=3, branch=True)
+    args = rl.WaySampleArgs(num_prompts_per_epoch=2, group_size=3, branch=True)
     whole = rl.batches(alone(), args, PROMPTS, [1, 2], 0, 6)
     parts = rl.batches(alone(), args, PROMPTS, [1, 2], 0, 3)  # whole groups, as they must be
     keys = [key for batch in parts for key in batch.noise_keys(alone(), args.copies)]
@@ -475,6 +475,24 @@ def test_a_record_tells_clipping_by_side_and_the_ratio_by_its_time() -> None:
     assert notes.means["clip_fraction_low"] == pytest.approx(1 / 5)
     assert notes.means["clip_fraction"] == pytest.approx(3 / 5)
     assert notes.means["approx_kl"] == pytest.approx(moved.square().mean().item() / 2)
+
+
+def test_a_record_tells_how_far_the_policy_is_where_that_is_held_back() -> None:
+    moved = torch.tensor([0.2, -0.2, 0.2]).log1p()
+    divergence = torch.tensor([1e-5, 3e-5, 2e-6])
+    args = rl.PolicyArgs(trust_region="divergence")
+    notes: Any = Notes({}, {})
+    rl.record(notes, args.surrogate(moved, torch.ones(3), divergence), fresh=False)
+    assert notes.peaks["divergence_max"] == pytest.approx(3e-5)
+    assert notes.means["divergence"] == pytest.approx(1.4e-5)
+    assert notes.means["clip_fraction"] == pytest.approx(1 / 3)
+    rl.record(notes, rl.PolicyArgs().surrogate(moved, torch.ones(3), divergence), fresh=False)
+    assert notes.means["clip_fraction"] == pytest.approx(2 / 3)
+
+
+def test_a_ratio_that_is_made_for_the_clip_is_refused_with_the_mask() -> None:
+    with pytest.raises(ValueError, match=r"--ratio guard .* leave it"):
+        rl.PolicyArgs(trust_region="divergence", ratio="guard")
 
 
 # -- the reference ------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_a_picture_is_judged_by_what_its_prompt_has_scored(
         return loss(moved, given, clip)
 
     monkeypatch.setattr(policy.PromptBuffer, "advantages", advantages)
-    monkeypatch.setattr(train_ddpo_sd3, "clipped_surrogate", clipped_surrogate)
+    monkeypatch.setattr("dojo.methods.rl.args.clipped_surrogate", clipped_surrogate)
     flags = ("--max_prompts", "2", *NO_EVALUATION)
     flags += ("--train_batch_size", "8", "--max_train_steps", "3", "--buffer_size", "20")
     folder = train(tmp_path, tiny_sd3, *flags, "--buffer_min_count", "5", "--adv_clip_max", "1.5")

@@ -278,7 +278,11 @@ def test_what_is_preferred_becomes_likelier_and_with_swapped_labels_less_likely(
     assert lost < 0.1
 
 
-@pytest.mark.parametrize("flags", [LORA, ()], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "flags",
+    [LORA, (), (*LORA, "--winner_preserving_mu", "0.9")],
+    ids=["lora", "full", "lora-guarded"],
+)
 def test_drifts_say_how_far_the_errors_have_moved_from_the_references(
     tmp_path: Path,
     tiny_sd15: Path,
@@ -307,6 +311,8 @@ def test_drifts_say_how_far_the_errors_have_moved_from_the_references(
         assert row["margin"] == pytest.approx(half, rel=1e-2, abs=1e-3)
         assert winner.requires_grad
         assert not usual_winner.requires_grad
+        assert ("loser_pull" in row) == ("--winner_preserving_mu" in flags)
+        assert 0 <= row.get("loser_pull", 0.5) < 1  # one noise: the residuals point the same way
     assert rows[2]["winner_drift"] != 0
 
 
@@ -358,7 +364,7 @@ def test_sft_keeps_no_copy_and_says_so_in_the_plan(
     def number(name: str, before: str, after: str) -> float:
         return float(plans[name].split(before)[1].split(after)[0].replace(",", ""))
 
-    state = {name: number(name, "training state ", ",") for name in plans}
+    state = {name: number(name, "weights and state ", " +") for name in plans}
     assert state["dpo"] - state["sft"] == pytest.approx(4 * 1_771_876 / 2**30, abs=0.01)
     flops = {name: number(name, "process and step: ", " TFLOP") for name in plans}
     # Both pictures forward and backward (3), and the reference's forward pass: (3 + 1) x 2 / 3.

@@ -85,7 +85,10 @@ def train(folder: Path, model: Path, *flags: str, script: ModuleType = train_grp
             *("--beta", "0.01", "--kl", "transition", "--learning_rate", "1e-4"),
             *("--train_timesteps", "fraction", "--timestep_fraction", "0.25"),
         ),
-        ("--sampler", "dance", "--lora_layers", "all-linear", "--beta", "0.001"),
+        (
+            *("--sampler", "dance", "--lora_layers", "all-linear", "--beta", "0.001"),
+            *("--trust_region", "divergence", "--kl_mask_threshold", "1e-12"),
+        ),
     ],
     ids=("cps", "sde-guided", "dance-full-bf16", "sde-bf16", "cps-full", "dance"),
 )
@@ -108,6 +111,10 @@ def test_before_the_first_update_ratio_and_divergence_are_exactly_those_of_the_b
         else:
             assert "ratio_max_deviation" not in row
             assert row["ratio_max_deviation_later"] > 0
+        if "divergence" in flags:
+            assert (row["divergence"] == 0) == (i % per_epoch == 0)
+            assert row["divergence_max"] >= row["divergence"]
+            assert row["clip_fraction"] < 1  # what leads back is learned from
         assert (row["kl"] == 0) == (i == 0)  # the reference does not move with the policy
 
 
@@ -160,7 +167,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
         calls.append(Seen(moved.detach().clone(), advantages.clone()))
         return own(moved, advantages, clip)
 
-    monkeypatch.setattr(train_grpo_sd3, "clipped_surrogate", clipped_surrogate)
+    monkeypatch.setattr("dojo.methods.rl.args.clipped_surrogate", clipped_surrogate)
     return calls
 
 

@@ -71,6 +71,7 @@ def evaluator(
     trained: Trained,
     vae: AutoencoderKL,
     batch_size: int,
+    name: str = "",
 ) -> Evaluator:
     """The evaluations of one run; made once on every process.
 
@@ -82,6 +83,7 @@ def evaluator(
         rewards: see `Evaluator`.
         steering: with the guidance of the evaluation; knows the prompts' embeddings.
         batch_size: pictures per process at a time.
+        name: see `Evaluator`.
     """
     model, objective = steering.model, trained.objective
     shape = model.latent_shape(*steering.size)
@@ -113,4 +115,4 @@ def evaluator(
         far = torch.stack(moved).mean(0) if moved else None
         return model.decode(vae, latents), far
 
-    return Evaluator(run, args, prompts, rewards, draw, batch_size)
+    return Evaluator(run, args, prompts, rewards, draw, batch_size, name)

@@ -161,7 +161,8 @@ def reward_cost(
     others = sum(args.steps) / 2 + 1 - args.grad_steps  # on average, without a gradient
     flops = args.grad_steps * step.flops + others * step.forward_flops
     kept = args.grad_steps * step.saved_bytes
-    return network, replace(step, flops=round(flops), saved_bytes=kept)
+    peak = kept + step.held_bytes - step.saved_bytes
+    return network, replace(step, flops=round(flops), saved_bytes=kept, peak_bytes=peak)
 
 
 def needs(run: Run, model: Model, args: Any, size: tuple[int, int]) -> Needs:
@@ -181,5 +182,6 @@ def needs(run: Run, model: Model, args: Any, size: tuple[int, int]) -> Needs:
         size,
         encoded=data.encoded_at_a_time(size) * bool(args.pretrain.location),
         decoded=args.evaluation.eval_batch_size or args.optim.train_batch_size,
+        scored=True,
         scorers=rewards.networks(loaded),
     )

@@ -1,7 +1,13 @@
-"""Reinforcement learning of a flow: what DDPO and GRPO share around their loops."""
+"""Reinforcement learning of a flow: what DDPO, GRPO and NFT share around their loops."""
 
-from dojo.methods.rl.args import EvalArgs, PolicyArgs, PolicyLoraArgs, SampleArgs
-from dojo.methods.rl.cost import episode_cost, needs
+from dojo.methods.rl.args import (
+    EvalArgs,
+    PolicyArgs,
+    PolicyLoraArgs,
+    SampleArgs,
+    WaySampleArgs,
+)
+from dojo.methods.rl.cost import episode_cost, finished_cost, needs
 from dojo.methods.rl.episodes import (
     Batch,
     Chunk,
@@ -13,19 +19,25 @@ from dojo.methods.rl.episodes import (
     shuffled,
     split,
 )
+from dojo.methods.rl.finished import Finished, LevelArgs, ask
 from dojo.methods.rl.reference import reference
 
 __all__ = [
     "Batch",
     "Chunk",
     "EvalArgs",
+    "Finished",
+    "LevelArgs",
     "PolicyArgs",
     "PolicyLoraArgs",
     "SampleArgs",
     "Scores",
     "Scoring",
+    "WaySampleArgs",
+    "ask",
     "batches",
     "episode_cost",
+    "finished_cost",
     "needs",
     "plan",
     "record",

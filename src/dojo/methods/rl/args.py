@@ -1,4 +1,4 @@
-"""The options that DDPO and GRPO share: what is sampled, learned from, and evaluated."""
+"""The options of reinforcement learning: what is sampled, learned from, and evaluated."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dojo.cli import UserError, option
 from dojo.evaluate import held_out
@@ -13,7 +14,7 @@ from dojo.finetune import lora
 from dojo.inputs.steering import Steering
 from dojo.inputs.texts import Texts
 from dojo.maths.advantages import check_sizes
-from dojo.maths.surrogate import Ratio
+from dojo.maths.surrogate import Ratio, Surrogate, clipped_surrogate, masked_surrogate
 from dojo.models.family import Model
 from dojo.run.optim import OptimArgs
 
@@ -36,10 +37,6 @@ class SampleArgs:
     """pictures per process that are sampled at a time, a multiple of --train_batch_size and by
     default the same; with more the likelihoods are computed anew in training's batches, so that
     both sides round alike"""
-    branch: bool = False
-    """let the pictures of a prompt share their way up to the first trained step and part there: it
-    is computed once for them, and they differ by what is trained alone; a batch holds whole groups
-    then"""
     guidance_scale: float = 1.0
     """classifier-free guidance while sampling and in training; 1 is none, which costs half and is
     what the policy then learns to do without"""
@@ -74,11 +71,6 @@ class SampleArgs:
     def samples(self) -> int:
         """Pictures of an epoch, over all processes."""
         return self.num_prompts_per_epoch * self.group_size
-
-    @property
-    def copies(self) -> int:
-        """Pictures that share their way up to the first trained step."""
-        return self.group_size if self.branch else 1
 
     def steering(self, model: Model, texts: Texts, dtype: torch.dtype) -> Steering:
         """How prompts steer the policy, in sampling and in training."""
@@ -120,11 +112,6 @@ class SampleArgs:
             batches * self.batch_size(optim) // train,
             (optim.gradient_accumulation_steps),
         )
-        if self.branch and train % self.group_size:
-            raise UserError(
-                f"--branch: --train_batch_size {train} is no multiple of --group_size "
-                f"{self.group_size}"
-            )
         if micro % accumulated:
             fitting = ", ".join(str(n) for n in range(1, micro + 1) if micro % n == 0)
             raise UserError(
@@ -135,11 +122,44 @@ class SampleArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WaySampleArgs(SampleArgs):
+    """The same where steps of a picture's way are trained."""
+
+    branch: bool = False
+    """let the pictures of a prompt share their way up to the first trained step and part there: it
+    is computed once for them, and they differ by what is trained alone; a batch holds whole groups
+    then"""
+
+    @property
+    def copies(self) -> int:
+        """Pictures that share their way up to the first trained step."""
+        return self.group_size if self.branch else 1
+
+    def check(self, optim: OptimArgs, num_processes: int, *, min_group: int) -> int:
+        """Refuses sizes that do not divide: see `SampleArgs`."""
+        batches = super().check(optim, num_processes, min_group=min_group)
+        train = optim.train_batch_size
+        if self.branch and train % self.group_size:
+            raise UserError(
+                f"--branch: --train_batch_size {train} is no multiple of --group_size "
+                f"{self.group_size}"
+            )
+        return batches
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyArgs:
-    """The clipped surrogate, and how often the pictures of an epoch are learned from."""
+    """The surrogate, its trust region, and how often the pictures of an epoch are learned from."""
 
     num_inner_epochs: int = 1
     """passes over the pictures of an epoch"""
+    trust_region: Literal["clip", "divergence"] = "clip"
+    """what keeps the policy near the one that sampled: PPO's clip of the ratio (--clip_range), that
+    hangs on the size, or a bound on the transitions' divergence (--kl_mask_threshold), that does
+    not: beyond it, samples that lead further away are left out"""
+    kl_mask_threshold: float = 1e-5
+    """divergence of a transition, as a mean over the latent's dimensions, from which on divergence
+    leaves out; 1e-5 is a shift of the mean by 0.0045 of its noise, at every size"""
     clip_range: float = 1e-4
     """how far a transition's likelihood ratio (of means over the latent's dimensions) may leave 1;
     its spread shrinks with their root: 1e-4 to 1e-5 is usual at 512 px, 1e-3 in the pocket world"""
@@ -152,9 +172,26 @@ class PolicyArgs:
     def __post_init__(self) -> None:
         if self.num_inner_epochs < 1:
             raise ValueError("--num_inner_epochs must be at least 1")
-        for name in ("clip_range", "adv_clip_max"):
+        for name in ("clip_range", "adv_clip_max", "kl_mask_threshold"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive")
+        if self.trust_region == "divergence" and self.ratio != "exact":
+            raise ValueError(
+                f"--ratio {self.ratio} is made for the clip: leave it out with --trust_region "
+                "divergence"
+            )
+
+    def surrogate(self, moved: Tensor, advantages: Tensor, divergence: Tensor) -> Surrogate:
+        """The surrogate of a batch of transitions within the trust region.
+
+        Args:
+            moved: [B], the logarithm of the ratio, with gradient.
+            advantages: [B].
+            divergence: [B], of the policy from the one that sampled.
+        """
+        if self.trust_region == "divergence":
+            return masked_surrogate(moved, advantages, divergence, self.kl_mask_threshold)
+        return clipped_surrogate(moved, advantages, self.clip_range)
 
 
 @dataclass(frozen=True, kw_only=True)

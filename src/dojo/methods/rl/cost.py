@@ -11,6 +11,7 @@ from dojo import rewards
 from dojo.finetune import Trained, cost_of
 from dojo.maths.rollout import RolloutArgs
 from dojo.methods.rl.args import SampleArgs
+from dojo.methods.rl.finished import LevelArgs
 from dojo.models.family import Model
 from dojo.run.cost import Cost
 from dojo.run.phases import Needs
@@ -31,10 +32,15 @@ def needs(run: Run, model: Model, args: Any) -> Needs:
     model.check_weights(model.needed)
     loaded = args.reward.load(torch.device("cpu"), *args.evaluation.held_out_rewards)
     batch_size = sample.batch_size(args.optim)
+    evaluated = args.evaluation.eval_batch_size or batch_size
+    rows = batch_size * (2 if sample.guidance_scale > 1 else 1)
     return model.needs(
         run.dtype,
         sample.size,
-        decoded=max(batch_size, args.evaluation.eval_batch_size or batch_size),
+        decoded=max(batch_size, evaluated),
+        rows=max(rows, evaluated * (2 if (args.evaluation.eval_guidance_scale or 1) > 1 else 1)),
+        batch_is_free=False,
+        scored=True,
         scorers=rewards.networks(loaded),
     )
 
@@ -58,12 +64,55 @@ def episode_cost(
         args: the script's options.
         passes: over the pictures of an epoch.
     """
-    sample: SampleArgs = args.sample
     steps: RolloutArgs = args.rollout
-    rows = args.optim.train_batch_size * (2 if sample.guidance_scale > 1 else 1)
-    shape = model.latent_shape(*sample.size)
-    network, step = cost_of(run, trained, model, rows, shape, checkpointing=checkpointing)
     backward = len(steps.trained_steps(0, 0))
     forward = steps.sample_steps / passes + (backward if with_reference else 0)
+    guided = args.sample.guidance_scale > 1
+    return _batch_cost(
+        *(run, trained, model, args, backward, forward),
+        rows=2 if guided else 1,
+        checkpointing=checkpointing,
+    )
+
+
+def finished_cost(
+    run: Run,
+    trained: Trained,
+    model: Model,
+    args: Any,
+    passes: int,
+    asked: int,
+    *,
+    checkpointing: bool,
+) -> tuple[Any, Cost]:
+    """The same where finished pictures are learned from, without guidance in training.
+
+    Args:
+        asked: forward passes of frozen policies per picture.
+    """
+    levels: LevelArgs = args.levels
+    branches = 2 if args.sample.guidance_scale > 1 else 1
+    forward = (branches * levels.sample_steps + asked) / passes
+    backward = levels.num_train_timesteps
+    return _batch_cost(
+        *(run, trained, model, args, backward, forward), rows=1, checkpointing=checkpointing
+    )
+
+
+def _batch_cost(
+    run: Run,
+    trained: Trained,
+    model: Model,
+    args: Any,
+    backward: int,
+    forward: float,
+    *,
+    rows: int,
+    checkpointing: bool,
+) -> tuple[Any, Cost]:
+    """Of a training batch with so many passes per picture; `rows` of the network's each."""
+    shape = model.latent_shape(*args.sample.size)
+    rows *= args.optim.train_batch_size
+    network, step = cost_of(run, trained, model, rows, shape, checkpointing=checkpointing)
     flops = backward * step.flops + forward * step.forward_flops
     return network, replace(step, flops=round(flops))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from dojo.methods.rl.args import SampleArgs
 from dojo.rewards import Reward, RewardOutput
 from dojo.run.optim import OptimArgs
 from dojo.run.run import Key, Run
+
+Item = TypeVar("Item")
 
 _THUMB = 16  # pixels; diversity is measured on pictures of this size
 
@@ -152,7 +154,7 @@ def split(
         yield Chunk(batch=own, steps=steps)
 
 
-def shuffled(chunks: Sequence[Chunk], run: Run, epoch: int, num_passes: int) -> Iterator[Chunk]:
+def shuffled(chunks: Sequence[Item], run: Run, epoch: int, num_passes: int) -> Iterator[Item]:
     """All training batches `num_passes` times, in an order that all processes share."""
     for number in range(num_passes):
         source = rng.generator(run.seed, "training order", epoch, number)
@@ -302,6 +304,9 @@ def record(run: Run, surrogate: Surrogate, *, fresh: bool) -> None:
         clip_fraction_low=surrogate.clipped_low,
         approx_kl=surrogate.approx_kl,
     )
+    if surrogate.divergence is not None:
+        run.average(divergence=surrogate.divergence)
+        run.peak(divergence_max=surrogate.divergence)
 
 
 def in_order(run: Run, stacked: Tensor) -> Tensor:
