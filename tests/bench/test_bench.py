@@ -21,7 +21,7 @@ import train_ddpo_sd3
 import train_grpo_sd3
 from dojo import cli, finetune
 from dojo.bench import __main__ as command_line
-from dojo.bench import limits, models, rl, supervised
+from dojo.bench import caches, limits, models, rl, sharded, supervised
 from dojo.bench.rl import RlArgs
 from dojo.bench.supervised import SupervisedArgs, Trace
 from dojo.bench.table import markdown
@@ -479,10 +479,30 @@ def test_a_number_that_is_too_small_is_refused(
     assert f"--{flag} must be at least 1" in said.replace(f"--{flag} 0", f"--{flag}")
 
 
+def test_sharded_steps_are_timed_beside_whole_ones_by_turns() -> None:
+    took: list[str] = []
+    args = sharded.ShardArgs(num_rounds=2, num_steps=3)
+    steps = {name: lambda name=name: took.append(name) for name in ("whole", "sharded")}
+    result = sharded.alternate(steps, args, lambda: took.append("|"))
+    turn = ["|", *["whole"] * 3, "|", "|", *["sharded"] * 3, "|"]
+    assert took == ["whole", "sharded", *turn, *turn]
+    result |= {"whole_seconds": [2.0, 1.0], "sharded_seconds": [2.0, 3.0], "ratio": 2.0}
+    assert "| 1.000, 1.500 | 2.000, 2.500 | 2.00 |" in sharded.table(result)
+
+
+@pytest.mark.slow
+def test_the_two_ways_are_timed_in_processes_of_their_own(tmp_path: Path) -> None:
+    flags = ["--batch_size", "2", "--num_rounds", "1", "--num_steps", "1", "--output"]
+    command_line.main(["shard", *flags, str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["whole_seconds"]) == len(found["sharded_seconds"]) == 1
+
+
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command_line.main(["supervise"])
-    assert "there are supervised, rl, limits and peers" in capsys.readouterr().err
+    said = f"there are {', '.join(command_line.COMMANDS)}"
+    assert said in capsys.readouterr().err
 
 
 # -- reinforcement learning ---------------------------------------------------------------------
@@ -679,3 +699,18 @@ def test_a_case_that_could_not_be_timed_is_refused(
         cli.parse(RlArgs, None, ["--model", "pocket", *words.split()])
     answer = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert message in answer
+
+
+def test_a_cold_cache_is_timed_and_holds_the_same_every_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "numbers.json"
+    args = caches.CacheBenchArgs(
+        resolution=64, num_pictures=5, rounds=2, work_dir=tmp_path, output=output
+    )
+    caches.main(args)
+    found = json.loads(output.read_text())
+    assert len(found["digests"]) == 1
+    assert found["pictures_per_s"] > 0
+    assert found["digests"][0] in capsys.readouterr().out
+    assert not (tmp_path / "caches").exists()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dojo.cli import UserError
 from dojo.files import tensors
-from dojo.models import sd3, sd15, sdxl
+from dojo.models import published, sd3, sd15, sdxl
 from dojo.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -46,6 +46,17 @@ FAMILIES: dict[str, Any] = {
     "sdxl": sdxl,
 }
 
+# As docs/benchmarks.md calls them.
+TITLES = {
+    "pocket": "The pocket model",
+    "pocket-sd15": "pocket SD1.5",
+    "pocket-sdxl": "pocket SDXL",
+    "sd35-medium": "SD3.5-Medium",
+    "sd35-large": "SD3.5-Large",
+    "sd15": "SD1.5",
+    "sdxl": "SDXL",
+}
+
 CLIP_TOKENS = 77
 _POCKET_SIZE = 64  # pixels, of every pocket model
 _PIXELS_PER_LATENT = 8
@@ -53,75 +64,10 @@ RECIPE = "bench.json"  # in a made folder: what it was made from
 _STD = 0.02  # small enough for 38 layers, large enough for gradients everywhere
 _NUM_DRAWS = 16_777_213  # a prime: no two rows of a matrix begin at the same draw
 
-_MEDIUM: dict[str, Any] = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": list(range(13)),
-    "qk_norm": "rms_norm",
-}
-_LARGE = {
-    **_MEDIUM,
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "pos_embed_max_size": 192,
-    "dual_attention_layers": [],
-}
-TRANSFORMERS: dict[str, dict[str, Any]] = {"sd35-medium": _MEDIUM, "sd35-large": _LARGE}
-UNETS: dict[str, dict[str, Any]] = {
-    "sd15": {
-        "sample_size": 64,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "layers_per_block": 2,
-        "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-        "attention_head_dim": 8,  # heads, not their width
-        "cross_attention_dim": 768,
-        "norm_num_groups": 32,
-    },
-    "sdxl": {
-        "sample_size": 128,
-        "block_out_channels": [320, 640, 1280],
-        "layers_per_block": 2,
-        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
-        "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [5, 10, 20],
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-        "norm_num_groups": 32,
-    },
-}
-_VAE_SIZES: dict[str, Any] = {
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-}
-_VAES: dict[Any, dict[str, Any]] = {
-    sd3: {
-        "latent_channels": 16,
-        "sample_size": 1024,
-        "scaling_factor": 1.5305,
-        "shift_factor": 0.0609,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "force_upcast": True,
-    },
-    sd15: {"sample_size": 512, "scaling_factor": 0.18215},
-    sdxl: {"sample_size": 1024, "scaling_factor": 0.13025},
-}
+# Copies, since the tests cut widths and depths down.
+TRANSFORMERS = {name: {**published.TRANSFORMERS[name]} for name in ("sd35-medium", "sd35-large")}
+UNETS = {name: {**sizes} for name, sizes in published.UNETS.items()}
+_VAE_SIZES = published.VAE_SIZES
 
 
 def _clip(width: int, heads: int) -> dict[str, Any]:
@@ -164,7 +110,7 @@ def settings(size: Size) -> dict[str, dict[str, Any]]:
     sizes = {
         "transformer": TRANSFORMERS.get(size),
         "unet": UNETS.get(size),
-        "vae": {**_VAE_SIZES, **_VAES[FAMILIES[size]]},
+        "vae": {**_VAE_SIZES, **published.VAES[size]},
         "text_encoder": _clip(768, 12),
         "text_encoder_2": _clip(1280, 20),
         "text_encoder_3": _T5,
@@ -195,7 +141,7 @@ def family_name(model: str) -> str:
 
 def native_size(model: str) -> int:
     """Height and width, in pixels, that a model was trained at."""
-    network = {**TRANSFORMERS, **UNETS}.get(model)
+    network = {**published.TRANSFORMERS, **TRANSFORMERS, **UNETS}.get(model)
     return _POCKET_SIZE if network is None else _PIXELS_PER_LATENT * network["sample_size"]
 
 

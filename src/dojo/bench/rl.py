@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from dojo.bench import supervised
+from dojo.bench import models, supervised
 from dojo.bench.supervised import Rows, Trace
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, ranges
@@ -348,3 +348,27 @@ def table_row(result: Mapping[str, Any]) -> dict[str, str]:
 def _shares(values: Sequence[float]) -> str:
     """Of sampling, training and the reference, in percent of the three."""
     return " : ".join(f"{100 * value / sum(values):.0f}" for value in values) + " %"
+
+
+def documented(args: RlArgs, result: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """The heading of the table in docs/benchmarks.md that a measurement belongs to, and its row."""
+    options, passes = result["options"], result["forward_passes_by_rule"]
+    steps, spent = options["rollout"]["sample_steps"], result["seconds_per_image"]
+    window = args.train_timesteps == "window"
+    case = f"window of {args.window_size}" if window else f"all steps ({result['trained_steps']})"
+    case += ", guidance" if args.guidance_scale > 1 else ""
+    case += ", beta" if args.beta else ""
+    with_reference = bool(passes["reference"])
+    row = {
+        "case": case,
+        "forward passes by rule": " + ".join(f"{n:g}" for n in passes.values() if n),
+        "sample s/image": f"{spent['sample']:.3f}",
+        **{name: f"{spent[name]:.3f}" for name in ("decode", "reward", "train")},
+        "reference": f"{spent['reference']:.3f}" if with_reference else "",
+        "images/s": f"{result['images_per_s']:.2f}",
+        "peak GiB": f"{result['memory_gib']:.1f}",
+        "command": f"`{supervised.command_line('rl', args)}`",
+    }
+    px = " x ".join(str(side) for side in dict.fromkeys(result["pixels"]))
+    name = f"{models.TITLES[args.model]} on {result['device']}, {px} px, {steps} steps"
+    return f"{name}, {args.method}", row

@@ -17,23 +17,19 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import psutil
 import torch
 from PIL import Image
 
 from dojo import files
-from dojo.bench import limits, models
+from dojo.bench import limits, models, processes
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError, ranges
 from dojo.files import outputs
@@ -160,15 +156,19 @@ def main(args: SupervisedArgs, extra: Sequence[str] = ()) -> None:
         TrainingStopped: the script ended before its last step.
     """
     check_numbers(args)
-    model, work_dir = model_folder(args), args.work_dir.absolute()
-    run = work_dir / "runs" / f"{args.model}-{args.method}"
-    words = command(args, model, _make_data(args, work_dir / "datas"), run, extra)
-    outputs.check(run, "run", overwrite=True, flag="--work_dir")
-    trace = follow(words, run / "metrics.jsonl", args.warmup_steps + args.num_steps)
-    result = summarise(args, trace, read_table(run / "args.json"))
-    result["extra"] = list(extra)
+    result = measure(args, extra)
     write_numbers(args, result)
     print(markdown([table_row(result)]))
+
+
+def measure(args: SupervisedArgs, extra: Sequence[str] = ()) -> dict[str, Any]:
+    """The numbers of one training; see `main`."""
+    model, work_dir = model_folder(args), args.work_dir.absolute()
+    run = work_dir / "runs" / f"{args.model}-{args.method}"
+    words = command(args, model, make_data(args, work_dir / "datas"), run, extra)
+    outputs.check(run, "run", overwrite=True, flag="--work_dir")
+    trace = follow(words, run / "metrics.jsonl", args.warmup_steps + args.num_steps)
+    return {**summarise(args, trace, read_table(run / "args.json")), "extra": list(extra)}
 
 
 def model_folder(args: CaseArgs) -> Path:
@@ -270,7 +270,7 @@ def start_script(
     return [*python, str(script), *flags, *extra]
 
 
-def _make_data(args: SupervisedArgs, parent: Path) -> Path:
+def make_data(args: SupervisedArgs, parent: Path) -> Path:
     """Random pictures with captions, twice as many as a batch has; latents are cached anyway."""
     folder = parent / f"{args.size}px-{2 * args.batch_size}"
     if folder.is_dir():
@@ -310,17 +310,10 @@ def follow(
         TrainingStopped: it ended by itself before.
     """
     metrics.unlink(missing_ok=True)  # of the run before
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not torch.cuda.is_available():
-        environment["ACCELERATE_USE_CPU"] = "true"
     started = time.perf_counter()
     arrivals: list[float] = []
     rows: Rows = []
-    # A SIGTERM for us must not leave the training behind.
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    process: subprocess.Popen[bytes] | None = None
-    try:
-        process = subprocess.Popen(words, env=environment, stdout=2, start_new_session=True)
+    with processes.started(words, env=environment(), stdout=2) as process:
         while done(rows) < goal:
             running = process.poll() is None
             rows = read_rows(metrics)[0]
@@ -332,23 +325,17 @@ def follow(
                     f"{goal} {unit}; its own message stands above"
                 )
             time.sleep(0.02)
-    finally:
-        if process is not None:
-            _kill(process)
-        signal.signal(signal.SIGTERM, previous)
     while done(rows[:-1]) >= goal:  # these came while it was being ended
         rows.pop()
     return Trace(rows, arrivals[: len(rows)])
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all below it; torchrun gives its workers sessions of their own."""
-    if process.poll() is None:
-        whole = psutil.Process(process.pid)
-        for one in [whole, *whole.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-    process.wait()
+def environment() -> dict[str, str]:
+    """The variables of a script that is started here."""
+    found = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not torch.cuda.is_available():
+        found["ACCELERATE_USE_CPU"] = "true"
+    return found
 
 
 def summarise(args: SupervisedArgs, trace: Trace, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -458,3 +445,41 @@ def table_row(result: Mapping[str, Any]) -> dict[str, str]:
 def precision(mixed: str) -> str:
     """What `--mixed_precision` means."""
     return "fp32" if mixed == "no" else mixed
+
+
+# -- rows of docs/benchmarks.md -----------------------------------------------------------------
+
+
+def documented(args: SupervisedArgs, result: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """The heading of the table in docs/benchmarks.md that a measurement belongs to, and its row."""
+    kind = f"LoRA r{args.rank}" if args.method == "lora" else "full"
+    with_tokens = args.tokens is not None
+    mfu = result["mfu"]
+    # Of an H100 or H200, as the other rows there.
+    limit = limits.LimitArgs().tflops / result["tflop_per_image"] if mfu is not None else None
+    row = {
+        **({} if with_tokens else {"model": models.TITLES[args.model]}),
+        "px": str(result["pixels"]),
+        "method": kind if args.optimizer == "adamw" else f"{kind}, {args.optimizer}",
+        "checkpointing": "yes" if args.gradient_checkpointing else "no",
+        **({"compiled": "yes" if args.torch_compile else "no"} if with_tokens else {}),
+        "limit, images/s": "" if limit is None else f"{limit:.1f}",
+        "images/s": f"{result['images_per_s']:.1f}",
+        "peak GiB": f"{result['memory_gib']:.1f}",
+        "MFU": "" if mfu is None else f"{mfu:.1%}",
+        "command": f"`{command_line('supervised', args)}`",
+    }
+    of = models.TITLES[args.model] if with_tokens else "SD1.5 and SDXL"
+    return f"{of} on {result['device']}", row
+
+
+def command_line(name: str, args: CaseArgs) -> str:
+    """The command that measures a case, without what is as usual."""
+    left_out = {"output", "work_dir", "allow_cpu"}
+    words: list[str] = []
+    for one in fields(args):
+        value = getattr(args, one.name)
+        if one.name in left_out or value == one.default:
+            continue
+        words += [f"--{one.name}"] if value is True else [f"--{one.name}", str(value)]
+    return " ".join([f"python -m dojo.bench {name}", *words])
