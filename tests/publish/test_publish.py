@@ -23,6 +23,7 @@ from diffusers import (
 )
 from huggingface_hub import close_session, constants
 from PIL import Image
+from safetensors.torch import save_file
 
 from dojo import cli, publish
 from dojo.cli import UserError
@@ -667,3 +668,52 @@ def test_the_code_on_the_card_draws_a_picture_with_the_result(
         assert seen["pipe"].scheduler.config.shift == 1.75
     adapters = getattr(seen["pipe"].transformer, "peft_config", {})
     assert bool(adapters) == (kind == "lora")
+
+
+# -- cards of results that plain diffusers loads in another way, or not -------------------------
+
+
+def lycoris_file(folder: Path, algorithm: str) -> None:
+    folder.mkdir(exist_ok=True)
+    header = {"ss_network_module": "lycoris.kohya"}
+    header["ss_network_args"] = json.dumps({"algo": algorithm})
+    state = {"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.ones(())}
+    save_file(state, folder / "pytorch_lora_weights.safetensors", header)
+
+
+@pytest.mark.parametrize(("algorithm", "name"), [("loha", "LoHa"), ("lokr", "LoKr")])
+def test_the_card_of_a_loha_says_what_reads_it_and_how_diffusers_can(
+    tmp_path: Path, algorithm: str, name: str
+) -> None:
+    folder = tmp_path / "hearts"
+    lycoris_file(folder, algorithm)
+    base = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    header = write_card(folder, title="LoRA for Stable Diffusion 1.5", base_model=base)
+    text = (folder / "README.md").read_text()
+    assert rf"# {name} for Stable Diffusion 1\.5" in text
+    assert f"It is a {name} in LyCORIS' format" in text
+    assert f"dojo.lora merge --input hearts --base {base} --output merged" in text
+    code = snippet(folder)
+    assert 'DiffusionPipeline.from_pretrained("merged"' in code
+    assert "load_lora_weights" not in code  # plain diffusers refuses it
+    compile(code, "card", "exec")
+    assert {"lycoris", algorithm} <= set(header["tags"])
+    assert "| `rank` |" not in text  # the file's own ranks were trained
+
+
+def test_the_card_of_a_lora_for_one_file_opens_that_file(tmp_path: Path) -> None:
+    folder = tmp_path / "hearts"
+    more = {"base_model": "/somewhere/base.safetensors", "pipeline": "StableDiffusionXLPipeline"}
+    write_card(folder, **more)
+    code = snippet(folder)
+    assert 'pipe = StableDiffusionXLPipeline.from_single_file("base.safetensors"' in code
+    assert "pipe.load_lora_weights(result" in code
+    assert "somewhere" not in (folder / "README.md").read_text()
+    compile(code, "card", "exec")
+
+    lycoris_file(folder, "loha")
+    write_card(folder, **more)
+    assert (
+        "--base base.safetensors --output merged.safetensors" in (folder / "README.md").read_text()
+    )
+    assert '.from_single_file("merged.safetensors"' in snippet(folder)

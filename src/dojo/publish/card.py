@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from dojo.cli.masking import hide
+from dojo.files import tensors
 from dojo.files.records import read_pictures, read_table
 from dojo.publish import markdown
 from dojo.run.checkpoint import write_file
@@ -30,6 +33,10 @@ _LICENCES = {
 }
 _MIRRORS = ("AI-ModelScope", "runwayml")  # owners whose copies are those same models
 _LOCAL_ROOTS = ("models", "datas", "outputs", ".", "..", "~", "")
+
+_METHODS = {"loha": "LoHa", "lokr": "LoKr"}  # LyCORIS' names in a file's header
+_OF_LORA = ("rank", "lora_alpha", "lora_layers")  # a LoHa or LoKr stays as it was started from
+_SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 _SHOWN = (
     "rank",
@@ -60,6 +67,7 @@ def write_card(
     weights: str = WEIGHTS,
     instance_prompt: str | None = None,
     repo_id: str | None = None,
+    pipeline: str | None = None,
 ) -> None:
     """Writes the model card `README.md` in the hubs' form, with the last validation pictures.
 
@@ -73,6 +81,7 @@ def write_card(
             of one alone.
         instance_prompt: the words that call up the subject; unset: the option of that name.
         repo_id: the repository that the card is for; unset: the folder's name, to be replaced.
+        pipeline: diffusers' class of the base model, which has to be named where it is one file.
     """
     values = {
         name: hide(value) if isinstance(value, str) else value  # of an older run's record
@@ -89,6 +98,10 @@ def write_card(
     ]
     base = _base(base_model)
     is_lora = weights.endswith(".safetensors")
+    method = _method(folder / weights) if is_lora else None
+    if method:
+        title = title.replace("LoRA", method)
+        tags = [*tags, "lycoris", method.lower()]
 
     header: dict[str, Any] = {}
     if _is_hub_id(base):  # the hub's index accepts nothing else
@@ -110,7 +123,7 @@ def write_card(
     rows = [
         f"| `{name}` | {markdown.plain(json.dumps(values[name], ensure_ascii=False))} |"
         for name in _SHOWN
-        if values.get(name) is not None
+        if values.get(name) is not None and not (method and name in _OF_LORA)
     ]
     body = [f"# {markdown.plain(title)}", ""]
     if steps:
@@ -120,7 +133,10 @@ def write_card(
     if trigger:
         body += ["## Trigger words", "", f"Use {markdown.code(trigger)} in the prompt.", ""]
     prompt = (prompts or [*drawn.values(), trigger or "a photo"])[0]
-    body += ["## Use", "", _usage(folder, base, weights, prompt, values, repo_id), ""]
+    usage = _usage(folder, base, weights, prompt, values, repo_id, pipeline, method)
+    body += ["## Use", "", usage, ""]
+    if quantised := _quantised(values):
+        body += [quantised, ""]
     if rows:
         body += ["## Training", "", "| option | value |", "| --- | --- |", *rows, ""]
         body += ["All options and versions are in `args.json`, the curves in `metrics.jsonl`.", ""]
@@ -152,6 +168,16 @@ def _prompt_of(picture: Path, prompts: Sequence[str]) -> str:
     return re.sub(r"-seed\d+$", "", rest).replace("_", " ")
 
 
+def _method(path: Path) -> str | None:
+    """LoHa or LoKr, of a file that LyCORIS' readers alone take; None of a LoRA."""
+    with suppress(OSError, ValueError):
+        header = tensors.read_header(path)[1]
+        algorithm = json.loads(header.get("ss_network_args", "{}")).get("algo")
+        if header.get("ss_network_module", "").startswith("lycoris"):
+            return _METHODS.get(algorithm)
+    return None
+
+
 def _usage(
     folder: Path,
     base: str,
@@ -159,38 +185,49 @@ def _usage(
     prompt: str,
     values: Mapping[str, Any],
     repo_id: str | None,
+    pipeline: str | None,
+    method: str | None,
 ) -> str:
-    """Python that loads the result in diffusers and draws a picture as in training."""
+    """Python that loads the result in diffusers and draws a picture as in training.
+
+    Args:
+        pipeline: diffusers' class of the base, where it is known.
+        method: LoHa or LoKr, which diffusers does not load.
+    """
     scheduler = read_table(folder / "scheduler" / "scheduler_config.json")
     if weights == "":  # a pipeline brings its scheduler along
         scheduler_class = part_class = None
     else:
         scheduler_class = scheduler.get("_class_name")
         part_class = read_table(folder / weights / "config.json").get("_class_name")
-    names = sorted(filter(None, ["DiffusionPipeline", scheduler_class, part_class]))
+    one_file = weights != "" and base.endswith(_SINGLE_FILES) and pipeline is not None
+    kind = str(pipeline) if one_file else "DiffusionPipeline"
+    names = sorted(filter(None, [kind, scheduler_class, part_class]))
     place = repo_id or folder.resolve().name
     comment = "" if repo_id else "  # this folder, or its repository"
     lines = [
         "import torch",
         f"from diffusers import {', '.join(names)}",
         "",
-        f"result = {_quoted(place)}{comment}",
+        *([] if method and not scheduler_class else [f"result = {_quoted(place)}{comment}"]),
     ]
     precise = "torch_dtype=torch.bfloat16"
-    base_text = _quoted(base or "the base model")
+    opening = "from_single_file" if one_file else "from_pretrained"
+    merged = "merged.safetensors" if one_file else "merged"
+    before = _merging(place, base, merged, method) if method else []
+    base_text = _quoted(merged if method else base or "the base model")
     if weights == "":
         lines += [f"pipe = DiffusionPipeline.from_pretrained(result, {precise})"]
     elif weights.endswith(".safetensors"):
-        lines += [
-            f"pipe = DiffusionPipeline.from_pretrained({base_text}, {precise})",
-            f"pipe.load_lora_weights(result, weight_name={_quoted(weights)})",
-        ]
+        lines += [f"pipe = {kind}.{opening}({base_text}, {precise})"]
+        if not method:
+            lines += [f"pipe.load_lora_weights(result, weight_name={_quoted(weights)})"]
     else:
         lines += [
             f"{weights} = {part_class}.from_pretrained(",
             f"    result, subfolder={_quoted(weights)}, {precise}",
             ")",
-            "pipe = DiffusionPipeline.from_pretrained(",
+            f"pipe = {kind}.{opening}(",
             f"    {base_text}, {weights}={weights}, {precise}",
             ")",
         ]
@@ -211,7 +248,34 @@ def _usage(
     if len(call[0]) > 88:
         call = ["image = pipe(", *[f"    {argument}," for argument in arguments], ").images[0]"]
     lines += ['pipe.to("cuda")', *call, 'image.save("image.png")']
-    return markdown.block(lines, "python")
+    return "\n".join([*before, markdown.block(lines, "python")])
+
+
+def _merging(place: str, base: str, merged: str, method: str) -> list[str]:
+    """What to do before diffusers can load a LoHa or LoKr."""
+    words = ["python", "-m", "dojo.lora", "merge", "--input", place]
+    words += ["--base", base or "BASE", "--output", merged]
+    return [
+        f"It is a {method} in LyCORIS' format: ComfyUI, kohya's scripts and SD Dojo's `demo.py` "
+        "read it, diffusers alone does not. Merged into its base it is a model that diffusers "
+        "loads:",
+        "",
+        markdown.block([shlex.join(words)], "bash"),
+        "",
+    ]
+
+
+def _quantised(values: Mapping[str, Any]) -> str:
+    """What base an adapter was trained on, where its weights were rounded."""
+    precision = values.get("base_precision")
+    if values.get("finetune") == "full" or precision in (None, "bf16"):
+        return ""
+    return (
+        f"The adapter was trained on the base with the linear layers of its blocks quantised to "
+        f"{precision}, which is also the model that validation pictures and any comparison with "
+        "the model before training show. It loads on the base in any precision; on another one "
+        "its pictures differ a little."
+    )
 
 
 def _base(name: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dojo import report
+from dojo.files.records import read_if_whole
 from dojo.publish.card import write_card
 from dojo.publish.hubs import upload
 from dojo.run.folders import options
@@ -17,8 +18,22 @@ if TYPE_CHECKING:  # the command line of this package has no run
     from dojo.run.run import Run
 
 
+class Base(Protocol):
+    """The model that was trained."""
+
+    @property
+    def folder(self) -> Path:
+        """Of its configurations."""
+        ...
+
+
 class Result(Protocol):
     """What was trained."""
+
+    @property
+    def model(self) -> Base:
+        """Of which model it is."""
+        ...
 
     @property
     def card_weights(self) -> str:
@@ -61,9 +76,10 @@ def finish(
     """
     folder = run.output_dir
     result = folder / trained.card_weights
-    if run.main:
-        with learner.averaged():
+    with learner.result() as writing:
+        if writing:
             result = trained.save_result(folder)
+    if run.main:
         evaluate.finish()
         write_card(
             folder,
@@ -72,6 +88,7 @@ def finish(
             steps=run.step,
             repo_id=args.publish.hub_model_id,
             weights=trained.card_weights,
+            pipeline=_class_of(trained.model.folder),
             **vars(card),
         )
         report.write(folder)
@@ -79,3 +96,8 @@ def finish(
     run.say(f"done: {result}")
     if run.main:
         upload(folder, args.publish)
+
+
+def _class_of(folder: Path) -> str | None:
+    """diffusers' class of a model."""
+    return read_if_whole(folder / "model_index.json").get("_class_name")
