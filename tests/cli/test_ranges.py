@@ -25,6 +25,7 @@ _ZERO = """
     Args.guidance_scale adam_beta1 adam_beta2 adam_weight_decay beta caption_dropout
     clip_g_dropout clip_l_dropout clip_skip conv_rank dataloader_num_workers
     ema_decay eval_fraction eval_seed
+    blocks_on_cpu ema_kl_beta kl_beta norm_guard old_decay_flat old_decay_max old_decay_ramp
     first_step guidance_rescale input_perturbation keep_tokens logit_mean lora_dropout lora_scale
     lr_warmup_steps margin masked_loss_weight max_invalid min_timestep mode_scale noise_offset
     num_eval_prompts num_saved_images scales
@@ -34,6 +35,7 @@ _ZERO = """
     validation_seed
     validation_skip_guidance_layers validation_skip_layer_guidance_scale
     validation_skip_layer_guidance_start validation_skip_layer_guidance_stop window_first
+    winner_preserving_mu
 """
 ZERO = _ZERO.split()
 # Options that may be negative: means of normal distributions, scores, LoRAs turned round; and one

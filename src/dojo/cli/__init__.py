@@ -106,6 +106,12 @@ def parse(args_type: type[ArgsT], doc: str | None, argv: Sequence[str] | None = 
     return _without_secrets(read, _settled(args_type, words))
 
 
+def typed(words: Sequence[str]) -> frozenset[str]:
+    """The names of the options on a command line, as fields have them."""
+    flags = (word.partition("=")[0] for word in words if word.startswith("--"))
+    return frozenset(flag.removeprefix("--").replace("-", "_") for flag in flags)
+
+
 def _read(args_type: type[ArgsT], doc: str | None, words: list[str]) -> ArgsT:
     return tyro.cli(
         args_type,

@@ -18,11 +18,13 @@ FORMER: Mapping[str, str] = {
 RENAMED: Mapping[str, str] = {
     # kohya's sd-scripts
     "alpha_mask": "mask_from_alpha",
+    "blocks_to_swap": "blocks_on_cpu",
     "bucket_reso_steps": "bucket_step",
     "caption_dropout_rate": "caption_dropout",
     "clip_g_dropout_rate": "clip_g_dropout",
     "clip_l_dropout_rate": "clip_l_dropout",
     "conditioning_data_dir": "mask_dir",
+    "cpu_offload_checkpointing": "activations_on_cpu",
     "dataset_config": "data_config",
     "dataset_repeats": "repeats",
     "enable_bucket": "aspect_buckets",
@@ -71,6 +73,7 @@ RENAMED: Mapping[str, str] = {
     "validation_images": "num_validation_images",
     "validation_prompts": "validation_prompt",
     # SimpleTuner
+    "base_model_precision": "base_precision",
     "caption_dropout_probability": "caption_dropout",
     "checkpoint_step_interval": "checkpointing_steps",
     "flow_schedule_shift": "flow_shift",
@@ -159,7 +162,8 @@ ANSWERS: Mapping[str, str] = {
     "clip_l": _OWN_PARTS,
     "config_file": "options stand on the command line; accelerate's own --config_file goes before "
     "the script's name",
-    "fp8_base": "not here yet: the frozen base sits in --mixed_precision (bf16 at the least)",
+    "fp8_base": "--base_precision fp8, in scripts that train adapters (int8 takes as much and is "
+    "nearer)",
     "full_bf16": "--train_dtype bf16 (full fine-tuning); adapters stay float32",
     "full_fp16": "not here: float16 weights lose small updates; --train_dtype bf16 keeps them",
     "logging_dir": _LOGS,
@@ -208,8 +212,6 @@ ANSWERS: Mapping[str, str] = {
     "validation_epochs": f"{_EPOCHS} --validation_steps",
     "validation_scheduler": "not here: validation draws with the model's own scheduler",
     # SimpleTuner
-    "base_model_precision": "not here yet: the frozen base sits in --mixed_precision (bf16 at the "
-    "least)",
     "checkpoint_epoch_interval": f"{_EPOCHS} --checkpointing_steps",
     "data_backend_config": "--dataset_name FOLDER, or --data_config FILE for several folders (its "
     "form is in docs/data.md)",
@@ -243,11 +245,14 @@ ANSWERS: Mapping[str, str] = {
     "file",
     "model_paths": "--pretrained_model_name_or_path takes a folder, a hub id or a file",
     "trainable_models": "the script's own name says it; --freeze keeps parts as they are",
-    "use_gradient_checkpointing_offload": "not here: --gradient_checkpointing recomputes instead",
+    "use_gradient_checkpointing_offload": "--gradient_checkpointing with --activations_on_cpu",
 }
 
 # Flags that some scripts have: what to say where there is no such flag.
 ELSEWHERE = {
+    "base_precision": "not here: every weight is trained; --train_dtype bf16 takes 2 bytes",
+    "blocks_on_cpu": "not here: every weight is trained; --train_dtype bf16, "
+    "--gradient_checkpointing and --activations_on_cpu take less memory",
     "clip_skip": "not here: text encoders are asked as the model's own pipeline asks them",
     **dict.fromkeys(
         ("debiased_estimation", "huber_c", "huber_schedule", "input_perturbation", "max_timestep"),
