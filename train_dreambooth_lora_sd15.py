@@ -76,7 +76,7 @@ def main(args: Args) -> None:
         sources = pictures.check_samples(run, sources, model, args, pair_regularisation=paired)
     pictures.plan(run, sources, args.optim)
     args.ema.check(args.optim.kind, run.num_steps)
-    shape = model.latent_shape(*size)
+    shape = finetune.shape_of(run, model, size)
     cost = partial(finetune.cost_of, run, trained, model, batch_size * (1 + paired), shape)
     needs = partial(
         *(pictures.needs, run, model, args, size, batch_size),
@@ -133,7 +133,7 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------------------------- result
     card = publish.Card(
-        title="DreamBooth LoRA for Stable Diffusion 1.5",
+        title=f"DreamBooth LoRA for {model.title}",
         dataset=args.data.location,
         tags=("lora", "dreambooth", "stable-diffusion", "text-to-image"),
         instance_prompt=args.data.instance_prompt,
@@ -143,4 +143,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     interrupt.watch()
-    cli.run(main, Args, __doc__)
+    cli.run(finetune.planned(main), Args, __doc__)

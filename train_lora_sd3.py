@@ -64,7 +64,7 @@ def main(args: Args) -> None:
         sources = pictures.check_samples(run, sources, model, args)
     pictures.plan(run, sources, args.optim)
     args.ema.check(args.optim.kind, run.num_steps)
-    shape = model.latent_shape(*size)
+    shape = finetune.shape_of(run, model, size)
     cost = partial(finetune.cost_of, run, trained, model, batch_size, shape)
     drawn = bool(args.validation.texts)
     needs = partial(pictures.needs, run, model, args, size, batch_size, drawn=drawn)
@@ -116,4 +116,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     interrupt.watch()
-    cli.run(main, Args, __doc__)
+    cli.run(finetune.planned(main), Args, __doc__)

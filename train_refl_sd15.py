@@ -62,7 +62,7 @@ def main(args: Args) -> None:
     args.publish.check(args.run.output_dir, args.run.report_to)
     trained = finetune.choose(args.finetune, run, lora=args.lora, full=args.full)
     trained.check(args.optim)
-    shape = model.latent_shape(*size)
+    shape = finetune.shape_of(run, model, size)
 
     # ------------------------------------------------------------------------------ prompts
     source = prompts.open_together(run, args.prompts)
@@ -151,7 +151,7 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------------------------- result
     card = publish.Card(
-        title="Stable Diffusion 1.5, trained by ReFL",
+        title=f"{model.title}, trained by ReFL",
         dataset=args.prompts.location,
         tags=("stable-diffusion", "text-to-image", "refl", "reward-fine-tuning"),
     )
@@ -160,4 +160,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     interrupt.watch()
-    cli.run(main, Args, __doc__, {"--list_rewards": rewards.table})
+    cli.run(finetune.planned(main), Args, __doc__, {"--list_rewards": rewards.table})

@@ -64,7 +64,7 @@ def main(args: Args) -> None:
     args.publish.check(args.run.output_dir, args.run.report_to)
     trained = finetune.choose(args.finetune, run, lora=args.lora, full=args.full)
     trained.check(args.optim)
-    shape = model.latent_shape(*size)
+    shape = finetune.shape_of(run, model, size)
 
     # ------------------------------------------------------------------------------ prompts
     source = prompts.open_together(run, args.prompts)
@@ -162,4 +162,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     interrupt.watch()
-    cli.run(main, Args, __doc__, {"--list_rewards": rewards.table})
+    cli.run(finetune.planned(main), Args, __doc__, {"--list_rewards": rewards.table})

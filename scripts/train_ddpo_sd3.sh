@@ -28,9 +28,8 @@
 #   between sampling and training. Here both run the same code on the same batches and float32
 #   trajectories, so that they do not differ (ratio_max_deviation must be 0; on a GPU: not
 #   measured), and bf16 neither overflows, as SD3 does in fp16, nor needs a scaler.
-# Hardware: --dry_run estimates 20.6 GiB per GPU, without the autoencoder, which decodes eight
-#   pictures in float32, and the scorers (1.7 GB and 3.9 GB). Before that, while prompts are
-#   embedded, T5 takes 10 GB. For less: --train_batch_size 4 --gradient_accumulation_steps 8, or
+# Hardware: --dry_run computes 24.8 GiB per GPU, without the scorers (1.7 GB and 3.9 GB). Before that,
+#   while prompts are embedded, T5 takes 10 GB. For less: --train_batch_size 4 --gradient_accumulation_steps 8, or
 #   --gradient_checkpointing. Memory and speed of this script: not measured; an optimizer step has
 #   1,185 TFLOP per GPU, its share of the sampling included (--dry_run).
 # What one should see: `reward` in OUTPUT_DIR/metrics.jsonl must rise clearly within 15 epochs, or

@@ -23,8 +23,8 @@
 #   the reference, forward once more. Published for the paper's code: 16 GPUs (A100), about 24 hours.
 #   Of this script: not measured; --dry_run counts 15,586 TFLOP a step on one GPU, which at a third
 #   of an H100's peak would be 47 s, 26 hours in all; the LoRA's 10,000 steps a fifteenth of that.
-# Hardware: --dry_run estimates 19.9 GiB per GPU (8 pairs at 512 px, with --gradient_checkpointing;
-#   float32 weights, AdamW, the frozen reference), the LoRA 4 GiB, both without autoencoder and
+# Hardware: --dry_run computes 23.9 GiB per GPU (8 pairs at 512 px, with --gradient_checkpointing;
+#   float32 weights, AdamW, the frozen reference), the LoRA 8 GiB, both while prompts are drawn and without the
 #   allocator's reserve. Not measured.
 # Disk: Pick-a-Pic v2 has 851,293 pairs for 58,960 prompts, and its pictures take hundreds of GB
 #   (v1: 204 GB). They are encoded at every use, as in the paper's code: a cache of their latents

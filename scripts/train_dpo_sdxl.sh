@@ -18,8 +18,8 @@
 #   (--micro_conditioning constant is what it does).
 # USE_LORA=1: rank 8, 16 pairs a step, a constant 1e-5, 2,000 steps, as diffusers' example has it
 #   (examples/research_projects/diffusion_dpo); it calls itself tested on little data only.
-# Hardware: --dry_run computes 34.9 GiB per GPU (one pair at 1024 px, with --gradient_checkpointing;
-#   float32 weights, Adafactor, the frozen reference) and 64 TFLOP a pair, for the LoRA 6.2 GiB.
+# Hardware: --dry_run computes 35.3 GiB per GPU (one pair at 1024 px, with --gradient_checkpointing;
+#   float32 weights, Adafactor, the frozen reference) and 64 TFLOP a pair, for the LoRA 6.6 GiB.
 #   Not measured.
 # The autoencoder, run at every use, is SDXL's own in bfloat16. VAE_NAME=models/sdxl-vae-fp16-fix with
 #   --vae_dtype fp16 is the paper's.

@@ -9,8 +9,9 @@
 #
 # Hardware: one GPU with 80 GB. Computed, not measured: float32 weights, gradients and AdamW's state
 #   of SD3.5-Medium's 2.24 billion weights take 16 bytes each, 36 GB; the average 9 GB more unless
-#   --offload_ema; activations come on top (--dry_run estimates them). With --train_dtype bf16 (the
-#   optimizer keeps the weights' lower halves) 14 bytes each, with --freeze adaln a third of the weights needs 4 instead of 16.
+#   --offload_ema; with activations and all --dry_run computes 50.7 GiB. With --train_dtype bf16 (the
+#   optimizer keeps the weights' lower halves) 14 bytes each, with --freeze adaln a third of the weights
+#   needs 4 instead of 16.
 # Memory and speed of this script, and the quality after so many steps: not measured. A learning rate
 #   of 1e-5 with warm-up is cautious; users of other trainers report that larger ones explode.
 # What one should see: validation pictures in OUTPUT_DIR/validation/ that take on the drawing style

@@ -13,7 +13,7 @@
 #   Adafactor with a constant rate in place of 8-bit AdamW: for 24 GB, sd-scripts' page
 #   train_SDXL-en.md names the former and says that the latter does not seem to work. The rate
 #   there, said to be SDXL's own, is 4e-7.
-# Hardware: one GPU of 48 GB, with --train_dtype bf16 of 24 GB. --dry_run computes 24.8 GiB, 15.2 with
+# Hardware: one GPU of 48 GB, with --train_dtype bf16 of 24 GB. --dry_run computes 24.7 GiB, 15.2 with
 #   --train_dtype bf16, 43.9 with --optimizer adamw, without allocator's reserve, and 25 TFLOP a
 #   picture. Published for sd-scripts with Adafactor: 24 GB. Memory, speed, and the quality after so
 #   many steps: not measured.

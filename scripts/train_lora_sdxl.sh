@@ -12,7 +12,7 @@
 # Settings: 1024 px and a rate of 1e-4, as diffusers' README_sdxl.md and sd-scripts' page of
 #   sdxl_train_network.py have it; the latter takes rank 32, alpha 16, and 1e-5 for either text
 #   encoder, whose training sd-scripts' page train_SDXL-en.md advises against.
-# Hardware: one GPU. --dry_run computes 7.3 GiB for four pictures with --gradient_checkpointing, the
+# Hardware: one GPU. --dry_run computes 7.8 GiB for four pictures with --gradient_checkpointing, the
 #   autoencoder gone by then, and 77 TFLOP a step; published for sd-scripts: 8 GB, better 10, with
 #   checkpointing and an 8-bit optimizer. Memory and speed of this script: not measured.
 # The autoencoder runs in float32: SDXL's own overflows in fp16, which is refused. --vae_dtype bf16

@@ -23,9 +23,8 @@
 #   1e-5, 64 pictures a step, 100 steps, an EMA. EFFECTIVE_BATCH_SIZE is reached by accumulation over
 #   NUM_PROCESSES x TRAIN_BATCH_SIZE. The margin of 2 is ImageReward's; other rewards have none here
 #   and are maximised for ever: give --margin, or stop early.
-# Hardware: --dry_run estimates 18.2 GiB per GPU (4 pictures at 512 px; float32 weights, AdamW, the
-#   average), without the autoencoder, through which the gradient goes in float32, and ImageReward
-#   (1.8 GB). For less: TRAIN_BATCH_SIZE=1, --finetune lora. Not measured.
+# Hardware: --dry_run computes 20.9 GiB per GPU (4 pictures at 512 px; float32 weights, AdamW, the
+#   average), without what the gradient keeps in the autoencoder, in float32, and ImageReward (1.8 GB). For less: TRAIN_BATCH_SIZE=1, --finetune lora. Not measured.
 # Duration: not measured. --dry_run counts 1,966 TFLOP a step on one GPU, which at a third of an
 #   H100's peak would be 6 s; decoding and scoring come on top.
 # What one should see: `reward` in OUTPUT_DIR/metrics.jsonl and eval_reward on held-out prompts rise

@@ -108,6 +108,8 @@ def _cases() -> tuple[Case, ...]:
         Case("ddpo_sd3, full", "ddpo_sd3", "full", ("--learning_rate", "1e-4")),
         Case("grpo_sd3", "grpo_sd3", "lora", (*average, "--beta", "0.1", "--sampler", "cps")),
         Case("grpo_sd3, full", "grpo_sd3", "full", ("--beta", "0.1", "--learning_rate", "1e-4")),
+        Case("nft_sd3", "nft_sd3", "lora", (*average, "--old_decay_ramp", "0.2")),
+        Case("nft_sd3, full", "nft_sd3", "full", ("--objective", "ram", "--learning_rate", "1e-4")),
         Case("dpo_sd15", "dpo_sd15", "lora", (*average, *learned, *halves)),
         Case("dpo_sd15, full", "dpo_sd15", "full", (*average, *uncached)),
         Case("refl_sd15", "refl_sd15", "lora", (*average, *learned, *pretraining)),

@@ -44,6 +44,15 @@ MakeArgs = Callable[..., "train_lora_sd3.Args"]
 torch.set_num_threads(min(NUM_THREADS, torch.get_num_threads()))
 
 
+@pytest.fixture(autouse=True)
+def default_dtype() -> Iterator[None]:
+    """Loading in half precision changes torch's default for a moment: no test may leave it so."""
+    yield
+    left = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    assert left == torch.float32, f"torch's default dtype is {left} after the test"
+
+
 @pytest.fixture(autouse=True, scope="module")
 def settled_imports() -> None:
     """Takes what is loaded by now out of the garbage collection.

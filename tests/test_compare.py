@@ -186,7 +186,15 @@ def test_what_is_trained_is_said_as_the_commit_spells_it(
 
 def test_every_script_is_compared_and_both_ways_to_train_where_it_has_two() -> None:
     assert {case.script for case in CASES} == set(SCRIPTS)
-    for script in ("ddpo_sd3", "grpo_sd3", "dpo_sd15", "refl_sd15", "dpo_sdxl", "refl_sdxl"):
+    for script in (
+        "ddpo_sd3",
+        "grpo_sd3",
+        "nft_sd3",
+        "dpo_sd15",
+        "refl_sd15",
+        "dpo_sdxl",
+        "refl_sdxl",
+    ):
         assert {case.kind for case in CASES if case.script == script} == {"lora", "full"}
     assert len({case.name for case in CASES}) == len(CASES)
 

@@ -227,6 +227,13 @@ def policy(folder: Path, model: Path, inputs: Path) -> tuple[list[str], str]:
     return rl_flags(folder, model), "--eval_every 2 --reward {inputs}/mine.py:brightness"
 
 
+def finished(folder: Path, model: Path, inputs: Path) -> tuple[list[str], str]:
+    """Draws, is scored, and learns from what came out; no step of the way is trained."""
+    flags, more = policy(folder, model, inputs)
+    place = flags.index("--window_size")
+    return [*flags[:place], *flags[place + 2 :]], f"{more} --num_train_timesteps 2"
+
+
 SCRIPTS: dict[str, Script] = {
     script.name: script
     for script in (
@@ -235,6 +242,7 @@ SCRIPTS: dict[str, Script] = {
         Script("dreambooth_lora_sd3", subject, "--rank 2", near=1e-3),
         Script("ddpo_sd3", policy, "--buffer_size 4 --buffer_min_count 2"),
         Script("grpo_sd3", policy, "--use_ema --beta 0.01"),
+        Script("nft_sd3", finished, "--use_ema --old_decay_ramp 0.2"),
         Script("dpo_sd15", pairs, "--use_ema --beta_dpo 500 --proportion_empty_prompts 0.3"),
         Script("refl_sd15", rewards, "--use_ema --pretrain_data_dir {inputs}/scenes"),
         Script("full_sd15", pictures, "--use_ema --snr_gamma 5 --noise_offset 0.1", near=1e-4),

@@ -181,18 +181,26 @@ def _trained(found: dict[str, Any]) -> dict[str, Any]:
     return {"finished": found["finished"], "rows": rows, "files": files}
 
 
-@pytest.mark.parametrize("spread", ["two processes", "two micro-batches"])
+@pytest.mark.parametrize(
+    "spread",
+    ["two processes", "two micro-batches", pytest.param("two shards", marks=pytest.mark.slow)],
+)
 def test_the_same_batch_in_two_parts_teaches_the_same(
     small: Small, whole: Path, spread: str
 ) -> None:
     if spread == "two micro-batches":
-        if small.script.kind is runs.policy:
+        if small.script.kind in (runs.policy, runs.finished):
             pytest.skip("its micro-batches are dealt anew from the pictures of an epoch")
         if not first_of_its_kind(small.script):
             pytest.skip("the learner adds them up, as it does for the first of this kind")
     flags = whole_flags(small)
     half = ("--train_batch_size", str(int(flags["--train_batch_size"]) // 2))
-    if spread == "two processes":
+    if spread == "two shards" and "train_text_encoder" in small.script.own:
+        pytest.skip("text encoders are not sharded")
+    if spread == "two shards" and small.script.kind is runs.finished:
+        pytest.skip("an old policy is not sharded")
+    if spread != "two micro-batches":
+        half += ("--shard",) if spread == "two shards" else ()
         code, said = small.spawn(spread, *half, processes=2)
         assert code == 0, said
         record = json.loads((small.place / spread / "run" / "args.json").read_text())

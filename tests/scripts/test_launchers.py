@@ -20,7 +20,8 @@ from dojo.rewards.loading import scorer_class
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGURATIONS = sorted((ROOT / "scripts" / "accelerate").glob("*.yaml"))
 LAUNCHERS = [*sorted((ROOT / "scripts").glob("train_*.sh")), ROOT / "scripts" / "demo.sh"]
-REINFORCED = [path for path in LAUNCHERS if path.stem in ("train_ddpo_sd3", "train_grpo_sd3")]
+_REINFORCED = ("ddpo_sd3", "grpo_sd3", "nft_sd3")
+REINFORCED = [path for path in LAUNCHERS if path.stem.removeprefix("train_") in _REINFORCED]
 PREFERRED, DIRECT = (ROOT / "scripts" / f"train_{name}_sd15.sh" for name in ("dpo", "refl"))
 PREFERRED_XL, DIRECT_XL = (ROOT / "scripts" / f"train_{name}_sdxl.sh" for name in ("dpo", "refl"))
 IN_BATCHES = [PREFERRED, DIRECT, PREFERRED_XL, DIRECT_XL]  # of pictures, over all processes
@@ -178,7 +179,7 @@ def test_every_number_of_processes_makes_whole_epochs_of_two_steps(
     assert args.sample.samples == 64 * processes
     assert args.sample.samples == 2 * args.optim.samples_per_step(processes)
     assert args.optim.max_train_steps % 2 == 0
-    if launcher.stem == "train_grpo_sd3":  # an epoch of GRPO holds no prompt twice
+    if launcher.stem != "train_ddpo_sd3":  # an epoch in groups holds no prompt twice
         assert args.sample.num_prompts_per_epoch <= len(prompts.open_prompts(args.prompts).train)
 
 
@@ -357,9 +358,12 @@ def test_the_demo_runs_without_a_lora(tmp_path: Path) -> None:
     assert "--compare" not in words
 
 
+ZERO = ["deepspeed_zero1", "deepspeed_zero2"]
+
+
 def test_the_expected_configurations_exist() -> None:
     names = {path.stem for path in CONFIGURATIONS}
-    assert names == {"one_gpu", "multi_gpu", "fsdp2", "deepspeed_zero2"}
+    assert names == {"one_gpu", "multi_gpu", "two_machines", *ZERO}
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
@@ -372,30 +376,22 @@ def test_accelerate_reads_its_configuration(path: Path) -> None:
     # Below it, a key that `accelerate launch` has no option for would be ignored in silence.
     parser = launch_command_parser()
     options = {action.dest for action in parser._actions}
-    for section in (config.fsdp_config, config.deepspeed_config):
-        assert set(section or {}) <= options
+    assert set(config.deepspeed_config or {}) <= options
 
     # And what the launcher makes of it.
     args = parser.parse_args(["--config_file", str(path), "train_lora_sd3.py"])
     args, _, _ = _validate_launch_command(args)
     assert args.mixed_precision == "bf16"
-    assert args.num_processes == (1 if path.stem == "one_gpu" else 2)
-    assert bool(args.multi_gpu) == (path.stem == "multi_gpu")
-    assert bool(args.use_fsdp) == (path.stem == "fsdp2")
-    assert bool(args.use_deepspeed) == (path.stem == "deepspeed_zero2")
+    assert args.num_processes == {"one_gpu": 1, "two_machines": 16}.get(path.stem, 2)
+    assert args.num_machines == (2 if path.stem == "two_machines" else 1)
+    assert bool(args.multi_gpu) == (path.stem in ("multi_gpu", "two_machines"))
+    assert not args.use_fsdp  # refused: --shard does it
+    assert bool(args.use_deepspeed) == (path.stem in ZERO)
+    if path.stem in ZERO:
+        assert args.zero_stage == int(path.stem[-1])
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "deepspeed_zero2"])
+@pytest.mark.parametrize("name", ["two_machines", *ZERO])
 def test_what_was_not_run_says_so_in_its_first_line(name: str) -> None:
     path = ROOT / "scripts" / "accelerate" / f"{name}.yaml"
     assert path.read_text().splitlines()[0].startswith("# not run here")
-
-
-def test_fsdp_wraps_the_blocks_that_sd3_really_has() -> None:
-    from diffusers import SD3Transformer2DModel
-
-    config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / "fsdp2.yaml"))
-    assert isinstance(config, ClusterConfig)
-    assert config.fsdp_config is not None
-    wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(",")
-    assert wrapped == SD3Transformer2DModel._no_split_modules

