@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dojo.maths import advantages as policy
 from dojo.maths.advantages import GROUP_FLOOR, PromptBuffer, check_sizes
+from dojo.maths.flow import squared_error
 from dojo.maths.gaussian import Gaussian
 from dojo.maths.surrogate import (
     Ratio,
     clipped_surrogate,
     log_ratio,
     masked_surrogate,
-    velocity_kl,
 )
 
 
@@ -478,10 +478,10 @@ def test_the_velocitys_divergence_is_the_transitions_up_to_a_factor_of_the_step(
     from dojo.maths.transitions import transition
 
     x, v, reference = draw(3, 16), draw(3, 16, seed=1), draw(3, 16, seed=2)
-    ours = velocity_kl(v, reference)
+    ours = squared_error(v, reference)
     torch.testing.assert_close(ours, (v - reference).square().mean(1))
     for sigma, after in ((0.9, 0.8), (0.5, 0.3)):
         here, there = (transition("cps", x, u, sigma, after, 0.8) for u in (v, reference))
         factor = here.kl(there) / ours
         torch.testing.assert_close(factor, factor[:1].expand(3), rtol=1e-4, atol=0)
-    assert velocity_kl(v.bfloat16(), reference).dtype == torch.float32
+    assert squared_error(v.bfloat16(), reference).dtype == torch.float32

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dojo.maths import preference
+from dojo.maths import flow, preference
 
 WINNER = torch.tensor([0.30, 0.20, 0.25])
 LOSER = torch.tensor([0.28, 0.26, 0.25])
@@ -94,6 +94,72 @@ def test_the_mean_is_over_losses_and_not_over_what_is_inside() -> None:
 def test_a_beta_that_is_not_positive_is_refused(beta: float) -> None:
     with pytest.raises(ValueError, match="--beta_dpo"):
         loss(WINNER, LOSER, beta)
+
+
+class LinearFlow:
+    """A linear network of a rectified flow, its reference, and pairs noised alike: float64."""
+
+    def __init__(self, *, moved: float = 0.3) -> None:
+        generator = torch.Generator().manual_seed(3)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.reference = draw(6, 6)
+        self.policy = (self.reference + moved * draw(6, 6)).requires_grad_()
+        self.pictures = draw(2, 5, 6)  # winners, losers
+        self.noise, self.sigma = draw(5, 6), torch.rand(5, generator=generator).double()
+
+    def errors(self, network: Tensor, pictures: Tensor) -> Tensor:
+        noisy = flow.interpolate(pictures, self.noise, self.sigma)
+        return (noisy @ network - flow.velocity(pictures, self.noise)).square().mean(1)
+
+    def loss(
+        self, pictures: Tensor, more: tuple[Tensor | float, Tensor | float] = (0, 0)
+    ) -> Tensor:
+        """Mean over the pairs; `more` is added to the errors of a side under both models."""
+        own, before = (
+            [self.errors(network, side) + extra for side, extra in zip(pictures, more, strict=True)]
+            for network in (self.policy, self.reference)
+        )
+        return preference.dpo(*own, *before, beta=2.0).loss.mean()
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, self.policy)[0]
+
+
+def test_of_a_flow_at_the_reference_every_pair_pulls_with_half_its_weight() -> None:
+    case = LinearFlow(moved=0.0)
+    loss = case.loss(case.pictures)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-15)
+    winner, loser = (case.errors(case.policy, side) for side in case.pictures)
+    # sigmoid(0) of beta / 2 times the difference of the errors.
+    expected = case.gradient(0.5 * (2.0 / 2) * (winner - loser).mean())
+    torch.testing.assert_close(case.gradient(loss), expected)
+
+
+def test_of_a_flow_at_the_reference_a_swapped_pair_pulls_the_other_way() -> None:
+    case = LinearFlow(moved=0.0)
+    forth, back = (
+        case.gradient(case.loss(some)) for some in (case.pictures, case.pictures.flip(0))
+    )
+    torch.testing.assert_close(forth, -back)
+    assert forth.abs().max() > 0.1
+
+
+def test_of_a_flow_twice_the_same_picture_teaches_nothing() -> None:
+    case = LinearFlow()
+    loss = case.loss(case.pictures[:1].repeat(2, 1, 1))
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-15)
+    assert case.gradient(loss).abs().max() < 1e-15
+
+
+def test_of_a_flow_what_both_models_get_wrong_of_a_picture_does_not_count() -> None:
+    # Noise in a picture that no model can know adds the same to both errors.
+    case = LinearFlow()
+    plain, shifted = case.loss(case.pictures), case.loss(case.pictures, (0.7, case.sigma))
+    torch.testing.assert_close(shifted, plain)
+    torch.testing.assert_close(case.gradient(shifted), case.gradient(plain))
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 0.9, 1.0])

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from dojo import cli, rng
 from dojo.maths import advantages as policy
 from dojo.maths import rollout
+from dojo.maths.flow import sigma_schedule, squared_error
 from dojo.maths.gaussian import Gaussian
-from dojo.maths.rollout import Plan, RolloutArgs, Trajectory, Velocity, sigma_schedule
-from dojo.maths.surrogate import Ratio, clipped_surrogate, log_ratio, velocity_kl
+from dojo.maths.rollout import FlowPlan, Plan, RolloutArgs, Trajectory, Velocity
+from dojo.maths.surrogate import Ratio, clipped_surrogate, log_ratio
 from dojo.maths.transitions import Sampler, guided
 
 NOISY: tuple[Sampler, ...] = ("sde", "cps", "dance")
@@ -26,7 +27,9 @@ SHAPE = (4, 4, 4)
 
 def ode_plan(steps: int, shift: float) -> Plan:
     """A plan that trains nothing: the pipeline's own deterministic sampling."""
-    return Plan(sigmas=sigma_schedule(steps, shift), trained=range(0), sampler="ode", noise_level=0)
+    return FlowPlan(
+        sigmas=sigma_schedule(steps, shift), trained=range(0), sampler="ode", noise_level=0
+    )
 
 
 class Network(nn.Module):
@@ -84,7 +87,7 @@ def start(places: range) -> Tensor:
 
 
 def plan(sampler: Sampler = "cps", trained: range = range(1, 4), steps: int = 6) -> Plan:
-    return Plan(
+    return FlowPlan(
         sigmas=sigma_schedule(steps, 3.0),
         trained=trained,
         sampler=sampler,
@@ -433,7 +436,7 @@ def test_the_divergence_from_a_reference_holds_the_policy() -> None:
     here, v = rollout.predict(lambda a, s: network(a, s, prompt), x, 1, own)
     there, u = rollout.predict(lambda a, s: reference(a, s, prompt), x, 1, own)
     assert isinstance(here, Gaussian)
-    for loss in (here.kl(there).mean(), velocity_kl(v, u).mean()):
+    for loss in (here.kl(there).mean(), squared_error(v, u).mean()):
         network.zero_grad()
         loss.backward(retain_graph=True)
         grad = network.last.bias.grad
@@ -445,7 +448,7 @@ def test_the_divergence_from_a_reference_holds_the_policy() -> None:
 @pytest.mark.parametrize("sampler", NOISY)
 def test_weighted_steps_pull_alike(sampler: Sampler) -> None:
     """The gradient with respect to a step's velocity is then the drawn noise, whatever the step."""
-    plan = Plan(
+    plan = FlowPlan(
         sigmas=sigma_schedule(8, 3.0),
         trained=range(6),
         sampler=sampler,
@@ -467,7 +470,7 @@ def test_weighted_steps_pull_alike(sampler: Sampler) -> None:
 @pytest.mark.parametrize("trained", [range(1), range(2, 4)])
 def test_samples_that_part_late_share_their_way_until_then(trained: range, guidance: float) -> None:
     network = Network()
-    plan = Plan(sigmas=sigma_schedule(6, 3.0), trained=trained, sampler="cps", noise_level=0.8)
+    plan = FlowPlan(sigmas=sigma_schedule(6, 3.0), trained=trained, sampler="cps", noise_level=0.8)
     noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     keys: list[tuple[rng.Key, ...]] = [(0, place) for place in range(6)]
     asked: list[int] = []

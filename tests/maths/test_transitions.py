@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from dojo.maths import transitions as samplers
+from dojo.maths.flow import sigma_schedule
 from dojo.maths.gaussian import Gaussian
-from dojo.maths.rollout import NOISE_LEVELS, sigma_schedule
+from dojo.maths.rollout import NOISE_LEVELS
 from dojo.maths.transitions import Sampler
 
 NOISY: tuple[Sampler, ...] = ("sde", "cps", "dance")

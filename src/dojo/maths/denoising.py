@@ -1,8 +1,9 @@
-"""Sampling with a network that predicts noise (or v): all the way to the picture, or part of it.
+"""Sampling with a network: all the way to the picture, or part of it.
 
-A `Way` fixes the timesteps and the sampler before the network is asked. `sample` goes to the end
-without gradients. `estimate` stops early and tells the clean latents that the last step points to,
-with gradients through the last few steps: what a reward is back-propagated into.
+A `Way` fixes the timesteps and the sampler of a network that predicts noise (or v) before it is
+asked, a `FlowWay` the sigmas of one that predicts the velocity of a rectified flow. `sample` goes
+to the end without gradients. `estimate` stops early and tells the clean latents that the last step
+points to, with gradients through the last few steps: what a reward is back-propagated into.
 """
 
 from __future__ import annotations
@@ -10,16 +11,42 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dojo import rng
-from dojo.maths import ddpm
+from dojo.maths import ddpm, flow
 from dojo.maths.ddpm import Prediction, Schedule
+from dojo.maths.transitions import transition
 
-Epsilon = Callable[[Tensor, Tensor], Tensor]
-"""(latents float32 [B, ...], timestep int64 [B]) -> predicted noise [B, ...], or what `Way` says"""
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""(latents float32 [B, ...], level [B]) -> what the network says of them [B, ...]; a level is an
+int64 timestep on a `Way`, a float32 sigma on a `FlowWay`"""
+
+Grid = Literal["even", "pipeline"]
+"""where the sigmas of a flow's steps lie, see `FlowWay.of`"""
+
+
+class Course(Protocol):
+    """From noise to picture in steps, which are counted from 0."""
+
+    @property
+    def num_steps(self) -> int:
+        """How many there are."""
+        ...
+
+    def step(
+        self, predict: Predict, latents: Tensor, number: int, keys: Sequence[tuple[rng.Key, ...]]
+    ) -> Tensor:
+        """The latents after step `number`."""
+        ...
+
+    def clean(self, predict: Predict, latents: Tensor, number: int) -> Tensor:
+        """The clean latents that the prediction of step `number` points to."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,12 +79,17 @@ class Way:
         timesteps = schedule.sampling_timesteps(steps, offset, spacing)
         return cls(schedule=schedule, timesteps=timesteps, eta=eta, prediction=prediction)
 
+    @property
+    def num_steps(self) -> int:
+        """One for each timestep."""
+        return len(self.timesteps)
+
     def step(
-        self, epsilon: Epsilon, latents: Tensor, number: int, keys: Sequence[tuple[rng.Key, ...]]
+        self, predict: Predict, latents: Tensor, number: int, keys: Sequence[tuple[rng.Key, ...]]
     ) -> Tensor:
         """The latents after step `number`, counted from 0."""
         timestep, previous = ddpm.pairwise(self.timesteps)[number]
-        predicted = epsilon(latents, _all(timestep, latents))
+        predicted = predict(latents, _all(timestep, latents))
         gaussian = ddpm.transition(
             *(latents, predicted, timestep, previous, self.schedule, self.eta, self.prediction)
         )
@@ -66,32 +98,88 @@ class Way:
         own = [(*key, number) for key in keys]
         return gaussian.sample(rng.normal(latents.shape[1:], own, latents.device))
 
+    def clean(self, predict: Predict, latents: Tensor, number: int) -> Tensor:
+        """The clean latents that the prediction of step `number` points to."""
+        timestep = _all(self.timesteps[number], latents)
+        predicted = predict(latents, timestep)
+        return ddpm.clean_estimate(latents, predicted, timestep, self.schedule, self.prediction)
 
-def _all(timestep: int, latents: Tensor) -> Tensor:
-    """One timestep for a whole batch: int64 [B]."""
-    return torch.full(latents.shape[:1], timestep, device=latents.device)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlowWay:
+    """The same along the ODE of a rectified flow, where the first noise is all there is.
+
+    Raises:
+        ValueError: the sigmas do not fall from 1 to 0.
+    """
+
+    sigmas: tuple[float, ...]
+    """T + 1 numbers from 1 to 0"""
+
+    def __post_init__(self) -> None:
+        falling = all(one > other for one, other in pairwise(self.sigmas))
+        if not falling or (self.sigmas[0], self.sigmas[-1]) != (1, 0):
+            raise ValueError(f"sigmas have to fall from 1 to 0: {self.sigmas}")
+
+    @classmethod
+    def of(cls, steps: int, shift: float, grid: Grid = "even") -> FlowWay:
+        """So many steps on a schedule with this shift.
+
+        A change of the velocity moves the clean estimate by sigma times as much, and so the last
+        step decides what a chain to the picture's end can teach. On the even grid, 1, 1 - 1/T, ..,
+        1/T shifted, it begins at shift / (T - 1 + shift). diffusers' pipeline has the other one,
+        whose last step begins at 0.009 at SD3's shift of 3, however many there are.
+        """
+        if grid == "pipeline":
+            return cls(sigmas=flow.sigma_schedule(steps, shift))
+        even = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+        shifted = flow.shift_sigma(even, shift).float()
+        return cls(sigmas=(*(float(sigma) for sigma in shifted), 0.0))
+
+    @property
+    def num_steps(self) -> int:
+        """One from each sigma above 0."""
+        return len(self.sigmas) - 1
+
+    def step(
+        self, predict: Predict, latents: Tensor, number: int, keys: Sequence[tuple[rng.Key, ...]]
+    ) -> Tensor:
+        """The latents after step `number`, an Euler step; nothing is drawn."""
+        sigma, sigma_next = self.sigmas[number : number + 2]
+        velocity = predict(latents, _all(sigma, latents))
+        return transition("ode", latents, velocity, sigma, sigma_next, 0.0).mean
+
+    def clean(self, predict: Predict, latents: Tensor, number: int) -> Tensor:
+        """The clean latents that the velocity of step `number` points to."""
+        sigma = _all(self.sigmas[number], latents)
+        return flow.clean_estimate(latents, predict(latents, sigma), sigma)
+
+
+def _all(level: float, latents: Tensor) -> Tensor:
+    """One level for a whole batch, [B]: int64 of a timestep, float32 of a sigma."""
+    return torch.full(latents.shape[:1], level, device=latents.device)
 
 
 @torch.no_grad()
 def sample(
-    epsilon: Epsilon, noise: Tensor, way: Way, keys: Sequence[tuple[rng.Key, ...]] = ()
+    predict: Predict, noise: Tensor, way: Course, keys: Sequence[tuple[rng.Key, ...]] = ()
 ) -> Tensor:
     """Latents of finished pictures [B, ...], from standard normal noise of that shape.
 
     Args:
         keys: one per picture; the noise of a step is drawn from the key and the step's number, so
-            that a picture does not depend on its batch. Not needed at eta 0.
+            that a picture does not depend on its batch. Not needed at eta 0, nor along an ODE.
     """
     latents = noise.float()
-    for number in range(len(way.timesteps)):
-        latents = way.step(epsilon, latents, number, keys)
+    for number in range(way.num_steps):
+        latents = way.step(predict, latents, number, keys)
     return latents
 
 
 def estimate(
-    epsilon: Epsilon,
+    predict: Predict,
     noise: Tensor,
-    way: Way,
+    way: Course,
     keys: Sequence[tuple[rng.Key, ...]],
     *,
     last: int,
@@ -111,14 +199,12 @@ def estimate(
     Raises:
         ValueError: there is no such step, or fewer steps than are to be learned through.
     """
-    if not 0 <= last < len(way.timesteps):
-        raise ValueError(f"step {last} of {len(way.timesteps)}")
+    if not 0 <= last < way.num_steps:
+        raise ValueError(f"step {last} of {way.num_steps}")
     if not 1 <= grad_steps <= last + 1:
         raise ValueError(f"{grad_steps} steps with gradient, of {last + 1}")
     latents = noise.float()
     for number in range(last):
         with nullcontext() if number > last - grad_steps else torch.no_grad():
-            latents = way.step(epsilon, latents, number, keys)
-    timestep = _all(way.timesteps[last], latents)
-    predicted = epsilon(latents, timestep)
-    return ddpm.clean_estimate(latents, predicted, timestep, way.schedule, way.prediction)
+            latents = way.step(predict, latents, number, keys)
+    return way.clean(predict, latents, last)

@@ -19,14 +19,14 @@ WeightingScheme = Literal["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"
 MIN_SIGMA = 1e-3
 
 
-def _like(sigma: Tensor, latents: Tensor) -> Tensor:
-    """[B] -> [B, 1, ..., 1]."""
-    return sigma.view(-1, *[1] * (latents.dim() - 1))
+def along(values: Tensor, latents: Tensor) -> Tensor:
+    """A number per sample, to be multiplied with latents: [B] -> [B, 1, ..., 1]."""
+    return values.view(-1, *[1] * (latents.dim() - 1))
 
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """The straight path z = (1 - sigma) x0 + sigma eps (Equation 13)."""
-    s = _like(sigma, clean)
+    s = along(sigma, clean)
     return (1 - s) * clean + s * noise
 
 
@@ -37,7 +37,7 @@ def velocity(clean: Tensor, noise: Tensor) -> Tensor:
 
 def clean_estimate(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     """The x0 that a velocity at `noisy` points to: z - sigma v."""
-    return noisy - _like(sigma, noisy) * velocity
+    return noisy - along(sigma, noisy) * velocity
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -96,6 +96,9 @@ def squared_error(predicted: Tensor, target: Tensor, area: Tensor | None = None)
     Args:
         area: how much each place counts, float32 [B, 1, h, w]; the mean is over what counts, so
             that a small subject teaches as much as a large one. None counts every place alike.
+
+    Of two policies' velocities it is the divergence of their transitions (`Gaussian.kl`) without
+    its factor, which depends on the step alone: every step is held to the reference alike.
     """
     return mean_over((predicted.float() - target.float()).square(), area)
 
@@ -107,3 +110,15 @@ def mean_over(errors: Tensor, area: Tensor | None) -> Tensor:
     weights = area.expand_as(errors)
     total = weights.flatten(1).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     return (weights * errors).flatten(1).sum(1) / total
+
+
+def sigma_schedule(steps: int, shift: float) -> tuple[float, ...]:
+    """The sigmas of SD3's pipeline: `steps` + 1 float32 numbers from 1 to 0.
+
+    Even from 1 to the smallest sigma of training, and then shifted, as diffusers'
+    FlowMatchEulerDiscreteScheduler does: the smallest has been shifted before, so it is shifted
+    twice.
+    """
+    smallest = float(shift_sigma(torch.tensor(MIN_SIGMA), shift))
+    even = torch.linspace(1, smallest, steps, dtype=torch.float64)
+    return (*(float(sigma) for sigma in shift_sigma(even, shift).float()), 0.0)

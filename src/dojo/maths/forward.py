@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dojo.maths.flow import squared_error
+from dojo.maths.flow import along, squared_error
 
-Objective = Literal["nft", "ram", "awm"]
+Objective = Literal["nft", "ram", "awm", "dgpo"]
 LEAST_ERROR = 1e-5  # below it NFT's adaptive weight does not grow
 
 
@@ -84,7 +84,7 @@ def ram(
     |v - (v_ref + m A (u - v_old))|^2: the same regression, tied to the reference. It stops by
     itself, at a temperature of 1 / m; exactly so for a Gaussian reference and a linear reward only.
     """
-    push = multiplier * _like(advantages, velocity) * (target - old)
+    push = multiplier * along(advantages, velocity) * (target - old)
     return squared_error(velocity, reference + push)
 
 
@@ -124,6 +124,45 @@ def _matched(velocity: Tensor, target: Tensor, sigma: Tensor, power: float) -> T
     return (-sigma / power * ((error + least) ** power - least**power)).float()
 
 
+def dgpo(
+    velocity: Tensor,
+    sampled: Tensor,
+    reference: Tensor,
+    target: Tensor,
+    advantages: Tensor,
+    *,
+    group: int,
+    beta: float = 100.0,
+    clip_range: float = 1e-2,
+) -> Tensor:
+    """Direct group preference optimization (Luo et al. 2025, arXiv:2510.08425), to be minimised.
+
+    The pictures of a prompt are one preference, the better ones against the worse, as a pair is in
+    DPO: with the error d(v) = |v - u|^2, a mean over its numbers,
+
+        x = beta mean over the group of A (d(v) - d(v_ref)),    loss = sigmoid(x) A d(v)
+
+    whose sigmoid carries no gradient: times beta it is the gradient of -log sigmoid(-x). A picture
+    whose error has left that of the policy that drew it, in its own direction, pulls no further.
+    All pictures of a group should be noised by the same noise, to the same level.
+
+    Args:
+        group: pictures of a prompt; they lie side by side, [B] = whole groups.
+        beta: how soon a group that is told apart pulls no further.
+        clip_range: how far exp(d(v_sampled) - d(v)) may leave 1.
+    Raises:
+        ValueError: a batch that does not hold whole groups.
+    """
+    if len(velocity) % group:
+        raise ValueError(f"{len(velocity)} pictures are no whole groups of {group}")
+    error, before = squared_error(velocity, target), squared_error(reference, target)
+    pulls = (advantages * (error.detach() - before)).unflatten(0, (-1, group)).mean(1)  # [groups]
+    weight = torch.sigmoid(beta * pulls).repeat_interleave(group)
+    ratio = (squared_error(sampled, target) - error.detach()).exp()
+    far = torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
+    return weight * advantages * torch.where(far, error.detach(), error)
+
+
 def norm_ratio(velocity: Tensor, reference: Tensor) -> Tensor:
     """|v| / |v_ref|: [B], with gradient. Reinforcement lets norms grow; pictures burn out then."""
     own = velocity.flatten(1).norm(dim=1)
@@ -133,8 +172,3 @@ def norm_ratio(velocity: Tensor, reference: Tensor) -> Tensor:
 def norm_excess(ratio: Tensor) -> Tensor:
     """A hinge on `norm_ratio`, after NormGuard (2026, arXiv:2606.27771): zero up to 1."""
     return (ratio - 1).clamp_min(0).square()
-
-
-def _like(values: Tensor, latents: Tensor) -> Tensor:
-    """[B] -> [B, 1, ..., 1]."""
-    return values.view(-1, *[1] * (latents.dim() - 1))

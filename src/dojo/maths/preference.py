@@ -1,7 +1,8 @@
 """Learning from preferred pairs: the loss of Diffusion-DPO and what it says of a pair.
 
-Pure functions of denoising errors. Every argument is float32 [B], the mean squared error of a
-picture's noise prediction, winner and loser noised alike (the same noise, the same timestep).
+Pure functions of denoising errors. Every argument is float32 [B], the mean squared error of
+what is predicted of a picture, noise or velocity, winner and loser noised alike (the same noise,
+the same level).
 """
 
 from __future__ import annotations

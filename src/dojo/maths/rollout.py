@@ -1,9 +1,11 @@
 """Sampling as a policy: from noise to picture, with what training needs of the way.
 
-A `Plan` fixes a rollout before any network is asked: the sigmas, which steps are trained, and the
-sampler. A step is taken with noise exactly when it is trained; the others are Euler steps of the
-ODE (Flow-GRPO-Fast; MixGRPO, Li et al. 2025, arXiv:2507.21802). The last step is never trained:
-its noise is so small, or zero, that rounding decides its likelihood.
+A `Plan` fixes a rollout before any network is asked: its levels, which steps are trained, and the
+sampler. `FlowPlan` is that of a rectified flow, whose levels are sigmas, `DiffusionPlan` that of a
+diffusion, whose levels are timesteps. A step is taken with noise exactly when it is trained; the
+others are Euler steps of the ODE, or DDIM's without noise (Flow-GRPO-Fast; MixGRPO, Li et al. 2025,
+arXiv:2507.21802). The last step is never trained: its noise is so small, or zero, that rounding
+decides its likelihood.
 
 `predict` is the one way to a transition. `sample` calls it without gradients and keeps the
 distribution that it drew from; training calls it with gradients at the stored latents. Before the
@@ -14,6 +16,7 @@ guidance, no dropout.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -22,31 +25,28 @@ import torch
 from torch import Tensor
 
 from dojo import rng
-from dojo.maths import flow
+from dojo.maths import ddpm, flow
+from dojo.maths.denoising import Way
 from dojo.maths.gaussian import Gaussian
 from dojo.maths.transitions import Sampler, sensitivity, transition
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(latents float32 [B, ...], sigma float32 [B]) -> velocity [B, ...]"""
+"""(latents float32 [B, ...], level [B]) -> what the network says there, [B, ...]: of a flow at
+sigmas (float32) the velocity, of a diffusion at timesteps (int64) the noise, or v"""
 
 NOISE_LEVELS: dict[Sampler, float] = {"sde": 0.7, "cps": 0.8, "dance": 0.3}
 """The noise levels of the samplers' authors."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutArgs:
-    """How pictures are sampled for training, and which steps of their way are trained."""
+class StepArgs:
+    """Which steps of a picture's way are trained, on any schedule."""
 
-    sampler: Literal["sde", "cps", "dance"] = "cps"
-    """how a trained step draws its noise: sde (Flow-GRPO), cps (coefficients-preserving, no noise
-    left in the picture), dance (DanceGRPO)"""
-    noise_level: float | None = None
-    """strength of that noise; unset: 0.7 for sde, 0.8 for cps, 0.3 for dance"""
     sample_steps: int = 10
     """denoising steps of a rollout"""
     train_timesteps: Literal["all", "fraction", "window"] = "window"
-    """which steps are trained: all but the last (two with cps, which hardly has noise there), the
-    first --timestep_fraction, or a window of a few; the others are ODE steps without noise"""
+    """which steps are trained: all but the last, the first --timestep_fraction, or a window of a
+    few; the others are steps without noise"""
     timestep_fraction: float = 0.5
     """share of the steps, from the noisiest on, that --train_timesteps fraction trains"""
     window_size: int = 3
@@ -66,20 +66,20 @@ class RolloutArgs:
 
     def __post_init__(self) -> None:
         if self.trainable < 1:
-            raise ValueError("--sample_steps must be at least 2 (3 with --sampler cps)")
-        if self.noise_level is not None and self.noise_level <= 0:
-            raise ValueError("--noise_level must be above 0: without noise nothing is explored")
-        if self.sampler == "cps" and self.level > 1:
-            raise ValueError("--noise_level must be at most 1 with --sampler cps: all noise is new")
+            raise ValueError(f"--sample_steps must be at least {self._least}")
         for name in ("timestep_fraction", "window_range"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must lie in (0, 1]")
         if self.window_every < 1:
             raise ValueError("--window_every must be at least 1")
+        if self.window_size < 1 and self.train_timesteps != "window":
+            raise ValueError("--window_size must be at least 1")
+        if self.window_first < 0:
+            raise ValueError("--window_first must not be negative")
         room = self._first(self.window_range)
         if self.train_timesteps != "window":
             return
-        if not 0 <= self.window_first < room:
+        if self.window_first >= room:
             raise ValueError(
                 f"--window_first must lie in 0 .. {room - 1}, the steps that --window_range leaves"
             )
@@ -91,19 +91,14 @@ class RolloutArgs:
             )
 
     @property
-    def level(self) -> float:
-        """The noise level, its default filled in."""
-        return NOISE_LEVELS[self.sampler] if self.noise_level is None else self.noise_level
+    def trainable(self) -> int:
+        """How many steps can be trained: all but the last."""
+        return self.sample_steps - 1
 
     @property
-    def trainable(self) -> int:
-        """How many steps can be trained.
-
-        The noise of CPS goes with the sigma that a step reaches, and the last one above 0 is 0.009:
-        a change of the policy would move the ratio of that step a hundred times as far as the
-        ratio of the step before.
-        """
-        return self.sample_steps - (2 if self.sampler == "cps" else 1)
+    def _least(self) -> str:
+        """The fewest steps, for the user."""
+        return "2"
 
     def _first(self, fraction: float) -> int:
         """How many steps from the first on a share means: at least one, if it can be trained."""
@@ -127,10 +122,50 @@ class RolloutArgs:
         start += self.window_first
         return range(start, start + self.window_size)
 
-    def plan(self, shift: float, seed: int, epoch: int) -> Plan:
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutArgs(StepArgs):
+    """How pictures are sampled for training, and which steps of their way are trained."""
+
+    sampler: Literal["sde", "cps", "dance"] = "cps"
+    """how a trained step draws its noise: sde (Flow-GRPO), cps (coefficients-preserving, no noise
+    left in the picture), dance (DanceGRPO)"""
+    noise_level: float | None = None
+    """strength of that noise; unset: 0.7 for sde, 0.8 for cps, 0.3 for dance"""
+    train_timesteps: Literal["all", "fraction", "window"] = "window"
+    """which steps are trained: all but the last (two with cps, which hardly has noise there), the
+    first --timestep_fraction, or a window of a few; the others are ODE steps without noise"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noise_level is not None and self.noise_level <= 0:
+            raise ValueError("--noise_level must be above 0: without noise nothing is explored")
+        if self.sampler == "cps" and self.level > 1:
+            raise ValueError("--noise_level must be at most 1 with --sampler cps: all noise is new")
+
+    @property
+    def level(self) -> float:
+        """The noise level, its default filled in."""
+        return NOISE_LEVELS[self.sampler] if self.noise_level is None else self.noise_level
+
+    @property
+    def trainable(self) -> int:
+        """How many steps can be trained.
+
+        The noise of CPS goes with the sigma that a step reaches, and the last one above 0 is 0.009:
+        a change of the policy would move the ratio of that step a hundred times as far as the
+        ratio of the step before.
+        """
+        return self.sample_steps - (2 if self.sampler == "cps" else 1)
+
+    @property
+    def _least(self) -> str:
+        return "2 (3 with --sampler cps)"
+
+    def plan(self, shift: float, seed: int, epoch: int) -> FlowPlan:
         """The plan of an epoch's rollouts on the pipeline's schedule with this `shift`."""
-        return Plan(
-            sigmas=sigma_schedule(self.sample_steps, shift),
+        return FlowPlan(
+            sigmas=flow.sigma_schedule(self.sample_steps, shift),
             trained=self.trained_steps(seed, epoch),
             sampler=self.sampler,
             noise_level=self.level,
@@ -138,39 +173,57 @@ class RolloutArgs:
         )
 
 
-def sigma_schedule(steps: int, shift: float) -> tuple[float, ...]:
-    """The sigmas of SD3's pipeline: `steps` + 1 float32 numbers from 1 to 0.
+@dataclass(frozen=True, kw_only=True)
+class DiffusionRolloutArgs(StepArgs):
+    """How pictures are sampled for training, and which steps of their way are trained."""
 
-    Even from 1 to the smallest sigma of training, and then shifted, as diffusers'
-    FlowMatchEulerDiscreteScheduler does: the smallest has been shifted before, so it is shifted
-    twice.
-    """
-    smallest = float(flow.shift_sigma(torch.tensor(flow.MIN_SIGMA), shift))
-    even = torch.linspace(1, smallest, steps, dtype=torch.float64)
-    return (*(float(sigma) for sigma in flow.shift_sigma(even, shift).float()), 0.0)
+    eta: float = 1.0
+    """how much noise a trained step of DDIM draws (TRL's sample_eta): 1 is as much as DDPM, smaller
+    ones less; at 0 a step has no likelihood and cannot be trained"""
+    sample_steps: int = 20
+    """denoising steps of a rollout; DDPO's authors took 50"""
+    train_timesteps: Literal["all", "fraction", "window"] = "all"
+    """which steps are trained: all but the last, the first --timestep_fraction, or a window of a
+    few; the others are steps of DDIM without noise"""
+    step_weighting: Literal["none", "velocity"] = "none"
+    """none: steps count as their likelihoods do, which gives those with little noise most of the
+    gradient; velocity: by what a step's ratio moves per unit of what the network says, so that all
+    pull alike"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.eta <= 1:
+            raise ValueError(
+                f"--eta {self.eta:g} must lie in (0, 1]: at 0 a step is drawn without noise and "
+                "has no likelihood, above 1 it draws more noise than its timestep holds"
+            )
+
+    def plan(self, way: Way, seed: int, epoch: int) -> DiffusionPlan:
+        """The plan of an epoch's rollouts along `way`, whose `eta` the trained steps have."""
+        return DiffusionPlan(
+            way=way,
+            trained=self.trained_steps(seed, epoch),
+            step_weighting=self.step_weighting,
+        )
 
 
-def ode_plan(steps: int, shift: float) -> Plan:
+def ode_plan(steps: int, shift: float) -> FlowPlan:
     """A rollout without noise on its way, of which nothing but the picture is kept."""
-    return Plan(
-        sigmas=sigma_schedule(steps, shift), trained=range(0), sampler="ode", noise_level=0.0
+    return FlowPlan(
+        sigmas=flow.sigma_schedule(steps, shift), trained=range(0), sampler="ode", noise_level=0.0
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(ABC):
     """What is fixed about a rollout before it starts.
 
     Raises:
         ValueError: trained steps outside the schedule, or its last step among them.
     """
 
-    sigmas: tuple[float, ...]
-    """T + 1 falling numbers from 1 to 0"""
     trained: range
     """the steps, of 0 .. T - 2, that draw noise and are trained"""
-    sampler: Sampler
-    noise_level: float
     step_weighting: Literal["none", "velocity"] = "none"
 
     def __post_init__(self) -> None:
@@ -180,16 +233,97 @@ class Plan:
             )
 
     @property
+    @abstractmethod
+    def num_steps(self) -> int:
+        """T, the number of steps."""
+
+    @abstractmethod
+    def level(self, step: int) -> float:
+        """Where a step begins: what the network is asked at; an int where levels are timesteps."""
+
+    @abstractmethod
+    def transition(self, step: int, latents: Tensor, predicted: Tensor) -> Gaussian:
+        """The distribution of the latents after a step, with noise where it is trained."""
+
+    @abstractmethod
+    def sensitivity(self, step: int) -> float:
+        """How many standard deviations a trained step's mean moves per unit of what is predicted.
+
+        The gradient of the step's log-probability is as large.
+        """
+
+    def weight(self, step: int) -> float:
+        """What a trained step's loss counts."""
+        return 1.0 if self.step_weighting == "none" else 1 / self.sensitivity(step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowPlan(Plan):
+    """That of a rectified flow: the network says the velocity at sigma."""
+
+    sigmas: tuple[float, ...]
+    """T + 1 falling numbers from 1 to 0"""
+    sampler: Sampler
+    noise_level: float
+
+    @property
     def num_steps(self) -> int:
         """T, the number of steps."""
         return len(self.sigmas) - 1
 
-    def weight(self, step: int) -> float:
-        """What a trained step's loss counts."""
-        if self.step_weighting == "none":
-            return 1.0
-        sigma, sigma_next = self.sigmas[step : step + 2]
-        return 1 / sensitivity(self.sampler, sigma, sigma_next, self.noise_level)
+    def level(self, step: int) -> float:
+        """Sigma."""
+        return self.sigmas[step]
+
+    def transition(self, step: int, latents: Tensor, predicted: Tensor) -> Gaussian:
+        """The sampler's step where it is trained, else the ODE's: see `transitions.transition`."""
+        sampler = self.sampler if step in self.trained else "ode"
+        return transition(sampler, latents, predicted, *self._ends(step), self.noise_level)
+
+    def sensitivity(self, step: int) -> float:
+        """Per unit of velocity: see `transitions.sensitivity`."""
+        return sensitivity(self.sampler, *self._ends(step), self.noise_level)
+
+    def _ends(self, step: int) -> tuple[float, float]:
+        return self.sigmas[step], self.sigmas[step + 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionPlan(Plan):
+    """That of a diffusion: the network says the noise, or v, at a timestep.
+
+    Its last step leads to the picture itself, without noise, whatever is trained.
+    """
+
+    way: Way
+    """its `eta` is the noise of the trained steps"""
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of steps."""
+        return len(self.way.timesteps)
+
+    def level(self, step: int) -> int:
+        """The timestep."""
+        return self.way.timesteps[step]
+
+    def transition(self, step: int, latents: Tensor, predicted: Tensor) -> Gaussian:
+        """DDIM's step, with `eta` where it is trained, else without noise: `ddpm.transition`."""
+        eta = self.way.eta if step in self.trained else 0.0
+        ends, way = ddpm.pairwise(self.way.timesteps)[step], self.way
+        return ddpm.transition(latents, predicted, *ends, way.schedule, eta, way.prediction)
+
+    def sensitivity(self, step: int) -> float:
+        """Per unit of predicted noise, or v: the transition is linear in it.
+
+        Raises:
+            ValueError: a step without noise.
+        """
+        one = torch.ones(1, dtype=torch.float64)
+        moved = self.transition(step, torch.zeros_like(one), one)
+        if moved.std == 0:
+            raise ValueError("a step without noise has no standard deviation")
+        return abs(moved.mean.item()) / moved.std
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -197,7 +331,7 @@ class Step:
     """A trained step of a batch: where it began, what it drew from, where it came to."""
 
     latents: Tensor
-    """float32 [B / copies, ...], at the step's sigma"""
+    """float32 [B / copies, ...], at the step's level"""
     policy: Gaussian
     """the distribution of the policy that made the rollout, [B, ...]"""
     reached: Tensor
@@ -220,16 +354,15 @@ class Trajectory:
 def predict(
     velocity: Velocity, latents: Tensor, step: int, plan: Plan, copies: int = 1
 ) -> tuple[Gaussian, Tensor]:
-    """The distribution of the next latents, and the velocity it follows from.
+    """The distribution of the next latents, and what the network says, which it follows from.
 
     Args:
         latents: float32 [B, ...].
         copies: repeats every row of both as often: [B * copies, ...].
     """
-    sigma, sigma_next = plan.sigmas[step : step + 2]
-    sampler = plan.sampler if step in plan.trained else "ode"
-    predicted = velocity(latents, torch.full(latents.shape[:1], sigma, device=latents.device))
-    policy = transition(sampler, latents, predicted, sigma, sigma_next, plan.noise_level)
+    level = torch.full(latents.shape[:1], plan.level(step), device=latents.device)
+    predicted = velocity(latents, level)
+    policy = plan.transition(step, latents, predicted)
     if copies == 1:
         return policy, predicted
     repeated = replace(policy, mean=policy.mean.repeat_interleave(copies, 0))
@@ -249,7 +382,7 @@ def sample(
 
     Args:
         velocity: the policy, guidance included.
-        noise: standard normal [B / copies, ...], the latents at sigma 1.
+        noise: standard normal [B / copies, ...], the latents where the way begins.
         keys: one per sample; the noise of a step is drawn from the key and the step's number, so
             that it hangs neither on the processes nor on what was drawn before.
         copies: samples that share their way up to the first trained step and part there, as in

@@ -112,12 +112,3 @@ def masked_surrogate(
         approx_kl=log_ratio.detach().square() / 2,
         divergence=divergence,
     )
-
-
-def velocity_kl(velocity: Tensor, reference: Tensor) -> Tensor:
-    """The mean squared difference of two velocities: [B, ...] -> [B], in float32.
-
-    The divergence of the transitions (`Gaussian.kl`) without its factor, which depends on the step
-    alone: every step is held to the reference alike.
-    """
-    return (velocity.float() - reference.float()).square().flatten(1).mean(1)

@@ -1,0 +1,215 @@
+"""The way along a rectified flow: its sigmas, and what a reward's gradient teaches along it.
+
+That of diffusion is in `test_ddpm.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from dojo import rng
+from dojo.maths import denoising
+from dojo.maths.denoising import FlowWay
+
+
+def draws(count: int, name: str) -> Tensor:
+    return rng.normal((2, 3), [(name, i) for i in range(count)], "cpu")
+
+
+class Linear(nn.Module):
+    """v = a z, and how it was asked."""
+
+    def __init__(self, factor: float = 0.9) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+        self.graded: list[bool] = []
+        self.sigmas: list[float] = []
+
+    def forward(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        assert sigma.dtype == torch.float32
+        assert sigma.shape == latents.shape[:1]
+        self.graded.append(torch.is_grad_enabled())
+        self.sigmas.append(sigma[0].item())
+        return self.factor * latents
+
+
+class Curved(nn.Module):
+    """A small network that is linear in nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(0.4 * draws(6, "inner").reshape(6, 6))
+        self.outer = nn.Parameter(0.4 * draws(6, "outer").reshape(6, 6))
+
+    def forward(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        hidden = torch.tanh(latents.flatten(1) @ self.inner + sigma[:, None])
+        return (hidden @ self.outer).view_as(latents)
+
+
+# -- the sigmas ----------------------------------------------------------------------------------
+
+
+def test_the_even_grid_is_that_of_short_ways_and_keeps_its_last_step() -> None:
+    assert FlowWay.of(4, 3.0).sigmas == pytest.approx((1, 0.9, 0.75, 0.5, 0))
+    assert FlowWay.of(4, 1.0).sigmas == pytest.approx((1, 0.75, 0.5, 0.25, 0))
+    assert FlowWay.of(1, 3.0).sigmas == (1, 0)
+    for steps in (4, 10, 28, 40):
+        last = FlowWay.of(steps, 3.0).sigmas[-2]
+        assert last == pytest.approx(3 / (steps + 2))
+
+
+@pytest.mark.parametrize("steps", [2, 4, 10, 28, 40])
+def test_the_pipelines_grid_is_diffusers_and_ends_near_nothing(steps: int) -> None:
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(steps)
+    sigmas = FlowWay.of(steps, 3.0, "pipeline").sigmas
+    assert sigmas == pytest.approx(scheduler.sigmas.tolist(), abs=1e-7)
+    assert sigmas[-2] == pytest.approx(0.0089, abs=1e-4)
+
+
+@pytest.mark.parametrize("sigmas", [(1.0, 0.5), (0.9, 0.0), (1.0, 0.5, 0.5, 0.0), (0.0, 1.0)])
+def test_sigmas_that_do_not_fall_from_1_to_0_are_refused(sigmas: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="fall from 1 to 0"):
+        FlowWay(sigmas=sigmas)
+
+
+def test_the_whole_way_is_diffusers_euler() -> None:
+    network = Curved()
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    ours = denoising.sample(network, draws(2, "noise"), FlowWay.of(10, 3.0, "pipeline"))
+    latents = draws(2, "noise")
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            velocity = network(latents, timestep.expand(2) / 1000)
+            latents = scheduler.step(velocity, timestep, latents).prev_sample
+    assert torch.allclose(ours, latents, atol=1e-5)
+
+
+def test_a_network_that_knows_the_picture_points_to_it_from_every_step() -> None:
+    picture, way = draws(1, "picture"), FlowWay.of(8, 3.0)
+
+    def network(latents: Tensor, sigma: Tensor) -> Tensor:
+        return (latents - picture) / sigma.view(-1, 1, 1)
+
+    for last in range(8):
+        clean = denoising.estimate(network, draws(2, "noise"), way, (), last=last)
+        assert torch.allclose(clean, picture.expand_as(clean), atol=1e-5)
+
+
+# -- the gradient --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("last", "grad_steps"), [(0, 1), (5, 1), (7, 1), (7, 3), (7, 8)])
+def test_gradients_go_through_the_last_calls_alone(last: int, grad_steps: int) -> None:
+    network, way = Linear(), FlowWay.of(8, 3.0)
+    clean = denoising.estimate(
+        network, draws(2, "noise"), way, (), last=last, grad_steps=grad_steps
+    )
+    assert network.graded == [False] * (last + 1 - grad_steps) + [True] * grad_steps
+    assert network.sigmas == pytest.approx(way.sigmas[: last + 1])
+    clean.square().sum().backward()
+    assert network.factor.grad is not None
+    assert network.factor.grad.abs() > 0
+
+
+def way_there(network: nn.Module, way: FlowWay, last: int) -> Tensor:
+    """The latents that step `last` begins with."""
+    latents = draws(2, "noise")
+    with torch.no_grad():
+        for number in range(last):
+            latents = way.step(network, latents, number, ())
+    return latents
+
+
+@pytest.mark.parametrize("last", [0, 4, 7])
+def test_refls_gradient_is_the_rewards_times_minus_sigma_at_the_velocity(last: int) -> None:
+    network, way = Curved(), FlowWay.of(8, 3.0)
+
+    def reward(clean: Tensor) -> Tensor:
+        return torch.sin(2 * clean).sum() + (clean[0] * clean[1]).sum()
+
+    clean = denoising.estimate(network, draws(2, "noise"), way, (), last=last)
+    found = torch.autograd.grad(reward(clean), [network.inner, network.outer])
+
+    sigma = way.sigmas[last]
+    velocity = network(way_there(network, way, last), torch.full((2,), sigma))
+    (pull,) = torch.autograd.grad(reward(leaf := clean.detach().requires_grad_()), leaf)
+    expected = torch.autograd.grad(velocity, [network.inner, network.outer], -sigma * pull)
+    for one, other in zip(found, expected, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("last", "grad_steps"), [(5, 1), (7, 1), (7, 2), (7, 8), (4, 3)])
+def test_a_linear_networks_gradient_in_closed_form(last: int, grad_steps: int) -> None:
+    # z' = (1 + a d) z with d = sigma' - sigma, and x0 = (1 - a sigma) z at the last step: every
+    # call that is learned through adds d / (1 + a d) to the logarithm's derivative.
+    network, way, target = Linear(), FlowWay.of(8, 3.0), draws(2, "target")
+    a, noise = network.factor.item(), draws(2, "noise").double()
+    moves = [way.sigmas[i + 1] - way.sigmas[i] for i in range(last)] + [-way.sigmas[last]]
+    whole = math.prod(1 + a * move for move in moves)
+    slope = whole * sum(move / (1 + a * move) for move in moves[last + 1 - grad_steps :])
+
+    clean = denoising.estimate(
+        network, draws(2, "noise"), way, (), last=last, grad_steps=grad_steps
+    )
+    torch.testing.assert_close(clean, (whole * noise).float(), rtol=1e-5, atol=1e-6)
+    (-(clean - target).square().sum() / 2).backward()
+    expected = -((whole * noise - target) * slope * noise).sum()
+    assert network.factor.grad is not None
+    assert network.factor.grad.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("grad_steps", [1, 2, 4])
+def test_the_gradient_of_a_chain_is_that_of_finite_differences(grad_steps: int) -> None:
+    # DRaFT-K: what was taken without gradients stays where it is.
+    network, way, steps = Curved(), FlowWay.of(6, 3.0), 6
+    begin = steps - grad_steps
+    reached = way_there(network, way, begin)
+    clean = denoising.estimate(
+        network, draws(2, "noise"), way, (), last=steps - 1, grad_steps=grad_steps
+    )
+    clean.cos().sum().backward()
+
+    def score(moves: Sequence[tuple[nn.Parameter, Tensor]], size: float) -> float:
+        other = Curved()
+        with torch.no_grad():
+            for (param, move), own in zip(moves, other.parameters(), strict=True):
+                own.copy_(param + size * move)
+            latents = reached
+            for number in range(begin, steps - 1):
+                latents = way.step(other, latents, number, ())
+            return way.clean(other, latents, steps - 1).double().cos().sum().item()
+
+    for i in range(3):
+        moves = [(p, draws(6, f"move {i}").reshape(6, 6)) for p in network.parameters()]
+        expected = (score(moves, 1e-2) - score(moves, -1e-2)) / 2e-2
+        along = sum((p.grad * move).sum().item() for p, move in moves if p.grad is not None)
+        assert along == pytest.approx(expected, rel=1e-2, abs=1e-3)
+
+
+def test_the_chains_end_teaches_as_much_as_its_last_sigma() -> None:
+    # What the pipeline's last step would teach by itself is next to nothing.
+    found = {}
+    for grid in ("even", "pipeline"):
+        network, way = Linear(), FlowWay.of(20, 3.0, grid)
+        clean = denoising.estimate(network, draws(2, "noise"), way, (), last=19)
+        clean.square().sum().backward()
+        assert network.factor.grad is not None
+        there = way_there(network, way, 19)
+        found[grid] = network.factor.grad.item() / (clean.detach() * there).sum().item()
+    assert found["even"] == pytest.approx(-2 * 3 / 22, rel=1e-4)
+    assert found["pipeline"] == pytest.approx(-2 * 0.0089, rel=1e-2)
+
+
+def test_one_picture_does_not_depend_on_the_others() -> None:
+    way, network = FlowWay.of(8, 3.0), Curved()
+    both = denoising.sample(network, draws(2, "noise"), way)
+    alone = denoising.sample(network, draws(2, "noise")[1:], way)
+    torch.testing.assert_close(both[1:], alone)
