@@ -8,8 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatch
+from http.client import HTTPMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
@@ -255,6 +259,45 @@ def test_an_unknown_name_lists_the_known_ones(capsys: pytest.CaptureFixture[str]
     assert "pick-a-pic-v2" in message
 
 
+def test_modelscope_is_asked_for_what_the_folder_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(name: str, **options: Any) -> None:
+        asked.update(name=name, **options)
+
+    module = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setattr(download.importlib, "import_module", lambda name: module)
+
+    def fetched(entry: str, *names: str) -> list[str]:
+        download.fetch_modelscope(download.BY_NAME[entry], tmp_path, ())
+        return [
+            name
+            for name in names
+            if any(fnmatch(name, one) for one in asked["allow_patterns"])
+            and not any(fnmatch(name, one) for one in asked["ignore_patterns"])
+        ]
+
+    shard = "text_encoder/pytorch_model-00001-of-00007.bin"
+    half = "unet/diffusion_pytorch_model.fp16.safetensors"
+    whole = "unet/diffusion_pytorch_model.safetensors"
+    pickle = "vae/diffusion_pytorch_model.fp16.bin"
+    assert fetched("kolors", shard, half, whole, pickle) == [shard, half]
+    assert asked["name"] == "Kwai-Kolors/Kolors"
+    assert fetched("sd35-medium", "text_encoder/pytorch_model.bin", "vae/config.json") == [
+        "vae/config.json"
+    ]
+
+
+def test_no_token_is_blamed_that_was_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "get_token", lambda: "hf_x")
+    error = HTTPError("http://localhost", 403, "no", HTTPMessage(), None)
+    homes = ("kolors", "geneval-detector")  # a hub's, and an address of the web
+    said = {name: download.explain(download.BY_NAME[name], error) for name in homes}
+    assert {name for name, text in said.items() if "the token that was sent" in text} == {"kolors"}
+
+
 def test_modelscope_is_refused_where_no_place_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         download.main(["--source", "modelscope", "naruto"])
@@ -417,3 +460,17 @@ def test_a_download_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
     plan = download.Plan(download.BY_NAME["naruto"], (download.File("huge.parquet", 10**18),))
     with pytest.raises(download.DownloadError, match="free"):
         download.check_space(plan, tmp_path / "datas" / "huge")
+
+
+def test_a_file_of_the_web_is_known_by_the_beginning_of_its_hash(tmp_path: Path) -> None:
+    entry = download.BY_NAME["geneval-detector"]
+    plan = download.make_plan(entry, "hf", ())
+    (file,) = plan.files
+    address = download.address_of(plan, file)
+    assert address.startswith("https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2")
+    assert address.endswith(f"/{file.name}")
+    assert f"-{(file.checksum or '').removeprefix('sha256:')}.pth" in file.name
+    (tmp_path / "file").write_bytes(b"content")
+    digest = hashlib.sha256(b"content").hexdigest()
+    assert download.is_right(tmp_path / "file", f"sha256:{digest[:8]}")
+    assert not download.is_right(tmp_path / "file", "sha256:743b7d99")

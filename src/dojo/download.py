@@ -104,6 +104,8 @@ def page(entry: Entry, source: str) -> str:
     """The entry's page for people; a name and password in HF_ENDPOINT are left out."""
     if entry.kind == "github":
         return f"https://github.com/{entry.repo}"
+    if entry.kind == "web":
+        return f"https://{entry.repo}/"
     if source == "modelscope":
         return f"https://modelscope.cn/models/{entry.modelscope}"
     parts = urllib.parse.urlsplit(constants.ENDPOINT)
@@ -128,7 +130,8 @@ def explain(entry: Entry, error: Exception) -> str:
     address = page(entry, "hf")
     status = status_of(error)
     if status in (401, 403):
-        sent = "the token that was sent does not open it" if get_token() else "no token was sent"
+        asked_with = entry.on_hub and get_token()
+        sent = "the token that was sent does not open it" if asked_with else "no token was sent"
         refused = f"{entry.name}: access refused (HTTP {status}; {sent})."
         if not entry.gated and not isinstance(error, GatedRepoError):
             return f"{refused} {address} is not public, or it was renamed or withdrawn."
@@ -152,7 +155,7 @@ def first_line(error: Exception) -> str:
 
 def make_plan(entry: Entry, source: str, include: Sequence[str]) -> Plan:
     """Lists what would be fetched; a hub that does not answer is told in `trouble`, not raised."""
-    if entry.kind == "github":
+    if not entry.on_hub:
         names = select([file.name for file in entry.files], entry.allow, (), include)
         return Plan(entry, tuple(file for file in entry.files if file.name in names))
     if source == "modelscope":
@@ -236,6 +239,8 @@ def address_of(plan: Plan, file: File) -> str:
     if entry.kind == "github":
         base = os.environ.get("DOJO_GITHUB_RAW", GITHUB_RAW).rstrip("/")
         return f"{base}/{entry.repo}/main/{urllib.parse.quote(file.name)}"
+    if entry.kind == "web":
+        return f"https://{entry.repo}/{urllib.parse.quote(file.name)}"
     # The listed commit rather than "main", which may move while a long download is interrupted.
     return hf_hub_url(entry.repo, file.name, repo_type=entry.kind, revision=plan.revision)
 
@@ -246,8 +251,8 @@ def fetch(plan: Plan, target: Path) -> None:
     if not plan.files:
         raise DownloadError(plan.trouble or f"{entry.name}: nothing to fetch.")
     check_space(plan, target)
-    # The token is the hub's: GitHub never sees it.
-    token = None if entry.kind == "github" else get_token()
+    # The token is the hub's: nobody else sees it.
+    token = get_token() if entry.on_hub else None
     for file in plan.files:
         path = target / file.name
         if not path.resolve().is_relative_to(target.resolve()):
@@ -271,7 +276,7 @@ def fetch_modelscope(entry: Entry, target: Path, include: Sequence[str]) -> None
             entry.modelscope,
             local_dir=str(target),
             allow_patterns=list(include or entry.allow),
-            ignore_patterns=[*entry.ignore, "*.bin"],
+            ignore_patterns=[*entry.ignore, *entry.modelscope_ignore],
         )
     except Exception as error:
         raise DownloadError(f"{entry.name}: ModelScope: {first_line(error)}") from error
@@ -293,7 +298,7 @@ def is_right(path: Path, checksum: str | None) -> bool:
     with path.open("rb") as content:
         while chunk := content.read(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest() == expected
+    return digest.hexdigest().startswith(expected)
 
 
 def is_there(path: Path, file: File) -> bool:
@@ -420,9 +425,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unknown name: {', '.join(unknown)}. Known: {known}")
     if args.source == "modelscope":
         elsewhere = [
-            name
-            for name in args.names
-            if BY_NAME[name].kind != "github" and BY_NAME[name].modelscope is None
+            name for name in args.names if BY_NAME[name].on_hub and BY_NAME[name].modelscope is None
         ]
         if elsewhere:
             parser.error(
@@ -448,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry = plan.entry
         target = args.root / entry.folder
         try:
-            if args.source == "modelscope" and entry.kind != "github":
+            if args.source == "modelscope" and entry.on_hub:
                 fetch_modelscope(entry, target, args.include)
             else:
                 fetch(plan, target)

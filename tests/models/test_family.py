@@ -14,7 +14,7 @@ from dojo.cli import UserError
 from dojo.data import Geometry
 from dojo.finetune import Adapters, AllWeights, Trained, WholeArgs, lora
 from dojo.inputs.steering import Steering
-from dojo.models import opening, sd3, sd15, sdxl
+from dojo.models import kolors, opening, sd3, sd15, sdxl
 from dojo.models.family import Model, ModelArgs
 from dojo.models.opening import facts_of, open_model
 from dojo.run import EmaArgs, Learner, OptimArgs, Run, RunArgs, start
@@ -26,7 +26,7 @@ CAPTIONS = ["a red star", "two blue circles above a green square"]
 SHORT = {"max_sequence_length": 24}  # where a family has the option: T5 is slow
 
 
-@pytest.fixture(params=["sd15", "sd2", "sd3", "sdxl"])
+@pytest.fixture(params=["sd15", "sd2", "sd3", "sdxl", "kolors"])
 def folder(request: pytest.FixtureRequest) -> Path:
     """An untrained model of a family; sd2 is one of sd15's that predicts v."""
     return request.getfixturevalue(f"tiny_{request.param}")
@@ -73,13 +73,15 @@ def test_every_family_is_listed_once_and_opened_by_what_is_there(
     assert facts_of(model.load_network(torch.float32, CPU)) is model.network_facts
 
 
-@pytest.mark.parametrize("family", [sd3, sd15, sdxl])
+@pytest.mark.parametrize("family", [sd3, sd15, sdxl, kolors])
 def test_a_family_refuses_the_folder_of_another(folder: Path, family: Any) -> None:
     args = family.ModelArgs(pretrained_model_name_or_path=str(folder))
     if isinstance(open_model(ModelArgs(pretrained_model_name_or_path=str(folder))), family.Model):
         assert isinstance(open_model(args), family.Model)
         return
-    with pytest.raises(UserError, match=f"holds a StableDiffusion.*, no {family.Model.name}"):
+    with pytest.raises(
+        UserError, match=f"holds a (StableDiffusion|Kolors).*, no {family.Model.name}"
+    ):
         open_model(args)
 
 
@@ -94,12 +96,16 @@ def test_the_embeddings_are_the_pipelines_own_to_the_bit(model: Model, pipeline:
     assert tuple(found) == model.embed_names
     with torch.no_grad():
         if isinstance(model, sd3.Model):
+            length = model.args.max_sequence_length
             rows, _, pooled, _ = pipeline.encode_prompt(
-                CAPTIONS, None, None, do_classifier_free_guidance=False, **model.prompt_options
+                *(CAPTIONS, None, None),
+                do_classifier_free_guidance=False,
+                max_sequence_length=length,
             )
             expected = {"prompt_embeds": rows, "pooled_prompt_embeds": pooled}
-        elif isinstance(model, sdxl.Model):
-            rows, _, pooled, _ = pipeline.encode_prompt(CAPTIONS, None, CPU, 1, False)
+        elif isinstance(model, sdxl.Model | kolors.Model):
+            second = [None] if isinstance(model, sdxl.Model) else []
+            rows, _, pooled, _ = pipeline.encode_prompt(CAPTIONS, *second, CPU, 1, False)
             expected = {"prompt_embeds": rows, "pooled_prompt_embeds": pooled}
         else:
             expected = {"prompt_embeds": pipeline.encode_prompt(CAPTIONS, CPU, 1, False)[0]}

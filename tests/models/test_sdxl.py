@@ -20,7 +20,7 @@ from dojo.inputs.pictures import latent_settings, needs
 from dojo.inputs.steering import Steering
 from dojo.models import sdxl
 from dojo.models.family import Saving
-from dojo.models.sdxl import sizes
+from dojo.models.unet import sizes
 
 CPU = torch.device("cpu")
 SIZE = (64, 64)

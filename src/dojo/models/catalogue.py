@@ -12,7 +12,8 @@ class File:
 
     name: str
     size: int | None = None  # bytes
-    # "sha256:..." of the content, or "git:...", git's own hash of it, for what is not in LFS.
+    # "sha256:..." of the content, or its beginning; or "git:...", git's own hash of it, for what
+    # is not in LFS.
     checksum: str | None = None
 
 
@@ -22,17 +23,24 @@ class Entry:
 
     name: str
     what: str
-    kind: Literal["model", "dataset", "github"]
-    repo: str
+    kind: Literal["model", "dataset", "github", "web"]
+    repo: str  # of the web: host and path above the files
     folder: str
     licence: str
     # Patterns of file names; `*` also crosses folders, as on the hub.
     allow: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     modelscope: str | None = None
+    # What is not taken from there beside the above.
+    modelscope_ignore: tuple[str, ...] = ("*.bin",)
     gated: bool = False
     size: int | None = None  # bytes, as the hub listed it; None: asked when needed
     files: tuple[File, ...] = ()
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether a hub lists its files; of others they stand here."""
+        return self.kind in ("model", "dataset")
 
 
 # Weights in formats that nothing here reads, and half-precision copies of what is there in full.
@@ -123,6 +131,33 @@ ENTRIES = (
         modelscope="AI-ModelScope/sdxl-vae-fp16-fix",
     ),
     Entry(
+        name="kolors",
+        what="Kolors with ChatGLM3, in half precision; from ModelScope in its authors' layout",
+        kind="model",
+        repo="Kwai-Kolors/Kolors-diffusers",
+        folder="models/Kolors",
+        licence="Kolors' own, free for research; commercial use after a registration, see its page",
+        # No other weights than those of the variant fp16 are on the hub. ModelScope's text encoder
+        # is a pickle, and the tokenizer lies beside it.
+        allow=(
+            "model_index.json",
+            "LICENSE*",
+            "MODEL_LICENSE*",
+            "README.md",
+            "scheduler/*",
+            "text_encoder/*",
+            "tokenizer/*",
+            "unet/*",
+            "vae/*",
+        ),
+        ignore=(*(one for one in OTHER_FORMATS if one != "*fp16*"), "*.py"),
+        modelscope="Kwai-Kolors/Kolors",
+        modelscope_ignore=(
+            *("unet/*.bin", "vae/*.bin"),
+            *(f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")),
+        ),
+    ),
+    Entry(
         name="clip-vit-l-14",
         what="CLIP ViT-L/14, the backbone of the aesthetic heads",
         kind="model",
@@ -204,6 +239,45 @@ ENTRIES = (
         folder="models/bert-base-uncased",
         licence="Apache-2.0",
         allow=("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+    ),
+    Entry(
+        name="geneval-detector",
+        what="the Mask2Former (Swin-S, COCO) of the reward geneval; it needs clip-vit-l-14 too",
+        kind="web",
+        repo="download.openmmlab.com/mmdetection/v2.0/mask2former/"
+        "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco",
+        folder="models/mask2former",
+        licence="Apache-2.0",
+        files=(
+            File(  # OpenMMLab ends a name with the beginning of the content's hash
+                "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
+                checksum="sha256:743b7d99",
+            ),
+        ),
+    ),
+    Entry(
+        name="hpsv3",
+        what="HPS v3, the reward hpsv3, a tuned Qwen2-VL-7B; it needs qwen2-vl-tokenizer too",
+        kind="model",
+        repo="MizzenAI/HPSv3",
+        folder="models/HPSv3",
+        licence="MIT",
+        allow=("HPSv3.safetensors",),
+    ),
+    Entry(
+        name="qwen2-vl-tokenizer",
+        what="configuration and tokenizer of HPS v3, without Qwen2-VL's weights",
+        kind="model",
+        repo="Qwen/Qwen2-VL-7B-Instruct",
+        folder="models/Qwen2-VL-7B-Instruct",
+        licence="Apache-2.0",
+        allow=(
+            "config.json",
+            "merges.txt",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "vocab.json",
+        ),
     ),
     Entry(
         name="dog-example",

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+import transformers
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from dojo.cli import UserError, option
 from dojo.data.geometry import Geometry
 from dojo.maths.objective import Objective
-from dojo.models import folders, published
+from dojo.models import folders, int8, published
 from dojo.models.facts import NetworkFacts
 from dojo.models.folders import DTYPES, FLAG, Embeds
 from dojo.models.loaded import Prepare
@@ -48,7 +50,7 @@ class ModelArgs:
     a GPU's memory"""
     text_encoder_precision: Literal["auto", "int8"] = "auto"
     """precision of frozen text encoders: auto is the run's; int8 halves the memory of their blocks
-    (bitsandbytes) and changes the embeddings by about one percent"""
+    and changes the embeddings by about half a percent"""
     vae_dtype: Literal["no", "fp16", "bf16"] = "no"
     """precision of the frozen autoencoder; no is float32"""
     enable_vae_tiling: bool = False
@@ -278,6 +280,13 @@ class Model(ABC):
             only: the one of `text_encoders` that is loaded; it can say, the others' part is joined.
         """
 
+    def meta_encoder(self, part: str) -> nn.Module:
+        """A text encoder on the meta device, without weights, of the class its folder names."""
+        settings = AutoConfig.from_pretrained(self.folder / part)
+        kind = getattr(transformers, (settings.architectures or ["CLIPTextModel"])[0])
+        with torch.device("meta"):
+            return kind(settings).eval()
+
     @abstractmethod
     def readers(self) -> list[Reader]:
         """The tokenizers and how much their encoders read, without the encoders."""
@@ -347,17 +356,16 @@ class Model(ABC):
     # -- drawing ------------------------------------------------------------------------------
 
     @abstractmethod
-    def load_pipeline(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """The whole model as it was, every part in `dtype`, with its own scheduler."""
+    def load_pipeline(self, dtype: torch.dtype, device: torch.device, *, texts: bool = True) -> Any:
+        """The whole model as it was, every part in `dtype`, with its own scheduler.
+
+        Args:
+            texts: with text encoders and tokenizers; without them it is given embeddings.
+        """
 
     @abstractmethod
     def pipeline(self, network: Any, vae: AutoencoderKL, objective: Objective) -> Any:
         """A pipeline round a trained network, without text encoders: it is given embeddings."""
-
-    @property
-    def prompt_options(self) -> dict[str, Any]:
-        """What the pipeline's call has to be told where it gets prompts in words."""
-        return {}
 
     @property
     def call_options(self) -> dict[str, Any]:
@@ -442,7 +450,9 @@ class Model(ABC):
         Raises:
             UserError: weights are not there.
         """
-        self.check_weights(self.needed)
+        embedded = more.get("embedded", True)
+        parts = [one for one in self.needed if embedded or one not in self.text_encoders]
+        self.check_weights(parts)
         return phases.Needs(
             config=self,
             dtype=dtype,
@@ -453,10 +463,11 @@ class Model(ABC):
 
 def needs_of(args: ModelArgs) -> dict[str, Any]:
     """What the options say of the frozen parts: fields of `phases.Needs`."""
+    packed = args.text_encoder_precision == "int8"
     return {
         "vae_dtype": DTYPES[args.vae_dtype],
         "text_on_cpu": args.text_encoder_device == "cpu",
-        "text_in_int8": args.text_encoder_precision == "int8",
+        "text_bytes": int8.bytes_of if packed else phases.encoder_bytes,
         "tiling": args.enable_vae_tiling,
         "slicing": args.enable_vae_slicing,
     }

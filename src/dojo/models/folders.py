@@ -31,6 +31,13 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAVED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TRANSFORMER, UNET = "transformer", "unet"
 Embeds = dict[str, Tensor]
+# The beginning of a pipeline's class, and how the scripts that train it end. The first counts.
+SCRIPTS = {
+    "StableDiffusion3": "sd3",
+    "StableDiffusionXL": "sdxl",
+    "StableDiffusionPipeline": "sd15",
+    "Kolors": "kolors",
+}
 
 _WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "feature_extractor")
 _OF_DIFFUSERS = ("vae", TRANSFORMER, UNET)
@@ -82,15 +89,34 @@ def find_folder(
     return folder
 
 
+def kind_of(folder: Path, flag: str) -> str:
+    """The class of a folder's pipeline.
+
+    A Kolors is one by its text encoder: its authors' own folder may name another class.
+
+    Raises:
+        UserError: there is no model_index.json, or it is damaged.
+    """
+    kind = str(loaded.read_index(folder, flag)["_class_name"])
+    try:
+        encoder: Any = json.loads((folder / "text_encoder" / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):  # who reads it for its own sake says so
+        return kind
+    is_kolors = isinstance(encoder, dict) and encoder.get("model_type") == "chatglm"
+    return "KolorsPipeline" if is_kolors and not kind.startswith("Kolors") else kind
+
+
 def check_kind(folder: Path, flag: str, prefix: str, name: str) -> None:
     """Refuses a folder whose pipeline's class does not begin with `prefix`, which `name` has.
 
     Raises:
-        UserError: naming the class that it is.
+        UserError: naming the class that it is, and the script for it.
     """
-    kind = loaded.read_index(folder, flag)["_class_name"]
+    kind = kind_of(folder, flag)
     if not kind.startswith(prefix):
-        raise UserError(f"{flag}: {folder} holds a {kind}, no {name}")
+        own = next((own for start, own in SCRIPTS.items() if kind.startswith(start)), None)
+        hint = f" (train_lora_{own}.py is for it)" if own else ""
+        raise UserError(f"{flag}: {folder} holds a {kind}, no {name}{hint}")
 
 
 def read_config(folder: Path, flag: str, part: str, file: str = "config.json") -> dict[str, Any]:

@@ -72,6 +72,8 @@ def network(kind: Any, name: str | Path, part: str = "", *, flag: str, **options
         _check_settings(folder, where)
     if part:
         options["subfolder"] = part
+    if variant := only_variant(folder, options.get("variant")):
+        options["variant"] = variant
     try:
         model, report = kind.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:  # the libraries have many kinds of them
@@ -196,7 +198,8 @@ def tokenizer(
     except Exception as error:
         raise UserError(f"{where} cannot be read ({_reason(folder, None, None, error)})") from error
     if encoder is not None:
-        check_vocabulary(getattr(made, "tokenizer", made), encoder, where)
+        words = made if hasattr(made, "get_vocab") else made.tokenizer
+        check_vocabulary(words, encoder, where)
     return made
 
 
@@ -452,7 +455,19 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
         if name and _WEIGHTS.fullmatch(name):
             chosen.append(path)
     whole = [path for path in chosen if "-of-" not in path.name]
+    if not chosen and variant is None and (only := only_variant(folder, None)):
+        return weight_files(folder, only)
     return whole or chosen
+
+
+def only_variant(folder: Path, variant: str | None) -> str | None:
+    """The variant to load: what was asked for, or fp16 where nothing else is in a folder.
+
+    So Kwai-Kolors/Kolors-diffusers is published.
+    """
+    names = [path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin")]
+    only = bool(names) and all(".fp16" in name for name in names)
+    return "fp16" if variant is None and only else variant
 
 
 def _reason(folder: Path, kind: Any, variant: str | None, error: Exception) -> str:

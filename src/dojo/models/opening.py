@@ -9,20 +9,17 @@ from typing import Any
 from torch import nn
 
 from dojo.cli import UserError
-from dojo.models import loaded, sd3, sd15, sdxl
+from dojo.models import kolors, sd3, sd15, sdxl
 from dojo.models.facts import NetworkFacts
 from dojo.models.family import Model, ModelArgs, TextArgs
-from dojo.models.folders import FLAG, find_folder
+from dojo.models.folders import FLAG, SCRIPTS, find_folder, kind_of
 from dojo.models.sd3 import single_file as sd3_file
 from dojo.models.unet import single_file
 
 # The beginning of a pipeline's class in model_index.json, and the package of its family. The first
 # that fits counts.
-FAMILIES: dict[str, Any] = {
-    "StableDiffusion3": sd3,
-    "StableDiffusionXL": sdxl,
-    "StableDiffusionPipeline": sd15,
-}
+_PACKAGES: dict[str, Any] = {"sd3": sd3, "sdxl": sdxl, "sd15": sd15, "kolors": kolors}
+FAMILIES: dict[str, Any] = {start: _PACKAGES[name] for start, name in SCRIPTS.items()}
 
 
 def open_model(args: ModelArgs, text: TextArgs | None = None) -> Model:
@@ -53,7 +50,7 @@ def family_of(args: ModelArgs) -> Any:
     if path.is_file():
         return _family_of_file(path)
     folder = find_folder(name, FLAG, revision=args.revision, variant=args.variant)
-    kind = str(loaded.read_index(folder, FLAG)["_class_name"])
+    kind = kind_of(folder, FLAG)
     for beginning, family in FAMILIES.items():
         if kind.startswith(beginning):
             return family

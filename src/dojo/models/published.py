@@ -83,6 +83,14 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# SDXL's, with a projection of ChatGLM's numbers before it.
+UNETS["kolors"] = {
+    **UNETS["sdxl"],
+    "encoder_hid_dim": 4096,
+    "encoder_hid_dim_type": "text_proj",
+    "projection_class_embeddings_input_dim": 5632,
+}
+
 # ---- what stands beside them ----
 
 VAE_SIZES: dict[str, Any] = {
@@ -102,6 +110,7 @@ _LATENTS_16: dict[str, Any] = {
 VAES: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 512, "scaling_factor": 0.18215},
     "sdxl": {"sample_size": 1024, "scaling_factor": 0.13025},
+    "kolors": {"sample_size": 1024, "scaling_factor": 0.13025},
     **dict.fromkeys(TRANSFORMERS, _LATENTS_16),
 }
 
@@ -152,6 +161,23 @@ _T5_XXL: dict[str, Any] = {
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
 }
+# ChatGLM3-6B's.
+_CHATGLM: dict[str, Any] = {
+    "architectures": ["ChatGLMModel"],
+    "model_type": "chatglm",
+    "padded_vocab_size": 65_024,
+    "num_layers": 28,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 13_696,
+    "kv_channels": 128,
+    "num_attention_heads": 32,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "add_qkv_bias": True,
+    "add_bias_linear": False,
+    "original_rope": True,
+    "seq_length": 8192,
+}
 
 BETAS: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -179,6 +205,8 @@ class Published:
     """model_index.json"""
     parts: Mapping[str, Mapping[str, Any]] = field(repr=False)
     """configurations by folder"""
+    variant: str | None = None
+    """that of the weights, where there are no others"""
 
 
 def _named(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,9 +242,12 @@ def _parts(name: str) -> dict[str, dict[str, Any]]:
     parts = {
         "unet": _named("UNet2DConditionModel", unet),
         "vae": vae,
-        "text_encoder": _clip(CLIP_L, _PLAIN),
+        "text_encoder": _CHATGLM if name == "kolors" else _clip(CLIP_L, _PLAIN),
     }
-    if name == "sdxl":
+    if name == "kolors":
+        longer = {**BETAS, "beta_end": 0.014, "num_train_timesteps": 1100}
+        parts["scheduler"] = _named("EulerDiscreteScheduler", longer)
+    elif name == "sdxl":
         parts["text_encoder_2"] = _clip(CLIP_G, _PROJECTED)
         parts["scheduler"] = _named("EulerDiscreteScheduler", BETAS)
     else:
@@ -225,17 +256,24 @@ def _parts(name: str) -> dict[str, dict[str, Any]]:
     return parts
 
 
-def _published(name: str, title: str, pipeline: str, *hub_ids: str) -> Published:
+# By an encoder's model_type.
+_TOKENIZERS = {"t5": ("transformers", "T5Tokenizer"), "chatglm": ("kolors", "ChatGLMTokenizer")}
+
+
+def _published(
+    name: str, title: str, pipeline: str, *hub_ids: str, variant: str | None = None
+) -> Published:
     parts = _parts(name)
     index: dict[str, Any] = {"_class_name": pipeline}
     for part, config in parts.items():
         if "_class_name" in config:
             index[part] = ["diffusers", config["_class_name"]]
             continue
-        index[part] = ["transformers", config["architectures"][0]]
-        tokenizer = "T5Tokenizer" if config["model_type"] == "t5" else "CLIPTokenizer"
-        index[part.replace("text_encoder", "tokenizer")] = ["transformers", tokenizer]
-    return Published(name, title, hub_ids, index, parts)
+        kind = config["model_type"]
+        library, tokenizer = _TOKENIZERS.get(kind, ("transformers", "CLIPTokenizer"))
+        index[part] = [library, config["architectures"][0]]
+        index[part.replace("text_encoder", "tokenizer")] = [library, tokenizer]
+    return Published(name, title, hub_ids, index, parts, variant)
 
 
 _SD3 = "StableDiffusion3Pipeline"
@@ -250,6 +288,9 @@ MODELS = {
         _published(
             *("sdxl", "SDXL", "StableDiffusionXLPipeline"),
             "stabilityai/stable-diffusion-xl-base-1.0",
+        ),
+        _published(
+            *("kolors", "Kolors", "KolorsPipeline", "Kwai-Kolors/Kolors-diffusers"), variant="fp16"
         ),
         _published(
             *("sd3-medium", "SD3-Medium", _SD3), "stabilityai/stable-diffusion-3-medium-diffusers"

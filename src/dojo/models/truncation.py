@@ -28,6 +28,8 @@ class Reader:
     """Tokens, the marks of the beginning and the end included."""
     flag: str = ""
     """What sets the limit, where something does."""
+    marks_end: bool = True
+    """The last token is a mark, which stays when a text is cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,8 @@ def find_cut(texts: Iterable[str], readers: Sequence[Reader]) -> Cut:
                 if len(ids) > reader.limit:
                     tokens = over.setdefault(text, {})
                     tokens[reader.name] = max(len(ids), tokens.get(reader.name, 0))
-                    ids = [*ids[: reader.limit - 1], ids[-1]]  # the mark of the end stays
+                    ends = [ids[-1]] if reader.marks_end else []
+                    ids = [*ids[: reader.limit - len(ends)], *ends]
                 key.update(json.dumps(ids).encode())
         for text, key in zip(some, keys, strict=True):
             seen.setdefault(key.hexdigest(), []).append(text)

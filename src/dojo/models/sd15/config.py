@@ -48,7 +48,7 @@ class Config(unet.Config):
     pipeline_class = StableDiffusionPipeline
     pipeline_name = "StableDiffusionPipeline"
     single_files = ("sd1", "sd2")
-    clips = MappingProxyType({"text_encoder": CLIPTextModel})
+    text_classes = MappingProxyType({"text_encoder": CLIPTextModel})
     optional_parts = ("safety_checker", "feature_extractor", "image_encoder")
 
     text: TextArgs = field(default_factory=TextArgs)

@@ -35,13 +35,14 @@ class Model(Config, UNetModel):
         """The frozen CLIP."""
         return text.load_text(self, dtype, device)
 
-    def load_pipeline(self, dtype: torch.dtype, device: torch.device) -> Any:
+    def load_pipeline(self, dtype: torch.dtype, device: torch.device, *, texts: bool = True) -> Any:
         """The whole pipeline, without safety checker; prompts go through the layers of training.
 
         The pipeline's own `clip_skip` fails with transformers 5.6 and later.
         """
-        pipeline = super().load_pipeline(dtype, device)
-        cut(pipeline.text_encoder, self.text.clip_skip)
+        pipeline = super().load_pipeline(dtype, device, texts=texts)
+        if texts:
+            cut(pipeline.text_encoder, self.text.clip_skip)
         return pipeline
 
 

@@ -115,18 +115,13 @@ class Model(Config):
 
     # -- drawing ------------------------------------------------------------------------------
 
-    def load_pipeline(self, dtype: torch.dtype, device: torch.device) -> Any:
+    def load_pipeline(self, dtype: torch.dtype, device: torch.device, *, texts: bool = True) -> Any:
         """The whole pipeline."""
-        return pipeline.load_pipeline(self, dtype, device)
+        return pipeline.load_pipeline(self, dtype, device, texts=texts)
 
     def pipeline(self, network: Any, vae: AutoencoderKL, objective: Objective) -> Any:
         """A pipeline with the objective's shift."""
         return pipeline.around(network, vae, self, _shift(objective))
-
-    @property
-    def prompt_options(self) -> dict[str, Any]:
-        """The length of T5's part."""
-        return {"max_sequence_length": self.args.max_sequence_length}
 
     def step_noise(self, scheduler: Any, seed: int) -> AbstractContextManager[None]:
         """SD3's pipeline leaves the noise of steps to torch's generator."""

@@ -13,10 +13,16 @@ from dojo.models.sd3.models import load_text_pipeline, load_transformer, load_va
 
 
 def load_pipeline(
-    config: Config, dtype: torch.dtype, device: torch.device
+    config: Config, dtype: torch.dtype, device: torch.device, *, texts: bool = True
 ) -> StableDiffusion3Pipeline:
-    """The model as trained, every part in `dtype`, with the scheduler's own shift."""
-    parts: Any = load_text_pipeline(config, dtype).components
+    """The model as trained, every part in `dtype`, with the scheduler's own shift.
+
+    Args:
+        texts: with text encoders and tokenizers.
+    """
+    parts: Any = dict.fromkeys(config.text_folders)
+    if texts:
+        parts = load_text_pipeline(config, dtype).components
     parts["transformer"] = load_transformer(config, dtype, device)
     vae: Any = load_vae(config, device)
     parts["vae"] = vae.to(dtype)

@@ -126,9 +126,10 @@ class TextEncoders:
     ) -> TextEncoders:
         """The frozen encoders of a model, or one of them."""
         pipeline: Any = load_text_pipeline(config, dtype, with_t5=with_t5, only=only)
+        precision = config.args.text_encoder_precision
         for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
             if part is not None:
-                int8.as_asked(part, config.args).requires_grad_(False).eval().to(device)
+                int8.as_asked(part, precision).requires_grad_(False).eval().to(device)
         return cls(
             pipeline,
             clip_tokens=config.clip_tokens,

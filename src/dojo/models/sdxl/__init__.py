@@ -6,21 +6,14 @@ v, and is told the picture's size in its file, its crop and the size that is tra
 """
 
 from dojo.models.folders import UNET, Embeds, posterior
-from dojo.models.sdxl.config import (
-    EMBEDS,
-    TEXT_ENCODERS,
-    TEXT_FOLDERS,
-    Config,
-    MicroConditioning,
-    ModelArgs,
-    TextArgs,
-)
+from dojo.models.sdxl.config import TEXT_ENCODERS, TEXT_FOLDERS, Config, ModelArgs, TextArgs
 from dojo.models.sdxl.model import Model, open_model
-from dojo.models.sdxl.sizes import time_ids
 from dojo.models.sdxl.text import TextEncoders
 from dojo.models.unet.folder import copy_parts
 from dojo.models.unet.networks import decode, prediction
 from dojo.models.unet.noise import NoiseArgs
+from dojo.models.unet.sized import EMBEDS
+from dojo.models.unet.sizes import MicroConditioning, time_ids
 
 __all__ = [
     "EMBEDS",

@@ -1,1 +1,1 @@
-"""What Stable Diffusion 1, 2 and XL share: a UNet that denoises, and a schedule of timesteps."""
+"""What Stable Diffusion 1, 2, XL and Kolors share: a UNet that denoises, and a schedule."""

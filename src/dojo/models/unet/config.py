@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from dojo.cli import UserError
 from dojo.maths import ddpm
@@ -76,14 +77,18 @@ class Config(family.Model):
     """diffusers' class of the whole model"""
     pipeline_name: ClassVar[str]
     """what the class's name begins with in model_index.json"""
-    clips: ClassVar[Mapping[str, Any]]
+    text_classes: ClassVar[Mapping[str, Any]]
     """classes of the text encoders, by their folders"""
+    tokenizer_class: ClassVar[Any] = CLIPTokenizer
+    """the class of their tokenizers"""
     optional_parts: ClassVar[tuple[str, ...]]
     """of a pipeline, which nothing is trained or drawn with: None where not needed"""
     single_files: ClassVar[tuple[str, ...]]
     """what its single files are (`single_file.FAMILIES`)"""
     reads: ClassVar[str | None] = None
     """what the UNet reads beside latents, timestep and text (`addition_embed_type`)"""
+    width_name: ClassVar[str] = "cross_attention_dim"
+    """what the UNet's configuration calls the numbers of a token that it is given"""
 
     args: ModelArgs
     unet: dict[str, Any]
@@ -127,6 +132,16 @@ class Config(family.Model):
         return folders.clip_tokens(self.folder, self.flag)
 
     @property
+    def text_tokens(self) -> int:
+        """T: tokens that every caption is padded to."""
+        return self.clip_tokens
+
+    @property
+    def text_width(self) -> int:
+        """D: numbers of a token that the UNet is given."""
+        return int(self.unet[self.width_name])
+
+    @property
     def pixel_step(self) -> int:
         """Height and width of a picture must be multiples of this (SD 1.5: 64, SDXL: 32)."""
         return self.pixels_per_latent * 2 ** (len(self.unet["block_out_channels"]) - 1)
@@ -139,12 +154,12 @@ class Config(family.Model):
     @property
     def text_numbers(self) -> int:
         """Numbers in the embeddings of one caption."""
-        return self.clip_tokens * int(self.unet["cross_attention_dim"])
+        return self.text_tokens * self.text_width
 
     @property
     def text_lengths(self) -> dict[str, int]:
-        """77 tokens for every CLIP."""
-        return dict.fromkeys(self.clips, self.clip_tokens)
+        """The same for every encoder: 77 for the real CLIPs."""
+        return dict.fromkeys(self.text_classes, self.text_tokens)
 
     @property
     def scaling_factor(self) -> float:
@@ -170,7 +185,7 @@ class Config(family.Model):
     @property
     def networks(self) -> dict[str, Any]:
         """The classes of all networks, by their folders."""
-        return {UNET: UNet2DConditionModel, "vae": AutoencoderKL, **self.clips}
+        return {UNET: UNet2DConditionModel, "vae": AutoencoderKL, **self.text_classes}
 
     @property
     def pipeline_options(self) -> dict[str, Any]:
@@ -202,6 +217,21 @@ class Config(family.Model):
         return loaded.network(
             kind, self.folder, part, flag=self.flag, dtype=dtype, variant=self.args.variant
         )
+
+    def tokenizer_folder(self, part: str) -> str:
+        """The folder of a text encoder's tokenizer."""
+        return part.replace("text_encoder", "tokenizer")
+
+    def load_tokenizer(self, part: str, encoder: Any = None) -> Any:
+        """The tokenizer of a text encoder.
+
+        Args:
+            encoder: what reads the tokens, if it is there.
+        Raises:
+            UserError: files are missing or damaged, or the vocabulary is not the encoder's.
+        """
+        place = (self.folder, self.tokenizer_folder(part))
+        return loaded.tokenizer(self.tokenizer_class, *place, flag=self.flag, encoder=encoder)
 
     def check_weights(self, parts: Sequence[str]) -> None:
         """See `family.Model`; what comes from elsewhere was found there."""
@@ -251,6 +281,14 @@ class Config(family.Model):
         _check_unet(self)
         _check_scheduler(self)
 
+    def check_tokenizers(self) -> None:
+        """Refuses tokenizers that are not there, or that do not fit their encoders.
+
+        Raises:
+            UserError: naming what is missing, or both numbers.
+        """
+        folders.check_tokens(self.folder, FLAG, self.encoders)
+
     def check_width(self, text: int) -> None:
         """Refuses text encoders of another width than the UNet reads.
 
@@ -259,12 +297,12 @@ class Config(family.Model):
         Raises:
             UserError: naming both.
         """
-        width = self.unet["cross_attention_dim"]
+        width = self.text_width
         if text != width:
-            gives = "encoder gives" if len(self.clips) == 1 else "encoders give"
+            gives = "encoder gives" if len(self.text_classes) == 1 else "encoders give"
             raise UserError(
                 f"{self.flag}: {self.folder} does not fit together: the text {gives} {text} "
-                f"numbers per token, the UNet reads {width} (cross_attention_dim)"
+                f"numbers per token, the UNet reads {width} ({self.width_name})"
             )
 
 
@@ -297,7 +335,7 @@ def read(kind: type[ConfigT], args: ModelArgs, text: family.TextArgs) -> ConfigT
         unet=unet,
         vae=folders.read_config(folder, flag, "vae") if vae is None else vae.config,
         scheduler=scheduler,
-        encoders={part: folders.read_config(folder, flag, part) for part in kind.clips},
+        encoders={part: folders.read_config(folder, flag, part) for part in kind.text_classes},
         other_vae=vae,
         checkpoint=checkpoint,
     )
@@ -357,9 +395,10 @@ def _check_unet(config: Config) -> None:
         own = folder / "vae" / "config.json"
         sizes = folders.read_config(folder, FLAG, "vae") if own.is_file() else {}
         autoencoder.check(config.other_vae, sizes, channels)
-    folders.check_tokens(folder, FLAG, config.encoders)
+    config.check_tokenizers()
     for name, what in _FOREIGN.items():
-        if unet.get(name) != (config.reads if name == "addition_embed_type" else None):
+        expected = config.reads if name == "addition_embed_type" else None
+        if name != config.width_name and unet.get(name) != expected:
             raise UserError(
                 f"{FLAG}: the UNet of {folder} reads {what} ({name} {unet.get(name)}), which no "
                 f"{config.name} does"

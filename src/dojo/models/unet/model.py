@@ -92,9 +92,9 @@ class Model(Config, ABC):
 
     # -- drawing ------------------------------------------------------------------------------
 
-    def load_pipeline(self, dtype: torch.dtype, device: torch.device) -> Any:
+    def load_pipeline(self, dtype: torch.dtype, device: torch.device, *, texts: bool = True) -> Any:
         """The whole pipeline, without safety checker."""
-        return pipeline.load_pipeline(self, dtype, device)
+        return pipeline.load_pipeline(self, dtype, device, texts=texts)
 
     def pipeline(self, network: Any, vae: AutoencoderKL, objective: Objective) -> Any:
         """A pipeline with the scheduler of the objective."""
@@ -121,8 +121,7 @@ class Model(Config, ABC):
         self, rows: int, shape: tuple[int, int, int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Latents, timestep and embeddings."""
-        width = self.unet["cross_attention_dim"]
         noisy = torch.empty(rows, *shape, dtype=dtype, device="meta")
         timestep = torch.empty(rows, dtype=torch.int64, device="meta")
-        embeds = torch.empty(rows, self.clip_tokens, width, dtype=dtype, device="meta")
+        embeds = torch.empty(rows, self.text_tokens, self.text_width, dtype=dtype, device="meta")
         return noisy, timestep, {"prompt_embeds": embeds}

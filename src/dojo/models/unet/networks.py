@@ -26,7 +26,7 @@ def prediction(
 
     Args:
         prompt_embeds: of the captions, [B, T, D].
-        pooled_prompt_embeds: [B, P], where the network reads them (SDXL).
+        pooled_prompt_embeds: [B, P], where the network reads them (SDXL, Kolors).
         time_ids: sizes and offsets in pixels [B, 6], the same. They stay float32: bfloat16 would
             make 1024 of 1023, and the network's sines of them are computed in float32.
     """

@@ -11,9 +11,20 @@ from dojo.models import folders, loaded
 from dojo.models.unet.config import Config
 
 
-def load_pipeline(config: Config, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model as it was, every part in `dtype`, with its own scheduler, no safety checker."""
-    parts = {part: config.load_part(kind, part, dtype) for part, kind in config.networks.items()}
+def load_pipeline(
+    config: Config, dtype: torch.dtype, device: torch.device, *, texts: bool = True
+) -> Any:
+    """The model as it was, every part in `dtype`, with its own scheduler, no safety checker.
+
+    Args:
+        texts: with text encoders and tokenizers.
+    """
+    left_out = () if texts else config.text_folders
+    parts = {
+        part: config.load_part(kind, part, dtype)
+        for part, kind in config.networks.items()
+        if part not in left_out
+    }
     folders.frugal(parts["vae"], config.args)
     pipeline = loaded.pipeline(
         config.folder,
@@ -22,7 +33,7 @@ def load_pipeline(config: Config, dtype: torch.dtype, device: torch.device) -> A
         dtype=dtype,
         variant=config.args.variant,
         **parts,
-        **dict.fromkeys(config.optional_parts),
+        **dict.fromkeys((*config.optional_parts, *left_out)),
         **config.pipeline_options,
     )
     return pipeline.to(device)

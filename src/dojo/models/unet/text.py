@@ -8,13 +8,12 @@ adapters on them would never learn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
 
-from dojo.models import int8, loaded
+from dojo.models import int8
 from dojo.models.folders import Embeds
 from dojo.models.truncation import Reader
 from dojo.models.unet.config import Config
@@ -22,11 +21,8 @@ from dojo.models.unet.config import Config
 
 def readers(config: Config) -> list[Reader]:
     """The tokenizers of a model and how much its encoders read, without the encoders."""
-    made = [
-        loaded.tokenizer(CLIPTokenizer, config.folder, _tokenizer(part), flag=config.flag)
-        for part in config.clips
-    ]
-    return [Reader("CLIP", one, config.clip_tokens) for one in made]
+    made = [config.load_tokenizer(part) for part in config.text_classes]
+    return [Reader("CLIP", one, config.text_tokens) for one in made]
 
 
 def cut(encoder: Any, layers: int) -> Any:
@@ -39,6 +35,9 @@ def cut(encoder: Any, layers: int) -> Any:
 
 class TextEncoders:
     """The CLIPs of a model, all of which may be in training."""
+
+    asked: ClassVar[Sequence[str]] = ("input_ids",)
+    """what of the tokenizer's answer the encoders are given"""
 
     def __init__(
         self, tokenizers: Sequence[Any], encoders: Sequence[Any], tokens: int, device: torch.device
@@ -58,20 +57,21 @@ class TextEncoders:
     ) -> Any:
         """The frozen encoders of a model, or one of them."""
         tokenizers, encoders = [], []
-        for part, kind in config.clips.items():
+        for part, kind in config.text_classes.items():
             if only not in (None, part):
                 tokenizers.append(None)
                 encoders.append(None)
                 continue
-            encoder = int8.as_asked(config.load_part(kind, part, dtype), config.args)
-            name = _tokenizer(part)
-            tokenizers.append(
-                loaded.tokenizer(
-                    *(CLIPTokenizer, config.folder, name), flag=config.flag, encoder=encoder
-                )
-            )
+            encoder = cls.trimmed(config.load_part(kind, part, dtype))
+            encoder = int8.as_asked(encoder, config.args.text_encoder_precision)
+            tokenizers.append(config.load_tokenizer(part, encoder))
             encoders.append(encoder.requires_grad_(False).eval().to(device))
-        return cls(tokenizers, encoders, config.clip_tokens, device)
+        return cls(tokenizers, encoders, config.text_tokens, device)
+
+    @staticmethod
+    def trimmed(encoder: Any) -> Any:
+        """An encoder as it was loaded, without what nothing reads of it."""
+        return encoder
 
     @property
     def trainable(self) -> list[Any]:
@@ -121,9 +121,5 @@ class TextEncoders:
         )
         encoder = self.encoders[place]
         encoder.train(torch.is_grad_enabled())  # dropout of adapters in training only
-        return encoder(tokens.input_ids.to(self.device), **options)
-
-
-def _tokenizer(part: str) -> str:
-    """The folder of an encoder's tokenizer."""
-    return part.replace("text_encoder", "tokenizer")
+        asked = {name: tokens[name].to(self.device) for name in self.asked}
+        return encoder(**asked, **options)
