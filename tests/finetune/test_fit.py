@@ -1,69 +1,72 @@
 """--fit: which options are tried in which order, what a card gets, and that a run keeps it."""
 
 import json
-from dataclasses import dataclass, replace
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 
+import train_full_sd3
 import train_full_sd15
 import train_lora_sd3
 import train_lora_sd15
 from dojo import cli
 from dojo.cli import UserError
-from dojo.finetune import fit, lora
+from dojo.finetune import AllWeights, fit, lora, offload
 from dojo.finetune.adapters import Adapters
-from dojo.models import published, sd15
-from dojo.run import phases
+from dojo.models import opening, published, sd3
+from dojo.run import OptimArgs, phases
 from dojo.run.cost import Cost
+from dojo.run.run import Run
 from tests.conftest import reset_accelerate, run_flags
 
 GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored(lora.LoraArgs):
-    """Adapters on a base that can be stored in fewer bits, some blocks of it on the CPU."""
-
-    base_precision: Literal["bf16", "int8", "nf4"] = "bf16"  # pyright: ignore
-    blocks_on_cpu: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.blocks_on_cpu > 4:
-            raise ValueError("--blocks_on_cpu: there are 4 blocks")
+CPU = torch.device("cpu")
 
 
 class Frozen(Adapters):
     """A base of 8 GiB, a quarter of a GiB of it in each of four blocks in four bits."""
 
-    def stored_bytes(self, network: nn.Module) -> int:
-        args: Any = self.args
-        size = {"bf16": 8, "int8": 4, "nf4": 2}[args.base_precision]
-        return round((size - args.blocks_on_cpu * size / 8) * GIB)
+    def stored_bytes(self, network: nn.Module) -> tuple[int, int]:
+        args = self.args
+        offload.spread(list("abcd"), args.blocks_on_cpu)  # refuses more than there are
+        size = {"bf16": 8, "int8": 4, "fp8": 4, "nf4": 2}[args.base_precision]
+        return round((size - args.blocks_on_cpu * size / 8) * GIB), 0
+
+
+def stand_in(args: Any, *, processes: int = 1, zero: bool = False) -> Any:
+    """A run, as far as what it holds and refuses hangs on it."""
+    kind = DistributedType.DEEPSPEED if zero else DistributedType.NO
+    joined = SimpleNamespace(mixed_precision="bf16", num_processes=processes, distributed_type=kind)
+    made: Any = SimpleNamespace(dtype=torch.bfloat16, args=args, accelerator=joined)
+    made.replicas = SimpleNamespace(owns_storage=args.shard or zero)
+    made.check_sharing = lambda options: Run.check_sharing(made, options)
+    return made
 
 
 @pytest.fixture
-def make_tried() -> Any:
+def make_tried(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes a run that holds round numbers: activations of 4 GiB a row, 1 with checkpointing."""
+    monkeypatch.setattr("dojo.finetune.lora.adapter.find_spec", lambda name: name)
 
-    def make(*flags: str, script: Any = train_lora_sd15, size: int = 512) -> fit.Tried:
-        words = ["--pretrained_model_name_or_path", "sd15", "--dataset_name", "datas"]
+    def make(
+        *flags: str, script: Any = train_lora_sd15, size: int = 512, zero: bool = False
+    ) -> fit.Tried:
+        name = "sd3-medium" if script in (train_lora_sd3, train_full_sd3) else "sd15"
+        words = ["--pretrained_model_name_or_path", name, "--dataset_name", "datas"]
         args = cli.parse(script.Args, None, [*words, "--output_dir", "out", *flags])
-        if hasattr(args, "lora"):
-            args = replace(args, lora=Stored())
         with published.planning():
-            model = sd15.open_model(args.model)
+            model = opening.open_model(args.model)
         needs = model.needs(torch.bfloat16, (size, size), encoded=8, vae_stays=False)
-        run: Any = SimpleNamespace(dtype=torch.bfloat16, args=SimpleNamespace(shard=False))
-        trained: Any = Frozen(run, args.lora) if hasattr(args, "lora") else None
-        if trained is None:
-            trained = SimpleNamespace(args=args.full, dtype=torch.float32)
-            trained.stored_bytes = lambda network: 0
+        run = stand_in(args.run, processes=1 + args.run.shard, zero=zero)
+        adapts = hasattr(args, "lora")
+        trained: Any = Frozen(run, args.lora) if adapts else AllWeights(run, args.full)
         network = nn.Linear(1, 1, bias=False, device="meta")
 
         def cost(*, checkpointing: bool) -> tuple[nn.Module, Cost]:
@@ -176,6 +179,104 @@ def test_each_choice_is_told_with_its_reason(make_tried: Any) -> None:
     assert lines[1] == "  the largest phase has 12.00 GiB (training), computed, not measured"
     assert lines[2].endswith("without it training has 24.00 GiB")
     assert fit.told(80, {}, tried)[0].startswith("--fit 80: the options fit as they are")
+
+
+PACKING = {"base_precision", "blocks_on_cpu"}
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *([], ["--torch_compile"], ["--shard"], ["--torch_compile", "--shard"]),
+        *(["--activations_on_cpu"], ["--base_precision", "fp8"], ["--fused_backward"]),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("script", [train_lora_sd3, train_full_sd3])
+def test_nothing_is_chosen_that_the_run_would_refuse(
+    make_tried: Any, script: Any, flags: list[str], zero: bool
+) -> None:
+    try:
+        tried = make_tried("--train_batch_size", "2", *flags, script=script, zero=zero)
+    except SystemExit:  # no option of the script
+        return
+    refused = tried.refusal({})
+    if refused is not None:  # what was typed already: said, and nothing is chosen
+        with pytest.raises(UserError, match=re.escape(str(refused))):
+            fit.choose(tried, 80)
+        return
+    every = [change for change in fit.changes(tried) if tried.refusal(change) is None]
+    typed = [*flags, *fit.words(every[-1]).split()]  # what is chosen may be typed, all together
+    assert make_tried(*typed, script=script, zero=zero).refusal({}) is None, typed
+    packs = any(PACKING & change.keys() for change in every)
+    together = zero or "--shard" in flags or "--torch_compile" in flags
+    assert packs == (hasattr(tried.args, "lora") and not together)
+    with pytest.raises(UserError) as said:
+        fit.choose(tried, 1.1)
+    assert packs == ("--base_precision" in str(said.value) or "--blocks_on_cpu" in str(said.value))
+
+
+def test_without_the_package_of_four_bits_the_base_is_at_most_int8(
+    make_tried: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dojo.finetune.lora.adapter.find_spec", lambda _: None)
+    tried = make_tried("--train_batch_size", "4")
+    every = [change for change in fit.changes(tried) if tried.refusal(change) is None]
+    assert {change.get("base_precision") for change in every} == {None, "int8"}
+    assert every[-1]["base_precision"] == "int8"
+    assert every[-1]["blocks_on_cpu"] == 4
+    assert tried.refusal({"base_precision": "nf4"}) is not None
+
+
+def test_what_is_refused_or_held_is_found_once(make_tried: Any) -> None:
+    tried = make_tried("--train_batch_size", "4")
+    asked: list[str] = []
+    plain = Frozen.stored_bytes
+
+    def count(self: Frozen, network: nn.Module) -> tuple[int, int]:
+        asked.append(repr(self.args))
+        return plain(self, network)
+
+    tried.trained = type("Counting", (Frozen,), {"stored_bytes": count})(
+        tried.trained.run, tried.args.lora
+    )
+    for card in (2.0, 3.0):
+        with pytest.raises(UserError):
+            fit.choose(tried, card)
+    sizes, checkpointing = 3, 2
+    times = {one: asked.count(one) for one in asked}
+    assert max(times.values()) == sizes * checkpointing
+    assert sum(times.values()) == len({"bf16", "int8", "nf4"}) * sizes * checkpointing + 100
+
+
+def test_weights_that_are_gathered_do_not_grow_with_the_batch(make_tried: Any) -> None:
+    tried = make_tried("--train_batch_size", "4", "--shard")
+    rows = {4: {}, 1: {"train_batch_size": 1, "gradient_accumulation_steps": 4}}
+    for count, change in rows.items():
+        held = tried._held(change)
+        assert held.activations == count * 4 * GIB + 2  # one weight in bfloat16
+        assert held.whole == 2
+        assert held.leaving == 0
+    assert make_tried()._held({}).whole == 0
+
+
+@pytest.mark.parametrize("stored", [{}, {"base_precision": "fp8"}, {"blocks_on_cpu": 2}], ids=str)
+def test_what_leaves_for_a_while_are_the_weights_of_the_network(
+    tiny_sd3: Path, stored: dict[str, Any]
+) -> None:
+    model = sd3.open_model(sd3.ModelArgs(pretrained_model_name_or_path=str(tiny_sd3)))
+    run = stand_in(SimpleNamespace(shard=False))
+    run.dtype = torch.float32
+    trained = Adapters(run, lora.LoraArgs(rank=4, **stored))
+    meta = model.meta_network().requires_grad_(False)
+    real = model.load_network(torch.float32, CPU, prepare=trained.storage.prepare)
+    for network in (meta, real):
+        trained.adapt(network)
+    counted = fit.held(trained, meta, Cost(0, 0), 16, OptimArgs())
+    there = sum(one.nbytes for one in (*real.parameters(), *real.buffers()))
+    assert counted.leaving == there
+    assert counted.kept >= there
 
 
 def test_weights_that_all_train_are_neither_quantised_nor_moved(make_tried: Any) -> None:

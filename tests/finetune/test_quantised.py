@@ -8,6 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from dojo import finetune, rng
 from dojo.cli import UserError
-from dojo.finetune import lora, quantised
+from dojo.finetune import lora
 from dojo.finetune.offload import Storage
-from dojo.finetune.quantised import FrozenLinear, Precision
-from dojo.models import opening, sd3
+from dojo.models import opening, quantised, sd3
 from dojo.models.family import Model, ModelArgs
+from dojo.models.quantised import FrozenLinear, Precision
 from dojo.run import cost
 from tests.conftest import make_tiny
+from tests.processes import together
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +131,28 @@ def test_rows_are_packed_alike_however_many_at_a_time(monkeypatch: pytest.Monkey
         assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
 
+def averages() -> None:
+    """In each of two processes: gradients behind a packed layer that both have from the first."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    for precision in ("bf16", "int8", "fp8"):
+        torch.manual_seed(accelerator.process_index)
+        network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        network[1].requires_grad_(False)
+        quantised.replace(network, "1", precision)
+        wrapped: Any = accelerator.prepare(network)
+        wrapped(torch.randn(2, 8)).square().mean().backward()
+        gradient = cast("Tensor", network[0].weight.grad)
+        for own in (*network.parameters(), gradient):
+            everyones: Any = accelerator.gather(own.detach().flatten())
+            assert torch.equal(*everyones.chunk(2)), precision
+    accelerator.end_training()
+
+
+def test_processes_have_the_same_packed_weights(tmp_path: Path) -> None:
+    code, said = together(averages, (), tmp_path, None, 2)
+    assert code == 0, said
+
+
 # ---- a network ----
 
 
@@ -178,7 +202,8 @@ def test_a_prediction_stays_near_and_only_layers_of_blocks_are_packed(pair: Pair
         if name.rpartition(".")[0] not in inside or name.endswith("bias"):
             assert torch.equal(kept[name], param), name
     frozen = [param for param in pair.packed.parameters() if not param.requires_grad]
-    assert Storage(pair.precision).bytes_of(pair.plain) == sum(param.nbytes for param in frozen)
+    there = sum(param.nbytes for param in frozen)
+    assert Storage(pair.precision).bytes_of(pair.plain) == (there, 0)
 
 
 def test_gradients_are_as_large_as_those_of_the_plain_network(pair: Pair) -> None:
@@ -377,7 +402,7 @@ def test_what_a_dry_run_counts_is_what_is_stored(tiny_sd3: Path) -> None:
         stored = sum(param.nbytes for param in network.parameters())
         meta = nn.Module.to(model.meta_network().requires_grad_(False), torch.bfloat16)
         lora.add(meta, lora.LoraArgs(rank=4))
-        assert storage.bytes_of(meta) == stored
+        assert storage.bytes_of(meta) == (stored, 0)
 
 
 @pytest.mark.parametrize(

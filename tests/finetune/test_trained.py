@@ -258,17 +258,20 @@ def test_the_result_of_all_weights_is_a_pipeline_of_one_plain_call(
 def test_what_could_not_be_trained_is_refused(tmp_path: Path) -> None:
     run, low = start(tmp_path), finetune.WholeArgs(train_dtype="bf16")
 
-    def chosen(kind: Any, **options: Any) -> Trained:
+    def chosen(kind: Any, full: finetune.WholeArgs, **options: Any) -> Trained:
         return finetune.choose(
-            finetune.FinetuneArgs(finetune=kind), run, lora=replace(LORA, **options), full=low
+            finetune.FinetuneArgs(finetune=kind), run, lora=replace(LORA, **options), full=full
         )
 
-    chosen("lora").check(OPTIM)
-    assert chosen("lora").dtype == torch.float32
+    plain = finetune.WholeArgs()
+    chosen("lora", plain).check(OPTIM)
+    assert chosen("lora", plain).dtype == torch.float32
+    with pytest.raises(UserError, match="--train_dtype bf16 goes with --finetune full: adapters"):
+        chosen("lora", low)
     with pytest.raises(UserError, match="--train_dtype bf16 needs --mixed_precision bf16"):
-        chosen("full").check(OPTIM)
+        chosen("full", low).check(OPTIM)
     with pytest.raises(UserError, match="--lora_dropout: the network and its reference would not"):
-        chosen("lora", lora_dropout=0.1)
+        chosen("lora", plain, lora_dropout=0.1)
 
 
 def test_an_optimizer_that_cannot_train_bfloat16_is_refused(tmp_path: Path) -> None:
@@ -308,7 +311,8 @@ def test_a_single_file_is_an_option_of_sd3_alone() -> None:
 
 def test_every_script_has_one_option_for_what_is_trained() -> None:
     for name, usual in {
-        **{"train_ddpo_sd3": "lora", "train_grpo_sd3": "lora"},
+        **{"train_ddpo_sd3": "lora", "train_grpo_sd3": "lora", "train_refl_sd3": "lora"},
+        **{"train_ddpo_sd15": "lora", "train_ddpo_sdxl": "lora"},
         **{"train_dpo_sd15": "full", "train_refl_sd15": "full"},
     }.items():
         (group,) = (

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from dojo.data import shards
-from dojo.models import sd3
+from dojo.models import int8, sd3
 from dojo.run import cost, phases
 
 
@@ -59,7 +59,7 @@ def alone(tiny_sd3: Path) -> phases.Needs:
 def held(alone: phases.Needs) -> phases.Held:
     """A network whose training holds round numbers of bytes."""
     network = alone.config.meta_network()
-    return phases.Held(network=network, weights=1000, kept=5000, activations=4000)
+    return phases.Held(network=network, kept=5000, activations=4000)
 
 
 def sizes(needs: phases.Needs, held: phases.Held) -> dict[str, int]:
@@ -90,7 +90,8 @@ def test_text_encoders_count_one_after_another(
     assert sizes(alone, held)["text cache"] < sum(weights.values()) + found["activations"]
     for other, own in weights.items():
         assert own + phases._reading(
-            tiny_sd3 / other, torch.bfloat16, 32, alone.config.text_lengths[other]
+            phases._encoder(alone.config, other),
+            *(torch.bfloat16, 32, alone.config.text_lengths[other]),
         ) <= sum(found.values())
 
 
@@ -112,18 +113,20 @@ def test_int8_takes_a_byte_a_weight_of_the_blocks_and_a_scale_a_row() -> None:
     total = sum(param.numel() for param in clip.parameters())
     inside = 3 * (4 * 16 * 16 + 2 * 16 * 48)
     rows = 3 * (4 * 16 + 48 + 16)
-    assert phases.encoder_bytes(clip, torch.bfloat16, int8=False) == 2 * total
-    assert phases.encoder_bytes(clip, torch.bfloat16, int8=True) == (
-        2 * (total - inside) + inside + 4 * rows
-    )
+    assert phases.encoder_bytes(clip, torch.bfloat16) == 2 * total
+    counted = 2 * (total - inside) + inside + 4 * rows
+    assert int8.bytes_of(clip, torch.bfloat16) == counted
+    half = nn.Sequential(clip).to(torch.bfloat16)
+    stored = int8.as_asked(half.requires_grad_(False), "int8")
+    assert sum(param.nbytes for param in stored.parameters()) == counted
 
 
 def test_t5_keeps_a_part_that_half_precision_cannot_hold() -> None:
     config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=40, num_layers=2, num_heads=2)
     encoder = T5EncoderModel(config)
     total = sum(param.numel() for param in encoder.parameters())
-    assert phases.encoder_bytes(encoder, torch.bfloat16, int8=False) == 2 * total
-    assert phases.encoder_bytes(encoder, torch.float16, int8=False) == 2 * total + 2 * (2 * 16 * 40)
+    assert phases.encoder_bytes(encoder, torch.bfloat16) == 2 * total
+    assert phases.encoder_bytes(encoder, torch.float16) == 2 * total + 2 * (2 * 16 * 40)
 
 
 def test_the_latent_cache_holds_the_autoencoder_and_its_activations(
@@ -171,10 +174,20 @@ def test_class_pictures_are_drawn_in_turns(alone: phases.Needs, held: phases.Hel
     )
 
 
+def test_class_pictures_are_told_by_text_encoders_where_and_as_a_run_has_them(
+    alone: phases.Needs, held: phases.Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = replace(alone, class_pictures=3, text_bytes=lambda encoder, dtype: 10**9)
+    found = parts(needs, held, "class pictures")
+    assert 10**9 in found.values()
+    monkeypatch.setattr(phases, "_encoders", None)  # nobody asks for them
+    assert max(parts(replace(needs, text_on_cpu=True), held, "class pictures").values()) < 10**9
+
+
 def test_a_validation_sends_the_network_away_while_it_decodes(
     alone: phases.Needs, held: phases.Held
 ) -> None:
-    large = replace(held, weights=10**9, kept=3 * 10**9)
+    large = replace(held, leaving=10**9, kept=3 * 10**9)
     needs = replace(alone, decoded=1)
     vae = phases._autoencoder(alone, torch.float32)
     own, decoding = phases._bytes(vae), phases._decoding(vae, needs, 1)
@@ -184,8 +197,10 @@ def test_a_validation_sends_the_network_away_while_it_decodes(
     stays = replace(needs, vae_stays=True)
     assert sizes(stays, large)["validation"] == 3 * 10**9 + own + max(asking, decoding)
     assert sizes(stays, large)["training"] == 3 * 10**9 + 4000 + own
-    quantised = replace(large, leaves=False)
-    assert sizes(needs, quantised)["validation"] == 3 * 10**9 + own + max(asking, decoding)
+    sharded = replace(large, leaving=0, whole=10**10)
+    found = sizes(needs, sharded)
+    assert found["validation"] == 13 * 10**9 + own + max(asking, decoding)
+    assert found["training"] == 3 * 10**9 + 4000  # a block at a time, among the activations
 
 
 def test_rewards_stay_on_the_device_and_their_drawing_is_called_scoring(

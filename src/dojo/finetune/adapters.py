@@ -68,7 +68,7 @@ class Adapters(Trained):
                 "products: leave it out"
             )
 
-    def stored_bytes(self, network: nn.Module) -> int:
+    def stored_bytes(self, network: nn.Module) -> tuple[int, int]:
         """See `Trained`; of weights in CPU memory those on their way count."""
         return self.storage.bytes_of(network)
 

@@ -93,13 +93,16 @@ class Trained(ABC):
             UserError: naming both.
         """
 
-    def stored_bytes(self, network: nn.Module) -> int:
-        """Bytes on the device of the network's frozen weights, as training stores them.
+    def stored_bytes(self, network: nn.Module) -> tuple[int, int]:
+        """Bytes on the device of the network's frozen weights, as training stores them; and of
+        these those of weights that are only on their way, which stay when the network leaves.
 
         Args:
             network: as `stored` gives it, also on the meta device.
+        Raises:
+            UserError: it cannot be stored so.
         """
-        return sum(param.nbytes for param in network.parameters() if not param.requires_grad)
+        return sum(param.nbytes for param in network.parameters() if not param.requires_grad), 0
 
     # ---- the network ----
 

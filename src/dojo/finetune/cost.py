@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
+from dojo.cli import UserError
 from dojo.finetune import fit
 from dojo.finetune.contract import Trained
 from dojo.models.family import Model
@@ -74,10 +76,12 @@ def begin(
     Returns:
         Whether there is something to train.
     Raises:
-        UserError: the folder holds another run.
+        UserError: the folder holds another run, or the trained weights cannot lag.
         Planned: a plan for `--fit` ends here.
     """
     trained.check_model(args.model)
+    if lagged:
+        _check_lagged(trained, shard=args.run.shard)
     batch_size = args.optim.train_batch_size
     if args.run.dry_run:
         state = trained.bytes_per_weight(args.optim, args.ema, with_reference=with_reference)
@@ -92,3 +96,16 @@ def begin(
         return False
     run.watch_flops(lambda: cost(checkpointing=False)[1], batch_size)
     return True
+
+
+def _check_lagged(trained: Trained, *, shard: bool) -> None:
+    if shard:
+        raise UserError(
+            "--shard does not work with an old policy: it changes places with the trained weights "
+            "whole, and a process has parts of them"
+        )
+    if trained.dtype != torch.float32:
+        raise UserError(
+            "--train_dtype bf16: the policy that lags behind moves in steps that bfloat16 rounds "
+            "away; leave it at fp32"
+        )

@@ -16,7 +16,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -143,10 +143,15 @@ def choose(tried: Tried, card: float, typed: frozenset[str] = frozenset()) -> Ch
         card: its GB.
         typed: options that stay as they are.
     Raises:
-        UserError: nothing fits; naming what comes nearest, and the card that it fits.
+        UserError: the run is refused as it is, or nothing fits; naming what comes nearest, and
+            the card that it fits.
     """
+    if (refused := tried.refusal({})) is not None:
+        raise UserError(str(refused)) from refused
     every: list[Change] = []
-    for change in filter(tried.possible, changes(tried, typed)):
+    for change in changes(tried, typed):
+        if tried.refusal(change) is not None:
+            continue
         every.append(change)
         if tried.wanted(change) <= card:
             return change
@@ -203,12 +208,8 @@ def _network_steps(args: Any, needs: Needs, free: set[str]) -> Iterator[Change]:
     batch stays the same.
     """
     batches = list(_batches(args, needs, free))
-    precisions: tuple[str | None, ...] = (None,)
-    if "base_precision" in free and args.lora.base_precision == "bf16":
-        precisions = (None, "int8", "nf4")
     last: Change = {}
-    for precision in precisions:
-        base = {} if precision is None else {"base_precision": precision}
+    for base in _bases(args, free):
         for checkpointing in ({}, {"gradient_checkpointing": True}):
             for batch in batches:
                 last = {**base, **checkpointing, **batch}
@@ -216,6 +217,17 @@ def _network_steps(args: Any, needs: Needs, free: set[str]) -> Iterator[Change]:
     if "blocks_on_cpu" in free:
         for number in range(1, _MOST_BLOCKS + 1):
             yield {**last, "blocks_on_cpu": number}
+
+
+def _bases(args: Any, free: set[str]) -> Iterator[Change]:
+    """Fewer bits for the frozen weights, as far as there is the package that unpacks them."""
+    yield {}
+    if "base_precision" not in free or args.lora.base_precision != "bf16":
+        return
+    for precision in ("int8", "nf4"):
+        with suppress(UserError):
+            replace(args.lora, base_precision=precision).check_package()
+            yield {"base_precision": precision}
 
 
 _MOST_BLOCKS = 100  # no network has more; what has fewer refuses more
@@ -247,8 +259,10 @@ class Tried:
     cost: Callable[..., tuple[Any, Cost]]
     needs: Needs
     bytes_per_weight: int
-    _costs: dict[bool, tuple[Any, Cost]] = field(default_factory=dict[bool, tuple[Any, Cost]])
-    _helds: dict[str, Held] = field(default_factory=dict[str, Held])
+    _network: Any = None
+    _costs: dict[bool, Cost] = field(default_factory=dict[bool, Cost])
+    _refusals: dict[str, Exception | None] = field(default_factory=dict[str, Exception | None])
+    _helds: dict[str, Held | UserError] = field(default_factory=dict[str, Held | UserError])
     _found: dict[str, list[Phase]] = field(default_factory=dict[str, list[Phase]])
 
     @property
@@ -257,17 +271,33 @@ class Tried:
         own: Any = self.trained
         return getattr(self.args, "lora", None) is own.args
 
-    def possible(self, change: Change) -> bool:
-        """Whether the options take the change."""
-        try:
-            self._held(change)
-        except (ValueError, UserError):
-            return False
-        return True
+    def refusal(self, change: Change) -> Exception | None:
+        """With what the run would be refused with the change; None if it would not be."""
+        key = _key(change)
+        if key not in self._refusals:
+            try:
+                self._check(change)
+                self._refusals[key] = None
+            except (ValueError, UserError) as refused:
+                self._refusals[key] = refused
+        return self._refusals[key]
+
+    def _check(self, change: Change) -> None:
+        """
+        Raises:
+            ValueError: the options do not go together.
+            UserError: the run would be refused.
+        """
+        args = changed(self.args, change)
+        trained = self._trained(args)
+        trained.check(args.optim)
+        trained.check_model(args.model)
+        trained.run.check_sharing(args)
+        self._held(change)
 
     def phases(self, change: Change) -> list[Phase]:
         """What each phase holds."""
-        key = repr(sorted(change.items()))
+        key = _key(change)
         if key not in self._found:
             needs = replace(self.needs, **needs_of(changed(self.args, change).model))
             self._found[key] = phases.compute(needs, self._held(change))
@@ -282,21 +312,43 @@ class Tried:
         return phases.wanted(self.largest(change).size / _GIB)
 
     def _held(self, change: Change) -> Held:
+        """
+        Raises:
+            UserError: the network cannot be stored so.
+        """
         args = changed(self.args, change)
-        lora = getattr(args, "lora", None)
         size, checkpointing = args.optim.train_batch_size, args.model.gradient_checkpointing
-        key = repr((size, checkpointing, lora))
+        key = repr((size, checkpointing, getattr(args, "lora", None)))
         if key not in self._helds:
-            if checkpointing not in self._costs:
-                self._costs[checkpointing] = self.cost(checkpointing=checkpointing)
-            trained: Any = self.trained
-            if self.adapts:
-                trained = type(trained)(trained.run, lora)
-            made = held(trained, *self._costs[checkpointing], self.bytes_per_weight, args.optim)
-            # A batch's activations are those of its rows.
-            rows = size / self.args.optim.train_batch_size
-            self._helds[key] = replace(made, activations=round(rows * made.activations))
-        return self._helds[key]
+            try:
+                self._helds[key] = self._count(args, size, checkpointing=checkpointing)
+            except UserError as refused:
+                self._helds[key] = refused
+        found = self._helds[key]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _count(self, args: Any, size: int, *, checkpointing: bool) -> Held:
+        if checkpointing not in self._costs:
+            network, self._costs[checkpointing] = self.cost(checkpointing=checkpointing)
+            # One for all: they differ in what is recomputed alone.
+            self._network = network if self._network is None else self._network
+        cost = self._costs[checkpointing]
+        # A batch's activations are those of its rows.
+        rows = size / self.args.optim.train_batch_size
+        saved, peak = (round(rows * one) for one in (cost.saved_bytes, cost.peak_bytes))
+        cost = replace(cost, saved_bytes=saved, peak_bytes=peak)
+        return held(self._trained(args), self._network, cost, self.bytes_per_weight, args.optim)
+
+    def _trained(self, args: Any) -> Trained:
+        """What is trained with other options."""
+        trained: Any = self.trained
+        return type(trained)(trained.run, args.lora) if self.adapts else trained
+
+
+def _key(change: Change) -> str:
+    return repr(sorted(change.items()))
 
 
 def held(
@@ -312,31 +364,34 @@ def held(
     params = [param for param in network.parameters() if param.requires_grad]
     count = sum(param.numel() for param in params)
     stepping = fused.step_bytes(params) if optim.fused_backward else 0
-    parts, gathered = _shared(trained.run, network)
-    buffers = sum(buffer.nbytes for buffer in network.buffers())
-    frozen = trained.stored_bytes(network) + buffers
-    plain = sum(param.nbytes for param in network.parameters() if not param.requires_grad) + buffers
+    stored, on_their_way = trained.stored_bytes(network)
+    frozen = stored + sum(buffer.nbytes for buffer in network.buffers())
+    parts, gathered, whole = _shared(trained.run, network)
+    leaving = frozen + trained.dtype.itemsize * count - on_their_way
     return Held(
         network=network,
-        weights=(frozen + trained.dtype.itemsize * count) // parts,
         kept=(frozen + bytes_per_weight * count) // parts,
         activations=cost.held_bytes + stepping + gathered,
-        leaves=frozen == plain,
+        leaving=0 if trained.run.replicas.owns_storage else leaving,
+        whole=whole,
     )
 
 
-def _shared(run: Run, network: nn.Module) -> tuple[int, int]:
-    """Among how many processes `--shard` shares the weights out, and the bytes of those that are
-    whole on each meanwhile: of two blocks, and of what lies in no block."""
+def _shared(run: Run, network: nn.Module) -> tuple[int, int, int]:
+    """Among how many processes `--shard` shares the weights out; the bytes of those that are whole
+    on each meanwhile in a step, of two blocks and of what lies in no block; and of all weights, as
+    a process has them that asks the network without the others (`Replicas.gathered`)."""
     if not run.args.shard:
-        return 1, 0
+        return 1, 0, 0
     parts = int(os.environ.get("LOCAL_WORLD_SIZE") or run.accelerator.num_processes)
+    if parts == 1:
+        return 1, 0, 0
     names = set(getattr(network, "_no_split_modules", None) or ())
     blocks = [one for one in network.modules() if type(one).__name__ in names]
     sizes = [sum(param.numel() for param in one.parameters()) for one in blocks]
     rest = sum(param.numel() for param in network.parameters()) - sum(sizes)
-    whole = rest + 2 * max(sizes, default=0)
-    return parts, (whole * run.dtype.itemsize if parts > 1 else 0)
+    size = run.dtype.itemsize
+    return parts, size * (rest + 2 * max(sizes, default=0)), size * (rest + sum(sizes))
 
 
 def changed(args: ArgsT, change: Change) -> ArgsT:

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dojo.cli import UserError
-
 
 class Lagged:
     """Trained weights that follow the others with a delay.
@@ -18,26 +16,22 @@ class Lagged:
     `Learner`), so that a run goes on exactly.
 
     Args:
-        params: the trained weights, float32: in bfloat16 a slow step would be rounded away.
-    Raises:
-        UserError: they are not.
+        network: that has them.
+        params: the trained weights, whole and float32 (`cost.begin` refuses others): in bfloat16 a
+            slow step would be rounded away.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter]) -> None:
-        if any(param.dtype != torch.float32 for param in params):
-            raise UserError(
-                "--train_dtype bf16: the policy that lags behind moves in steps that bfloat16 "
-                "rounds away; leave it at fp32"
-            )
+    def __init__(self, network: nn.Module, params: Sequence[nn.Parameter]) -> None:
+        self.network = network
         self.params = list(params)
         self.values = [param.detach().clone() for param in self.params]
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The lagged weights in the model for a while."""
+    def applied(self) -> Iterator[nn.Module]:
+        """The network, with the lagged weights in it for a while."""
         self._swap()
         try:
-            yield
+            yield self.network
         finally:
             self._swap()
 

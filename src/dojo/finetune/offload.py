@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dojo.cli import UserError
-from dojo.finetune import quantised
-from dojo.finetune.quantised import FrozenLinear, Packed, Precision
+from dojo.models import quantised
 from dojo.models.opening import facts_of
+from dojo.models.quantised import FrozenLinear, Packed, Precision
 
 # ---- weights ----
 
@@ -143,6 +143,17 @@ def blocks_of(network: nn.Module) -> list[str]:
     return [name for name, _ in network.named_modules() if block.fullmatch(name)]
 
 
+def in_blocks(network: nn.Module) -> Callable[[str], bool]:
+    """Whether a layer of a network, by its full name, lies in a transformer block.
+
+    What lies before and behind the blocks (the embeddings of time and text, the first and last
+    projection) is a hundredth of the weights, and rounding it to 4 bits changes a prediction more
+    than rounding all the blocks does.
+    """
+    inside = re.compile(rf"{facts_of(network).block}\..+")
+    return lambda name: inside.fullmatch(name) is not None
+
+
 def spread(blocks: list[str], count: int) -> list[str]:
     """So many of some blocks, evenly spread: the others' time hides their copies.
 
@@ -184,37 +195,40 @@ class Storage:
                     place = belt if block in away else None
                     quantised.replace(network, name, self.precision, device, place)
 
-    def bytes_of(self, network: nn.Module) -> int:
-        """Bytes of a network's frozen weights on the device, with those of a block on its way.
+    def bytes_of(self, network: nn.Module) -> tuple[int, int]:
+        """Bytes of a network's frozen weights on the device; and of these those of weights that
+        come from CPU memory, and are no parameters: while one block computes, the next one comes.
 
         Args:
             network: as for `quantised.bytes_of`.
         Raises:
             UserError: it has fewer blocks.
         """
-        total = quantised.bytes_of(network, self.precision)
+        total = quantised.bytes_of(network, self.precision, in_blocks(network))
         if not self.blocks_on_cpu:
-            return total
-        sizes = {block: self._bytes(layers) for block, layers in self._layers(network).items()}
-        away = [sizes[block] for block in spread(list(sizes), self.blocks_on_cpu)]
-        # While one block computes, the next one comes.
-        return total - sum(away) + sum(sorted(away)[-2:])
+            return total, 0
+        layers = self._layers(network)
+        away = sorted(
+            self._bytes(layers[block]) for block in spread(list(layers), self.blocks_on_cpu)
+        )
+        coming = sum(away[-2:])
+        return total - sum(away) + coming, coming
 
     def _layers(self, network: nn.Module) -> dict[str, dict[str, nn.Linear]]:
         """The linear layers of each block by their full names."""
-        return {
-            block: dict(quantised.linears(network, _below(block))) for block in blocks_of(network)
-        }
+        made: dict[str, dict[str, nn.Linear]] = {block: {} for block in blocks_of(network)}
+        inside = re.compile(rf"({facts_of(network).block})\..+")
+        for name, linear in quantised.linears(network, in_blocks(network)):
+            found = inside.fullmatch(name)
+            assert found is not None, "it lies in a block"
+            made[found[1]][name] = linear
+        return made
 
     def _bytes(self, layers: Mapping[str, nn.Linear]) -> int:
         weights = [linear.weight for linear in layers.values() if not linear.weight.requires_grad]
         return sum(
             quantised.packed_bytes(weight.shape, self.precision, weight.dtype) for weight in weights
         )
-
-
-def _below(block: str) -> Callable[[str], bool]:
-    return lambda name: name.startswith(f"{block}.")
 
 
 # ---- activations ----
@@ -225,7 +239,8 @@ def keep_activations_on_cpu(network: nn.Module) -> None:
 
     With gradient checkpointing those are the inputs of the blocks. As
     `torch.autograd.graph.save_on_cpu`, but for the weights, which stay where they are: that one
-    copies the frozen ones too, at every layer.
+    copies the frozen ones too, at every layer. The bfloat16 copies that autocast makes of float32
+    weights are tensors of their own and do go: slower, and the same numbers.
     """
     opened: list[Any] = []
 

@@ -35,13 +35,19 @@ def choose(args: FinetuneArgs, run: Run, *, lora: LoraArgs, full: WholeArgs) -> 
     """What `--finetune` says, for methods that compare two passes over one input.
 
     Raises:
-        UserError: `--lora_dropout`, under which two passes differ.
+        UserError: `--lora_dropout`, under which two passes differ, or weights of adapters in half
+            precision.
     """
     if args.finetune == "full":
         _refuse_storage(lora)
         return AllWeights(run, full)
     if lora.lora_dropout:
         raise UserError("--lora_dropout: the network and its reference would not be comparable")
+    if full.train_dtype == "bf16":
+        raise UserError(
+            "--train_dtype bf16 goes with --finetune full: adapters are float32, since bfloat16 "
+            "would round their small steps away"
+        )
     return Adapters(run, lora)
 
 

@@ -40,7 +40,8 @@ class WholeArgs:
 
     train_dtype: Literal["fp32", "bf16"] = "fp32"
     """the trained weights: fp32 masters (with autocast by --mixed_precision), or bf16 whose lower
-    16 bits the optimizer keeps (adamw, lion, adafactor): float32's steps, a fifth less memory"""
+    16 bits the optimizer keeps (adamw, lion, adafactor and those with 8-bit states): float32's
+    steps, a fifth less memory"""
     freeze: tuple[str, ...] = ()
     """weights that stay as they are: adaln (SD3's modulation layers, a third of SD3.5-Medium's
     weights), parts of names (pos_embed, context_embedder, transformer_blocks.0, conv_in), or re:

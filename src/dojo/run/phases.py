@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +16,6 @@ from typing import Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-import transformers
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
@@ -37,8 +35,6 @@ TEXTS, LATENTS, CLASS, TRAINING, VALIDATION, SCORING = PHASES = (
     *("training", "validation", "scoring"),
 )
 _GIB = 2**30
-# The linear layers of a text encoder that int8 replaces: inside the blocks of CLIP and of T5.
-_INT8 = re.compile(r"(.*\.)?(layers|block)\.\d+\.(?!.*\bwo$).*")
 
 
 class Model(Protocol):
@@ -53,6 +49,7 @@ class Model(Protocol):
     @property
     def text_lengths(self) -> Mapping[str, int]: ...
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]: ...
+    def meta_encoder(self, part: str) -> nn.Module: ...
     def meta_network(self) -> Any: ...
     def meta_inputs(
         self, rows: int, shape: tuple[int, int, int], dtype: torch.dtype
@@ -67,6 +64,22 @@ class Model(Protocol):
     ) -> Tensor: ...
 
 
+def bytes_of(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights in a precision."""
+    return dtype.itemsize * sum(param.numel() for param in model.parameters())
+
+
+def encoder_bytes(encoder: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a text encoder's weights in a precision."""
+    kept = getattr(encoder, "_keep_in_fp32_modules", None) or ()
+    if dtype != torch.float16 or not kept:
+        return bytes_of(encoder, dtype)
+    # transformers keeps T5's in float32.
+    whole = [one for name, one in encoder.named_modules() if name.rpartition(".")[2] in kept]
+    more = sum(param.numel() for one in whole for param in one.parameters())
+    return bytes_of(encoder, dtype) + 2 * more
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """What a run holds beside the network that it trains."""
@@ -79,14 +92,16 @@ class Needs:
     """height and width of the largest picture in pixels"""
     text_on_cpu: bool = False
     """the text encoders compute on the CPU"""
-    text_in_int8: bool = False
-    """their blocks' weights take a byte each"""
+    text_bytes: Callable[[nn.Module, torch.dtype], int] = encoder_bytes
+    """of the weights of a text encoder on the meta device, as it is stored in a precision"""
     tiling: bool = False
     """the autoencoder takes large pictures in tiles"""
     slicing: bool = False
     """the autoencoder takes the pictures of a batch one by one"""
     encoded: int = 0
     """pictures whose latents are computed at a time, 0 for none"""
+    embedded: bool = True
+    """texts are embedded before training"""
     decoded: int = 0
     """pictures that are drawn at a time, 0 for none"""
     rows: int | None = None
@@ -113,14 +128,16 @@ class Held:
 
     network: Any
     """as it is trained"""
-    weights: int
-    """of all its weights, as they are stored"""
     kept: int
     """of what is there between two steps: weights, gradients, the optimizer's state, averages"""
     activations: int
     """of what a training step has besides"""
-    leaves: bool = True
-    """the network may leave the device for a while; quantised weights stay"""
+    leaving: int = 0
+    """of its weights, as they are stored, those that may leave the device for a while: none whose
+    memory something else counts on, as with `--shard` and DeepSpeed"""
+    whole: int = 0
+    """of its weights that are gathered from other processes while it is asked and draws, all of
+    them together"""
 
 
 @dataclass(frozen=True)
@@ -140,11 +157,6 @@ class Phase:
         """The parts in words, those of less than a hundredth of a GiB left out."""
         shown = {name: size / _GIB for name, size in self.parts.items() if size >= _GIB / 200}
         return " + ".join(f"{name} {size:.2f}" for name, size in shown.items())
-
-
-def memory(needs: Needs, held: Held) -> dict[str, float]:
-    """GiB of tensors in each phase of a run, in their order."""
-    return {phase.name: phase.size / _GIB for phase in compute(needs, held)}
 
 
 def compute(needs: Needs, held: Held) -> list[Phase]:
@@ -189,10 +201,10 @@ def table(found: Sequence[Phase]) -> list[str]:
 
 
 def _texts(needs: Needs, held: Held) -> Mapping[str, int]:
-    if needs.text_on_cpu or set(needs.live_text).issuperset(needs.config.text_lengths):
+    at_use = set(needs.live_text).issuperset(needs.config.text_lengths)
+    if not needs.embedded or needs.text_on_cpu or at_use:
         return {}
-    found = _encoders(needs, needs.dtype, CAPTIONS, int8=needs.text_in_int8)
-    return max(found, key=_total, default={})
+    return max(_encoders(needs, needs.dtype, CAPTIONS), key=_total, default={})
 
 
 def _latents(needs: Needs, held: Held) -> Mapping[str, int]:
@@ -203,14 +215,15 @@ def _latents(needs: Needs, held: Held) -> Mapping[str, int]:
 
 
 def _class_pictures(needs: Needs, held: Held) -> Mapping[str, int]:
-    """The base pipeline in turns, every part in the precision of the drawing."""
+    """Text encoders one after another, as training has them, then the base's network and
+    autoencoder in turns, every part in the precision of the drawing."""
     count, dtype = needs.class_pictures, needs.class_dtype or needs.dtype
     if not count:
         return {}
     vae = _autoencoder(needs, dtype)
     weights = _own_weights(held.network)
     turns = [
-        *_encoders(needs, dtype, count, int8=False),
+        *([] if needs.text_on_cpu else _encoders(needs, dtype, count)),
         {"network": dtype.itemsize * weights, "activations": _asking(needs, held, 2 * count)},
         {"autoencoder": _bytes(vae), "activations": _decoding(vae, needs, count)},
     ]
@@ -231,8 +244,10 @@ def _drawing(needs: Needs, held: Held) -> Mapping[str, int]:
         return {}
     vae = _autoencoder(needs, needs.vae_dtype)
     rows = 2 * needs.decoded if needs.rows is None else needs.rows
-    gone = held.weights if held.leaves and not needs.vae_stays else 0
+    gone = 0 if needs.vae_stays else held.leaving
     common = {"autoencoder": _bytes(vae), **_residents(needs)}
+    if held.whole:
+        common["gathered weights"] = held.whole
     denoising = {
         "weights and state": held.kept,
         **common,
@@ -254,8 +269,7 @@ def _residents(needs: Needs) -> dict[str, int]:
         made["autoencoder"] = _bytes(_autoencoder(needs, needs.vae_dtype))
     for part in () if needs.text_on_cpu else needs.live_text:
         if (needs.config.folder / part / "config.json").is_file():
-            folder = needs.config.folder / part
-            made[part] = _stored(folder, needs.dtype, needs.text_in_int8)
+            made[part] = _stored(_encoder(needs.config, part), needs.dtype, needs.text_bytes)
     if scorers:
         made["rewards"] = sum(param.nbytes for param in scorers)
     return made
@@ -268,67 +282,46 @@ def _total(parts: Mapping[str, int]) -> int:
 # ---- the parts ----
 
 
-def bytes_of(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights in a precision."""
-    return dtype.itemsize * sum(param.numel() for param in model.parameters())
-
-
-def encoder_bytes(encoder: nn.Module, dtype: torch.dtype, *, int8: bool) -> int:
-    """Bytes of a text encoder's weights.
-
-    Args:
-        int8: the linear layers of its blocks have a byte a weight and a float32 scale a row.
-    """
-    total = bytes_of(encoder, dtype)
-    kept = getattr(encoder, "_keep_in_fp32_modules", None) or ()
-    for name, module in encoder.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        count = module.weight.numel()
-        if int8 and _INT8.fullmatch(name):
-            total += count + 4 * module.out_features - dtype.itemsize * count
-        elif dtype == torch.float16 and name.rpartition(".")[2] in kept:
-            total += 2 * count  # transformers keeps T5's in float32
-    return total
-
-
-def _encoders(
-    needs: Needs, dtype: torch.dtype, captions: int, *, int8: bool
-) -> list[Mapping[str, int]]:
+def _encoders(needs: Needs, dtype: torch.dtype, captions: int) -> list[Mapping[str, int]]:
     """Weights and activations of each text encoder."""
     made: list[Mapping[str, int]] = []
     for part, tokens in needs.config.text_lengths.items():
-        folder = needs.config.folder / part
-        if not (folder / "config.json").is_file():  # SD3 without T5
+        if not (needs.config.folder / part / "config.json").is_file():  # SD3 without T5
             continue
+        encoder = _encoder(needs.config, part)
         made.append(
             {
-                part: _stored(folder, dtype, int8),
-                "activations": _reading(folder, dtype, captions, tokens),
+                part: _stored(encoder, dtype, needs.text_bytes),
+                "activations": _reading(encoder, dtype, captions, tokens),
             }
         )
     return made
 
 
-@cache
-def _encoder(folder: Path) -> nn.Module:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    kind = getattr(transformers, (config.architectures or ["CLIPTextModel"])[0])
-    with torch.device("meta"):
-        return kind(config).eval()
+_made: dict[Path, nn.Module] = {}
+
+
+def _encoder(config: Model, part: str) -> nn.Module:
+    """A text encoder on the meta device, made once."""
+    folder = config.folder / part
+    if folder not in _made:
+        _made[folder] = config.meta_encoder(part)
+    return _made[folder]
 
 
 @cache
-def _stored(folder: Path, dtype: torch.dtype, int8: bool) -> int:
-    return encoder_bytes(_encoder(folder), dtype, int8=int8)
+def _stored(
+    encoder: nn.Module, dtype: torch.dtype, text_bytes: Callable[[nn.Module, torch.dtype], int]
+) -> int:
+    return text_bytes(encoder, dtype)
 
 
 @cache
-def _reading(folder: Path, dtype: torch.dtype, captions: int, tokens: int) -> int:
+def _reading(encoder: nn.Module, dtype: torch.dtype, captions: int, tokens: int) -> int:
     """Bytes that are alive while an encoder reads captions."""
-    encoder = _encoder(folder).to(dtype)
+    encoder = encoder.to(dtype)
     words = torch.empty(captions, tokens, dtype=torch.int64, device="meta")
-    return cost.live_bytes(lambda: encoder(words, output_hidden_states=True))
+    return cost.live_bytes(lambda: encoder(words, output_hidden_states=True, return_dict=True))
 
 
 _asked: WeakKeyDictionary[nn.Module, dict[object, int]] = WeakKeyDictionary()

@@ -19,9 +19,9 @@ from dojo import cli
 from dojo.cli import UserError
 from dojo.finetune.lora import bases, formats, info, merging, reading, resizing
 from dojo.finetune.lora.files import find
-from dojo.finetune.lora.keys import Blocks
 from dojo.finetune.lora.placing import check_lost
 from dojo.models.folders import UNET
+from dojo.models.keys import Blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ from torch import nn
 from dojo.cli import UserError, option, ranges
 from dojo.finetune.lora.formats import Format
 from dojo.finetune.lora.injected import inject
-from dojo.finetune.quantised import Precision
 from dojo.models.facts import NetworkFacts
 from dojo.models.opening import facts_of
+from dojo.models.quantised import Precision
 
 _CLIP_ATTENTION = re.compile(
     r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dojo.cli import UserError
-from dojo.finetune.lora.keys import Blocks
 from dojo.finetune.lora.layers import Layers, Lora
 from dojo.models.family import ModelArgs
 from dojo.models.folders import TRANSFORMER, UNET
+from dojo.models.keys import Blocks
 from dojo.models.opening import open_model
 
 Family = Literal["sd1", "sd2", "sdxl", "kolors", "sd3"]

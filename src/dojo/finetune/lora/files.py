@@ -21,11 +21,11 @@ from dojo.finetune.lora.adapter import LoraArgs
 from dojo.finetune.lora.bases import Base
 from dojo.finetune.lora.formats import Format
 from dojo.finetune.lora.injected import ADAPTER, config_of, set_state, state
-from dojo.finetune.lora.keys import Blocks
 from dojo.finetune.lora.layers import Factors, Layers, Lora, is_dora
 from dojo.finetune.lora.placing import add_loaded, check_lost, fit, fit_lycoris, in_file
 from dojo.finetune.lora.reading import METADATA, PEFT_CONFIG, PEFT_WEIGHTS
 from dojo.models.folders import UNET
+from dojo.models.keys import Blocks
 from dojo.models.opening import facts_of
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -17,10 +17,11 @@ import torch
 
 from dojo.cli import UserError
 from dojo.files import tensors
-from dojo.finetune.lora import bases, keys, lycoris
+from dojo.finetune.lora import bases, lycoris
 from dojo.finetune.lora.bases import Base
 from dojo.finetune.lora.layers import Factors, Layers, Lora, is_dora, to_original
 from dojo.finetune.lora.reading import METADATA
+from dojo.models import keys
 from dojo.models.folders import TRANSFORMER, UNET
 
 Format = Literal["diffusers", "kohya", "comfyui"]

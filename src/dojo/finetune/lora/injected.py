@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from dojo.cli import UserError
-from dojo.finetune.quantised import FrozenLinear
+from dojo.models.quantised import FrozenLinear
 
 ADAPTER = "default"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dojo.cli import UserError
-from dojo.finetune.lora import keys
+from dojo.models import keys
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from dojo.finetune.lora import keys
+from dojo.models import keys
 from dojo.models.folders import TRANSFORMER, UNET
 
 _NETWORK = ""  # unet or transformer: the rest of the name tells

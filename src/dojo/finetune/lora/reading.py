@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.finetune.lora import lycoris, names
-from dojo.finetune.lora.keys import Blocks
 from dojo.finetune.lora.layers import Factors, Layers, Lora, from_original, is_dora
 from dojo.models.folders import TRANSFORMER, UNET
+from dojo.models.keys import Blocks
 
 METADATA = "lora_adapter_metadata"  # where diffusers looks for the adapters' configurations
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
