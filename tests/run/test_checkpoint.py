@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,13 +222,28 @@ def test_optimizer_and_schedule_go_on_exactly(tmp_path: Path) -> None:
     assert checkpoint.read_state(tmp_path) == STATE
 
 
-@pytest.mark.parametrize("part", ["state.json", "optimizer.pt", "schedule.pt"])
-def test_a_missing_part_is_named(tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "read"),
+    [
+        ("state.json", checkpoint.read_state),
+        ("schedule.pt", checkpoint.read_state),
+        ("optimizer.pt", checkpoint.load_optimizer),
+    ],
+)
+def test_a_missing_part_is_named_by_who_reads_it(
+    tmp_path: Path, part: str, read: Callable[[Path], object]
+) -> None:
     _, optimizer, schedule = training()
     save(tmp_path, optimizer, schedule)
     (tmp_path / part).unlink()
     with pytest.raises(UserError, match=f"{part} is missing"):
-        checkpoint.read_state(tmp_path)
+        read(tmp_path)
+
+
+def test_a_checkpoint_stands_somewhere_without_an_optimizer_file(tmp_path: Path) -> None:
+    _, _, schedule = training()
+    checkpoint.save_training(tmp_path, STATE, schedule, None)
+    assert checkpoint.read_state(tmp_path) == STATE
 
 
 def test_the_gradient_scaler_goes_on_exactly(tmp_path: Path) -> None:

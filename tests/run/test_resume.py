@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_grpo_sd3
 import train_lora_sd3
@@ -15,6 +16,7 @@ from dojo import cli, launch
 from dojo.cli import UserError
 from dojo.run import folders, optim, sharding
 from dojo.run import run as training
+from dojo.run.replicas import Replicas
 from tests.conftest import ROOT, MakeArgs, reset_accelerate, rl_flags
 from tests.run.test_training import metrics, toy
 
@@ -91,6 +93,32 @@ def test_the_rate_goes_on_as_chosen_and_after_a_resume(choice: str, expected: li
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(expected)
+
+
+def test_the_rate_is_set_after_whatever_brings_the_old_one_back(
+    lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cosine = ["--lr_scheduler", "cosine", "--learning_rate", "1e-3", "--max_train_steps", "2"]
+    train_lora_sd3.main(lora_args(tmp_path, *cosine))
+    prepare = Replicas.prepare
+
+    def late(self: Replicas, modules: Any, optimizer: Any, *more: Any) -> Any:
+        """As DeepSpeed, which reads its part of a checkpoint when there is an engine."""
+        assert self.accelerator is not None
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        return prepare(self, modules, optimizer, *more)
+
+    monkeypatch.setattr(Replicas, "prepare", late)
+    reset_accelerate()
+    longer = ["--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
+    longer += ["--lr_when_length_changes", "restart"]
+    train_lora_sd3.main(lora_args(tmp_path, *cosine, *longer))
+    weights = [
+        load_file(tmp_path / "run" / f"checkpoint-{step}" / "pytorch_lora_weights.safetensors")
+        for step in (2, 3)
+    ]
+    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_a_longer_cosine_run_asks_before_it_changes_anything(

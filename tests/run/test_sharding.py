@@ -403,6 +403,22 @@ def test_the_checkpoints_of_the_two_ways_are_told_apart(place: Place) -> None:
         runs.in_process(runs.SCRIPTS["full_sd3"].load(), flags)
 
 
+def test_a_dry_run_looks_at_parts_and_joins_nobody(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def join(*_: Any, **__: Any) -> None:
+        raise AssertionError("a dry run joins no processes")
+
+    monkeypatch.setattr(dist, "init_process_group", join)
+    latest = ("--resume_from_checkpoint", "latest")
+    alone(place, "full_sd3", "one", "--dry_run", *latest)
+    assert "optimizer steps: 4\n" in capsys.readouterr().out
+    plain = place.folder / "plain" / "checkpoint-2"  # without its run's args.json
+    shutil.copytree(place.run("replicas") / "checkpoint-2", plain)
+    with pytest.raises(UserError, match="made without --shard"):
+        alone(place, "full_sd3", "none", "--dry_run", latest[0], str(plain))
+
+
 def test_a_damaged_part_is_found_and_the_checkpoint_before_it_named(place: Place) -> None:
     folder = place.folder / "damaged"
     shutil.copytree(place.run("sharded"), folder)

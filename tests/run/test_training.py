@@ -721,7 +721,7 @@ def test_the_plan_says_the_numbers(
         vae_stays=False,
     )
     kept = 2**20 * 4 + 2**16 * 16
-    held = phases.Held(network=model, weights=kept, kept=kept, activations=2**29)
+    held = phases.Held(network=model, kept=kept, activations=2**29)
     dry_run.print_plan(run, args, held, Cost(3 * 10**12, 2**29), 3, needs=needs)
     shown = capsys.readouterr().out
     assert "trainable parameters: 65,536\n" in shown

@@ -189,9 +189,8 @@ def read_state(folder: Path) -> State:
     Raises:
         UserError: a part is missing or damaged.
     """
-    for part in ("state.json", "optimizer.pt", "schedule.pt"):
-        if not (folder / part).is_file():
-            raise damaged(folder, f"{part} is missing")
+    for part in ("state.json", "schedule.pt"):
+        _require(folder, part)
     with reading(folder):
         table = read_table(folder / "state.json")
         whole = [field.name for field in fields(State) if field.type in ("int", int)]
@@ -206,9 +205,13 @@ def load_part(folder: Path, name: str) -> dict[str, Tensor]:
     Raises:
         UserError: it is missing.
     """
+    _require(folder, name)
+    return load_file(folder / name)
+
+
+def _require(folder: Path, name: str) -> None:
     if not (folder / name).is_file():
         raise damaged(folder, f"{name} is missing")
-    return load_file(folder / name)
 
 
 def save_optimizer(folder: Path, saved: Mapping[str, Any]) -> None:
@@ -217,7 +220,12 @@ def save_optimizer(folder: Path, saved: Mapping[str, Any]) -> None:
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:
-    """Reads an optimizer's state; it moves that to where its weights are."""
+    """Reads an optimizer's state; it moves that to where its weights are.
+
+    Raises:
+        UserError: it is missing.
+    """
+    _require(folder, "optimizer.pt")
     return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
 
 

@@ -7,15 +7,15 @@ would round every weight, adapters too, and keep the exact ones to itself.
 
 ZeRO-1 shards the optimizer's state and ZeRO-2 the gradients too: each process has whole weights, so
 that all but the optimizer is as with plain data parallelism. A checkpoint has what each process
-keeps of the optimizer in `deepspeed/`.
+keeps of the optimizer in `deepspeed/`; DeepSpeed writes the trained weights there too, and has no
+switch for leaving them out (its `exclude_frozen_parameters` is of frozen ones alone).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,34 @@ from torch import Tensor, nn
 from dojo.cli import UserError
 from dojo.run import checkpoint, finite
 from dojo.run.optim import OptimArgs
-from dojo.run.replicas import Learned, Replicas
+from dojo.run.replicas import (
+    AS_IT_WAS,
+    MADE_BY,
+    ZERO,
+    Learned,
+    Replicas,
+    by_zero,
+    check_options,
+    made_by,
+)
 
-FOLDER = "deepspeed"  # of a checkpoint
-_MADE_BY = "made_by.json"
 _TAG = "zero"
 # Those whose step is the same on a flat part of all weights as on each by itself.
 OPTIMIZERS = ("adamw", "lion")
+# Options, and the value at which they change nothing.
+_UNTRIED: Mapping[str, object] = {
+    "train_text_encoder": False,
+    "train_dtype": "fp32",
+    "torch_compile": False,
+    "base_precision": "bf16",
+    "blocks_on_cpu": 0,
+    "activations_on_cpu": False,
+}
+_POLICY = "num_inner_epochs"  # an option of methods that step after several backward passes
+_METHODS = (
+    "DeepSpeed is for supervised training, DPO and ReFL; several processes of this method start "
+    "with scripts/accelerate/multi_gpu.yaml"
+)
 
 
 def asked() -> bool:
@@ -41,7 +62,7 @@ def asked() -> bool:
     return _is_set("ACCELERATE_USE_DEEPSPEED")
 
 
-def check(mixed_precision: str | None, optim: OptimArgs) -> None:
+def check(mixed_precision: str | None, optim: OptimArgs, *, shard: bool = False) -> None:
     """Refuses, before accelerate acts on it, a configuration that would not do what it says.
 
     Raises:
@@ -49,6 +70,11 @@ def check(mixed_precision: str | None, optim: OptimArgs) -> None:
     """
     if not asked():
         return
+    if shard:
+        raise UserError(
+            "--shard does not go with DeepSpeed, which shards in its own way: start it with "
+            "scripts/accelerate/multi_gpu.yaml, or leave --shard out"
+        )
     if _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         # accelerate 1.15 makes plain data parallelism of it, or processes without each other.
         raise UserError(
@@ -107,32 +133,19 @@ def of(accelerator: Any) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def check_resume(folder: Path, accelerator: Any) -> None:
-    """Refuses to go on from a checkpoint of other processes.
+def check_script(args: Any, accelerator: Any) -> None:
+    """Refuses before the work on the data what its engine could not train, or nobody has tried.
 
+    Args:
+        args: the script's options.
     Raises:
-        UserError: saying from which it was made.
+        UserError: naming the option.
     """
-    path = folder / FOLDER / _MADE_BY
-    now = _made_by(accelerator) if of(accelerator) else None
-    then = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if then == now:
+    if not of(accelerator):
         return
-    words = [
-        "without DeepSpeed"
-        if made is None
-        else f"by DeepSpeed ZeRO-{made['stage']} on {made['processes']} processes"
-        for made in (then, now)
-    ]
-    raise UserError(
-        f"{folder} was made {words[0]}, and this run is {words[1]}: what the processes keep of the "
-        "optimizer cannot be dealt anew; go on as it was made"
-    )
-
-
-def _made_by(accelerator: Any) -> dict[str, int]:
-    plugin = accelerator.state.deepspeed_plugin
-    return {"stage": plugin.zero_stage, "processes": accelerator.num_processes}
+    if any(hasattr(group, _POLICY) for group in vars(args).values()):
+        raise UserError(_METHODS)
+    check_options(args, _UNTRIED, "DeepSpeed")
 
 
 class Zero(Replicas):
@@ -140,18 +153,14 @@ class Zero(Replicas):
 
     Args:
         accelerator: of a run that DeepSpeed takes part in.
-        passes: backward passes of a micro-batch.
     Raises:
-        UserError: it cannot train this.
+        UserError: it cannot train by this optimizer.
     """
 
-    def __init__(self, accelerator: Any, optim: OptimArgs, passes: int = 1) -> None:
+    owns_storage = True  # each weight is a view of one row of numbers
+
+    def __init__(self, accelerator: Any, optim: OptimArgs) -> None:
         check_optimizer(optim)
-        if passes > 1:
-            raise UserError(
-                "DeepSpeed is for supervised training, DPO and ReFL; several processes of this "
-                "method start with scripts/accelerate/multi_gpu.yaml"
-            )
         super().__init__(accelerator)
         self._settings = {
             "train_micro_batch_size_per_gpu": optim.train_batch_size,
@@ -166,15 +175,18 @@ class Zero(Replicas):
     # -- training -----------------------------------------------------------------------------
 
     def prepare(
-        self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer
+        self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, passes: int = 1
     ) -> tuple[list[nn.Module], Any]:
         """The engine, which is called as the network, and the optimizer as accelerate wraps it.
 
         Args:
             modules: what is trained.
+            passes: backward passes of a micro-batch.
         Raises:
-            UserError: there are several, or their trained weights are not float32.
+            UserError: there are several of either, or trained weights are not float32.
         """
+        if passes > 1:
+            raise UserError(_METHODS)
         if len(modules) > 1:
             raise UserError("DeepSpeed trains one network: leave --train_text_encoder out")
         network = modules[0]
@@ -217,37 +229,43 @@ class Zero(Replicas):
 
     # -- checkpoints --------------------------------------------------------------------------
 
+    def check_resume(self, folder: Path) -> None:
+        """See `Replicas`: as many processes, and the same stage."""
+        made, now = made_by(folder), self._made_by
+        if made == now:
+            return
+        if made is None:
+            super().check_resume(folder)  # one of --shard's
+        then = "without DeepSpeed" if made is None else by_zero(made)
+        raise UserError(f"{folder} was made {then}, and this run is {by_zero(now)}: {AS_IT_WAS}")
+
+    @property
+    def _made_by(self) -> dict[str, int]:
+        plugin: Any = self.accelerator.state.deepspeed_plugin
+        return {"stage": plugin.zero_stage, "processes": self.accelerator.num_processes}
+
     def write(self, folder: Path, learned: Learned, rest: Callable[[Path], None]) -> None:
-        """Lets every process write its part beside the checkpoint, and moves that into it."""
-        beside = staging(folder)
-        self._save(beside)
+        """Every process writes its part; the first one writes the rest and gives the name."""
 
-        def fill(inside: Path) -> None:
+        def own(inside: Path) -> list[Path]:
+            self.engine.save_checkpoint(
+                str(inside / ZERO), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
+            )
+            mine = f"*zero_pp_rank_{self.accelerator.process_index}_*.pt"
+            return sorted((inside / ZERO / _TAG).glob(mine))
+
+        def others(inside: Path) -> None:
             self.write_weights(inside, learned)
-            beside.rename(inside / FOLDER)
+            text = json.dumps(self._made_by)
+            (inside / ZERO / MADE_BY).write_text(text, encoding="utf-8")
             rest(inside)
-            checkpoint.add_checksums(inside)
 
-        if self.accelerator.is_main_process:
-            checkpoint.write_whole(folder, fill)
+        self.write_together(folder, own, others)
 
     def read(self, folder: Path, learned: Learned) -> None:
         """Puts back weights and average; the optimizer follows when there is an engine."""
         self.read_weights(folder, learned)
         self._resumed = folder
-
-    def _save(self, beside: Path) -> None:
-        if self.accelerator.is_main_process:
-            shutil.rmtree(beside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        # Of the weights DeepSpeed would write a copy; they are in the checkpoint.
-        self.engine.save_checkpoint(
-            str(beside), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
-        )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            text = json.dumps(_made_by(self.accelerator))
-            (beside / _MADE_BY).write_text(text, encoding="utf-8")
 
     def _load(self, folder: Path) -> None:
         """Reads this process's part of a checkpoint.
@@ -257,18 +275,13 @@ class Zero(Replicas):
         """
         with checkpoint.reading(folder):
             path, _ = self.engine.load_checkpoint(
-                str(folder / FOLDER), tag=_TAG, load_module_strict=False
+                str(folder / ZERO), tag=_TAG, load_module_strict=False
             )
         if path is None:
-            raise UserError(f"{folder / FOLDER} is no checkpoint of DeepSpeed's")
+            raise UserError(f"{folder / ZERO} is no checkpoint of DeepSpeed's")
         groups = {"the optimizer's state": self.state(self.engine.optimizer)}
         if broken := self.anywhere(finite.not_finite(groups)):
             raise checkpoint.damaged(folder, f"NaN or infinite numbers in {', '.join(broken)}")
-
-
-def staging(folder: Path) -> Path:
-    """Where the processes write before a checkpoint; removed with what a kill left."""
-    return folder.with_name(f".{folder.name}.{FOLDER}")
 
 
 def _is_set(name: str) -> bool:

@@ -36,7 +36,7 @@ def print_plan(
         f"operations per process and step: {cost.flops * micro_batches / 1e12:.3f} TFLOP",
         f"hours to finish: {hours(run, cost.flops * micro_batches)}",
     ]
-    run.say(json.dumps(folders.options(args), indent=1))
+    run.say(json.dumps(folders.options(args), indent=1, ensure_ascii=False))
     for row in rows:
         run.say(row)
     run.check_folder(args)  # refuses what `begin` would refuse

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dojo.cli import TrainingStopped
 from dojo.files import tensors
-from dojo.run import checkpoint, deepspeed, finite, fused
+from dojo.run import checkpoint, finite, fused
 from dojo.run import optim as optimizers
 from dojo.run.averaging import Averaged, EmaArgs
 from dojo.run.fused import FusedOptimizer
@@ -114,10 +114,9 @@ class Learner:
         self.optimizer, self.schedule = optimizers.make(trained.groups, optim, run)
         self._fused = self.optimizer if isinstance(self.optimizer, FusedOptimizer) else None
         self._averaged = Averaged(trained.params, ema, self.optimizer)
-        if deepspeed.of(run.accelerator):
-            run.replicas = deepspeed.Zero(run.accelerator, optim, passes)
-        self._resume()
-        self.modules, self.optimizer = run.replicas.prepare(trained.modules, self.optimizer)
+        state = self._resume()
+        self.modules, self.optimizer = run.replicas.prepare(trained.modules, self.optimizer, passes)
+        self._begin(state)
         run.accelerator.gradient_accumulation_steps *= passes
 
     @property
@@ -302,26 +301,37 @@ class Learner:
             tensors.save(folder / name, part.state_dict())
         checkpoint.save_training(folder, state, self.schedule, self.run.accelerator.scaler)
 
-    def _resume(self) -> None:
-        """Continues from the chosen checkpoint, if there is one; sets the run's step."""
+    def _resume(self) -> checkpoint.State | None:
+        """Continues from the chosen checkpoint, if there is one; sets the run's step.
+
+        Returns:
+            Where the checkpoint stands.
+        """
         run, folder = self.run, self.run.resumed
-        if folder is not None:
-            state = checkpoint.read_state(folder)
-            checkpoint.check_same_run(folder, state, run.state())
-            with checkpoint.reading(folder):
-                run.replicas.read(folder, self._learned())
-                for name, part in self.parts.items():
-                    part.load_state_dict(checkpoint.load_part(folder, name))
-                checkpoint.load_training(folder, self.schedule, run.accelerator.scaler)
-            if broken := self._not_finite():
-                raise checkpoint.damaged(folder, f"NaN or infinite numbers in {broken}")
+        if folder is None:
+            return None
+        state = checkpoint.read_state(folder)
+        checkpoint.check_same_run(folder, state, run.state())
+        with checkpoint.reading(folder):
+            run.replicas.read(folder, self._learned())
+            for name, part in self.parts.items():
+                part.load_state_dict(checkpoint.load_part(folder, name))
+            checkpoint.load_training(folder, self.schedule, run.accelerator.scaler)
+        if broken := self._not_finite():
+            raise checkpoint.damaged(folder, f"NaN or infinite numbers in {broken}")
+        run.step, run.samples = state.step, state.samples
+        run.metrics.load_state(state)
+        return state
+
+    def _begin(self, state: checkpoint.State | None) -> None:
+        """What comes when everything has been read back, the optimizer's groups too."""
+        run = self.run
+        if state is not None:
             if run.span != optimizers.Span(0, run.num_steps) or (
                 state.lr_steps and state.lr_start + state.lr_steps != run.num_steps
             ):
                 optimizers.respan(self.optimizer, self.schedule, run.optim, run.span)
-            run.step, run.samples = state.step, state.samples
-            run.metrics.load_state(state)
-            run.say(f"resuming from {folder} at step {state.step}")
+            run.say(f"resuming from {run.resumed} at step {state.step}")
         if run.main:
             self._forget_later()
         run.accelerator.wait_for_everyone()

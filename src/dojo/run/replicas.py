@@ -1,12 +1,12 @@
 """How the processes of a run share the work on the weights: by default, every one has them all.
 
-`sharding.Shards` is the other way. A `Learner` and what is trained ask these methods, and need not
-know which of the two a run has.
+`sharding.Shards` and `deepspeed.Zero` are the other ways, and `run.start` chooses. A `Learner` and
+what is trained ask these methods, and need not know which of them a run has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,19 @@ from typing import Any, Protocol
 
 import accelerate
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from dojo import files
 from dojo.cli import UserError
+from dojo.files.records import read_table
 from dojo.run import checkpoint, finite
 from dojo.run.averaging import Averaged
 from dojo.run.fused import FusedOptimizer
 
 SHARDS = "shards"  # the folder of a checkpoint that holds the processes' parts
+ZERO = "deepspeed"  # that holds what DeepSpeed wrote
+MADE_BY = "made_by.json"  # in it: by which stage, on how many processes
 
 
 class Written(Protocol):
@@ -54,9 +59,16 @@ class Learned:
 
 
 class Replicas:
-    """Every process has all weights, and accelerate (DDP) averages their gradients."""
+    """Every process has all weights, and accelerate (DDP) averages their gradients.
+
+    Attributes:
+        sharded: this process has a part of each weight only.
+        owns_storage: the weights lie in memory that something else counts on, so that they cannot
+            be moved for a while.
+    """
 
     sharded = False
+    owns_storage = False
 
     def __init__(self, accelerator: accelerate.Accelerator) -> None:
         self.accelerator = accelerator
@@ -104,9 +116,13 @@ class Replicas:
     # -- a step -------------------------------------------------------------------------------
 
     def prepare(
-        self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer
+        self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, passes: int = 1
     ) -> tuple[list[nn.Module], Any]:
-        """Modules and optimizer as the loop uses them."""
+        """Modules and optimizer as the loop uses them.
+
+        Args:
+            passes: backward passes of a micro-batch.
+        """
         network, *others = modules
         # accelerate would move the whole state of one to the device that steps as it goes.
         fused = isinstance(optimizer, FusedOptimizer)
@@ -140,6 +156,19 @@ class Replicas:
 
     # -- checkpoints --------------------------------------------------------------------------
 
+    def check_resume(self, folder: Path) -> None:
+        """Refuses a checkpoint of processes that shared the work in another way.
+
+        Raises:
+            UserError: saying how it was made.
+        """
+        if (folder / SHARDS).is_dir():
+            raise UserError(f"{folder} was made with --shard: give it to go on from it")
+        if made := made_by(folder):
+            raise UserError(
+                f"{folder} was made {by_zero(made)}, and this run is without it: {AS_IT_WAS}"
+            )
+
     def write(self, folder: Path, learned: Learned, rest: Callable[[Path], None]) -> None:
         """Writes a checkpoint, whole or not at all: all processes call it.
 
@@ -159,15 +188,34 @@ class Replicas:
             checkpoint.write_whole(folder, fill)
 
     def read(self, folder: Path, learned: Learned) -> None:
-        """Puts back what `write` wrote of weights, average and optimizer.
-
-        Raises:
-            UserError: the checkpoint was made with `--shard`.
-        """
-        if (folder / SHARDS).is_dir():
-            raise UserError(f"{folder} was made with --shard: give it to go on from it")
+        """Puts back what `write` wrote of weights, average and optimizer."""
         self.read_weights(folder, learned)
         learned.optimizer.load_state_dict(checkpoint.load_optimizer(folder))
+
+    def write_together(
+        self, folder: Path, part: Callable[[Path], Iterable[Path]], rest: Callable[[Path], None]
+    ) -> None:
+        """The same where every process has something to write.
+
+        Args:
+            part: writes this process's files, and returns which they are: a collective.
+            rest: writes all else, on one process.
+        Raises:
+            TrainingStopped: the disk is full.
+        """
+        wait, main = self.accelerator.wait_for_everyone, self.accelerator.is_main_process
+        inside = checkpoint.begin(folder) if main else checkpoint.partial_name(folder)
+        wait()
+        with files.room_in(folder.parent):
+            own = part(inside)
+            sums = {str(path.relative_to(inside)): checkpoint.settled(path) for path in own}
+            several = self.accelerator.num_processes > 1
+            everyones = dict(gather_object([*sums.items()]) if several else sums)
+            if main:
+                rest(inside)
+                checkpoint.add_checksums(inside, everyones)
+        if main:
+            checkpoint.seal(inside, folder)
 
     @staticmethod
     def write_weights(folder: Path, learned: Learned) -> None:
@@ -185,3 +233,36 @@ class Replicas:
 
     def close(self) -> None:
         """Ends what this has begun."""
+
+
+AS_IT_WAS = (
+    "what DeepSpeed's processes keep of the optimizer cannot be dealt anew; go on as it was made"
+)
+
+
+def made_by(folder: Path) -> dict[str, int] | None:
+    """By which stage of DeepSpeed's, and on how many processes, a checkpoint was made; None where
+    it was made without DeepSpeed."""
+    path = folder / ZERO / MADE_BY
+    return read_table(path) if path.is_file() else None
+
+
+def by_zero(made: Mapping[str, int]) -> str:
+    """The same in words."""
+    return f"by DeepSpeed ZeRO-{made['stage']} on {made['processes']} processes"
+
+
+def check_options(args: Any, untried: Mapping[str, object], other: str) -> None:
+    """Refuses options that nobody has tried together with a way to share the work.
+
+    Args:
+        args: the script's options.
+        untried: by name, the value at which they change nothing.
+        other: that way, in the words of the message.
+    Raises:
+        UserError: naming the option.
+    """
+    given = {name: value for group in vars(args).values() for name, value in vars(group).items()}
+    for name, harmless in untried.items():
+        if given.get(name, harmless) != harmless:
+            raise UserError(f"--{name} does not work with {other}: leave one of them out")

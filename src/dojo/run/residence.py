@@ -33,8 +33,8 @@ def at_work(network: nn.Module, device: torch.device) -> Iterator[None]:
 def away(network: nn.Module, device: torch.device, shelter: torch.device = _CPU) -> Iterator[None]:
     """A network that nobody asks leaves the device for a while; an optimizer keeps its parameters.
 
-    Only plain tensors leave. Quantised weights and shards stay: they have other tensors beside
-    them, or another owner.
+    Only plain tensors leave, the codes and scales of packed weights among them. Shards stay: they
+    have another owner.
 
     Args:
         device: that it is to leave.

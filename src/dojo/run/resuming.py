@@ -7,13 +7,19 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from dojo.cli import UserError
-from dojo.run import checkpoint, deepspeed
+from dojo.run import checkpoint
 from dojo.run.optim import OptimArgs, Span, new_span
 from dojo.run.processes import Processes
+from dojo.run.replicas import Replicas
 
 
 def check(
-    folder: Path, here: checkpoint.State, optim: OptimArgs, num_steps: int, processes: Processes
+    folder: Path,
+    here: checkpoint.State,
+    optim: OptimArgs,
+    num_steps: int,
+    processes: Processes,
+    replicas: Replicas,
 ) -> Span:
     """Refuses what could not go on exactly: a collective.
 
@@ -21,6 +27,7 @@ def check(
         folder: the checkpoint.
         here: where the run stands, in its own words.
         num_steps: the run's length.
+        replicas: how the processes share the work now.
     Returns:
         The optimizer steps that the learning rate's schedule runs over.
     Raises:
@@ -28,7 +35,7 @@ def check(
     """
 
     _check_whole(folder, processes)
-    deepspeed.check_resume(folder, processes.accelerator)
+    replicas.check_resume(folder)
     saved = checkpoint.read_state(folder)
     checkpoint.check_batches(folder, saved, here, processes.accelerator.num_processes)
     made = Span(saved.lr_start, saved.lr_steps)

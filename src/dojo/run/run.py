@@ -195,14 +195,15 @@ class Run(Processes):
             outputs.own_pattern(folder, *trackers.files(self.args.tracker_project_name))
             outputs.own(self.metrics.path)
             record = folders.record(args, self.seed, self.accelerator)
-            checkpoint.write_file(folder / "args.json", json.dumps(record, indent=1))
+            text = json.dumps(record, indent=1, ensure_ascii=False)
+            checkpoint.write_file(folder / "args.json", text)
         self.accelerator.wait_for_everyone()
         trackers.start(self.accelerator, args, folder / "logs")
         return True
 
     def check_folder(self, args: Any, result: str = "") -> bool:
         """Whether there is something to do; refuses a folder that holds another run."""
-        sharding.check(args, self.accelerator.mixed_precision)
+        self.check_sharing(args)
         found = folders.look(args, result, self.resumed, self.num_steps, self)
         if self.args.resume_from_checkpoint is not None:
             found.refuse_changed()
@@ -210,10 +211,21 @@ class Run(Processes):
             self.say(found.nothing_to_do)
             return False
         if self.resumed is not None:
-            self.span = resuming.check(self.resumed, self._here(), self.optim, self.num_steps, self)
+            self.span = resuming.check(
+                self.resumed, self._here(), self.optim, self.num_steps, self, self.replicas
+            )
         if self.args.resume_from_checkpoint is None:
             found.refuse_occupied()
         return True
+
+    def check_sharing(self, args: Any) -> None:
+        """Refuses options of a script that do not go with how the processes share the work.
+
+        Raises:
+            UserError: naming the option.
+        """
+        sharding.check(args, self.accelerator.mixed_precision)
+        deepspeed.check_script(args, self.accelerator)
 
     def _here(self) -> checkpoint.State:
         """Where the run stands, without its numbers."""
@@ -386,7 +398,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
             DeepSpeed in a way that is not supported, or not joined.
     """
     sharding.refuse_others()
-    deepspeed.check(run_args.mixed_precision, optim)
+    deepspeed.check(run_args.mixed_precision, optim, shard=run_args.shard)
     names = trackers.chosen(run_args.report_to)  # a dry run refuses what is not installed, too
     accelerator = accelerate.Accelerator(
         mixed_precision=run_args.mixed_precision,
@@ -438,9 +450,11 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         raise
     run = Run(accelerator, run_args, seed)
     run.resumed = resumed
-    if run_args.shard and not run_args.dry_run:
+    if run_args.shard:
         prodigy = optim.kind == "prodigy"  # which adds up over all weights
         run.replicas = sharding.Shards(accelerator, run.dtype, summing=prodigy)
+    elif deepspeed.of(accelerator):
+        run.replicas = deepspeed.Zero(accelerator, optim)
     asked, processes = launch.asked_processes() or 1, accelerator.num_processes
     if asked > processes:
         run.say(

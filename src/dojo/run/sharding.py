@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from dojo import files, launch
+from dojo import launch
 from dojo.cli import UserError
 from dojo.run import checkpoint
-from dojo.run.replicas import SHARDS, Learned, Replicas
+from dojo.run.replicas import SHARDS, Learned, Replicas, check_options
 
 # What works on a weight's numbers one by one, or (prodigy) adds up over all processes.
 OPTIMIZERS = ("adamw", "lion", "prodigy", "schedulefree")
@@ -67,7 +68,6 @@ def check(args: Any, mixed_precision: str) -> None:
     """
     if not args.run.shard:
         return
-    given = {name: value for group in vars(args).values() for name, value in vars(group).items()}
     kind = args.optim.kind
     if kind not in OPTIMIZERS:
         why = _WHY_NOT.get(kind, "its state is packed in blocks that do not follow the parts")
@@ -76,9 +76,7 @@ def check(args: Any, mixed_precision: str) -> None:
         )
     if mixed_precision == "fp16":
         raise UserError("--shard has no loss scaler: use --mixed_precision bf16 in place of fp16")
-    for name, harmless in _UNTRIED.items():
-        if given.get(name, harmless) != harmless:
-            raise UserError(f"--{name} does not work with --shard: leave one of them out")
+    check_options(args, _UNTRIED, "--shard")
 
 
 # Options, and the value at which they change nothing.
@@ -139,19 +137,15 @@ class Shards(Replicas):
     """
 
     sharded = True
+    owns_storage = True  # of gathered weights
 
     def __init__(
         self, accelerator: accelerate.Accelerator, dtype: torch.dtype, *, summing: bool
     ) -> None:
         super().__init__(accelerator)
         self._summing = summing
-        self._alone = not dist.is_initialized()
-        if self._alone:
-            backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        processes = accelerator.num_processes
-        self.on_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
-        self.mesh = _mesh(accelerator.device.type, processes, self.on_machine)
+        self._alone = False
+        self.on_machine = _on_machine(accelerator.num_processes)
         self.policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -159,6 +153,22 @@ class Shards(Replicas):
         self._units: list[tuple[FSDPModule, bool]] = []  # and whether they let go after a forward
         self._parts: list[Part] = []
         self._late = False  # gradients are shared out when all micro-batches are through
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """The processes, replicas over machines by parts within one, or parts alone; asked for
+        when there are weights, so that a dry run joins nobody."""
+        device, processes = self.accelerator.device.type, self.accelerator.num_processes
+        self._alone = not dist.is_initialized()
+        if self._alone:
+            backend = "nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        machines = processes // self.on_machine
+        if machines == 1:
+            return init_device_mesh(device, (processes,), mesh_dim_names=("parts",))
+        return init_device_mesh(
+            device, (machines, self.on_machine), mesh_dim_names=("machines", "parts")
+        )
 
     # -- the weights --------------------------------------------------------------------------
 
@@ -249,7 +259,7 @@ class Shards(Replicas):
     # -- a step -------------------------------------------------------------------------------
 
     def prepare(
-        self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer
+        self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, passes: int = 1
     ) -> tuple[list[nn.Module], Any]:
         """accelerate gets the optimizer alone: it would put DDP round the modules."""
         return list(modules), self.accelerator.prepare(optimizer)
@@ -300,30 +310,35 @@ class Shards(Replicas):
 
     # -- checkpoints --------------------------------------------------------------------------
 
+    def check_resume(self, folder: Path) -> None:
+        """See `Replicas`.
+
+        Raises:
+            UserError: the checkpoint was made without `--shard`.
+        """
+        if not (folder / SHARDS).is_dir():
+            raise UserError(f"{folder} was made without --shard: it goes on without")
+
     def write(self, folder: Path, learned: Learned, rest: Callable[[Path], None]) -> None:
         """Every process writes its parts; the first one writes the rest and gives the name."""
-        wait, main = self.accelerator.wait_for_everyone, self.accelerator.is_main_process
-        temporary = checkpoint.begin(folder) if main else checkpoint.partial_name(folder)
-        wait()
         places: dict[str, DTensor] = {}
         optimizer = self._taken_out(learned.optimizer.state_dict(), places)
         for part, shadow in self._with_average(learned):
             places[f"weights/{part.name}"] = part.around(part.mine.detach())
             if shadow is not None:
                 places[f"average/{part.name}"] = part.around(shadow)
-        with files.room_in(folder.parent):
-            writer = dcp.FileSystemWriter(temporary / SHARDS, sync_files=False)
+
+        def own(inside: Path) -> list[Path]:
+            writer = dcp.FileSystemWriter(inside / SHARDS, sync_files=False)
             dcp.save(places, storage_writer=writer)
-            own = sorted((temporary / SHARDS).glob(f"__{dist.get_rank()}_*"))
-            sums = {f"{SHARDS}/{path.name}": checkpoint.settled(path) for path in own}
-            everyones = dict(gather_object([*sums.items()]) if dist.get_world_size() > 1 else sums)
-            if main:
-                checkpoint.save_optimizer(temporary, optimizer)
-                learned.averaged.save_progress(temporary)
-                rest(temporary)
-                checkpoint.add_checksums(temporary, everyones)
-        if main:
-            checkpoint.seal(temporary, folder)
+            return sorted((inside / SHARDS).glob(f"__{dist.get_rank()}_*"))
+
+        def others(inside: Path) -> None:
+            checkpoint.save_optimizer(inside, optimizer)
+            learned.averaged.save_progress(inside)
+            rest(inside)
+
+        self.write_together(folder, own, others)
 
     def _with_average(self, learned: Learned) -> Iterator[tuple[Part, Tensor | None]]:
         shadows: Sequence[Tensor | None] = learned.averaged.shadows() or [None] * len(self._parts)
@@ -350,13 +365,7 @@ class Shards(Replicas):
         return self._parts[int(next(w for w in reversed(path.split("/")) if w.isdigit()))]
 
     def read(self, folder: Path, learned: Learned) -> None:
-        """See `Replicas`.
-
-        Raises:
-            UserError: the checkpoint was made without `--shard`.
-        """
-        if not (folder / SHARDS).is_dir():
-            raise UserError(f"{folder} was made without --shard: it goes on without")
+        """See `Replicas`."""
         learned.averaged.restore_progress(folder)
         saved = checkpoint.load_optimizer(folder)
         rooms: dict[str, Tensor] = {}
@@ -405,21 +414,19 @@ class Shards(Replicas):
 _NOTE = "part"
 
 
-def _mesh(device: str, processes: int, on_machine: int) -> DeviceMesh:
-    """The processes: replicas over machines by parts within one, or parts alone.
+def _on_machine(processes: int) -> int:
+    """How many of the processes are on this machine.
 
     Raises:
         UserError: the machines have different numbers of them.
     """
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
     if processes % on_machine:
         raise UserError(
             f"--shard: {processes} processes are not the same number on every machine "
             f"({on_machine} on this one)"
         )
-    machines = processes // on_machine
-    if machines == 1:
-        return init_device_mesh(device, (processes,), mesh_dim_names=("parts",))
-    return init_device_mesh(device, (machines, on_machine), mesh_dim_names=("machines", "parts"))
+    return on_machine
 
 
 def _part(module: nn.Module, number: int, name: str, *, summing: bool) -> Part:
