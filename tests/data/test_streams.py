@@ -1,5 +1,6 @@
 """Claims about data in shards: order, reading, the disk they pass through, what is refused."""
 
+import errno
 import io
 import itertools
 import json
@@ -27,7 +28,7 @@ from dojo.data import CaptionArgs, DataArgs, Draw, Rows
 from dojo.data.streams import places
 from dojo.data.streams.disk import Disk
 from dojo.data.streams.packs import BadShard, parquet_rows
-from dojo.data.streams.stream import Stream
+from dojo.data.streams.stream import Stream, write_index
 from tests.processes import together
 
 SIZE = (8, 8)
@@ -203,14 +204,58 @@ def test_a_tar_on_this_machine_is_read_in_place(tmp_path: Path) -> None:
 
 
 def test_an_index_beside_a_tar_spares_reading_it(tmp_path: Path) -> None:
-    from dojo.data.streams.stream import write_index
-
     write_tar(tmp_path / "tars" / "0.tar", range(4))
-    write_index(places.files_at(str(tmp_path / "tars"))[0], tmp_path / "tars")
+    indexed(tmp_path / "tars")
     stream = opened(options(f"file://{tmp_path}/tars", tmp_path))
     assert stream.counts == (4,)
     assert not list((tmp_path / "kept").glob("*.shard"))
     assert [stream.part(0, [3]).captions] == [[("number 3",)]]
+
+
+def indexed(folder: Path) -> Path:
+    """Writes the index of the only tar of a folder."""
+    return write_index(places.files_at(str(folder))[0], folder)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_index_of_another_tar_is_not_used(
+    tmp_path: Path, remote: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tars"
+    for before, after in ((3, 30), (3, 4)):  # of another size; of the same, by the padding
+        write_tar(folder / "0.tar", range(before))
+        size = (folder / "0.tar").stat().st_size
+        indexed(folder)
+        write_tar(folder / "0.tar", range(after))
+        assert ((folder / "0.tar").stat().st_size == size) == (after == 4)
+        args = options(f"file://{folder}" if remote else folder, tmp_path / str(after))
+        assert [number_of(row) for row in rows_of(args)] == list(range(after))
+        assert "0.tar.index.npy is damaged or of another tar" in capsys.readouterr().out
+    indexed(folder)
+    rows_of(options(folder, tmp_path / "again"))
+    assert "another tar" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", b"\x93NUMPY\x01\x00"])
+def test_a_damaged_index_is_not_used(tmp_path: Path, content: bytes) -> None:
+    write_tar(tmp_path / "tars" / "0.tar", range(4))
+    indexed(tmp_path / "tars").write_bytes(content)
+    assert len(rows_of(options(tmp_path / "tars", tmp_path))) == 4
+
+
+def test_rows_that_lie_elsewhere_than_the_index_has_them_are_noticed(tmp_path: Path) -> None:
+    """A tar whose size and end are those of the one that was indexed, and whose middle is not."""
+    path = tmp_path / "tars" / "0.tar"
+    write_tar(path, range(12))
+    indexed(path.parent)
+    content = bytearray(path.read_bytes())
+    first, second = content[:1024], content[1024:2048]  # a picture and its caption change places
+    content[:2048] = second + first
+    path.write_bytes(content)
+    args = options(path.parent, tmp_path)
+    assert [number_of(row) for row in rows_of(args, [5])] == [5]
+    with pytest.raises(UserError, match=r"0.tar row 0: no sample begins where the index has it"):
+        rows_of(args, [0])
 
 
 def test_opening_parquet_reads_footers_alone(
@@ -385,11 +430,37 @@ def test_a_network_that_fails_is_not_taken_for_a_bad_shard(
         raise ConnectionError("reset by peer")
 
     place = places.files_at(f"file://{shards}")[0]
+    pauses: list[float] = []
+    monkeypatch.setattr(places.time, "sleep", pauses.append)
     monkeypatch.setattr("dojo.data.streams.packs.opened", fails)
     with pytest.raises(UserError, match="reset by peer") as caught:
         parquet_rows(place)
     assert not isinstance(caught.value, BadShard)
     assert len(calls) == 3
+    assert pauses == [1.0, 5.0]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_not_taken_for_a_network_that_fails(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    stream = opened(options(f"file://{shards}", tmp_path))
+    reads: list[str] = []
+
+    class Full(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            reads.append("read")
+            raise OSError(code, "as the disk says it while it is written")
+
+    monkeypatch.setattr(places, "opened", lambda path: Full())
+    monkeypatch.setattr(places.time, "sleep", lambda seconds: pytest.fail("it is tried again"))
+    with pytest.raises(UserError, match=r"kept: there is no room .*--data_cache_dir"):
+        stream.part(0, [0])
+    assert reads == ["read"]
+    monkeypatch.setattr("dojo.data.streams.stream._keep", lambda *_: Full().read())
+    write_tar(tmp_path / "tars" / "0.tar", range(4))
+    with pytest.raises(UserError, match="there is no room"):
+        opened(options(tmp_path / "tars", tmp_path))
 
 
 # -- the disk -----------------------------------------------------------------------------------
@@ -437,6 +508,24 @@ def test_a_shard_that_went_from_the_disk_comes_back(shards: Path, tmp_path: Path
     order = [3, 30, 4, 12, 3, 22, 30]
     assert [number_of(samples[Draw(i, 0, SIZE)]) for i in order] == order
     assert len(list((tmp_path / "kept").glob("*.shard"))) < 7
+
+
+def test_files_that_are_gone_are_closed_when_another_is_opened(
+    shards: Path, tmp_path: Path
+) -> None:
+    stream = opened(options(f"file://{shards}", tmp_path))
+    first = stream.fetch(0)
+    second = stream.fetch(1)
+    assert not first.is_gone
+    for path in (tmp_path / "kept").glob("train-0-*.shard"):
+        path.unlink()  # by another process, say, whose files have to fit in
+    assert first.is_gone
+    assert first.picture(0) == picture(0)
+    stream.fetch(2)
+    with pytest.raises(ValueError, match="closed"):
+        first.picture(0)
+    assert second.picture(0) == picture(5)
+    assert stream.part(0, [0]).captions == [("number 0",)]  # and brought again when asked for
 
 
 def test_a_disk_that_others_fill_is_told_of(shards: Path, tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
-from dataclasses import fields
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 from pyarrow import parquet
 
 import train_dreambooth_lora_sd3
@@ -19,9 +24,11 @@ import train_lora_sdxl
 from dojo import cli, data
 from dojo.cli import UserError
 from dojo.data import Draw
-from dojo.data.streams.made import Opened
+from dojo.data.streams.made import TEXTS, Opened
 from dojo.inputs import caching
 from dojo.models import sd3
+from dojo.models.opening import open_model
+from dojo.run import phases
 from tests.conftest import MakeArgs, lora_flags, reset_accelerate
 from tests.processes import Death, spawn
 from tests.scripts.runs import adapter_bytes, metrics
@@ -256,6 +263,40 @@ def test_a_made_folder_is_trained_from_without_pictures_and_encoders(
     assert len(list((tmp_path / "kept").glob("*.shard"))) >= 3
 
 
+def test_the_disk_has_to_hold_the_windows_of_every_size(tmp_path: Path, made: Path) -> None:
+    """Those of one size are read beside those of another."""
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    index = json.loads((folder / "index.json").read_text())
+    wide = [{**one, "name": f"w-{one['name']}", "size": [32, 128]} for one in index["files"]]
+    for one, other in zip(index["files"], wide, strict=True):
+        shutil.copy(folder / one["name"], folder / other["name"])
+    (folder / "index.json").write_text(json.dumps({**index, "files": [*index["files"], *wide]}))
+    largest = max(one["num_bytes"] for one in wide)
+    args = data.DataArgs(
+        dataset_name=f"file://{folder}",
+        data_cache_dir=tmp_path / "kept",
+        data_cache_limit=3.5 * largest / 1e9,
+        shuffle_window=1,
+    )
+    with pytest.raises(UserError, match="the largest 4 shards"):
+        data.open_shards(args)
+    one_size = replace(args, dataset_name=f"file://{made}")
+    assert len(folder_of(one_size)) == 10
+
+
+def test_files_of_a_made_folder_that_are_gone_are_closed(made: Path, tmp_path: Path) -> None:
+    args = data.DataArgs(dataset_name=f"file://{made}", data_cache_dir=tmp_path, resolution=(64,))
+    folder = folder_of(args)
+    first = folder.fetch(0)
+    assert not first.is_gone
+    first.path.unlink()
+    assert first.is_gone
+    folder.fetch(1)
+    assert list(folder._open) == [1]
+    assert folder.fetch(0).rows == first.rows
+
+
 def test_a_made_folder_is_resumed_to_the_bit(made: Path, tmp_path: Path, tiny_sd3: Path) -> None:
     common = ["--random_flip", "--crop_variants", "2", "--max_train_steps", "6", "--seed", "4"]
     common += ["--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"]
@@ -310,11 +351,259 @@ def test_an_unfinished_folder_is_refused_and_gone_on_with(
         make(tmp_path, tiny_sd3, scene_data)
 
 
+def test_a_folder_takes_no_other_pictures_captions_or_parts(
+    tmp_path: Path, tiny_sd3: Path, scene_data: Path, scene_shards: Path
+) -> None:
+    """Two data sets whose files have the same names would otherwise share a folder."""
+    source = tmp_path / "source"
+    shutil.copytree(scene_data, source)
+    before = contents(make(tmp_path, tiny_sd3, source))
+    elsewhere = tmp_path / "elsewhere"  # with other times, and the same in all else
+    shutil.copytree(source, elsewhere, copy_function=shutil.copy)
+    assert contents(make(tmp_path, tiny_sd3, elsewhere)).keys() == before.keys()
+    said = "begun otherwise: of other pictures or captions"
+    with pytest.raises(UserError, match=said):
+        make(tmp_path, tiny_sd3, f"{scene_shards}/*.parquet")
+    with pytest.raises(UserError, match=said):
+        make(tmp_path, tiny_sd3, elsewhere, "--max_train_samples", "9")
+    table = elsewhere / "metadata.jsonl"
+    kept = table.read_text()
+    table.write_text(kept.replace('"text": "', '"text": "once '))
+    assert table.read_text() != kept
+    with pytest.raises(UserError, match=said):
+        make(tmp_path, tiny_sd3, elsewhere)
+    table.write_text(kept)
+    first = sorted(elsewhere.rglob("*.png"))[0]
+    Image.open(first).transpose(Image.Transpose.ROTATE_90).save(first, compress_level=0)
+    with pytest.raises(UserError, match=said):
+        make(tmp_path, tiny_sd3, elsewhere)
+    for more, words in (
+        (("--rows_per_file", "3"), "rows_per_file was 4, now 3"),
+        (("--enable_vae_tiling",), "enable_vae_tiling was False, now True"),
+        (("--text_encoder_precision", "int8"), "text_encoder_precision was 'auto', now 'int8'"),
+    ):
+        with pytest.raises(UserError, match=f"begun otherwise: {words}"):
+            make(tmp_path, tiny_sd3, source, *more)
+    assert json.loads((tmp_path / "made" / "index.json").read_text())["source"].startswith(
+        str(elsewhere)
+    )
+
+
+def test_data_made_from_other_pictures_are_no_continuation(made: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(made, other)
+    record = json.loads((other / "made.json").read_text())
+    (other / "made.json").write_text(json.dumps({**record, "samples": "others"}))
+    words = [
+        folder_of(
+            data.DataArgs(dataset_name=str(one), data_cache_dir=tmp_path, resolution=(64,))
+        ).words
+        for one in (made, other)
+    ]
+    assert words[0] != words[1]
+
+
+@pytest.mark.parametrize("name", ["made.json", "00001.json", "00001-64x64.safetensors", TEXTS])
+@pytest.mark.parametrize("how", ["gone", "cut", "empty"])
+def test_what_is_damaged_in_a_made_folder_is_made_again(
+    made: Path, tmp_path: Path, tiny_sd3: Path, scene_data: Path, name: str, how: str
+) -> None:
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    path = folder / name
+    content = path.read_bytes()
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+    flags = ("--random_flip", "--crop_variants", "2", "--prompts", "a star")
+    if name == "made.json":  # nobody knows then what the rest is
+        with pytest.raises(UserError, match=r"is not empty|begun otherwise: its format"):
+            make(tmp_path, tiny_sd3, scene_data, *flags)
+        return
+    make(tmp_path, tiny_sd3, scene_data, *flags)
+    assert contents(folder) == contents(made)
+
+
+def test_texts_that_are_added_later_are_seen_behind_an_address(
+    made: Path, tmp_path: Path, tiny_sd3: Path, scene_data: Path
+) -> None:
+    shutil.copytree(made, tmp_path / "made")
+    args = data.DataArgs(
+        dataset_name=f"file://{tmp_path}/made", data_cache_dir=tmp_path / "disk", resolution=(64,)
+    )
+    rows = data.MadeRows(folder_of(args), args, data.CaptionArgs(), seed=0)
+    rows[Draw(0, 0, (64, 64))]
+    assert "a star" in data.MadeTexts(folder_of(args))
+    kept = {path.name for path in (tmp_path / "disk").glob("0*.shard")}
+    flags = ("--random_flip", "--crop_variants", "2", "--prompts", "a moon")
+    make(tmp_path, tiny_sd3, scene_data, *flags)
+    known = data.MadeTexts(folder_of(args))
+    assert all(one in known for one in ("", "a star", "a moon"))
+    assert folder_of(args).prompts.texts == ["", "a moon", "a star"]
+    rows = data.MadeRows(folder_of(args), args, data.CaptionArgs(), seed=0)
+    rows[Draw(0, 0, (64, 64))]  # the rows are those that were fetched
+    assert {path.name for path in (tmp_path / "disk").glob("0*.shard")} == kept
+
+
+def begin(folder: Path, samples: str) -> None:
+    """Begins a folder, in one of several processes."""
+    record = {"settings": {"resolution": 64}, "how": {"rows_per_file": 4}}
+    caching._begin(folder, record, samples)
+
+
+@pytest.mark.parametrize("samples", [("same",) * 4, ("one", "other", "third", "fourth")])
+def test_several_that_begin_a_folder_at_once_agree_or_are_refused(
+    tmp_path: Path, samples: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them stand between the look and the writing at once, where they are let."""
+    folder = tmp_path / "made"
+    original = caching.write_json
+
+    def slow(path: Path, content: object) -> None:
+        (path.parent / f".{path.name}.99999").touch()  # as `files.whole` has it meanwhile
+        time.sleep(0.05)
+        (path.parent / f".{path.name}.99999").unlink(missing_ok=True)
+        original(path, content)
+
+    monkeypatch.setattr(caching, "write_json", slow)
+    with ThreadPoolExecutor(len(samples)) as pool:
+        errors = [one.exception() for one in [pool.submit(begin, folder, s) for s in samples]]
+    refused = [str(error) for error in errors if error is not None]
+    assert len(refused) == len(set(samples)) - 1
+    assert all("was begun otherwise: of other pictures" in one for one in refused)
+    assert [path.name for path in folder.iterdir()] == ["made.json"]
+
+
+def test_a_folder_that_somebody_else_filled_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    for name in (".notes.1", "thesis.txt"):
+        (tmp_path / "made" / name).write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        begin(tmp_path / "made", "any")
+    assert contents(tmp_path / "made") == {".notes.1": b"mine", "thesis.txt": b"mine"}
+    with pytest.raises(UserError, match=r"thesis.txt is a file: name a folder"):
+        begin(tmp_path / "made" / "thesis.txt", "any")
+
+
+def test_the_command_heeds_where_and_how_the_models_work(
+    tmp_path: Path, tiny_sd3: Path, scene_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = make_flags(tmp_path, tiny_sd3, scene_data, "--text_encoder_device", "cpu")
+    flags += ["--text_encoder_precision", "int8", "--enable_vae_tiling", "--enable_vae_slicing"]
+    args = cli.parse(caching.args_type(flags), None, flags)
+    model = open_model(args.model, args.text)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    maker = caching._Maker(args, model, tmp_path)
+    assert (maker.device.type, maker.text_device.type) == ("cuda", "cpu")
+    asked: list[list[str]] = []
+
+    def encode(captions: list[str]) -> dict[str, torch.Tensor]:
+        asked.append(captions)
+        return {"rows": torch.zeros(len(captions), 3)}
+
+    monkeypatch.setattr(maker, "encoders", lambda: encode)
+    maker._embeds(["a", "b", "c"])
+    assert asked == [["a"], ["b"], ["c"]]
+    flags = make_flags(tmp_path, tiny_sd3, scene_data)
+    args = cli.parse(caching.args_type(flags), None, flags)
+    maker = caching._Maker(args, open_model(args.model, args.text), tmp_path)
+    assert maker.text_device.type == "cuda"
+    asked.clear()
+    monkeypatch.setattr(maker, "encoders", lambda: encode)
+    maker._embeds(["a", "b", "c"])
+    assert asked == [["a", "b", "c"]]  # in one batch on a GPU
+    monkeypatch.undo()
+    vae = model.load_vae(torch.device("cpu"))
+    assert vae.use_tiling
+    assert vae.use_slicing
+
+
+# -- what a dry run says of them ----------------------------------------------------------------
+
+
+def planned(args: train_lora_sd3.Args, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What each phase holds, in words, as the dry run prints it."""
+    capsys.readouterr()
+    run(args)
+    lines = capsys.readouterr().out.partition("of it\n")[2].partition("largest phase")[0]
+    found: dict[str, str] = {}
+    for line in lines.splitlines():
+        name, _, parts = line.strip().partition("  ")
+        found[name] = re.sub(r"[0-9. ]+", " ", parts).strip()
+    return found
+
+
+def test_a_dry_run_counts_what_a_made_folder_takes_and_no_more(
+    made: Path,
+    scene_shards: Path,
+    lora_args: MakeArgs,
+    tmp_path: Path,
+    tiny_sd3: Path,
+    scene_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(phases, "_GIB", 2**10)  # tiny networks are told, too
+    common = ("--random_flip", "--crop_variants", "2", "--dry_run")
+    of_made = (*common, "--dataset_name", str(made))
+    plain = planned(lora_args(tmp_path, *common), capsys)
+    assert plain.keys() == {"text cache", "latent cache", "training"}
+    alone = planned(lora_args(tmp_path, *of_made), capsys)
+    assert alone == {"training": plain["training"]}
+    drawn = ("--validation_prompt", "a star")
+    alone = planned(lora_args(tmp_path, *of_made, *drawn), capsys)
+    assert alone.keys() == {"training", "validation"}
+    drawn = ("--validation_prompt", "none that the folder holds")
+    alone = planned(lora_args(tmp_path, *of_made, *drawn), capsys)
+    assert alone.keys() == {"text cache", "training", "validation"}
+    held_out = ("--eval_data_dir", str(scene_data))
+    assert planned(lora_args(tmp_path, *of_made, *held_out), capsys).keys() == plain.keys()
+    stream = ("--dry_run", *streamed(tmp_path, f"{scene_shards}/*.parquet"))
+    both = planned(lora_args(tmp_path, *stream), capsys)
+    assert both.keys() == {"latent cache", "training"}
+    assert "autoencoder" in both["training"]
+    assert "text_encoder" in both["training"]
+    assert "autoencoder" not in alone["training"]
+    bare = tmp_path / "bare"  # nobody asks for the encoders
+    shutil.copytree(tiny_sd3, bare)
+    for part in sd3.TEXT_ENCODERS:
+        (bare / part / "model.safetensors").unlink()
+    name = ("--pretrained_model_name_or_path", str(bare))
+    assert planned(lora_args(tmp_path, *of_made, *name), capsys) == {"training": plain["training"]}
+    with pytest.raises(UserError, match="crop_variants was 2, now 1"):
+        run(lora_args(tmp_path, *of_made, "--crop_variants", "1"))
+
+
+def test_the_autoencoder_waits_beside_a_run_that_needs_it_to_draw_alone(
+    made: Path, lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[str] = []
+    original = AutoencoderKL.to
+
+    def to(vae: AutoencoderKL, *args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            moved.append(str(kwargs["device"]))
+        return original(vae, *args, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "to", to)
+    common = ("--random_flip", "--crop_variants", "2", "--dataset_name", str(made))
+    run(lora_args(tmp_path, *common))
+    assert moved == ["cpu"]
+
+
+def test_options_that_change_nothing_of_a_made_folder_are_told(
+    made: Path, lora_args: MakeArgs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--random_flip", "--crop_variants", "2", "--dataset_name", str(made), "--dry_run")
+    for name in ("latents", "text_embeddings"):
+        run(lora_args(tmp_path, *common, f"--no_cache_{name}"))
+        said = f"--no_cache_{name}: the folder holds those of its rows, and they are used"
+        assert said in capsys.readouterr().out
+
+
 def test_shapes_of_buckets_are_kept_in_a_made_folder(
     lora_args: MakeArgs, tmp_path: Path, tiny_sd3: Path, scene_shards: Path
 ) -> None:
-    from PIL import Image
-
     wide = tmp_path / "wide"
     wide.mkdir()
     images: list[bytes] = []
@@ -342,6 +631,9 @@ def test_shapes_of_buckets_are_kept_in_a_made_folder(
         (("--max_sequence_length", "16"), "max_sequence_length was 24, now 16"),
         (("--shuffle_caption",), "shuffle_caption was False, now True"),
         (("--caption_column", "text"), "--caption_column"),
+        (("--caption_strategy", "sidecar"), "--caption_strategy"),
+        (("--dataset_split", "test"), "--dataset_split test"),
+        (("--max_upscale", "2"), "--max_upscale"),
         (("--eval_fraction", "0.2"), "--eval_fraction"),
         (("--random_crop", "--crop_variants", "1"), "--random_crop"),
     ],

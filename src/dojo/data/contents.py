@@ -24,6 +24,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from tqdm.auto import tqdm
 
+from dojo import files
+
 MISSING = "missing"
 """Stands for the hash of what cannot be read."""
 
@@ -116,10 +118,8 @@ def file_hashes(paths: Sequence[Path], root: Path | None) -> list[str]:
 
 def write_json(path: Path, content: object) -> None:
     """Writes a file that is whole or absent, also beside others who write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)
+    with files.whole(path) as file:
+        file.write(json.dumps(content).encode())
 
 
 def _known(origin: Origin | None, known: dict[str, dict[str, list[Any]]]) -> str | None:

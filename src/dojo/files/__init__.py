@@ -60,6 +60,21 @@ def _flock(descriptor: int, *, wait: bool) -> bool:
     return True
 
 
+@contextmanager
+def turn(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """One process at a time, by the lock of a file that is gone afterwards.
+
+    Raises:
+        BlockingIOError: another process has its turn, and `wait` is False.
+    """
+    descriptor = open_locked(path, wait=wait)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def is_locked(descriptor: int) -> bool:
     """Whether what `open_locked` returned is locked: some file systems know no locks."""
     return _flock(descriptor, wait=True)

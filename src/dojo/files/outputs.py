@@ -25,12 +25,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from dojo import files
 from dojo.cli import UserError
 
-Kind = Literal["run", "pictures"]
+Kind = Literal["run", "pictures", "pairs"]
+_TITLES: dict[str, str] = {
+    "run": "a run",
+    "pictures": "pictures drawn by demo.py",
+    "pairs": "pairs drawn by dojo.pairs",
+}
 
 MANIFEST = "manifest.jsonl"
 LOCK = ".lock"
@@ -135,7 +140,7 @@ def check(folder: Path, kind: Kind, *, overwrite: bool = False, flag: str = "--o
             raise UserError(f"{flag} {folder} is a file; name a folder")
         if (head := _head(folder)) is not None:
             if head[_MARK] != kind:
-                there = "a run" if head[_MARK] == "run" else "pictures drawn by demo.py"
+                there = _TITLES[str(head[_MARK])]
                 raise UserError(f"{flag} {folder} holds {there}; choose another folder")
         elif _is_of_earlier_version(folder, kind):
             if overwrite:
@@ -188,7 +193,7 @@ def join(folder: Path) -> None:
     folder = folder.absolute()
     head = _head(folder)
     if head is not None and folder not in _claims:
-        kind: Kind = "run" if head[_MARK] == "run" else "pictures"
+        kind = cast(Kind, head[_MARK])
         joined = Claim(folder, kind, None, adopted=bool(head.get("adopted")))
         _read_list(joined)
         _claims[folder] = joined
@@ -367,7 +372,7 @@ def _head(folder: Path) -> dict[str, object] | None:
         head = json.loads(line)
     except ValueError:
         return None
-    return head if isinstance(head, dict) and head.get(_MARK) in ("run", "pictures") else None
+    return head if isinstance(head, dict) and head.get(_MARK) in _TITLES else None
 
 
 def _others(folder: Path) -> list[str]:
@@ -387,6 +392,8 @@ def _others(folder: Path) -> list[str]:
 
 def _is_of_earlier_version(folder: Path, kind: Kind) -> bool:
     """Whether a folder without a manifest was written before there were manifests."""
+    if kind == "pairs":
+        return False
     if kind == "pictures":
         names = ("prompts.json", "versus.json")
         return any("options" in _json(folder / name) for name in names)

@@ -25,7 +25,11 @@ _SUFFIX = ".shard"
 
 @dataclass(frozen=True)
 class Disk:
-    """A folder of a bounded size."""
+    """A folder of a bounded size.
+
+    A file that goes while somebody reads it takes room until it is closed: whoever opens another
+    file closes those of his own that are gone.
+    """
 
     folder: Path
     limit: int
@@ -68,13 +72,24 @@ class Disk:
                 path.unlink(missing_ok=True)
 
     def _make(self, path: Path, size: int, write: Write) -> None:
+        with self.room(size), files.whole(path) as file:
+            with self._turn("room"):
+                self._make_room(size)
+                file.truncate(size)  # what others count from now on
+            write(file)
+            file.truncate(file.tell())
+
+    @contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        """Says so where the disk is full.
+
+        Args:
+            size: of what is written, in bytes.
+        Raises:
+            UserError: it is.
+        """
         try:
-            with files.whole(path) as file:
-                with self._turn("room"):
-                    self._make_room(size)
-                    file.truncate(size)  # what others count from now on
-                write(file)
-                file.truncate(file.tell())
+            yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -101,13 +116,8 @@ class Disk:
     def _turn(self, name: str) -> Iterator[None]:
         """One process at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f".{name}.lock"
-        descriptor = files.open_locked(path, wait=True)
-        try:
+        with files.turn(self.folder / f".{name}.lock"):
             yield
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
 
 
 def _touched(path: Path) -> bool:

@@ -2,17 +2,21 @@
 
 `python -m dojo.data cache` writes it. It holds
 
-- `made.json`: what the numbers depend on; who trains from the folder compares it;
+- `made.json`: what the numbers depend on, which who trains from the folder compares; how they are
+  made and of what, which who goes on with the folder compares;
 - files `JOB-HEIGHTxWIDTH.safetensors` of rows of one size: `mean` and `std`
   [rows, crop, mirrored, C, h, w], `mask` where there are masks, `text.NAME` [texts, ...] for every
   embedding, and in the header which rows there are and which texts;
 - `texts.safetensors`: embeddings of the empty caption and of prompts;
 - `JOB.json`: a part of the work that is done; `index.json`: all of it, when nothing is missing.
+
+A file is known by a hash of its content: one that was made anew elsewhere is fetched anew.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -43,7 +47,7 @@ from dojo.data.streams.rows import Rows
 INDEX = "index.json"
 TEXTS = "texts.safetensors"
 PREFIX = "text."
-FORMAT = 1  # to be raised when a folder would be read otherwise
+FORMAT = 2  # to be raised when a folder would be read otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,18 @@ class MadeFile:
     size: Size
     """(height, width) of the pictures, in pixels."""
     num_bytes: int
+    digest: str
+    """Of its content."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeWords:
+    """The file of texts that are no rows' captions."""
+
+    texts: list[str]
+    num_bytes: int
+    digest: str
+    """Of its content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +95,21 @@ class Opened:
         """
         self.path = path
         try:
+            self._stat = os.stat(path)
             self._file = safe_open(path, framework="pt").__enter__()
             told: dict[str, Any] = json.loads((self._file.metadata() or {})["made"])
             self.rows = [MadeRow(**row) for row in told["rows"]]
             self.texts = {text: place for place, text in enumerate(told["texts"])}
         except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
             raise _damaged(path, error) from error
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the file has no name any more, and goes when nobody reads it."""
+        try:
+            return not os.path.samestat(self._stat, os.stat(self.path))
+        except FileNotFoundError:
+            return True
 
     def latents(self, row: int, crop: int, flip: bool) -> dict[str, Tensor]:
         """One view of a row: `mean`, `std` and, where there are masks, `mask`."""
@@ -117,7 +142,7 @@ class Opened:
 def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(
         f"{path}, a file of a folder that python -m dojo.data cache wrote, cannot be read "
-        f"({error}): remove it and give the same command again"
+        f"({error}): the command that wrote the folder makes it anew when it is given again"
     )
 
 
@@ -130,9 +155,11 @@ class Made:
     """What the numbers depend on."""
     source: str
     """What they were made from, in words."""
+    samples: str
+    """Tells the pictures and captions that it was made from."""
     files: tuple[MadeFile, ...]
+    prompts: MadeWords
     left_out: list[BadReport]
-    version: str
     disk: Disk
     window: int
     limit: int | None = None
@@ -154,11 +181,19 @@ class Made:
     @property
     def places(self) -> list[Place]:
         """Where the files lie."""
-        return [self._place(file.name, file.num_bytes) for file in self.files]
+        return [self._place(file.name, file) for file in self.files]
 
-    def _place(self, name: str, size: int) -> Place:
+    @property
+    def places_by_size(self) -> list[list[Place]]:
+        """The same for each size of pictures: those are read beside each other."""
+        found: dict[Size, list[Place]] = {}
+        for file, place in zip(self.files, self.places, strict=True):
+            found.setdefault(file.size, []).append(place)
+        return list(found.values())
+
+    def _place(self, name: str, file: MadeFile | MadeWords) -> Place:
         root = self.location if self.is_remote else str(Path(self.location).expanduser())
-        return Place(f"{root.rstrip('/')}/{name}", name, size, self.version)
+        return Place(f"{root.rstrip('/')}/{name}", name, file.num_bytes, file.digest)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -178,7 +213,7 @@ class Made:
     def words(self) -> list[object]:
         """What tells these data from others, wherever they lie."""
         files = [(file.name, file.rows, file.size) for file in self.files]
-        return [files, self.settings, len(self), self.window]
+        return [files, self.settings, self.samples, len(self), self.window]
 
     def rounds(self) -> dict[Size, Rows]:
         """The rows of each size, to be put in order."""
@@ -201,7 +236,7 @@ class Made:
     def bring(self, shard: int) -> None:
         """Sees to it that a file is on the disk."""
         if self.is_remote:
-            self._at_hand(self._place(self.files[shard].name, self.files[shard].num_bytes))
+            self._at_hand(self._place(self.files[shard].name, self.files[shard]))
 
     def fetch(self, shard: int) -> Opened:
         """A file, open.
@@ -210,9 +245,10 @@ class Made:
             UserError: it cannot be fetched, or is damaged.
         """
         if shard not in self._open:
-            file = self.files[shard]
-            place = self._place(file.name, file.num_bytes)
-            self._open[shard] = self._opened(place)
+            opened = self._opened(self._place(self.files[shard].name, self.files[shard]))
+            for gone in [one for one, other in self._open.items() if other.is_gone]:
+                del self._open[gone]  # it takes room on the disk until it is closed
+            self._open[shard] = opened
             while len(self._open) > 2 * self.window * len({one.size for one in self.files}):
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
@@ -220,7 +256,7 @@ class Made:
 
     def texts(self) -> Opened:
         """The empty caption and the prompts that the folder was made with."""
-        return self._opened(self._place(TEXTS, 2**20))
+        return self._opened(self._place(TEXTS, self.prompts))
 
     def _opened(self, place: Place) -> Opened:
         try:
@@ -238,7 +274,7 @@ class Made:
         return self.disk.hold(self._key(place), place.size, fetch)
 
     def _key(self, place: Place) -> str:
-        return f"{Path(place.name).stem}-{digest([place.path, self.version])[:16]}"
+        return f"{Path(place.name).stem}-{digest([place.path, place.version])[:16]}"
 
 
 def is_made(location: str) -> bool:
@@ -273,9 +309,10 @@ def open_made(location: str, disk: Disk, window: int, limit: int | None) -> Made
         location=location,
         settings=settings["settings"],
         source=index["source"],
+        samples=settings["samples"],
         files=tuple(MadeFile(**{**one, "size": tuple(one["size"])}) for one in index["files"]),
+        prompts=MadeWords(**index["texts"]),
         left_out=[BadReport(**one) for one in index["left_out"]],
-        version=digest([json.dumps(index, sort_keys=True)]),
         disk=disk,
         window=window,
         limit=limit,
@@ -296,7 +333,6 @@ class MadeTexts:
     """Looks up the embeddings of the texts that a folder holds beside its rows."""
 
     def __init__(self, made: Made) -> None:
-        self._made = made
         self._opened = made.texts()
 
     def __contains__(self, text: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dojo.cli import UserError
 from dojo.data.options import DataArgs
@@ -36,11 +36,11 @@ def open_shards(args: DataArgs, *, to_cache: bool = False) -> Stream | Made:
     if made:
         opened = open_made(location, disk, window, args.max_train_samples)
         if opened.is_remote:
-            _check_room(opened.places, disk, window)
+            _check_room(opened.places_by_size, disk, window)
         return opened
     shards = files_at(location, args.dataset_split)
     if shards[0].is_remote or shards[0].name.endswith(".parquet"):
-        _check_room(shards, disk, window)
+        _check_room([shards], disk, window)
     return open_stream(
         location,
         shards,
@@ -60,16 +60,20 @@ def _columns(args: DataArgs) -> Columns:
     return Columns(args.image_column, args.caption_column or "")
 
 
-def _check_room(shards: list[Place] | tuple[Place, ...], disk: Disk, window: int) -> None:
+def _check_room(orders: Sequence[Sequence[Place]], disk: Disk, window: int) -> None:
     """Refuses a limit that the shards of two windows do not fit in.
+
+    Args:
+        orders: shards that are read beside each other, each in windows of their own.
 
     Raises:
         UserError: naming the limit that they do.
     """
-    largest = sorted((place.size for place in shards), reverse=True)[: 2 * window]
+    sizes = [sorted((place.size for place in shards), reverse=True) for shards in orders]
+    largest = [size for some in sizes for size in some[: 2 * window]]
     if sum(largest) <= disk.limit:
         return
-    fitting = int(disk.limit // (2 * largest[0]))
+    fitting = int(disk.limit // (2 * sum(some[0] for some in sizes)))
     smaller = f", or --shuffle_window {fitting}" if fitting else ""
     raise UserError(
         f"the largest {len(largest)} shards take {sum(largest) / 1e9:.2f} GB, which is what two "
@@ -118,6 +122,12 @@ def _made_problems(args: DataArgs) -> Iterator[str]:
     yield from _both(args)
     if args.random_crop:
         yield "--random_crop needs the pictures; --crop_variants N keeps N crops in the cache"
+    if args.max_upscale:
+        yield f"--max_upscale is for `{_CACHE}`, which has left out what it names"
+    if args.dataset_split != "train":
+        yield f"--dataset_split {args.dataset_split} is for `{_CACHE}`: the folder is of one split"
+    if args.caption_strategy != "auto":
+        yield f"--caption_strategy is for `{_CACHE}`, which wrote the captions into this folder"
     for name in ("image_column", "caption_column", "instance_prompt"):
         if getattr(args, name):
             yield f"--{name} is for `{_CACHE}`, which wrote this folder: its captions are settled"

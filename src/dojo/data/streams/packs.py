@@ -244,12 +244,26 @@ class Pack:
         ends = (self.table[:, [0, 2]] + self.table[:, [1, 3]].clip(0)).max(initial=0)
         return os.fstat(self._file.fileno()).st_size >= int(ends)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the file has no name any more, and goes when it is closed."""
+        return os.fstat(self._file.fileno()).st_nlink == 0
+
     def picture(self, row: int) -> bytes:
-        """The content of a picture's file; empty where there is none."""
+        """The content of a picture's file; empty where there is none.
+
+        Raises:
+            UserError: the table is of another tar.
+        """
+        self._check(row)
         return self._read(*self.table[row, :2].tolist())
 
     def captions(self, row: int) -> tuple[tuple[str, ...], str]:
-        """A row's captions, each on one line, and what is wrong with the row."""
+        """A row's captions, each on one line, and what is wrong with the row.
+
+        Raises:
+            UserError: the table is of another tar.
+        """
         size = int(self.table[row, 1])
         if size < 0:
             return (), _FAULTS.get(size, "there is no picture")
@@ -258,6 +272,7 @@ class Pack:
         start, size = self.table[row, 2:].tolist()
         if size < 0:
             return (), "the caption is missing"
+        self._check(row)
         return self._cell(self._read(start, size))
 
     def _cell(self, content: bytes) -> tuple[tuple[str, ...], str]:
@@ -284,6 +299,28 @@ class Pack:
     def is_tar(self) -> bool:
         """Whether captions are files of their own."""
         return self.name.endswith(".tar")
+
+    def _check(self, row: int) -> None:
+        """Compares a row of a tar with the headers that stand before its files there."""
+        if not self.is_tar:
+            return
+        keys: set[str] = set()
+        for start, size in self.table[row].reshape(2, 2).tolist():
+            if size < 0:
+                continue
+            try:
+                header = self._read(start - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+                member = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
+            except (tarfile.TarError, OSError):
+                member = tarfile.TarInfo()
+            folder, _, base = member.name.rpartition("/")
+            keys.add(f"{folder}/{base.partition('.')[0]}")
+            if not member.isfile() or member.size != size or len(keys) > 1:
+                raise UserError(
+                    f"{self.name} row {row}: no sample begins where the index has it, which is of "
+                    "another tar: `python -m dojo.data index` writes it anew (where there is none "
+                    "beside the tar: remove --data_cache_dir)"
+                )
 
     def _read(self, start: int, size: int) -> bytes:
         return os.pread(self._file.fileno(), size, start) if size > 0 else b""

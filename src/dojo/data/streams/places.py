@@ -7,9 +7,11 @@ Paths of this machine are read in place; what has a `://` is fetched, `file://` 
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,10 @@ SUFFIXES = (".parquet", ".tar")
 MADE = "made.json"
 """The file by which a folder that `python -m dojo.data cache` wrote is known."""
 
-_TRIES = 3  # readings of a remote file, before a run stops for it
+PAUSES = (1.0, 5.0)
+"""Seconds between readings of a remote file that fails; the run stops for it after the last."""
+
+_TRIES = len(PAUSES) + 1
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 # What tells a file from another version of it, in the words of s3fs, gcsfs, http, the hub, disks.
 _VERSIONS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "last_modified", "mtime")
@@ -143,6 +148,7 @@ def told(path: str, work: Callable[[], T]) -> T:
 
     Raises:
         UserError: it fails each time; in one sentence.
+        OSError: the disk of this machine is full.
     """
     for attempt in range(_TRIES):
         try:
@@ -156,9 +162,12 @@ def told(path: str, work: Callable[[], T]) -> T:
         except FileNotFoundError as error:
             raise UserError(f"{path}: there is no such file") from error
         except Exception as error:  # of any network library
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
             if attempt == _TRIES - 1 or isinstance(error, ValueError | PermissionError):
                 reason = str(error) or type(error).__name__
                 raise UserError(f"{path}: cannot be read: {reason}") from error
+            time.sleep(PAUSES[attempt])
     raise AssertionError("the last try returns or raises")
 
 
@@ -202,8 +211,6 @@ def _local(location: str) -> Iterator[Place]:
 
 def _remote(location: str) -> Iterator[Place]:
     found = told(location, lambda: _listed(location))
-    if len(found) == 1 and not _is_pattern(location) and not location.endswith(SUFFIXES):
-        found = [one for one in found if one["name"].endswith(SUFFIXES)]
     fs = _fs(location)[0]
     for one in found:
         if one.get("type") == "file" and str(one["name"]).endswith(SUFFIXES):

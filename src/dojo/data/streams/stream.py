@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import tarfile
+import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +46,7 @@ INDEX = ".index.npy"
 
 _FORMAT = 1  # of what is remembered of shards; to be raised when it is found otherwise
 _TRIES = 3  # to open a shard that another process's shards put out
+_DIGITS = 20  # bytes of a number in a record, at most
 _THREADS = 8  # shards that are looked at at a time
 
 
@@ -99,10 +102,15 @@ class Stream:
 
     @property
     def words(self) -> list[object]:
-        """What tells these data from others, wherever they lie."""
+        """What tells these data and their order from others, wherever they lie."""
+        return [*self.samples, self.window]
+
+    @property
+    def samples(self) -> list[object]:
+        """What tells the rows from others, wherever they lie."""
         shards = [(place.name, place.size) for place in self.shards]
         columns = (self.columns.image, self.columns.caption)
-        return [shards, self.counts, columns, self.prompt, len(self), self.window]
+        return [shards, self.counts, columns, self.prompt, len(self)]
 
     def rows(self) -> Rows:
         """All rows that are used, to be put in order."""
@@ -162,6 +170,8 @@ class Stream:
                 f"{place.name} has {len(pack.table)} rows, and had {self.counts[shard]} when the "
                 "shards were counted: start again, its files have changed"
             )
+        for gone in [one for one, other in self._open.items() if other.is_gone]:
+            self._open.pop(gone).close()  # it takes room on the disk until it is
         self._open[shard] = pack
         while len(self._open) > 2 * self.window:
             self._open.popitem(last=False)[1].close()
@@ -193,7 +203,7 @@ def packed(place: Place, columns: Columns, disk: Disk) -> tuple[Path, Table]:
 
     Raises:
         BadShard: it cannot be read.
-        UserError: it cannot be fetched.
+        UserError: it cannot be fetched, or the disk is full.
     """
     key = _key(place, columns)
     kept = disk.folder / f"{key}.npy"
@@ -202,7 +212,8 @@ def packed(place: Place, columns: Columns, disk: Disk) -> tuple[Path, Table]:
         table = _loaded(kept)
         if table is None:
             table = tar_table(path, place.name, columns)
-            _keep(kept, table)
+            with disk.room(table.nbytes):
+                _keep(kept, table)
         return path, table
     if _loaded(kept) is None:
         disk.drop(key)
@@ -253,8 +264,14 @@ def _stem(place: Place) -> str:
 
 def _loaded(path: Path) -> Table | None:
     """A table as it was kept; None where there is none, or it is damaged."""
+    with suppress(OSError):
+        return _table(io.BytesIO(path.read_bytes()))
+    return None
+
+
+def _table(file: BinaryIO) -> Table | None:
     with suppress(OSError, ValueError, EOFError):
-        table = np.load(path, allow_pickle=False)
+        table = np.load(file, allow_pickle=False)
         if table.ndim == 2 and table.shape[1] == 4 and table.dtype == np.int64:
             return table
     return None
@@ -315,7 +332,8 @@ def open_stream(
                 f"them out):\n{listing(bad)}"
             )
         if not bad:
-            write_json(known, {"counts": counts, "columns": [columns.image, columns.caption]})
+            with disk.room(len(counts) * _DIGITS):
+                write_json(known, {"counts": counts, "columns": [columns.image, columns.caption]})
     used = [(place, count) for place, count in zip(shards, counts, strict=True) if count]
     if not used:
         raise UserError(f"{location}: no row in {len(shards)} files\n{listing(bad)}".rstrip())
@@ -365,7 +383,8 @@ def _tar_rows(place: Place, columns: Columns, disk: Disk) -> tuple[int, list[str
     if table is None:
         table = _own_index(place, columns)
         if table is not None:
-            _keep(kept, table)
+            with disk.room(table.nbytes):
+                _keep(kept, table)
         else:
             table = packed(place, columns, disk)[1]
     return len(table), []
@@ -376,21 +395,39 @@ def _own_index(place: Place, columns: Columns) -> Table | None:
     path = f"{place.path}{INDEX}"
     if columns.image or columns.caption or not places.exists(path):
         return None
-    with suppress(ValueError, EOFError):
-        table = np.load(io.BytesIO(places.read_bytes(path)), allow_pickle=False)
-        ends = (table[:, [0, 2]] + table[:, [1, 3]].clip(0)).max(initial=0)
-        if table.ndim == 2 and table.shape[1] == 4 and int(ends) <= place.size:
-            return table
-    return None
+    table = _table(io.BytesIO(places.read_bytes(path)))
+    if table is None or not len(table) or table[0].tolist() != _mark(place):
+        print(
+            f"{place.name}{INDEX} is damaged or of another tar, and is not used: `python -m "
+            "dojo.data index` writes it anew",
+            flush=True,
+        )
+        return None
+    return table[1:]
+
+
+def _mark(place: Place) -> list[int]:
+    """What tells a tar from another version of it: its size, and a sum over its end.
+
+    A tar is filled up to a whole record, so one to which little was added has the size that it had.
+    What was changed in its middle is noticed row by row: see `Pack`.
+    """
+
+    def end() -> bytes:
+        with places.opened(place.path) as file:
+            file.seek(max(0, place.size - tarfile.RECORDSIZE))
+            return file.read()
+
+    return [place.size, zlib.crc32(places.told(place.path, end)), 0, 0]
 
 
 def write_index(place: Place, folder: Path) -> Path:
-    """Writes the index of a local tar.
+    """Writes the index of a local tar: what tells it from others, then where its rows lie.
 
     Raises:
         BadShard: it cannot be read.
     """
     table = tar_table(Path(place.path), place.name, Columns(None, ""))
     path = folder / f"{os.path.basename(place.path)}{INDEX}"
-    _keep(path, table)
+    _keep(path, np.concatenate([np.array([_mark(place)], np.int64), table]))
     return path
