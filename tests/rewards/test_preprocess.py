@@ -92,6 +92,37 @@ def test_the_two_crops_differ_by_one_pixel_at_an_odd_rest() -> None:
     assert preprocess.corner(227, 229, 224, "transformers") == (1, 2)
 
 
+@pytest.mark.parametrize("size", [*SIZES, (160, 20), (20, 160), (90, 5), (4, 90), (1, 64), (64, 1)])
+@pytest.mark.parametrize("crop", ["torchvision", "transformers"])
+def test_the_crop_is_the_middle_of_the_whole_picture_resized(
+    size: tuple[int, int], crop: preprocess.Crop
+) -> None:
+    images = tensor(picture(*size))
+    height, width = preprocess.shortest_edge(*size, 24)
+    top, left = preprocess.corner(height, width, 24, crop)
+    expected = preprocess.resize(images, height, width)[..., top : top + 24, left : left + 24]
+    ours = preprocess.resize_and_crop(images, 24, crop)
+    if max(size) <= preprocess.ELONGATED * min(size):
+        assert torch.equal(ours, expected)
+    assert (ours - expected).abs().max() <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("size", [(512, 1), (1, 512), (513, 1), (2, 1023)])
+def test_a_line_does_not_become_a_giant(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    real = preprocess._bicubic
+
+    def spy(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        seen.append(size)
+        return real(x, size)
+
+    monkeypatch.setattr(preprocess, "_bicubic", spy)
+    assert preprocess.resize_and_crop(torch.rand(1, 3, *size), 224, "torchvision").isfinite().all()
+    assert max(map(max, seen)) <= 9 * 224
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("antialias", [True, False])
 def test_the_letterbox_holds_the_whole_picture_in_black(

@@ -102,6 +102,7 @@ def test_a_wrong_text_is_refused_with_its_place(text: str, message: str) -> None
     [
         ("aestetic", "no scorer aestetic.*aesthetic_v1"),
         ("pocket[head=x]", "pocket has no option head"),
+        ("pocket_atoms[mean=median]", "pocket_atoms has no mean median"),
         ("pocket[dtype=int8]", "dtype"),
         ("pocket[device=gpu0]", "device"),
         ("no.such.module:fn", "no.such"),

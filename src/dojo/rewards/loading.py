@@ -21,6 +21,7 @@ from dojo.rewards.scorer import DTYPES, Place, Scorer
 SCORERS = {
     "pocket": "dojo.rewards.pocket:Pocket",
     "pocket_strict": "dojo.rewards.pocket:PocketStrict",
+    "pocket_atoms": "dojo.rewards.pocket:PocketAtoms",
     "jpeg_compressibility": "dojo.rewards.jpeg:Compressibility",
     "jpeg_incompressibility": "dojo.rewards.jpeg:Incompressibility",
     "clip": "dojo.rewards.clip:Clip",
@@ -31,8 +32,13 @@ SCORERS = {
     "aesthetic": "dojo.rewards.aesthetic:Aesthetic",
     "aesthetic_v1": "dojo.rewards.aesthetic:AestheticV1",
     "imagereward": "dojo.rewards.imagereward:ImageReward",
+    "hpsv3": "dojo.rewards.hpsv3:HpsV3",
+    "geneval": "dojo.rewards.geneval:GenEval",
+    "geneval_dense": "dojo.rewards.geneval:GenEvalDense",
     "ocr": "dojo.rewards.ocr:Ocr",
     "vlm": "dojo.rewards.vlm:Vlm",
+    "tifa": "dojo.rewards.vlm:Tifa",
+    "unifiedreward": "dojo.rewards.vlm:UnifiedReward",
 }
 
 

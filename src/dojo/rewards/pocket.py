@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dojo.pocket import scenes, verifier
-from dojo.rewards.scorer import Metadata, Scorer
+from dojo.cli import UserError
+from dojo.pocket import atoms, scenes, verifier
+from dojo.rewards.scorer import Metadata, Place, Scorer
 
 
 class Pocket(Scorer):
@@ -30,9 +31,12 @@ class Pocket(Scorer):
         scores = torch.full((len(prompts),), torch.nan, device=images.device)
         if not read:
             return scores
-        known = verifier.score(images[read], [prompts[i] for i in read], strict=self.strict)
-        scores[read] = known.to(scores)
+        scores[read] = self.judge(images[read], [prompts[i] for i in read]).to(scores)
         return scores
+
+    def judge(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The scores [B] of captions that are all of the grammar."""
+        return verifier.score(images, prompts, strict=self.strict)
 
 
 class PocketStrict(Pocket):
@@ -40,3 +44,17 @@ class PocketStrict(Pocket):
 
     range = "0 or 1"
     strict = True
+
+
+class PocketAtoms(Pocket):
+    """The mean of what a caption says, each in [0, 1]; the geometric one is near 1 only where all
+    of it holds. Made for `--prompt_set pocket_compositional`."""
+
+    def __init__(self, place: Place, *, mean: str = "arithmetic") -> None:
+        super().__init__(place)
+        if mean not in ("arithmetic", "geometric"):
+            raise UserError(f"--reward: pocket_atoms has no mean {mean} (arithmetic, geometric)")
+        self.mean: atoms.Mean = mean
+
+    def judge(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return atoms.score(images, prompts, self.mean)

@@ -18,6 +18,8 @@ from torch import Tensor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+ELONGATED = 8  # of a picture with sides of a greater ratio, only the middle is resized
+
 Crop = Literal["torchvision", "transformers"]
 """whose rule for half a pixel at the crop: one rounds it to even, the other down"""
 
@@ -37,10 +39,24 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_and_crop(images: Tensor, size: int, crop: Crop) -> Tensor:
-    """CLIP's way: the shorter side to `size`, then the middle square: [B, 3, size, size]."""
+    """CLIP's way: the shorter side to `size`, then the middle square: [B, 3, size, size].
+
+    Of a very long picture the ends, which nothing of the square is made of, are left out before:
+    one of 1 x 512 pixels would become one of 224 x 114,688. Where its longer side does not scale
+    to whole pixels, that moves the square by a pixel at most.
+    """
+    images = _middle(images)
     height, width = shortest_edge(images.shape[-2], images.shape[-1], size)
     top, left = corner(height, width, size, crop)
     return resize(images, height, width)[..., top : top + size, left : left + size]
+
+
+def _middle(images: Tensor) -> Tensor:
+    """The middle of a picture, [B, 3, H, W], whose sides have a greater ratio than ELONGATED."""
+    most = ELONGATED * min(images.shape[-2:])
+    # As much at either end, so that the middle stays where it is.
+    top, left = (max(0, side - most) // 2 for side in images.shape[-2:])
+    return images[..., top : images.shape[-2] - top, left : images.shape[-1] - left]
 
 
 def shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:

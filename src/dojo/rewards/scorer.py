@@ -97,3 +97,12 @@ class Scorer:
             metadata: one mapping per picture, from the prompts' file, or None.
         """
         raise NotImplementedError
+
+
+def unread(read: Callable[[Mapping[str, Any]], object], row: Mapping[str, Any]) -> str:
+    """What `read` finds wrong with a prompt's row (its ValueError); "" where nothing is."""
+    try:
+        read(row)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -6,6 +6,9 @@ by "owner/name/file". What `python -m dojo.download` has put into models/ is tak
 
 from __future__ import annotations
 
+import _compat_pickle
+import pickletools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from dojo.cli import UserError
 from dojo.models import loaded
 
 MODELS = Path("models")
+_ZIP = b"PK\x03\x04"  # how a file begins that torch.save writes by default
+_OLD_PICKLES = 5  # of the old form: magic number, version, system, content, keys of the storages
 
 
 def locate(model: str) -> str:
@@ -75,10 +80,70 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: it is damaged, or it holds more than tensors.
     """
+    return _read(path, ())
+
+
+class _Inert:
+    """Stands for whatever a file names: takes everything, does nothing."""
+
+    def __init__(self, *args: Any, **options: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """As `read`, of a checkpoint that a training program wrote.
+
+    Beside the tensors under "state_dict" lie its records, which name classes that are not here or
+    must not be trusted. For each of them something is put that does nothing.
+
+    Raises:
+        UserError: it is damaged, or its "state_dict" holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return _read(path, ())
+        names = _globals(path)
+    except UserError:
+        raise
+    except Exception as error:  # the library has many kinds of them
+        raise missing(str(path), error) from error
+    return _read(path, names)
+
+
+def _globals(path: Path) -> Sequence[str]:
+    """The names of classes and functions in a checkpoint, of either form, without running it.
+
+    They may be among those that torch knows as safe; it prefers its own to what is put for them.
+    """
+    with path.open("rb") as opened:
+        if opened.read(len(_ZIP)) == _ZIP:
+            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        opened.seek(0)
+        told = [step for _ in range(_OLD_PICKLES) for step in pickletools.genops(opened)]
+    names = [str(argument) for opcode, argument, _ in told if opcode.name == "GLOBAL"]
+    return sorted(set[str]().union(*map(_spelled, names)))
+
+
+def _spelled(name: str) -> set[str]:
+    """A pickle's "module name" as "module.name": as it is and, if Python 2 called it so, as now.
+
+    Torch renames some and not others.
+    """
+    module, _, attribute = name.partition(" ")
+    new = _compat_pickle.IMPORT_MAPPING.get(module, module), attribute
+    new = _compat_pickle.NAME_MAPPING.get((module, attribute), new)
+    return {f"{module}.{attribute}", ".".join(new)}
+
+
+def _read(path: Path, inert: Sequence[str]) -> dict[str, Tensor]:
+    """Reads a file; `inert` are the names in it for which something is put that does nothing."""
+    stand_ins: Any = [(_Inert, name) for name in inert]
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(stand_ins):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the two libraries have many kinds of them
         raise missing(str(path), error) from error
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
