@@ -1,18 +1,19 @@
-"""Makes the pocket training sets: `python -m dojo.pocket.datasets --set hearts|framed|careless`.
+"""Makes the pocket training sets: `python -m dojo.pocket.datasets --set NAME`.
 
 `hearts`: pictures of a shape that the pocket base was never trained on, with captions of the
 grammar; the repository ships it. `framed`: scenes of all six tasks in a style that the base never
 saw. What the base does know (shapes, colours, sizes, counts, places) should carry over to both.
 `careless`: scenes whose captions are wrong now and then, as those of the web are. A base that has
 learned from them can draw what a caption says and does so only now and then: it is what
-reinforcement learning is for.
+reinforcement learning is for. `careless_compositional`: the same of captions with up to four
+objects.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from PIL import Image
 
 from dojo import cli
 from dojo.cli import UserError, ranges
-from dojo.pocket import scenes, style
+from dojo.pocket import compositions, scenes, style
 from dojo.pocket.score import shape_captions
 from dojo.run.checkpoint import write_whole
 
@@ -34,12 +35,12 @@ SEED = 7  # not that of the captions that `dojo.pocket.score` and `dojo.pocket.p
 class Args:
     """Which set, where it goes and how large it is."""
 
-    set: Literal["hearts", "framed", "careless"] = "hearts"
+    set: Literal["hearts", "framed", "careless", "careless_compositional"] = "hearts"
     """hearts: a new shape; framed: scenes in a new style; careless: scenes of which a quarter have
-    another's caption"""
+    another's caption; careless_compositional: the same of captions with up to four objects"""
     output_dir: Path | None = None
-    """folder of the pictures and metadata.jsonl; unset is datas/pocket-hearts,
-    outputs/pocket-framed or outputs/pocket-careless"""
+    """folder of the pictures and metadata.jsonl; unset is datas/pocket-hearts, or of the other sets
+    outputs/pocket-NAME"""
     count: int = 64
     """pictures"""
 
@@ -63,16 +64,40 @@ def framed(count: int) -> Iterator[tuple[str, np.ndarray]]:
 
 def careless(count: int) -> Iterator[tuple[str, np.ndarray]]:
     """Captions of the six tasks in turn and their scenes, or others of the same task."""
+
+    def spec(draw: random.Random, i: int) -> scenes.Spec:
+        return scenes.random_spec(draw, scenes.TASKS[i % len(scenes.TASKS)])
+
+    return _careless(count, spec)
+
+
+def careless_compositional(count: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Captions of one to four objects in turn and their scenes, or others of as many."""
+
+    def spec(draw: random.Random, i: int) -> scenes.Spec:
+        return compositions.random_spec(draw, i % compositions.MOST + 1)
+
+    return _careless(count, spec)
+
+
+def _careless(
+    count: int, spec_of: Callable[[random.Random, int], scenes.Spec]
+) -> Iterator[tuple[str, np.ndarray]]:
     draw = random.Random(SEED)
     for i in range(count):
-        task = scenes.TASKS[i % len(scenes.TASKS)]
-        caption, scene = scenes.sample(draw, task)
+        spec = spec_of(draw, i)
+        scene = scenes.realise(spec, draw)
         if draw.random() < CARELESS:
-            _, scene = scenes.sample(draw, task)
-        yield caption, scenes.draw(scene)
+            scene = scenes.realise(spec_of(draw, i), draw)
+        yield scenes.caption(spec), scenes.draw(scene)
 
 
-SETS = {"hearts": hearts, "framed": framed, "careless": careless}
+SETS = {
+    "hearts": hearts,
+    "framed": framed,
+    "careless": careless,
+    "careless_compositional": careless_compositional,
+}
 
 
 def main(args: Args) -> None:

@@ -92,6 +92,11 @@ class Spec:
     background: str | None = None
 
     @property
+    def num_objects(self) -> int:
+        """How many objects it asks for."""
+        return sum(part.count for part in self.parts)
+
+    @property
     def task(self) -> str:
         """The GenEval task (arXiv:2310.11513, section 3) that this caption belongs to."""
         if self.relation or self.position:
@@ -229,7 +234,14 @@ def random_spec(
 
 
 def realise(spec: Spec, rng: random.Random) -> Scene:
-    """Draws one scene that fulfils `spec`; what the caption leaves open is random."""
+    """Draws one scene that fulfils `spec`; what the caption leaves open is random.
+
+    Raises:
+        ValueError: it asks for more than four objects, or for more than two on a side of a
+            relation, which the canvas has no room for.
+    """
+    if spec.num_objects > 4 or (spec.relation and any(part.count > 2 for part in spec.parts)):
+        raise ValueError(f"no room for the objects of {caption(spec)!r}")
     centres = _centres(spec, rng)
     things: list[Thing] = []
     for part in spec.parts:
@@ -250,10 +262,14 @@ def _centres(spec: Spec, rng: random.Random) -> list[tuple[float, float]]:
         near = [(0.5 + 0.25 * s * dx, 0.5 + 0.25 * s * dy) for s in (1, -1)]
         # Across the relation's axis the two may lie anywhere but diagonally.
         shift = [rng.uniform(-0.1, 0.1) for _ in near]
-        places = [(x + s * abs(dy), y + s * abs(dx)) for (x, y), s in zip(near, shift, strict=True)]
+        places = [
+            (x + s * abs(dy), y + s * abs(dx))
+            for (x, y), own, part in zip(near, shift, spec.parts, strict=True)
+            for s in ([own] if part.count == 1 else [-0.25, 0.25])
+        ]
     elif len(spec.parts) == 2 or spec.parts[0].count > 1:
         cells = [(x, y) for x in (0.25, 0.75) for y in (0.25, 0.75)]
-        places = rng.sample(cells, max(len(spec.parts), spec.parts[0].count))
+        places = rng.sample(cells, spec.num_objects)
     else:
         places = [POSITIONS[spec.position or rng.choice(list(POSITIONS))]]
     jitter = [(rng.uniform(-1, 1), rng.uniform(-1, 1)) for _ in places]

@@ -1,7 +1,8 @@
 """How often a model draws what the caption says: `python -m dojo.pocket.score`.
 
 Draws pictures of captions of the pocket grammar with any pipeline folder, with and without LoRA,
-and lets the verifier judge: the six tasks of GenEval in small, or a shape that the base never saw.
+and lets the verifier judge: the six tasks of GenEval in small, captions of up to four objects (in
+the manner of GenEval2), or a shape that the base never saw.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -23,7 +24,7 @@ from dojo import cli, files
 from dojo.cli import ranges
 from dojo.finetune import lora
 from dojo.models import loaded
-from dojo.pocket import scenes, verifier
+from dojo.pocket import atoms, compositions, scenes, verifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Args:
     """score with this LoRA too, beside the base"""
     shape: str | None = None
     """captions about this shape only (heart is new to the base); unset is the six tasks"""
+    compositional: bool = False
+    """captions of one to four objects in up to two noun phrases, judged by their atoms too"""
     num_captions: int = 96
     """captions, one picture each"""
     guidance_scale: float = 4.0
@@ -53,6 +56,16 @@ class Args:
         ranges.check(self, "num_captions num_inference_steps max_sequence_length", least=1)
         ranges.check(self, "guidance_scale", least=0)
         ranges.check_seed(self, "seed")
+        if self.compositional and self.shape:
+            raise ValueError("--compositional and --shape ask for different captions: give one")
+
+    def captions(self) -> list[str]:
+        """What is asked for."""
+        if self.compositional:
+            return compositions.captions(self.num_captions, self.seed)
+        if self.shape:
+            return shape_captions(self.shape, self.num_captions, self.seed)
+        return scenes.evaluation_captions(self.num_captions, self.seed)
 
 
 def shape_captions(shape: str, count: int, seed: int) -> list[str]:
@@ -106,6 +119,23 @@ def generate(
     return torch.cat(pictures)
 
 
+def judged(pictures: Tensor, captions: Sequence[str], *, by_atoms: bool) -> dict[str, float]:
+    """The rows of the table: the strict scores by task, and the means over all captions."""
+    graded = verifier.score(pictures, captions, strict=False).mean().item()
+    if not by_atoms:
+        return {**verifier.task_scores(pictures, captions), "graded": graded}
+    strict = verifier.score(pictures, captions, strict=True)
+    numbers = torch.tensor([scenes.parse(caption).num_objects for caption in captions])
+    rows = {
+        f"{count} object{'s' * (count > 1)}": strict[numbers == count].mean().item()
+        for count in sorted(set(numbers.tolist()))
+    }
+    rows |= {"all": strict.mean().item(), "graded": graded}
+    for kind in get_args(atoms.Mean):
+        rows[f"atoms, {kind} mean"] = atoms.score(pictures, captions, kind).mean().item()
+    return rows
+
+
 _HEAD = '{\n "base": {'  # how the file begins
 
 
@@ -113,11 +143,7 @@ def main(args: Args) -> None:
     """Prints the scores as a table, base against LoRA."""
     if args.output is not None:
         files.check_output(args.output, "--output", is_ours=lambda text: text.startswith(_HEAD))
-    captions = (
-        shape_captions(args.shape, args.num_captions, args.seed)
-        if args.shape
-        else scenes.evaluation_captions(args.num_captions, args.seed)
-    )
+    captions = args.captions()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     pipeline = loaded.pipeline(
@@ -140,8 +166,7 @@ def main(args: Args) -> None:
             max_sequence_length=tokens,
             seed=args.seed,
         )
-        graded = verifier.score(pictures, captions, strict=False).mean().item()
-        scores[name] = {**verifier.task_scores(pictures, captions), "graded": graded}
+        scores[name] = judged(pictures, captions, by_atoms=args.compositional)
     print(f"{'strict score by task':24}" + "".join(f"{name:>8}" for name in scores))
     for task in next(iter(scores.values())):
         print(f"{task:24}" + "".join(f"{column[task]:8.2f}" for column in scores.values()))

@@ -106,11 +106,11 @@ def read(picture: np.ndarray) -> tuple[str, list[Found]]:
     Raises:
         ValueError: the picture has another shape.
     """
-    background, _, found = _read(picture)
+    background, _, found = look(picture)
     return background, found
 
 
-def _read(picture: np.ndarray) -> tuple[str, np.ndarray, list[Found]]:
+def look(picture: np.ndarray) -> tuple[str, np.ndarray, list[Found]]:
     """The background's name, its colour as it is in the picture, and the objects."""
     if picture.shape != (CANVAS, CANVAS, 3):
         raise ValueError(f"a pocket picture is [{CANVAS}, {CANVAS}, 3], not {picture.shape}")
@@ -241,7 +241,7 @@ def _measure(
     centroid = (float((alpha * _COLUMNS).sum()) / area, float((alpha * _ROWS).sum()) / area)
     shape_scores, outline_scores = _overlaps(alpha, area, centroid)
     color_scores = {
-        name: _closeness(float(np.linalg.norm(color - np.array(value))), COLOR_WIDTH)
+        name: closeness(float(np.linalg.norm(color - np.array(value))), COLOR_WIDTH)
         for name, value in scenes.COLORS.items()
     }
     shape = max(ALL_SHAPES, key=lambda name: shape_scores[name] - _handicap(name))
@@ -249,7 +249,7 @@ def _measure(
     return Found(
         shape=shape,
         color=max(color_scores, key=color_scores.__getitem__),
-        size=_size(_radius(shape, area)),
+        size=_size(radius(shape, area)),
         x=x,
         y=y,
         shape_scores=shape_scores,
@@ -300,14 +300,14 @@ def _unit(shape: str) -> tuple[float, float]:
     return float(cover.sum()) / radius**2, below / radius
 
 
-def _radius(shape: str, area: float) -> float:
+def radius(shape: str, area: float) -> float:
     """Radius in pixels (`scenes.SIZES`) at which `shape` has this area."""
     return math.sqrt(area / _unit(shape)[0])
 
 
 def _centre(shape: str, area: float, centroid: tuple[float, float]) -> tuple[float, float]:
     """Where a `shape` of this area and centre of mass has its centre."""
-    return centroid[0], centroid[1] - _unit(shape)[1] * _radius(shape, area)
+    return centroid[0], centroid[1] - _unit(shape)[1] * radius(shape, area)
 
 
 def _overlaps(
@@ -320,7 +320,7 @@ def _overlaps(
     """
     sharp = np.stack(
         [
-            scenes.mask(shape, *_centre(shape, area, centroid), _radius(shape, area))
+            scenes.mask(shape, *_centre(shape, area, centroid), radius(shape, area))
             for shape in ALL_SHAPES
         ]
     )
@@ -360,7 +360,7 @@ def strict(picture: np.ndarray, spec: Spec) -> bool:
     things = [item for item in found if item.definite]
     if spec.background not in (None, background):
         return False
-    if len(things) != sum(part.count for part in spec.parts):
+    if len(things) != spec.num_objects:
         return False
     return any(
         all(
@@ -368,14 +368,14 @@ def strict(picture: np.ndarray, spec: Spec) -> bool:
             for part, group in zip(spec.parts, groups, strict=True)
             for i in group
         )
-        and _layout_holds(spec, _middles(spec, things, groups))
-        for groups in _assignments(len(things), spec)
+        and _layout_holds(spec, middles(spec, things, groups))
+        for groups in assignments(len(things), spec)
     )
 
 
 def _holds(item: Found, part: Part) -> bool:
     """Whether an object is what a noun phrase asks for."""
-    near = _closeness(COLOR_LIMIT, COLOR_WIDTH)
+    near = closeness(COLOR_LIMIT, COLOR_WIDTH)
     return (
         item.shape == part.shape
         and item.shape_scores[part.shape] >= DEFINITE_OVERLAP
@@ -413,7 +413,7 @@ def _displacement(relation: str, middles: Sequence[tuple[float, float]]) -> tupl
     return u * dx + v * dy, u * dy - v * dx
 
 
-def _assignments(num_found: int, spec: Spec) -> Iterator[tuple[tuple[int, ...], ...]]:
+def assignments(num_found: int, spec: Spec) -> Iterator[tuple[tuple[int, ...], ...]]:
     """Every way to deal found objects out to the parts; too few leave places empty."""
     counts = [part.count for part in spec.parts]
     if len(counts) == 1:
@@ -429,7 +429,7 @@ def _assignments(num_found: int, spec: Spec) -> Iterator[tuple[tuple[int, ...], 
                 yield group, other
 
 
-def _middles(
+def middles(
     spec: Spec, things: Sequence[Found], groups: Sequence[Sequence[int]]
 ) -> list[tuple[float, float]]:
     """The mean centre in pixels of each part's objects, taken as the shape that the part names."""
@@ -458,51 +458,56 @@ def graded(picture: np.ndarray, spec: Spec) -> float:
     missed, and an object of the wrong colour is hardly the one that was asked for. Otherwise a
     policy learns first to draw more of everything, or everything on white.
     """
-    _, ground, found = _read(picture)
+    _, ground, found = look(picture)
     things = found[:8]
-    needed = sum(part.count for part in spec.parts)
+    needed = spec.num_objects
     number = sum(item.presence for item in found)
-    count = _closeness(number - needed, 1.0)
+    count = closeness(number - needed, 1.0)
     credit = [[_credit(item, part) for part in spec.parts] for item in things]
 
     best = 0.0
-    for groups in _assignments(len(things), spec):
+    for groups in assignments(len(things), spec):
         pairs = [(i, k) for k, group in enumerate(groups) for i in group]
         presence = sum(things[i].presence for i, _ in pairs)
         shown = presence / needed
         parts = sum(credit[i][k] for i, k in pairs) / (needed + number - presence)
         total = PARTS_WEIGHT * parts + COUNT_WEIGHT * shown * count
         if spec.relation or spec.position:
-            total *= 0.5 + 0.5 * _layout(spec, _middles(spec, things, groups))
+            total *= 0.5 + 0.5 * layout(spec, middles(spec, things, groups))
         if spec.background:
             target = np.array(scenes.BACKGROUNDS[spec.background])
             distance = float(np.linalg.norm(ground - target))
-            total *= 0.5 + 0.5 * _closeness(distance, COLOR_WIDTH)
+            total *= 0.5 + 0.5 * closeness(distance, COLOR_WIDTH)
         best = max(best, total / (PARTS_WEIGHT + COUNT_WEIGHT))
     return best
 
 
 def _credit(item: Found, part: Part) -> float:
     """How well an object is what a noun phrase asks for, in [0, 1]: all its terms together."""
-    credit = item.presence * _shape_credit(item, part.shape)
+    credit = item.presence * shape_credit(item, part.shape)
     if part.color:
         credit *= item.color_scores[part.color]
     if part.size:
-        deviation = _radius(part.shape, item.area) - scenes.SIZES[part.size]
-        credit *= 0.3 + 0.7 * _closeness(deviation, SIZE_WIDTH)
+        deviation = radius(part.shape, item.area) - scenes.SIZES[part.size]
+        credit *= 0.3 + 0.7 * closeness(deviation, SIZE_WIDTH)
     return credit
 
 
-def _shape_credit(item: Found, shape: str) -> float:
+def shape_credit(item: Found, shape: str) -> float:
     """Half for filling the shape's outline, half for fitting it better than any other shape."""
+    return 0.5 * item.outline_scores[shape] + 0.5 * likeness(item, shape)
+
+
+def likeness(item: Found, shape: str) -> float:
+    """How much better an object fits a shape than any other, in [0, 1]."""
     powers = {
         name: math.exp((score - _handicap(name)) / SHAPE_TEMPERATURE)
         for name, score in item.shape_scores.items()
     }
-    return 0.5 * item.outline_scores[shape] + 0.5 * powers[shape] / sum(powers.values())
+    return powers[shape] / sum(powers.values())
 
 
-def _layout(spec: Spec, middles: Sequence[tuple[float, float]]) -> float:
+def layout(spec: Spec, middles: Sequence[tuple[float, float]]) -> float:
     """How well position or relation hold, in [0, 1]."""
     if len(middles) < len(spec.parts):
         return 0.0
@@ -513,11 +518,11 @@ def _layout(spec: Spec, middles: Sequence[tuple[float, float]]) -> float:
         far = min(1.0, max(0.0, (along - abs(across) / 2 + 40) / 60))  # keeps a slope far away
         return 0.6 * near + 0.4 * far
     if spec.position:
-        return _closeness(_distance(middles[0], spec.position), PLACE_WIDTH)
+        return closeness(_distance(middles[0], spec.position), PLACE_WIDTH)
     return 1.0
 
 
-def _closeness(deviation: float, width: float) -> float:
+def closeness(deviation: float, width: float) -> float:
     """1 at no deviation, 1/2 at `width`, and never quite flat beyond."""
     return 1 / (1 + (deviation / width) ** 2)
 
@@ -537,17 +542,22 @@ def score(images: torch.Tensor, prompts: Sequence[str], *, strict: bool) -> torc
         ValueError: a caption is outside the grammar (the message names it), or the numbers of
             pictures and captions differ.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
-        raise ValueError(
-            f"{len(prompts)} captions need images [{len(prompts)}, 3, height, width], "
-            f"not {list(images.shape)}"
-        )
-    specs = [scenes.parse(prompt) for prompt in prompts]
+    specs = specs_of(images, prompts)
     judge = _strict if strict else graded
     scores = [
         float(judge(picture, spec)) for picture, spec in zip(pictures(images), specs, strict=True)
     ]
     return torch.tensor(scores, dtype=torch.float32)
+
+
+def specs_of(images: torch.Tensor, prompts: Sequence[str]) -> list[Spec]:
+    """What the captions of a batch say; see `score`."""
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) != len(prompts):
+        raise ValueError(
+            f"{len(prompts)} captions need images [{len(prompts)}, 3, height, width], "
+            f"not {list(images.shape)}"
+        )
+    return [scenes.parse(prompt) for prompt in prompts]
 
 
 _strict = strict  # `score` has an argument of that name
