@@ -13,7 +13,6 @@ the rewards judge who draws the same prompts and seeds better: versus.csv, versu
 
 from __future__ import annotations
 
-import inspect
 import json
 import secrets
 from dataclasses import dataclass, field, replace
@@ -29,10 +28,10 @@ from dojo import cli, rewards
 from dojo.cli import UserError, ranges
 from dojo.cli.masking import hide
 from dojo.evaluate import pipelines, versus
+from dojo.evaluate.picture import DrawArgs, draw
 from dojo.files import outputs
 from dojo.files.pictures import labelled_grid
 from dojo.inputs.prompts import Prompt, read_file
-from dojo.models import sd3
 from dojo.rewards import RewardArgs
 from dojo.rewards.scorer import DTYPES
 
@@ -51,8 +50,6 @@ class Args:
     """more prompts: .txt with one per line (behind it --n, --w, --h, --d, --s, --l as in kohya's
     sample prompts: negative prompt, width, height, seed, steps, guidance), or .json, .jsonl or .csv
     with a column prompt (or text, or caption), whose other columns go to the rewards"""
-    negative_prompt: str | None = cli.option(None, common=True)
-    """what the pictures should not show"""
     lora_weights_path: tuple[str, ...] = cli.option((), common=True)
     """LoRA files, folders or hub ids of any public trainer, all active at once"""
     lora_scale: tuple[float, ...] = cli.option((1.0,), common=True)
@@ -63,34 +60,9 @@ class Args:
     """a tuned pipeline, or a LoRA (with the strength lora_scale), that draws the same pictures too;
     the rewards then say which one wins"""
     reward: RewardArgs = field(default_factory=RewardArgs)
-    height: int | None = cli.option(None, common=True)
-    """height in pixels; unset is the model's native size"""
-    width: int | None = cli.option(None, common=True)
-    """width in pixels; unset is the model's native size"""
-    guidance_scale: float = cli.option(5.0, common=True)
-    """classifier-free guidance; 1 switches it off"""
-    guidance_rescale: float = 0.0
-    """how far guided predictions are brought back to the size of the unguided: 0 is not at all, 0.7
-    is usual for models with zero terminal SNR (SD1, SD2, SDXL)"""
-    num_inference_steps: int = cli.option(28, common=True)
-    """sampling steps"""
+    drawing: DrawArgs = field(default_factory=DrawArgs)
     num_images_per_prompt: int = cli.option(1, common=True)
     """pictures per prompt"""
-    max_sequence_length: int | None = None
-    """tokens of T5 (SD3); unset is the pipeline's 256; use what was trained with"""
-    uncond: Literal["empty_string", "zeros"] = "empty_string"
-    """what guidance takes for no prompt (SD3): the embeddings of "", or zeros; use what was trained
-    with"""
-    t5_padding: Literal["unmodified", "zero"] = "unmodified"
-    """T5's rows of padding (SD3): as they come, or zeros; use what was trained with"""
-    skip_guidance_layers: tuple[int, ...] = ()
-    """layers for skip-layer guidance (SD3.5-Medium: 7 8 9)"""
-    skip_layer_guidance_scale: float = 2.8
-    """strength of skip-layer guidance"""
-    skip_layer_guidance_start: float = 0.01
-    """fraction of the steps at which skip-layer guidance begins"""
-    skip_layer_guidance_stop: float = 0.2
-    """fraction of the steps at which skip-layer guidance ends"""
     seed: int | None = cli.option(None, common=True)
     """seed of the first picture of each prompt; unset is drawn and written to prompts.json"""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -113,13 +85,8 @@ class Args:
             raise ValueError("--versus takes the LoRA itself, in place of --lora_weights_path")
         if self.versus is None and self.reward != RewardArgs():
             raise ValueError("--reward and its options need --versus")
-        counts = "num_images_per_prompt num_inference_steps height width max_sequence_length"
-        ranges.check(self, counts, least=1)
+        ranges.check(self, "num_images_per_prompt", least=1)
         ranges.check_seed(self, "seed")
-        layers = "skip_guidance_layers skip_layer_guidance_scale"
-        ranges.check(self, f"guidance_scale {layers}", least=0)
-        shares = "guidance_rescale skip_layer_guidance_start skip_layer_guidance_stop"
-        ranges.check(self, shares, least=0, most=1)
 
 
 def main(args: Args) -> None:
@@ -178,12 +145,12 @@ def write_pictures(args: Args) -> None:
     print(f"{len(records)} pictures in {args.output_dir}")
 
 
-def with_options(args: Args, prompt: Prompt) -> Args:
-    """The options as the line of a prompt changes them; its seed is not among them."""
+def with_options(args: Args, prompt: Prompt) -> DrawArgs:
+    """How a prompt is drawn, as its line says; its seed is not among that."""
     names = {"negative": "negative_prompt"}
     said = {names.get(key, key): value for key, value in prompt.options.items() if key != "seed"}
     try:
-        return replace(args, **said)
+        return replace(args.drawing, **said)
     except ValueError as error:
         raise UserError(f"--prompt_file: {prompt.text!r}: {error}") from error
 
@@ -206,7 +173,7 @@ def judge(
         pipeline.scheduler = pipelines.load_loras(pipeline, loras, args.lora_scale)
         pipelines.place(pipeline, device, args.offload)
         tell_cut(pipeline, args, prompts)
-        return partial(draw, pipeline, args)
+        return partial(draw, pipeline, args.drawing)
 
     # The tuned model first: a LoRA that does not fit is known at once.
     def open_tuned() -> versus.Draw:
@@ -226,82 +193,22 @@ def judge(
 
 def load(args: Args, name: str, device: torch.device) -> Any:
     """The pipeline of a name, on the CPU, in the precision of the device."""
-    auto = {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
-    return pipelines.load_pipeline(name, DTYPES.get(args.dtype, auto), args.single_file_config)
+    dtype = DTYPES.get(args.dtype, pipelines.usual_dtype(device))
+    return pipelines.load_pipeline(name, dtype, args.single_file_config)
 
 
 def tell_cut(pipeline: Any, args: Args, prompts: list[Prompt]) -> None:
     """Says which prompts are longer than the model reads."""
-    texts = [*(prompt.text for prompt in prompts), args.negative_prompt]
-    pipelines.tell_cut(pipeline, texts, args.max_sequence_length)
+    drawing = args.drawing
+    texts = [*(prompt.text for prompt in prompts), drawing.negative_prompt]
+    pipelines.tell_cut(pipeline, texts, drawing.max_sequence_length)
 
 
 def options_of(args: Args) -> dict[str, str]:
     """What was set, as it is written down; the rewards' options where they have a part in it."""
-    options = vars(args) | (vars(args.reward) if args.versus else {"reward": None})
+    options = vars(args) | vars(args.drawing) | {"drawing": None}
+    options |= vars(args.reward) if args.versus else {"reward": None}
     return {name: hide(str(value)) for name, value in options.items() if value not in (None, ())}
-
-
-def check_skipping(pipeline: Any, args: Args) -> None:
-    """Refuses skip-layer guidance that would change nothing."""
-    reason = sd3.why_no_skipping(
-        args.skip_guidance_layers,
-        len(getattr(getattr(pipeline, "transformer", None), "transformer_blocks", ())),
-        guidance_scale=args.guidance_scale,
-        scale=args.skip_layer_guidance_scale,
-        num_steps=args.num_inference_steps,
-        start=args.skip_layer_guidance_start,
-        stop=args.skip_layer_guidance_stop,
-    )
-    if reason and hasattr(pipeline, "transformer"):
-        raise UserError(f"--skip_guidance_layers {reason}")
-
-
-def draw(pipeline: Any, args: Args, prompt: str, seeds: list[int]) -> list[Image.Image]:
-    """One picture per seed."""
-    if len(seeds) > 1 and pipelines.draws_noise(pipeline):  # each under its own seed
-        return [draw(pipeline, args, prompt, [seed])[0] for seed in seeds]
-    options: dict[str, Any] = {"height": args.height, "width": args.width}
-    optional = {
-        "max_sequence_length": args.max_sequence_length,
-        "negative_prompt": args.negative_prompt,
-        "guidance_rescale": args.guidance_rescale or None,
-    }
-    if args.skip_guidance_layers:
-        check_skipping(pipeline, args)
-        optional["skip_guidance_layers"] = list(args.skip_guidance_layers)
-        for name in ("scale", "start", "stop"):
-            option = f"skip_layer_guidance_{name}"
-            optional[option] = getattr(args, option)
-    accepted = inspect.signature(pipeline.__call__).parameters
-    texts: dict[str, Any] = {"prompt": prompt}
-    if args.uncond == "zeros" or args.t5_padding == "zero":
-        found = pipelines.embeddings(
-            *(pipeline, prompt, args.negative_prompt or ""),
-            max_sequence_length=args.max_sequence_length or 256,
-            uncond=args.uncond,
-            t5_padding=args.t5_padding,
-        )
-        # The pipeline repeats prompts, not embeddings.
-        texts = {name: value.repeat_interleave(len(seeds), 0) for name, value in found.items()}
-        optional["negative_prompt"] = None
-    for name, value in optional.items():
-        if value is not None and name not in accepted:
-            raise UserError(f"--{name}: {type(pipeline).__name__} has no such option")
-        if value is not None:
-            options[name] = value
-    try:
-        with pipelines.step_noise(pipeline, seeds):
-            return pipeline(
-                **texts,
-                guidance_scale=args.guidance_scale,
-                num_inference_steps=args.num_inference_steps,
-                num_images_per_prompt=len(seeds) if "prompt" in texts else 1,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                **options,
-            ).images
-    except ValueError as error:  # a size or length that the model does not take
-        raise UserError(str(error).strip().splitlines()[0]) from error
 
 
 if __name__ == "__main__":

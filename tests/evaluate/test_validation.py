@@ -8,8 +8,10 @@ import json
 import random
 import shutil
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -23,8 +25,10 @@ from dojo import evaluate as validation
 from dojo import rng
 from dojo.cli import UserError
 from dojo.data import Draw
+from dojo.evaluate import validator as validator_module
 from dojo.evaluate.clip import ClipScore
 from dojo.evaluate.prompt_file import Entry, parse_size, read_prompts
+from dojo.evaluate.validator import log_pictures
 from dojo.files import outputs
 from dojo.inputs.pictures import EvalSet
 from dojo.models import sd3
@@ -432,6 +436,26 @@ def test_pictures_are_those_of_the_plain_pipeline(tmp_path: Path, micro_sd3: Pat
         assert (plain.tobytes() == expected.tobytes()) == (steps == 2)
 
 
+@pytest.mark.parametrize("owned", [False, True])
+def test_weights_whose_memory_something_counts_on_stay_where_they_are(
+    tmp_path: Path, micro_sd3: Path, monkeypatch: pytest.MonkeyPatch, owned: bool
+) -> None:
+    left: list[object] = []
+
+    @contextmanager
+    def away(network: object, device: torch.device) -> Iterator[None]:
+        left.append(network)
+        yield
+
+    monkeypatch.setattr(validator_module.residence, "away", away)
+    config, network = model_of(micro_sd3)
+    run = start(tmp_path)
+    run.replicas.owns_storage = owned
+    validator(run, config, network, args_of("a star"))()
+    assert left == ([] if owned else [network])
+    assert len(drawn(tmp_path)) == 1
+
+
 def test_watching_changes_nothing_and_loads_no_text_encoder(
     tmp_path: Path, micro_sd3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -730,6 +754,25 @@ def test_tensorboard_gets_every_picture_in_its_own_size(tmp_path: Path, micro_sd
     assert [(image.step, image.width, image.height) for image in seen] == [(0, 48, 32), (2, 48, 32)]
     assert [event.step for event in events.Scalars("eval_loss")] == [0, 2]
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
+
+
+def test_two_evaluations_of_one_step_do_not_overwrite_each_others_pictures(tmp_path: Path) -> None:
+    sent: dict[str, Any] = {}
+
+    class Tracker:
+        name = "mine"
+
+        def log_images(self, values: dict[str, Any], *, step: int) -> None:
+            assert not sent.keys() & values.keys()
+            sent.update(values)
+
+    run: Any = SimpleNamespace(accelerator=SimpleNamespace(trackers=[Tracker()]), step=3)
+    for name in ("validation", "validation-guided"):
+        folder = tmp_path / name / "step-3"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "00-cat.png")
+        log_pictures(run, folder)
+    assert set(sent) == {"validation/00-cat", "validation-guided/00-cat"}
 
 
 def test_wandb_offline_takes_pictures_and_numbers(

@@ -1,8 +1,9 @@
 """Claims about class pictures: those of the whole pipeline, one network on the device at a time."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from dojo import data, rng
-from dojo.inputs import class_pictures
+from dojo.inputs import class_pictures, texts
 from dojo.models.family import Model, ModelArgs
 from dojo.models.opening import open_model
 from dojo.run import OptimArgs, Run, RunArgs, residence, start
@@ -34,7 +35,9 @@ def run(tmp_path: Path) -> Run:
     return start(args, OptimArgs(max_train_steps=1))
 
 
-def drawn(run: Run, model: Model, folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+def drawn(
+    run: Run, model: Model, folder: Path, precision: Literal["fp32", "bf16"] = "fp32"
+) -> dict[str, np.ndarray[Any, Any]]:
     """The class pictures that a run draws into an empty folder."""
     args = class_pictures.PriorArgs(
         with_prior_preservation=True,
@@ -43,18 +46,22 @@ def drawn(run: Run, model: Model, folder: Path) -> dict[str, np.ndarray[Any, Any
         num_class_images=4,
         sample_batch_size=2,
         prior_inference_steps=STEPS,
+        prior_generation_precision=precision,
     )
     class_pictures.draw(run, args, model, data.DataArgs(dataset_name="nowhere"), SIZE)
     return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_class_pictures_are_those_of_the_whole_pipeline(
-    tmp_path: Path, model: Model, run: Run
+    tmp_path: Path, model: Model, run: Run, precision: Literal["fp32", "bf16"]
 ) -> None:
-    found = drawn(run, model, tmp_path / "class")
-    pipeline = model.load_pipeline(torch.float32, CPU)
+    found = drawn(run, model, tmp_path / "class", precision)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    pipeline = model.load_pipeline(dtype, CPU)
     pipeline.set_progress_bar_config(disable=True)
     expected: list[Image.Image] = []
+    lengths = {"max_sequence_length": 24} if hasattr(model.args, "max_sequence_length") else {}
     every = [f"class-0000{k}.png" for k in range(4)]
     for names in (every[:2], every[2:]):
         expected += pipeline(
@@ -63,7 +70,7 @@ def test_class_pictures_are_those_of_the_whole_pipeline(
             width=64,
             guidance_scale=7.0,
             num_inference_steps=STEPS,
-            **model.prompt_options,
+            **lengths,
             **model.call_options,
             generator=[rng.generator("class picture", PROMPT, name) for name in names],
         ).images
@@ -72,7 +79,7 @@ def test_class_pictures_are_those_of_the_whole_pipeline(
         assert (picture == np.asarray(whole)).all()
 
 
-def test_one_network_is_on_the_device_at_a_time_and_texts_are_encoded_once(
+def test_one_network_is_on_the_device_at_a_time(
     tmp_path: Path, model: Model, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there: set[int] = set()
@@ -93,8 +100,8 @@ def test_one_network_is_on_the_device_at_a_time_and_texts_are_encoded_once(
     monkeypatch.setattr(residence.Turns, "pre_forward", begins)
     load = type(model).load_pipeline
 
-    def loads(*args: Any) -> Any:
-        pipeline = load(*args)
+    def loads(*args: Any, **options: Any) -> Any:
+        pipeline = load(*args, **options)
         for one in pipeline.components.values():
             if isinstance(one, torch.nn.Module):
                 monkeypatch.setattr(type(one), "to", moves)
@@ -102,9 +109,33 @@ def test_one_network_is_on_the_device_at_a_time_and_texts_are_encoded_once(
 
     monkeypatch.setattr(type(model), "load_pipeline", loads)
     drawn(run, model, tmp_path / "class")
-    asked = 2 * len(model.text_encoders)  # for the prompt and for none; SDXL has zeros for none
-    drawing = [name for name in computed if name in (model.network_class, "AutoencoderKL")]
-    assert computed[-len(drawing) :] == drawing
-    assert len(model.text_encoders) <= len(computed) - len(drawing) <= asked
-    assert drawing.count("AutoencoderKL") == 2
-    assert drawing.count(model.network_class) >= 2 * STEPS
+    assert set(computed) == {model.network_class, "AutoencoderKL"}
+    assert computed.count("AutoencoderKL") == 2
+    assert computed.count(model.network_class) >= 2 * STEPS
+
+
+@pytest.mark.parametrize("flag", [{}, {"text_encoder_precision": "int8"}], ids=str)
+def test_prompts_are_encoded_as_in_training_each_encoder_once_and_alone(
+    tmp_path: Path, model: Model, run: Run, monkeypatch: pytest.MonkeyPatch, flag: dict[str, Any]
+) -> None:
+    plain, model = model, replace(model, args=replace(model.args, **flag))
+    load, loaded, alive = type(model).load_text, list[str](), list[Any]()
+    monkeypatch.setattr(texts, "device_of", lambda *_: CPU)
+
+    def loads(self: Any, dtype: torch.dtype, device: torch.device, *, only: str) -> Any:
+        assert device is CPU
+        assert not [one for one in alive if one() is not None]
+        loaded.append(only)
+        made = load(self, dtype, device, only=only)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(type(model), "load_text", loads)
+    found = drawn(run, model, tmp_path / "class")
+    assert loaded == list(model.text_encoders)
+    assert not [one for one in alive if one() is not None]
+
+    monkeypatch.setattr(type(model), "load_text", load)
+    expected = drawn(run, plain, tmp_path / "plain")
+    same = all((found[name] == picture).all() for name, picture in expected.items())
+    assert same == (not flag)

@@ -476,3 +476,13 @@ def test_another_process_holds_out_and_draws_the_same(tmp_path: Path) -> None:
     other, *told = json.loads((tmp_path / "told.json").read_text())
     assert other != hash("animals"), "both processes have their names in one order"
     assert told == _held_out_and_drawn()
+
+
+def test_the_compositional_set_holds_out_as_many_of_each_number_of_objects() -> None:
+    prompts = open_prompts(PromptArgs(prompt_set="pocket_compositional", num_eval_prompts=120))
+    assert len(prompts.train) + len(prompts.held_out) == 1200
+    for prompt in (*prompts.train, *prompts.held_out):
+        number = scenes.parse(prompt.text).num_objects
+        assert prompt.metadata["task"] == f"{number}_object"
+    held_out = Counter(prompt.metadata["task"] for prompt in prompts.held_out)
+    assert set(held_out.values()) == {30}

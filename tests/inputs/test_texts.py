@@ -134,7 +134,7 @@ def test_text_encoders_may_compute_on_the_cpu_of_a_run_on_a_gpu(tiny_sd15: Path)
         args: Any = ModelArgs(
             pretrained_model_name_or_path=str(tiny_sd15), text_encoder_device=choice
         )
-        assert texts.device_of(run, open_model(args)).type == kind
+        assert texts.device_of(run.device, open_model(args)).type == kind
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def together(run: Run) -> Iterator[Trouble]:
     Raises:
         Interrupted: the run was asked to stop, which all know.
         UserError: what was in the way, before the first step: there is nothing yet to be kept.
-        TrainingStopped: the same, later (see `Run.kept_when_stopped`), or in another process.
+        TrainingStopped: the same, later (see `Learner.kept_when_stopped`), or in another process.
     """
     trouble = Trouble()
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.finetune import lora
-from dojo.models import loaded, opening, sd3, truncation
+from dojo.models import folders, kolors, loaded, opening, sd3, truncation
 from dojo.models.family import ModelArgs
 from dojo.models.unet import schedule, single_file
 
@@ -44,7 +44,12 @@ def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None 
         raise UserError(f"{flag}: {name} has no model_index.json{hint}")
     if not folder.is_dir() and not _may_be_on_hub(name):
         raise UserError(f"{flag}: there is no folder {name}")
-    pipeline = loaded.pipeline(name, flag=flag, dtype=dtype)
+    if folder.is_dir() and folders.kind_of(folder, flag).startswith("Kolors"):
+        # Its authors' layout names classes that diffusers does not have.
+        model = opening.open_model(ModelArgs(pretrained_model_name_or_path=name))
+        pipeline = model.load_pipeline(dtype, torch.device("cpu"))
+    else:
+        pipeline = loaded.pipeline(name, flag=flag, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -167,8 +172,15 @@ def tell_cut(
             readers.append(truncation.Reader("T5", tokenizer, limit, "--max_sequence_length"))
         elif "CLIP" in type(tokenizer).__name__:
             readers.append(truncation.Reader("CLIP", tokenizer, tokenizer.model_max_length))
+        elif "ChatGLM" in type(tokenizer).__name__:
+            readers.append(truncation.Reader("ChatGLM", tokenizer, kolors.TOKENS, marks_end=False))
     for line in truncation.find_cut(filter(None, texts), readers).told:
         print(line)
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """The precision of a pipeline where nobody names one."""
+    return {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
 
 
 def choose_device(name: str, offload: str) -> torch.device:
@@ -191,6 +203,23 @@ def draws_noise(pipeline: Any) -> bool:
     """Whether the steps add noise that the pipeline's generators do not give: so do SD3's."""
     is_sd3 = isinstance(pipeline, StableDiffusion3Pipeline)
     return is_sd3 and sd3.draws_noise(sd3.scheduler_config(pipeline.scheduler))
+
+
+def fixed_length(pipeline: Any) -> int | None:
+    """Tokens that a pipeline reads whatever its `max_sequence_length` says; None if it obeys."""
+    return kolors.TOKENS if type(pipeline).__name__.startswith("Kolors") else None
+
+
+def why_no_skipping(pipeline: Any, layers: Sequence[int], **options: Any) -> str | None:
+    """Why skip-layer guidance would change nothing, for a pipeline with a transformer.
+
+    Args:
+        options: see `sd3.why_no_skipping`.
+    """
+    if not hasattr(pipeline, "transformer"):
+        return None
+    blocks = getattr(pipeline.transformer, "transformer_blocks", ())
+    return sd3.why_no_skipping(layers, len(blocks), **options)
 
 
 def step_noise(pipeline: Any, seeds: Sequence[int]) -> AbstractContextManager[None]:

@@ -131,8 +131,8 @@ class Validator:
         share = run.paused(self.mine, len(self.pictures))
         bar = tqdm(share, "validation", len(self.mine), disable=not run.main, leave=False)
         latents = [self._draw(pipeline, self.pictures[i]) for (i,) in bar]
-        # For the autoencoder's activations. Gathered shards have an owner who counts on them.
-        stays = run.replicas.sharded
+        # For the autoencoder's activations.
+        stays = run.replicas.owns_storage
         with nullcontext() if stays else residence.away(self.network, run.device):
             for i, one in zip(self.mine, latents, strict=True):
                 drawn.append(self._decoded(one))
@@ -194,7 +194,8 @@ def write_prompts(folder: Path, pictures: Sequence[Mapping[str, object]]) -> Non
 
 
 def log_pictures(run: Run, folder: Path) -> None:
-    """Sends the pictures of a step to the trackers, each under its own name.
+    """Sends the pictures of a step to the trackers, each under its own name,
+    which begins with that of the validation's folder.
 
     They are not stacked: their sizes may differ. wandb without a network wants WANDB_MODE=offline
     in the environment, swanlab SWANLAB_MODE=offline (or local).
@@ -204,4 +205,6 @@ def log_pictures(run: Run, folder: Path) -> None:
             pixels = np.asarray(picture.convert("RGB"))
         for tracker in run.accelerator.trackers:
             extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({f"validation/{path.stem}": pixels[None]}, step=run.step, **extra)
+            tracker.log_images(
+                {f"{folder.parent.name}/{path.stem}": pixels[None]}, step=run.step, **extra
+            )

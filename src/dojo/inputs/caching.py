@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,20 +26,32 @@ from torch import Tensor
 
 from dojo import cli, data, files
 from dojo.cli import UserError, ranges
-from dojo.data.contents import write_json
+from dojo.data.contents import Remembered, write_json
 from dojo.data.streams import made as folders
 from dojo.data.streams.places import MADE
 from dojo.files import tensors
-from dojo.inputs import made
+from dojo.inputs import made, texts
 from dojo.models import family
 from dojo.models.folders import DTYPES, posterior
 from dojo.models.opening import family_of, open_model
 
 _FLAG = "--pretrained_model_name_or_path"
-_AT_A_TIME = 32  # captions that are encoded at a time, on a GPU
+_AT_A_TIME = 32  # captions that are encoded at a time, where not one by one
 _DECODERS = 2  # threads that look at pictures before they are encoded
 
 Part = Callable[[], data.Captioned]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be made."""
+
+    source: str
+    """Where the samples come from, in words."""
+    parts: list[Part]
+    rows: int
+    samples: str
+    """Tells the samples from others, wherever they lie."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +117,30 @@ def main(args: Args) -> None:
     _refuse(args.data)
     model = open_model(args.model, args.text)
     model.check_step(*args.data.size)
-    source, parts, rows_total = _parts(args.data, args.make.rows_per_file)
+    work = _work(args.data, args.make.rows_per_file)
     folder = args.make.output_dir
-    _begin(folder, made.settings(model, args))
-    print(f"{source}\n{folder}: {rows_total:,} rows in {len(parts):,} parts", flush=True)
+    _begin(folder, {"settings": made.settings(model, args), "how": _how(args)}, work.samples)
+    print(f"{work.source}\n{folder}: {work.rows:,} rows in {len(work.parts):,} parts", flush=True)
     maker = _Maker(args, model, folder)
-    names = [f"{number:05d}" for number in range(len(parts))]
+    names = [f"{number:05d}" for number in range(len(work.parts))]
     for wait in (False, True):  # then those that others had in their hands, if they were killed
         _once(folder, "texts", maker.has_texts, maker.texts, wait=wait)
-        for name, part in zip(names, parts, strict=True):
-            done = (folder / f"{name}.json").exists
+        for name, part in zip(names, work.parts, strict=True):
+            done = partial(_is_done, folder, name)
             _once(folder, name, done, partial(maker.rows, name, part), wait=wait)
-    _end(folder, source, names)
+    with files.turn(folder / ".end.lock"):
+        _end(folder, work.source, names)
+
+
+def _how(args: Args) -> dict[str, Any]:
+    """What makes other numbers or other parts, and what nobody has to repeat who trains."""
+    return {
+        "rows_per_file": args.make.rows_per_file,
+        "max_upscale": args.data.max_upscale,
+        "vae_dtype": args.model.vae_dtype,
+        "enable_vae_tiling": args.model.enable_vae_tiling,
+        "text_encoder_precision": args.model.text_encoder_precision,
+    }
 
 
 def _refuse(args: data.DataArgs) -> None:
@@ -143,13 +168,14 @@ def _refuse(args: data.DataArgs) -> None:
         raise UserError("--mask_dir cannot be told of in training; --mask_from_alpha works")
 
 
-def _parts(args: data.DataArgs, rows: int) -> tuple[str, list[Part], int]:
-    """The samples in words, in parts of so many rows at most, and their number."""
+def _work(args: data.DataArgs, rows: int) -> Work:
+    """The samples in parts of so many rows at most."""
     if data.is_streamed(args.location):
         stream = data.open_shards(args, to_cache=True)
         if isinstance(stream, data.Made):
             raise UserError(f"{args.location} was written by this command: name the pictures")
-        return stream.description, _of_stream(stream, rows), len(stream)
+        samples = data.digest([json.dumps(stream.samples)])
+        return Work(stream.description, _of_stream(stream, rows), len(stream), samples)
     source = data.open_training(args)
     source, _ = data.split(
         source, eval_fraction=0.0, seed=0, max_train_samples=args.max_train_samples
@@ -160,7 +186,23 @@ def _parts(args: data.DataArgs, rows: int) -> tuple[str, list[Part], int]:
         some = source.select(range(start, min(start + rows, len(source))))
         return data.identified(some, None, num_threads=_DECODERS)
 
-    return source.description, [partial(part, start) for start in starts], len(source)
+    parts = [partial(part, start) for start in starts]
+    return Work(source.description, parts, len(source), _digest(source))
+
+
+def _digest(source: data.Captioned) -> str:
+    """Tells samples from others by names, captions and the sizes of their files; reads none."""
+    sizes = [_num_bytes(source.store, row) for row in source.rows]
+    samples = zip(source.ids, source.captions, source.problems, sizes, strict=True)
+    return data.digest([json.dumps(list(samples))])
+
+
+def _num_bytes(store: object, row: int) -> int:
+    """Of the file of a picture; 0 where it is none by itself."""
+    origin = store.origin(row) if isinstance(store, Remembered) else None
+    with suppress(OSError):
+        return os.path.getsize(os.path.join(origin.home, origin.key)) if origin else 0
+    return 0
 
 
 def _of_stream(stream: data.Stream, rows: int) -> list[Part]:
@@ -176,27 +218,58 @@ def _of_stream(stream: data.Stream, rows: int) -> list[Part]:
     return parts
 
 
-def _begin(folder: Path, settings: Mapping[str, Any]) -> None:
+def _begin(folder: Path, record: Mapping[str, Mapping[str, Any]], samples: str) -> None:
     """Marks the folder with what is made there, or compares it.
 
+    Args:
+        record: the options that it is made with, by their kind.
+        samples: tells what it is made from.
     Raises:
         UserError: something else is there.
     """
-    path = folder / MADE
-    if folder.exists() and not path.exists() and any(folder.iterdir()):
-        raise UserError(f"--output_dir {folder} is not empty, and was not begun by this command")
-    if path.exists():
-        begun = json.loads(path.read_text())
-        changed = data.differences(begun.get("settings", {}), settings)
-        if changed or begun.get("format") != folders.FORMAT:
-            raise UserError(
-                f"--output_dir {folder} was begun otherwise: {'; '.join(changed) or 'its format'}: "
-                "name another folder, or remove it"
-            )
-        files.sweep(folder.glob(".*"))
-        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"format": folders.FORMAT, "settings": settings})
+    path, lock = folder / MADE, folder / ".begin.lock"
+    with files.turn(lock):  # of several that are started at once, one begins
+        if not path.exists():
+            files.sweep(folder.glob(f".{MADE}.*"))
+            if [one for one in folder.iterdir() if one != lock]:
+                raise UserError(
+                    f"--output_dir {folder} is not empty, and was not begun by this command"
+                )
+            write_json(path, {"format": folders.FORMAT, **record, "samples": samples})
+            return
+        changed = _changed(path, record, samples)
+    if changed:
+        raise UserError(
+            f"--output_dir {folder} was begun otherwise: {'; '.join(changed)}: name another "
+            "folder, or remove it"
+        )
+    files.sweep(folder.glob(".*"))
+
+
+def _changed(path: Path, record: Mapping[str, Mapping[str, Any]], samples: str) -> list[str]:
+    """What is not as it was when a folder was begun, in words."""
+    begun = _read(path)
+    if begun.get("format") != folders.FORMAT:
+        return ["its format"]
+    changed = [
+        one
+        for kind, options in record.items()
+        for one in data.differences(begun.get(kind, {}), options)
+    ]
+    if begun.get("samples") != samples:
+        changed.append("of other pictures or captions")
+    return changed
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A table in a file; nothing where there is none, or it is damaged."""
+    with suppress(OSError, ValueError):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return table if isinstance(table, dict) else {}
+    return {}
 
 
 def _once(
@@ -210,17 +283,28 @@ def _once(
     """Does something that is not done and that no other process is doing."""
     if done():
         return
-    path = folder / f".{name}.lock"
-    try:
-        descriptor = files.open_locked(path, wait=wait)
-    except BlockingIOError:
-        return
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(files.turn(folder / f".{name}.lock", wait=wait))
+        except BlockingIOError:
+            return
         if not done():
             work()
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+
+
+def _is_done(folder: Path, name: str) -> bool:
+    """Whether a part was made and its files are as they were written, as far as headers tell."""
+    job = _read(folder / f"{name}.json")
+    return "files" in job and all(_is_whole(folder, one) for one in job["files"])
+
+
+def _is_whole(folder: Path, file: Mapping[str, Any]) -> bool:
+    path = folder / file["name"]
+    try:
+        same_size = path.stat().st_size == file["num_bytes"]
+        return same_size and len(folders.Opened(path).rows) == file["rows"]
+    except (OSError, UserError):
+        return False
 
 
 def _end(folder: Path, source: str, names: Sequence[str]) -> None:
@@ -230,7 +314,13 @@ def _end(folder: Path, source: str, names: Sequence[str]) -> None:
     left_out = [one for job in done for one in job["left_out"]]
     if not rows:
         raise UserError(f"no usable sample in {source}")
-    index = {"source": source, "files": rows, "left_out": left_out}
+    path = folder / folders.TEXTS
+    words = folders.MadeWords(
+        texts=list(folders.Opened(path).texts),
+        num_bytes=path.stat().st_size,
+        digest=data.file_hashes([path], None)[0],
+    )
+    index = {"source": source, "files": rows, "texts": asdict(words), "left_out": left_out}
     write_json(folder / folders.INDEX, index)
     count = sum(one["rows"] for one in rows)
     size = sum(one["num_bytes"] for one in rows) / 2**30
@@ -250,19 +340,23 @@ class _Maker:
         self.model = model
         self.folder = folder
         self.vae = cache(lambda: model.load_vae(self.device))
-        self.encoders = cache(lambda: model.load_text(self.dtype, self.device))
+        self.text_device = texts.device_of(self.device, model)
+        self.encoders = cache(lambda: model.load_text(self.dtype, self.text_device))
+
+    def _known(self) -> set[str]:
+        """The texts that are there; none where the file is missing or damaged."""
+        with suppress(UserError):
+            return set(folders.Opened(self.folder / folders.TEXTS).texts)
+        return set()
 
     def has_texts(self) -> bool:
         """Whether the file of texts is there and holds those that were asked for."""
-        path = self.folder / folders.TEXTS
-        return path.exists() and all(
-            one in folders.Opened(path).texts for one in self.args.make.prompts
-        )
+        return {"", *self.args.make.prompts} <= self._known()
 
     @torch.no_grad()
     def texts(self) -> None:
-        """Writes the empty caption and the prompts."""
-        words = sorted({"", *self.args.make.prompts})
+        """Writes the empty caption and the prompts, those of earlier commands too."""
+        words = sorted({"", *self.args.make.prompts, *self._known()})
         tensors.save(self.folder / folders.TEXTS, self._embeds(words), folders.header([], words))
 
     @torch.no_grad()
@@ -272,6 +366,8 @@ class _Maker:
         Raises:
             UserError: a sample is bad under `--on_bad_sample error`.
         """
+        if (self.folder / f"{name}.json").exists():
+            print(f"part {name} is damaged, and is made again", flush=True)
         source = part()
         good, left_out = self._checked(source)
         written: list[dict[str, Any]] = []
@@ -321,7 +417,7 @@ class _Maker:
             seed=0,
             latent_step=self.model.pixels_per_latent,
         )
-        texts = sorted({*pictures.texts(), ""})
+        words = sorted({*pictures.texts(), ""})
         here = list(range(len(some)))
         vae = self.vae()
         latents = data.encoded_views(pictures, lambda x: posterior(vae, x), size, here)
@@ -332,18 +428,21 @@ class _Maker:
             )
         ]
         path = self.folder / f"{name}-{size[0]}x{size[1]}.safetensors"
-        tensors.save(path, {**latents, **self._embeds(texts)}, folders.header(rows, texts))
+        tensors.save(path, {**latents, **self._embeds(words)}, folders.header(rows, words))
         found = folders.MadeFile(
-            name=path.name, rows=len(rows), size=size, num_bytes=path.stat().st_size
+            name=path.name,
+            rows=len(rows),
+            size=size,
+            num_bytes=path.stat().st_size,
+            digest=data.file_hashes([path], None)[0],
         )
         return asdict(found)
 
-    def _embeds(self, texts: Sequence[str]) -> dict[str, Tensor]:
+    def _embeds(self, words: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of texts, by the names that files have for them."""
-        # As in texts.prepare: a batch rounds otherwise than a caption alone.
-        step = _AT_A_TIME if self.device.type == "cuda" else 1
+        step = 1 if texts.one_by_one(self.text_device) else _AT_A_TIME
         encoders = self.encoders()
-        parts = [encoders(texts[i : i + step]) for i in range(0, len(texts), step)]
+        parts = [encoders(words[i : i + step]) for i in range(0, len(words), step)]
         found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
         for name, values in found.items():
             if not values.isfinite().all():

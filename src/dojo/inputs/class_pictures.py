@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from dojo import data, files, rng
 from dojo.cli import UserError, option, ranges
+from dojo.inputs import texts
 from dojo.inputs.pictures import refuse_inside
 from dojo.models.family import Model
 from dojo.run import residence
@@ -137,21 +138,31 @@ def _draw(
     *,
     captions: bool,
 ) -> None:
-    """Draws batches of pictures, named by their files, and keeps those that are wanted."""
+    """Draws batches of pictures, named by their files, and keeps those that are wanted.
+
+    Each network is on the device only while it computes; the texts, which are the same in every
+    batch, are encoded before.
+    """
     precisions = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = precisions.get(args.prior_generation_precision or "", run.dtype)
-    pipeline = _in_turns(model.load_pipeline(dtype, torch.device("cpu")), model, run.device)
+    # In batches as large as those of the pictures: how many there are decides the last bit.
+    prompts, none = [str(args.class_prompt)] * args.sample_batch_size, [""] * args.sample_batch_size
+    embeds, negative = texts.encoded(run, model, dtype, [prompts, none])
+    given = {**embeds, **{f"negative_{name}": value for name, value in negative.items()}}
+    given = {name: value.to(run.device, dtype) for name, value in given.items()}
+    pipeline = model.load_pipeline(dtype, torch.device("cpu"), texts=False)
+    networks = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module)]
+    residence.Turns(networks, run.device)
     pipeline.set_progress_bar_config(disable=True)
     count = sum(name in wanted for some in batches for name in some)
     bar = tqdm(total=count, desc="drawing class pictures", disable=not run.main)
     for some in batches:
         pictures = pipeline(
-            [args.class_prompt] * len(some),
+            **given,
             height=size[0],
             width=size[1],
             guidance_scale=args.prior_guidance_scale,
             num_inference_steps=args.prior_inference_steps,
-            **model.prompt_options,
             **model.call_options,
             generator=[rng.generator("class picture", str(args.class_prompt), k) for k in some],
         ).images
@@ -169,27 +180,6 @@ def _draw(
     gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _in_turns(pipeline: Any, model: Model, device: torch.device) -> Any:
-    """The pipeline, each of whose networks is on the device only while it computes.
-
-    Its texts are encoded by the first call, for all: they are the same in every batch. The encoders
-    are freed then.
-    """
-    encode, encoded = pipeline.encode_prompt, list[Any]()
-
-    def once(*args: Any, **options: Any) -> Any:
-        if not encoded:
-            encoded.append(encode(*args, **options))
-            for part in model.text_encoders:
-                setattr(pipeline, part, None)
-        return encoded[0]
-
-    pipeline.encode_prompt = once
-    networks = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module)]
-    residence.Turns(networks, device)
-    return pipeline
 
 
 def open_class(args: PriorArgs, data_args: data.DataArgs) -> data.Captioned:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dojo import data
 from dojo.cli import UserError
 from dojo.inputs import texts
+from dojo.models import published
 from dojo.models.family import Model
 from dojo.run.run import Run
 
@@ -73,6 +74,8 @@ def check(made: data.Made, model: Model, args: Groups) -> None:
 
 
 def _has_weights(model: Model, parts: Sequence[str]) -> bool:
+    if published.has_no_weights(model.folder):  # a dry run plans by configurations
+        return False
     try:
         model.check_weights(parts)
     except UserError:

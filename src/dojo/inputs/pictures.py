@@ -286,6 +286,9 @@ def _open_shards(run: Run, args: Groups) -> Sources:
             "latents and embeddings are made at every use, with the encoders in memory; "
             "`python -m dojo.data cache` makes them once"
         )
+    elif args.cache.no_cache_latents or args.cache.no_cache_text_embeddings:
+        name = "latents" if args.cache.no_cache_latents else "text_embeddings"
+        run.say(f"--no_cache_{name}: the folder holds those of its rows, and they are used")
     if held_out is not None:
         run.say(held_out.description)
     train = data.nothing(shards.description, data.Recipe.of(args.data))
@@ -321,28 +324,55 @@ def needs(
     for side in args.data.resolution:
         model.check_step(args.data.height or side, args.data.width or side)
     _remark(run, model, [size])
+    shards = data.open_shards(args.data) if data.is_streamed(args.data.location) else None
+    if isinstance(shards, data.Made):
+        made.check(shards, model, args)
+    at_use = _encodes_at_use(args, shards)
+    encoded = batch_size if at_use else data.encoded_at_a_time(size)
     return model.needs(
         run.dtype,
         size,
-        encoded=batch_size if _encodes_at_use(args) else data.encoded_at_a_time(size),
+        encoded=encoded if _encodes(args, shards) else 0,
+        embedded=_embeds(args, shards),
         decoded=int(drawn),
         class_pictures=class_pictures,
-        vae_stays=_encodes_at_use(args),
-        live_text=_live_text(model, args),
+        vae_stays=at_use,
+        live_text=_live_text(model, args, shards),
     )
 
 
-def _encodes_at_use(args: Groups) -> bool:
-    """Whether pictures go through the autoencoder at every use."""
-    return args.cache.no_cache_latents or data.is_streamed(args.data.location)
+Shards = data.Stream | data.Made | None
 
 
-def _live_text(model: Model, args: Groups) -> list[str]:
+def _encodes(args: Groups, shards: Shards) -> bool:
+    """Whether any picture goes through the autoencoder."""
+    return not isinstance(shards, data.Made) or args.data.eval_data_dir is not None
+
+
+def _encodes_at_use(args: Groups, shards: Shards) -> bool:
+    """Whether pictures do so at every use."""
+    asked = args.cache.no_cache_latents and _encodes(args, shards)
+    return asked or isinstance(shards, data.Stream)
+
+
+def _embeds(args: Groups, shards: Shards) -> bool:
+    """Whether texts have to be embedded: of a folder that holds them, only others, if there are."""
+    if not isinstance(shards, data.Made) or args.data.eval_data_dir or _trains_text(args):
+        return True
+    words = getattr(getattr(args, "validation", None), "texts", ())
+    return not {*words, ""}.issubset(shards.prompts.texts)
+
+
+def _live_text(model: Model, args: Groups, shards: Shards) -> list[str]:
     """The text encoders that are there in training: all without a cache, CLIPs that train."""
-    if args.cache.no_cache_text_embeddings or data.is_streamed(args.data.location):
+    at_use = args.cache.no_cache_text_embeddings and _embeds(args, shards)
+    if at_use or isinstance(shards, data.Stream):
         return list(model.text_encoders)
-    trains = getattr(getattr(args, "text_encoder", None), "train_text_encoder", False)
-    return [part for part in model.text_encoders if trains and part in TEXT_PARTS]
+    return [part for part in model.text_encoders if _trains_text(args) and part in TEXT_PARTS]
+
+
+def _trains_text(args: Groups) -> bool:
+    return getattr(getattr(args, "text_encoder", None), "train_text_encoder", False)
 
 
 def refuse_inside(folder: Path, location: str, flag: str) -> None:
@@ -534,6 +564,8 @@ def _prepare_shards(
             run.accelerator.wait_for_everyone()
         evaluation.append(EvalSet("eval", latents, _each_once(eval_plan)))
         words += held_out.texts()
+    if not _encodes_at_use(args, shards):
+        vae.to(device="cpu")  # pyright: ignore  # until something is drawn
     text = made.text_of(run, shards, model, args.cache, words, trained=train_text)
     return Inputs(rows, evaluation, plan, vae, text, model, args, run, shards)
 

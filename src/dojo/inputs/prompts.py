@@ -32,7 +32,7 @@ from dojo.data.options import DataArgs
 from dojo.data.sources.columns import one_line, shown
 from dojo.data.sources.metadata import read_json, read_metadata
 from dojo.data.sources.tables import load_dataset, load_saved
-from dojo.pocket import scenes
+from dojo.pocket import compositions, scenes
 from dojo.run.run import Run
 
 COLUMNS = ("prompt", "text", "caption")
@@ -61,8 +61,11 @@ class PromptArgs:
     prompt_file: Path | None = option(None, incidental=True, common=True)
     """.txt with a prompt per line, .jsonl or .csv with a column prompt (or text, or caption), whose
     other columns go to the rewards, or .json: a list of such rows, or of prompts"""
-    prompt_set: Literal["animals", "pocket"] | None = option(None, common=True)
-    """a list that is built in: the 45 animals of DDPO, or 1,200 captions of the pocket grammar"""
+    prompt_set: Literal["animals", "pocket", "pocket_compositional"] | None = option(
+        None, common=True
+    )
+    """a list that is built in: the 45 animals of DDPO, 1,200 captions of the pocket grammar, or as
+    many of up to four objects (compositional)"""
     prompt_dataset_name: str | None = option(None, incidental=True)
     """hub id, or local folder that the datasets library reads; other columns go to the rewards"""
     prompt_column: str = "prompt"
@@ -305,6 +308,8 @@ def _read(args: PromptArgs) -> list[Prompt]:
         return [Prompt(text=name) for name in _ANIMALS.split()]
     if args.prompt_set == "pocket":
         return _pocket()
+    if args.prompt_set == "pocket_compositional":
+        return _compositional()
     return _read_dataset(args.location, args.prompt_dataset_split, args.prompt_column)
 
 
@@ -343,6 +348,14 @@ def _pocket() -> list[Prompt]:
     226.
     """
     return [Prompt(text=text, metadata={"task": task}) for text, task in _pocket_texts()]
+
+
+def _compositional() -> list[Prompt]:
+    """1,200 captions of one to four objects; the task is their number."""
+    captions = compositions.captions(_POCKET_COUNT, _POCKET_SEED)
+    numbers = (scenes.parse(text).num_objects for text in captions)
+    rows = zip(captions, numbers, strict=True)
+    return [Prompt(text=text, metadata={"task": f"{number}_object"}) for text, number in rows]
 
 
 @functools.cache

@@ -63,7 +63,7 @@ def prepare(
         groups: texts that are cached together; the first group's shards do not hang on the second.
         trained: keep the encoders that can be trained; the others are freed as ever.
     """
-    device = device_of(run, model)
+    device = device_of(run.device, model)
     settings = {
         "encoders": model.fingerprint(model.text_folders),
         "dtype": str(run.dtype),
@@ -86,9 +86,39 @@ def prepare(
     return Texts(lookup, run.device, model, live)
 
 
-def device_of(run: Run, model: Model) -> torch.device:
-    """Where frozen text encoders compute."""
-    return torch.device("cpu") if model.args.text_encoder_device == "cpu" else run.device
+def encoded(
+    run: Run, model: Model, dtype: torch.dtype, groups: Sequence[Sequence[str]]
+) -> list[Embeds]:
+    """The embeddings of some batches of texts, on the CPU, without a cache.
+
+    As for a cache the encoders come one after another, where and in what `--text_encoder_device`
+    and `--text_encoder_precision` say, and are freed.
+    """
+    loader = _Loader(model, dtype, device_of(run.device, model), alone=False)
+    said: list[Embeds] = [{} for _ in groups]
+    for part in model.text_encoders:
+        say = loader(part)
+        said = [{**one, **say(texts)} for one, texts in zip(said, groups, strict=True)]
+        del say
+        _let_go(run)
+    made = [loader.join(one) for one in said]
+    loader.joiner = None
+    _let_go(run)
+    return [model.no_caption(one, texts) for one, texts in zip(made, groups, strict=True)]
+
+
+def device_of(device: torch.device, model: Model) -> torch.device:
+    """Where frozen text encoders compute, in a run on a device."""
+    return torch.device("cpu") if model.args.text_encoder_device == "cpu" else device
+
+
+def one_by_one(device: torch.device) -> bool:
+    """Whether encoders on a device read captions by themselves.
+
+    A batch rounds otherwise than a caption alone, which is what a pipeline encodes: on a CPU they
+    come one by one, and a validation draws what demo.py draws to the pixel.
+    """
+    return device.type != "cuda"
 
 
 def precision_of(model: Model) -> dict[str, str]:
@@ -145,10 +175,7 @@ def _fill(
     Args:
         settings: what the embeddings depend on.
     """
-    # A batch rounds otherwise than a caption alone, which is what a pipeline encodes: on a CPU
-    # they come one by one, and a validation draws what demo.py draws to the pixel.
-    # In int8 they do so everywhere: which inputs are outliers hangs on all captions of a batch.
-    alone = device.type != "cuda" or model.args.text_encoder_precision == "int8"
+    alone = one_by_one(device)
     loader = _Loader(model, run.dtype, device, alone=alone)
     *earlier, last = model.text_encoders
     lookup = data.cache_text(
