@@ -9,7 +9,8 @@ rectified flow are Flow-GRPO's, arXiv:2505.05470; the clipped surrogate is PPO's
     loss = max(-A r, -A clip(r, 1 - c, 1 + c))
 
 A prompt that has been seen too seldom is judged by all pictures of the epoch. `train_grpo_sd3.py`
-is its sibling with groups and a tie to the model as it was.
+is its sibling with groups and a tie to the model as it was; `train_ddpo_sd15.py` and
+`train_ddpo_sdxl.py` have the transitions of the paper.
 
     accelerate launch train_ddpo_sd3.py --pretrained_model_name_or_path models/pocket-sd3 \
         --prompt_set pocket --reward jpeg_compressibility --resolution 64 --output_dir outputs/ddpo
@@ -33,33 +34,6 @@ from dojo.methods.drawing import evaluator
 from dojo.models import sd3
 from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
 
-BUFFER = "prompt_buffer.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DdpoSampleArgs(rl.WaySampleArgs):
-    """The pictures of an epoch, of prompts drawn at random."""
-
-    num_prompts_per_epoch: int = 64
-    """prompts drawn for an epoch, over all processes; one may be drawn several times"""
-    group_size: int = 1
-    """pictures of each of them"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DdpoArgs(rl.PolicyArgs):
-    """Advantages by each prompt's own past, and the surrogate."""
-
-    buffer_size: int = 32
-    """latest scores of each prompt that are kept, over the epochs"""
-    buffer_min_count: int = 16
-    """scores from which on a prompt is judged by its own; until then by all of the epoch"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.buffer_min_count <= self.buffer_size:
-            raise ValueError("--buffer_min_count must lie between 2 and --buffer_size")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
@@ -71,9 +45,9 @@ class Args:
     prompts: prompts.PromptArgs
     cache: data.TextCacheArgs
     reward: rewards.RewardArgs
-    sample: DdpoSampleArgs
+    sample: rl.DdpoSampleArgs
     rollout: rollout.RolloutArgs
-    ddpo: DdpoArgs
+    ddpo: rl.DdpoArgs
     finetune: finetune.FinetuneArgs
     lora: rl.PolicyLoraArgs
     full: finetune.FullArgs
@@ -94,7 +68,8 @@ def main(args: Args) -> None:
 
     # ------------------------------------------------------------------------------ prompts
     source = prompts.open_together(run, args.prompts)
-    args.sample.check(args.optim, run.accelerator.num_processes, min_group=1)
+    least = args.ddpo.min_group
+    args.sample.check(args.optim, run.accelerator.num_processes, min_group=least)
     size, shape = args.sample.size, finetune.shape_of(run, model, args.sample.size)
     objective = model.objective(size, sd3.NoiseArgs(flow_shift=args.sample.flow_shift))
     batch_size, train_batch_size = args.sample.batch_size(args.optim), args.optim.train_batch_size
@@ -115,8 +90,8 @@ def main(args: Args) -> None:
     trained.load(model, objective)
     buffer = PromptBuffer(args.ddpo.buffer_size, args.ddpo.buffer_min_count)
     # A batch is learned from in all its trained steps, a backward pass each.
-    backwards = len(args.rollout.trained_steps(run.seed, 0))
-    learner = Learner(run, trained, args.optim, args.ema, passes=backwards, parts={BUFFER: buffer})
+    backwards, parts = len(args.rollout.trained_steps(run.seed, 0)), {rl.BUFFER: buffer}
+    learner = Learner(run, trained, args.optim, args.ema, passes=backwards, parts=parts)
     steering = args.sample.steering(model, embed, run.dtype)
     steered = args.evaluation.steered(steering)
     evaluate = evaluator(
@@ -130,7 +105,8 @@ def main(args: Args) -> None:
     for epoch in run.epochs():
         began = run.step
         plan = args.rollout.plan(objective.shift, run.seed, epoch)
-        drawn = source.draw(run.seed, epoch, args.sample.num_prompts_per_epoch, replace=True)
+        count = args.sample.num_prompts_per_epoch
+        drawn = source.draw(run.seed, epoch, count, replace=args.ddpo.repeats_prompts)
         scoring = rl.Scoring(run, reward, args.sample.max_invalid)
         chunks: list[rl.Chunk] = []
         with learner.asked_freely():
@@ -148,7 +124,7 @@ def main(args: Args) -> None:
             with run.phase("reward"):
                 scores = scoring.collect()
 
-        advantages = buffer.advantages(scores.scores, scores.prompt_ids, scores.valid)
+        advantages = args.ddpo.judge(buffer, scores)
         run.note({**scores.row(), **advantages.row()})
 
         for chunk in rl.shuffled(chunks, run, epoch, passes):

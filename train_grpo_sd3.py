@@ -27,7 +27,8 @@ from dojo.inputs import prompts, texts
 from dojo.launch import interrupt
 from dojo.maths import rollout
 from dojo.maths.advantages import Spread, decoupled_advantages, group_advantages
-from dojo.maths.surrogate import log_ratio, velocity_kl
+from dojo.maths.flow import squared_error
+from dojo.maths.surrogate import log_ratio
 from dojo.methods import rl
 from dojo.methods.drawing import evaluator
 from dojo.models import sd3
@@ -170,7 +171,7 @@ def main(args: Args) -> None:
                             run, trained, steering, embeds, step, number, plan
                         )
                         exact = args.grpo.kl == "transition"
-                        kl = new.kl(reference) if exact else velocity_kl(predicted, own)
+                        kl = new.kl(reference) if exact else squared_error(predicted, own)
                         loss = loss + args.grpo.beta * kl.mean()
                         run.average(kl=kl)
                     learner.step(loss)

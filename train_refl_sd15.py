@@ -140,7 +140,7 @@ def main(args: Args) -> None:
 
             if remembered is not None:
                 errors = refl.pretraining_errors(
-                    *(run, model, vae, learner.network, unguided, next(remembered))
+                    *(run, model, objective, vae, learner.network, unguided, next(remembered))
                 )
                 loss = loss + args.pretrain.pretrain_weight * errors.mean()
                 run.average(pretrain_loss=errors)

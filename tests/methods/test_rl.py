@@ -22,7 +22,8 @@ from dojo.cli import TrainingStopped, UserError
 from dojo.inputs.prompts import Prompt
 from dojo.inputs.steering import Steering
 from dojo.maths import rollout
-from dojo.maths.surrogate import clipped_surrogate, velocity_kl
+from dojo.maths.flow import squared_error
+from dojo.maths.surrogate import clipped_surrogate
 from dojo.methods import rl
 from dojo.methods.rl import episodes
 from dojo.models import sd3
@@ -495,6 +496,14 @@ def test_a_ratio_that_is_made_for_the_clip_is_refused_with_the_mask() -> None:
         rl.PolicyArgs(trust_region="divergence", ratio="guard")
 
 
+@pytest.mark.parametrize(
+    ("taken", "changed"), [("divergence", "clip_range"), ("clip", "kl_mask_threshold")]
+)
+def test_the_other_trust_regions_bound_is_refused(taken: Any, changed: str) -> None:
+    with pytest.raises(ValueError, match=f"--{changed} does nothing with --trust_region {taken}"):
+        rl.PolicyArgs(trust_region=taken, **{changed: 1e-2})  # pyright: ignore
+
+
 # -- the reference ------------------------------------------------------------------------------
 
 
@@ -529,9 +538,9 @@ def test_the_reference_stays_where_the_policy_began(
     assert torch.equal(usual, expected)
     assert torch.equal(then.mean, base.mean)
     assert not usual.requires_grad
-    assert velocity_kl(predicted, usual).min() > 1e-4
+    assert squared_error(predicted, usual).min() > 1e-4
     # The policy is as it was before the reference was asked, and so is its gradient.
-    velocity_kl(predicted, usual).mean().backward()
+    squared_error(predicted, usual).mean().backward()
     grads = [param.grad for param in trained.params]
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
     assert sum(float(grad.abs().sum()) for grad in grads if grad is not None) > 0

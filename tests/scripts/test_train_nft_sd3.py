@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import train_nft_sd3
 from dojo import rng
@@ -18,20 +20,29 @@ from dojo.cli import UserError
 from dojo.finetune import Lagged
 from dojo.maths import flow, forward, rollout
 from dojo.methods import rl
+from dojo.methods.rl import nft
 from tests.conftest import rl_flags
-from tests.scripts.runs import in_process, metrics, one_thread, steps, with_reward
+from tests.scripts.runs import (
+    counted_rows,
+    in_process,
+    metrics,
+    mine,
+    one_thread,
+    steps,
+    with_reward,
+    without,
+)
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
+RESULT = "pytorch_lora_weights.safetensors"
 NO_EVALUATION = ("--num_eval_prompts", "0")
 
 
 def train(folder: Path, model: Path, *more: str) -> Path:
     """A small run in this process."""
-    flags = rl_flags(folder, model)
-    place = flags.index("--window_size")
-    del flags[place : place + 2]
-    short = ("--num_train_timesteps", "2", "--logging_steps", "1", "--clip_range", "0.5")
+    flags = without(rl_flags(folder, model), "--window_size", "--clip_range")
+    short = ("--num_train_timesteps", "2", "--logging_steps", "1")
     in_process(train_nft_sd3, [*flags, *short, *more])
     return folder / "run"
 
@@ -41,10 +52,14 @@ def train(folder: Path, model: Path, *more: str) -> Path:
     [
         ("--objective", "nft", "--guidance_scale", "3", "--time_sampling_strategy", "discrete"),
         ("--objective", "ram", "--reward_multiplier", "2", "--train_batch_size", "2"),
-        ("--objective", "awm", "--num_inner_epochs", "2", "--norm_guard", "1"),
+        (
+            *("--objective", "awm", "--clip_range", "0.5"),
+            *("--num_inner_epochs", "2", "--norm_guard", "1"),
+        ),
+        ("--objective", "dgpo", "--dgpo_beta", "20", "--clip_dsm", "0.1"),
         ("--objective", "nft", "--finetune", "full", "--learning_rate", "1e-4", "--kl_beta", "0"),
     ],
-    ids=["nft-guided", "ram", "awm", "nft-full"],
+    ids=["nft-guided", "ram", "awm", "dgpo", "nft-full"],
 )
 def test_before_the_first_update_all_policies_are_the_base(
     tmp_path: Path, tiny_sd3: Path, flags: tuple[str, ...]
@@ -94,6 +109,102 @@ def test_the_old_policy_draws_and_is_asked_and_follows_at_the_epochs_end(
     assert all(distance > 0 for distance in apart[2:])
     kept = load_file(folder / "checkpoint-3" / train_nft_sd3.LAGGED)
     assert len(kept) == len(load_file(folder / "pytorch_lora_weights.safetensors"))
+
+
+@pytest.mark.parametrize("objective", ["nft", "ram", "awm", "dgpo"])
+def test_the_old_policy_draws_for_all_but_awm_and_the_current_one_for_awm(
+    tmp_path: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    policies: list[Lagged] = []
+    kept: list[dict[str, list[Tensor]]] = []  # what both are at an epoch's end
+    drew: list[list[Tensor]] = []  # the network's weights as it draws
+    init, follow, sample = Lagged.__init__, Lagged.follow, rollout.sample
+
+    def made(self: Lagged, *given: Any) -> None:
+        init(self, *given)
+        policies.append(self)
+
+    def followed(self: Lagged, decay: float) -> None:
+        follow(self, decay)
+        kept.append({"old": copied(self.values), "current": copied(self.params)})
+
+    def sampled(*given: Any, **more: Any) -> rollout.Trajectory:
+        drew.append(copied(policies[0].params))
+        return sample(*given, **more)
+
+    monkeypatch.setattr(Lagged, "__init__", made)
+    monkeypatch.setattr(Lagged, "follow", followed)
+    monkeypatch.setattr(rollout, "sample", sampled)
+    late = ("--old_decay_ramp", "0.5", "--old_decay_max", "0.9", "--train_batch_size", "8")
+    train(tmp_path, tiny_sd3, *NO_EVALUATION, *late, "--objective", objective)
+    assert len(drew) == len(kept) == 4  # a batch an epoch
+    draws, other = ("current", "old") if objective == "awm" else ("old", "current")
+    for weights, both in zip(drew[1:], kept, strict=False):
+        assert equal(weights, both[draws])
+        assert not equal(weights, both[other])
+
+
+def copied(values: Iterable[Tensor]) -> list[Tensor]:
+    return [value.detach().clone() for value in values]
+
+
+def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("flags", [("--kl_beta", "1"), ("--norm_guard", "1000")])
+def test_the_tie_to_the_base_and_the_guard_of_the_norm_are_learned_from(
+    tmp_path: Path, tiny_sd3: Path, flags: tuple[str, ...]
+) -> None:
+    plain = ("--kl_beta", "0", "--norm_guard", "0")
+    assert not same_result(tmp_path, tiny_sd3, plain, (*plain, *flags))
+
+
+def test_several_rewards_can_be_normalised_one_by_one(tmp_path: Path, tiny_sd3: Path) -> None:
+    bright = mine(tmp_path, "brightness")
+    both = ("--reward", f"{bright}=2,jpeg_incompressibility=0.5")
+    one_by_one = ("--reward_aggregation", "gdpo")
+    assert not same_result(tmp_path, tiny_sd3, both, (*both, *one_by_one))
+
+
+def same_result(folder: Path, model: Path, one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two runs that differ in their flags end in the same weights."""
+    found = [
+        load_file(train(folder / name, model, *NO_EVALUATION, *flags) / RESULT)
+        for name, flags in (("one", one), ("other", other))
+    ]
+    return equal([*found[0].values()], [*found[1].values()])
+
+
+def test_two_equal_runs_end_in_the_same_weights(tmp_path: Path, tiny_sd3: Path) -> None:
+    assert same_result(tmp_path, tiny_sd3, (), ())
+
+
+def test_pictures_are_drawn_with_guidance_and_learned_from_without(
+    tmp_path: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: dict[str, set[int]] = {"drawn": set(), "asked": set(), "trained": set()}
+    drawing: list[bool] = []
+    forward_of, sample = SD3Transformer2DModel.forward, rollout.sample
+
+    def seen(self: Any, hidden_states: Tensor, *given: Any, **more: Any) -> Any:
+        if hidden_states.device.type != "meta":  # where the cost is counted
+            learning = "trained" if torch.is_grad_enabled() else "asked"
+            rows["drawn" if drawing else learning].add(len(hidden_states))
+        return forward_of(self, hidden_states, *given, **more)
+
+    def sampled(*given: Any, **more: Any) -> rollout.Trajectory:
+        drawing.append(True)
+        try:
+            return sample(*given, **more)
+        finally:
+            drawing.clear()
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", seen)
+    monkeypatch.setattr(rollout, "sample", sampled)
+    train(tmp_path, tiny_sd3, *NO_EVALUATION, "--guidance_scale", "3", "--max_train_steps", "2")
+    # Four pictures a batch; guidance asks for each of them twice.
+    assert rows == {"drawn": {8}, "asked": {4}, "trained": {4}}
 
 
 def test_an_update_lowers_the_error_on_good_pictures_and_raises_it_on_bad_ones(
@@ -157,7 +268,7 @@ def test_levels_are_stratified_over_the_noisier_share(strategy: Any) -> None:
     else:
         bounds = flow.draw_sigma(edges.clamp(max=1 - 1e-7), "logit_normal", shift=3.0)
     for k in range(4):
-        assert (sigma[k] <= bounds[k] + 1e-6).all() or k == 0
+        assert (sigma[k] <= (bounds[k] + 1e-6 if k else 1)).all()
         assert (sigma[k] >= bounds[k + 1] - 1e-6).all()
         assert sigma[k].std() > 0
     assert not torch.equal(sigma[:, 0], sigma[:, 1])
@@ -192,6 +303,71 @@ def test_the_noise_of_a_level_is_the_same_whenever_it_is_asked() -> None:
     torch.testing.assert_close(flow.clean_estimate(noisy, velocity, level), clean)
 
 
+def test_the_pictures_of_a_group_are_noised_alike_where_they_share() -> None:
+    run: Any = Seeded()
+    plan = rollout.ode_plan(8, 1.0)
+    for strategy in ("uniform", "discrete"):
+        args = rl.LevelArgs(time_sampling_strategy=strategy, num_train_timesteps=2)
+        sigma = args.levels(run, batch(8), plan.sigmas, 1.0, shared=4)
+        assert torch.equal(sigma, sigma[:, ::4].repeat_interleave(4, 1))
+        assert not torch.equal(sigma[:, 0], sigma[:, 4])
+    clean = rng.normal((3, 2, 2), [("clean", i) for i in range(8)])
+    chunk = rl.Finished(
+        batch=batch(8), clean=clean, sigma=torch.full((1, 8), 0.5), asked={}, shared=4
+    )
+    _, _, velocity = chunk.noised(run, 0)
+    noise = velocity + clean
+    assert torch.allclose(noise[0], noise[3])
+    assert not torch.allclose(noise[0], noise[4])
+
+
+# -- what need not be asked ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [("--old_decay_max", "0"), ("--objective", "awm")])
+def test_what_the_weights_still_say_is_not_asked_and_the_result_is_the_same(
+    tmp_path: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    one = ("--train_batch_size", "8", "--max_train_steps", "2", *flags)  # a step an epoch
+    lean = load_file(train(tmp_path / "lean", tiny_sd3, *NO_EVALUATION, *one) / RESULT)
+    asked = rl.NftArgs.asked
+    monkeypatch.setattr(rl.NftArgs, "asked", lambda self, levels, steps: asked(self, levels, 2))
+    whole = load_file(train(tmp_path / "whole", tiny_sd3, *NO_EVALUATION, *one) / RESULT)
+    assert equal([*lean.values()], [*whole.values()])
+
+
+def test_who_is_asked_follows_from_the_steps_of_an_epoch_and_the_lag() -> None:
+    assert rl.NftArgs().asked(4, 1) == {"old": 4, "reference": 4}
+    free = rl.NftArgs(kl_beta=0, old_decay_max=0)
+    assert free.asked(4, 1) == {"reference": 1}  # for the norms
+    assert free.asked(4, 2) == {"old": 4, "reference": 1}
+    assert rl.NftArgs(kl_beta=0, old_decay_ramp=0).asked(4, 1) == {"reference": 1}
+    awm = rl.NftArgs(objective="awm", kl_beta=0)
+    assert awm.asked(4, 1) == {"old": 4, "reference": 1}
+    assert awm.asked(4, 2) == {"old": 4, "reference": 1, "sampled": 4}
+    assert rl.NftArgs(objective="dgpo", kl_beta=0).asked(2, 1) == {"old": 2, "reference": 2}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--old_decay_max", "0", "--kl_beta", "0", "--train_batch_size", "8"),
+        ("--objective", "awm", "--num_inner_epochs", "2", "--guidance_scale", "3"),
+        ("--objective", "ram", "--sample_steps", "3"),
+    ],
+    ids=["nft", "nft-lean", "awm", "ram"],
+)
+def test_the_forward_passes_that_are_counted_are_those_that_are_made(
+    tmp_path: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    rows = counted_rows(monkeypatch)
+    folder = train(tmp_path, tiny_sd3, *NO_EVALUATION, "--max_train_steps", "4", *flags)
+    record = json.loads((folder / "args.json").read_text())
+    pictures = 8 * max(row.get("epoch", 0) for row in metrics(folder))
+    assert sum(rows) == rl.passes_of(record) * pictures
+
+
 # -- what is refused ----------------------------------------------------------------------------
 
 
@@ -204,9 +380,11 @@ def test_the_noise_of_a_level_is_the_same_whenever_it_is_asked() -> None:
             lambda: rl.LevelArgs(time_sampling_strategy="discrete", num_train_timesteps=9),
             "--num_train_timesteps 9",
         ),
-        (lambda: train_nft_sd3.NftArgs(objective="awm", ema_kl_beta=0.0), "--ema_kl_beta"),
-        (lambda: train_nft_sd3.NftArgs(old_decay_max=1.0), "--old_decay_max"),
-        (lambda: train_nft_sd3.NftArgs(nft_beta=0.0), "--nft_beta"),
+        (lambda: rl.NftArgs(objective="awm", ema_kl_beta=0.0), "--ema_kl_beta"),
+        (lambda: rl.NftArgs(old_decay_max=1.0), "--old_decay_max"),
+        (lambda: rl.NftArgs(nft_beta=0.0), "--nft_beta"),
+        (lambda: rl.NftArgs(objective="dgpo", dgpo_beta=0.0), "--dgpo_beta"),
+        (lambda: rl.NftArgs(objective="dgpo", clip_dsm=0.0), "--clip_dsm"),
     ],
 )
 def test_settings_that_teach_nothing_are_refused(make: Callable[[], object], said: str) -> None:
@@ -214,11 +392,45 @@ def test_settings_that_teach_nothing_are_refused(make: Callable[[], object], sai
         make()
 
 
-def test_shards_cannot_lag_yet(tmp_path: Path, tiny_sd3: Path) -> None:
-    with pytest.raises(UserError, match="--shard does not work with an old policy"):
-        train(tmp_path, tiny_sd3, "--shard", "--dry_run")
+CHANGED: dict[forward.Objective, dict[str, Any]] = {
+    "nft": {"nft_beta": 0.5, "no_adaptive_weight": True},
+    "ram": {"reward_multiplier": 5.0},
+    "awm": {"ghuber_power": 0.5, "clip_range": 0.1, "ema_kl_beta": 0.5},
+    "dgpo": {"dgpo_beta": 10.0, "clip_dsm": 0.1},
+}
 
 
-def test_a_policy_in_bfloat16_cannot_lag() -> None:
-    with pytest.raises(UserError, match="--train_dtype bf16"):
-        Lagged([nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))])
+@pytest.mark.parametrize("objective", CHANGED)
+def test_another_objectives_options_are_refused(objective: forward.Objective) -> None:
+    assert {name: " ".join(own) for name, own in CHANGED.items()} == nft.OWN
+    rl.NftArgs(objective=objective, **CHANGED[objective])
+    for other, values in CHANGED.items():
+        for name, value in values.items() if other != objective else ():
+            with pytest.raises(ValueError, match=f"--{name} does nothing .* it is for {other}"):
+                rl.NftArgs(objective=objective, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--shard",), "--shard does not work with an old policy"),
+        (
+            ("--finetune", "full", "--train_dtype", "bf16", "--mixed_precision", "bf16"),
+            "--train_dtype bf16: the policy that lags",
+        ),
+    ],
+    ids=["shard", "bf16"],
+)
+@pytest.mark.parametrize("dry", [(), ("--dry_run",)], ids=["run", "dry run"])
+def test_an_old_policy_is_refused_before_any_work_where_it_cannot_lag(
+    tmp_path: Path, tiny_sd3: Path, flags: tuple[str, ...], said: str, dry: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError, match=said):
+        train(tmp_path, tiny_sd3, *flags, *dry)
+    assert not (tmp_path / "run" / "args.json").exists()
+
+
+def test_dgpo_refuses_batches_that_do_not_hold_whole_groups(tmp_path: Path, tiny_sd3: Path) -> None:
+    said = "--objective dgpo: --train_batch_size 2 is no multiple of --group_size 4"
+    with pytest.raises(UserError, match=said):
+        train(tmp_path, tiny_sd3, "--objective", "dgpo", "--train_batch_size", "2")

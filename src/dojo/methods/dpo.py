@@ -1,4 +1,4 @@
-"""Diffusion-DPO beside its loop: the cost of a step, and what becomes of the held-out pairs."""
+"""DPO beside its loop: the cost of a step, and what becomes of the held-out pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dojo.finetune import Trained, cost_of
 from dojo.inputs.pairs import Inputs
 from dojo.inputs.steering import Steering
 from dojo.maths import preference
-from dojo.maths.objective import Diffusion
+from dojo.maths.objective import Objective
 from dojo.models.family import Model
 from dojo.run import Key, Run, phases
 from dojo.run.cost import Cost
@@ -65,23 +65,24 @@ class Judge:
 
     Args:
         steering: without guidance.
-        num_timesteps: evenly spread timesteps at which each pair is looked at.
+        num_levels: levels of noise at which each pair is looked at, evenly spread over those that
+            are trained.
     """
 
     def __init__(
         self,
         inputs: Inputs,
         steering: Steering,
-        objective: Diffusion,
+        objective: Objective,
         trained: Trained,
         beta: float,
         batch_size: int,
         *,
-        num_timesteps: int = 4,
+        num_levels: int = 4,
     ) -> None:
         self.run, self.inputs, self.steering = inputs.run, inputs, steering
         self.objective, self.trained = objective, trained
-        self.beta, self.batch_size, self.num_timesteps = beta, batch_size, num_timesteps
+        self.beta, self.batch_size, self.num_levels = beta, batch_size, num_levels
 
     def catch_up(self, *, due: bool) -> None:
         """The look before the first step, or the one that a run did not stay for.
@@ -103,8 +104,8 @@ class Judge:
         if pairs is None:
             return
         run = self.run
-        every, some = self.objective.schedule.num_timesteps, self.num_timesteps
-        middles = [(2 * k + 1) * every // (2 * some) for k in range(some)]
+        # In thousandths: of a diffusion of a thousand timesteps these are the timesteps.
+        middles = [(2 * k + 1) * 500 // self.num_levels for k in range(self.num_levels)]
         draws = pairs.draws()
         mine = draws[run.share["process"] :: run.share["num_processes"]]
         sums = torch.zeros(5, dtype=torch.float64)
@@ -113,8 +114,8 @@ class Judge:
         with run.phase("validation"):
             for part in tqdm(share, "held-out pairs", total, disable=not run.main, leave=False):
                 rows = data.collate([pairs[draw] for draw in part])
-                for timestep in middles:
-                    sums += self._look(rows, timestep)
+                for thousandth in middles:
+                    sums += self._look(rows, thousandth)
             if run.accelerator.num_processes > 1:
                 reduced: Any = run.accelerator.reduce(sums.to(run.device), "sum")
                 sums = reduced.cpu()
@@ -122,20 +123,22 @@ class Judge:
         means = (sums[:4] / sums[4]).tolist()
         run.write_metrics(dict(zip(names, means, strict=True)))
 
-    def _look(self, rows: data.Batch, timestep: int) -> Tensor:
+    def _look(self, rows: data.Batch, thousandth: int) -> Tensor:
         """Sums over a batch, and how many pairs it has: float64 [5]."""
         # Of the picture's place in the set and not of the run: every evaluation sees the same.
-        keys: list[Key] = [("held-out pairs", place, timestep) for place in rows["place"]]
+        keys: list[Key] = [("held-out pairs", place, thousandth) for place in rows["place"]]
         clean = self.inputs.latents(rows, keys)  # [2B, C, h, w], winners before losers
         noise = self.inputs.noise(keys, clean)
-        level = torch.full((len(clean),), timestep, device=clean.device)
+        uniform = torch.full((len(clean),), 1 - thousandth / 1000)
+        level = self.objective.level(uniform).to(clean.device)
+        weight = self.objective.weight(level)
         noisy = self.objective.noisy(clean, noise, level)
         captions = [*rows["caption"], *rows["caption"]]
         geometry = self.inputs.geometry(rows)
 
         def errors(network: nn.Module) -> Tensor:
             predicted = self.steering(network, captions, geometry)(noisy, level)
-            return self.objective.errors(predicted, noisy, level, clean=clean, noise=noise)
+            return weight * self.objective.errors(predicted, noisy, level, clean=clean, noise=noise)
 
         own = errors(self.trained.network)
         with self.trained.reference() as before:

@@ -62,6 +62,19 @@ class PromptEvalArgs(EvalArgs):
         return given + (read_file(path, flag) if path else [])
 
 
+@dataclass(frozen=True, kw_only=True)
+class FlowEvalArgs(EvalArgs):
+    """The same with the guidance that Stable Diffusion 3.5 is usually drawn with."""
+
+    eval_guidance_scale: float | None = 4.5
+    """classifier-free guidance; 1 switches it off"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowPromptEvalArgs(FlowEvalArgs, PromptEvalArgs):
+    """Both."""
+
+
 def evaluator(
     run: Run,
     args: held_out.EvalArgs,

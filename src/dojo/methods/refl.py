@@ -11,25 +11,28 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from dojo import data, rewards, rng
-from dojo.cli import option
+from dojo.cli import UserError, option
 from dojo.finetune import Trained, cost_of
 from dojo.inputs.pictures import posterior_of
 from dojo.inputs.steering import Steering
+from dojo.maths.denoising import FlowWay, Grid
+from dojo.maths.objective import Objective
 from dojo.models.family import Model
 from dojo.rewards import RewardOutput
 from dojo.run import Key, Run
 from dojo.run.cost import Cost
 from dojo.run.phases import Needs
 
+LEAST_SIGMA = 0.02
+"""of a flow's step that may be scored: what its velocity teaches is as small as its sigma"""
+
 
 @dataclass(frozen=True, kw_only=True)
-class ReflArgs:
+class EstimateArgs:
     """How pictures are made for the reward, and how much it counts."""
 
     resolution: int = option(512, common=True)
     """height and width in pixels"""
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """ddpm draws fresh noise at every step, ddim none"""
     sample_steps: int = 40
     """denoising steps of a whole way to the picture"""
     first_step: int | None = None
@@ -71,13 +74,74 @@ class ReflArgs:
     @property
     def steps(self) -> tuple[int, int]:
         """The first and the last step whose prediction may be scored."""
-        first = 3 * self.sample_steps // 4 if self.first_step is None else self.first_step
-        return first, self.sample_steps - 1 if self.last_step is None else self.last_step
+        first, last = self.first_step, self.last_step
+        quarter = min(3 * self.sample_steps // 4, self.final)
+        return quarter if first is None else first, self.final if last is None else last
+
+    @property
+    def final(self) -> int:
+        """The last step, where none is given."""
+        return self.sample_steps - 1
 
     def draw(self, seed: int, batch: int) -> int:
         """The step of a batch, the same in all processes."""
         first, last = self.steps
         return first + rng.seed_for(seed, "scored step", batch) % (last - first + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReflArgs(EstimateArgs):
+    """The same with a sampler of diffusion."""
+
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """ddpm draws fresh noise at every step, ddim none"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowReflArgs(EstimateArgs):
+    """The same along the ODE of a rectified flow."""
+
+    sample_steps: int = 20
+    """denoising steps of a whole way to the picture, along the ODE"""
+    first_step: int | None = None
+    """earliest step whose prediction is scored, from 0; unset is three quarters of the way, 15 of
+    20"""
+    last_step: int | None = None
+    """latest one; unset is the last, 19 of 20, or with --sigma_grid pipeline the one before"""
+    sigma_grid: Grid = "even"
+    """where the steps begin: even is 1, 1 - 1/T, .., 1/T, shifted; pipeline is diffusers' table,
+    whose last step, from a sigma of 0.009, teaches nothing and is never scored"""
+    flow_shift: float | Literal["auto"] | None = None
+    """shift of sigma: unset is the scheduler's own, auto follows the size; saved with the result"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.flow_shift, float) and self.flow_shift <= 0:
+            raise ValueError("--flow_shift must be positive")
+        if self.sigma_grid == "pipeline" and self.sample_steps == 1:
+            raise ValueError("--sigma_grid pipeline needs --sample_steps of at least 2")
+        super().__post_init__()
+
+    @property
+    def final(self) -> int:
+        """The last step, where none is given: one that teaches."""
+        return super().final - (self.sigma_grid == "pipeline")
+
+    def way(self, shift: float) -> FlowWay:
+        """The steps on a schedule with this shift.
+
+        Raises:
+            UserError: the last one to be scored begins where its velocity teaches nothing.
+        """
+        way = FlowWay.of(self.sample_steps, shift, self.sigma_grid)
+        _, last = self.steps
+        if way.sigmas[last] < LEAST_SIGMA:
+            found = sum(sigma >= LEAST_SIGMA for sigma in way.sigmas) - 1
+            raise UserError(
+                f"--last_step {last} (counted from 0) begins at sigma {way.sigmas[last]:.4f}, and "
+                "a change of the velocity there moves the picture by as little: --last_step "
+                f"{found} is the last one with {LEAST_SIGMA:g} or more"
+            )
+        return way
 
 
 def pull_only(images: Tensor, valid: Tensor) -> None:
@@ -114,6 +178,7 @@ def record(run: Run, output: RewardOutput, missing: Tensor, margin: float | None
 def pretraining_errors(
     run: Run,
     model: Model,
+    objective: Objective,
     vae: AutoencoderKL,
     network: nn.Module,
     steering: Steering,
@@ -125,7 +190,6 @@ def pretraining_errors(
         steering: without guidance.
     """
     keys = run.keys("pretraining", rows["place"])
-    objective = model.objective(steering.size)
     mean, std = posterior_of(rows, vae, run.device)
     clean = model.scaled(mean, std, _normal(mean, keys, "posterior", run))
     noise = _normal(mean, keys, "noise", run)
@@ -146,7 +210,7 @@ def reward_cost(
     run: Run,
     trained: Trained,
     model: Model,
-    args: ReflArgs,
+    args: EstimateArgs,
     batch_size: int,
     shape: tuple[int, int, int],
     *,

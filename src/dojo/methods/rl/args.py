@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dojo.cli import UserError, option
+from dojo.cli import UserError, option, ranges
 from dojo.evaluate import held_out
 from dojo.finetune import lora
 from dojo.inputs.steering import Steering
@@ -20,7 +20,7 @@ from dojo.run.optim import OptimArgs
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleArgs:
+class EpochArgs:
     """The pictures of an epoch: all are sampled by one policy, and then it learns from them."""
 
     resolution: int = option(512, common=True)
@@ -35,30 +35,20 @@ class SampleArgs:
     """pictures of each of them"""
     sample_batch_size: int | None = option(None, incidental=True)
     """pictures per process that are sampled at a time, a multiple of --train_batch_size and by
-    default the same; with more the likelihoods are computed anew in training's batches, so that
-    both sides round alike"""
+    default the same"""
     guidance_scale: float = 1.0
-    """classifier-free guidance while sampling and in training; 1 is none, which costs half and is
-    what the policy then learns to do without"""
+    """classifier-free guidance of the pictures that are learned from; 1 is none, which costs half
+    and is what the policy then learns to do without"""
     negative_prompt: str = ""
     """what guidance leads away from"""
-    flow_shift: float | Literal["auto"] | None = None
-    """shift of sigma: unset is the scheduler's own, auto follows the size; saved with the result"""
     max_invalid: float = option(0.5, incidental=True)
     """share of an epoch's pictures that may be without a valid score; more stop the run"""
 
     def __post_init__(self) -> None:
-        for name in (
-            *("resolution", "height", "width", "num_prompts_per_epoch"),
-            *("group_size", "sample_batch_size"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1")
+        ranges.check(self, "resolution height width num_prompts_per_epoch", least=1)
+        ranges.check(self, "group_size sample_batch_size", least=1)
         if self.guidance_scale < 1:
             raise ValueError("--guidance_scale must be at least 1, which is no guidance")
-        if isinstance(self.flow_shift, float) and self.flow_shift <= 0:
-            raise ValueError("--flow_shift must be positive")
         if not 0 <= self.max_invalid < 1:
             raise ValueError("--max_invalid must lie in [0, 1)")
 
@@ -108,10 +98,8 @@ class SampleArgs:
                 f"--sample_batch_size {self.batch_size(optim)} is no multiple of "
                 f"--train_batch_size {train}"
             )
-        micro, accumulated = (
-            batches * self.batch_size(optim) // train,
-            (optim.gradient_accumulation_steps),
-        )
+        micro = batches * self.batch_size(optim) // train
+        accumulated = optim.gradient_accumulation_steps
         if micro % accumulated:
             fitting = ", ".join(str(n) for n in range(1, micro + 1) if micro % n == 0)
             raise UserError(
@@ -122,9 +110,29 @@ class SampleArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaySampleArgs(SampleArgs):
+class SampleArgs(EpochArgs):
+    """The same of a rectified flow."""
+
+    flow_shift: float | Literal["auto"] | None = None
+    """shift of sigma: unset is the scheduler's own, auto follows the size; saved with the result"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.flow_shift, float) and self.flow_shift <= 0:
+            raise ValueError("--flow_shift must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WayArgs(EpochArgs):
     """The same where steps of a picture's way are trained."""
 
+    sample_batch_size: int | None = option(None, incidental=True)
+    """pictures per process that are sampled at a time, a multiple of --train_batch_size and by
+    default the same; with more the likelihoods are computed anew in training's batches, so that
+    both sides round alike"""
+    guidance_scale: float = 1.0
+    """classifier-free guidance while sampling and in training; 1 is none, which costs half and is
+    what the policy then learns to do without"""
     branch: bool = False
     """let the pictures of a prompt share their way up to the first trained step and part there: it
     is computed once for them, and they differ by what is trained alone; a batch holds whole groups
@@ -136,7 +144,7 @@ class WaySampleArgs(SampleArgs):
         return self.group_size if self.branch else 1
 
     def check(self, optim: OptimArgs, num_processes: int, *, min_group: int) -> int:
-        """Refuses sizes that do not divide: see `SampleArgs`."""
+        """Refuses sizes that do not divide: see `EpochArgs`."""
         batches = super().check(optim, num_processes, min_group=min_group)
         train = optim.train_batch_size
         if self.branch and train % self.group_size:
@@ -145,6 +153,11 @@ class WaySampleArgs(SampleArgs):
                 f"{self.group_size}"
             )
         return batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaySampleArgs(WayArgs, SampleArgs):
+    """The same of a rectified flow whose way is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +188,9 @@ class PolicyArgs:
         for name in ("clip_range", "adv_clip_max", "kl_mask_threshold"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive")
+        ranges.check_choice(
+            self, "trust_region", {"clip": "clip_range", "divergence": "kl_mask_threshold"}
+        )
         if self.trust_region == "divergence" and self.ratio != "exact":
             raise ValueError(
                 f"--ratio {self.ratio} is made for the clip: leave it out with --trust_region "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 
 from dojo import rewards
 from dojo.finetune import Trained, cost_of
-from dojo.maths.rollout import RolloutArgs
-from dojo.methods.rl.args import SampleArgs
+from dojo.maths import passes as counted
+from dojo.maths.rollout import DiffusionRolloutArgs, RolloutArgs, StepArgs
+from dojo.methods.rl.args import EpochArgs
 from dojo.methods.rl.finished import LevelArgs
+from dojo.methods.rl.nft import NftArgs
 from dojo.models.family import Model
 from dojo.run.cost import Cost
 from dojo.run.phases import Needs
@@ -28,17 +31,18 @@ def needs(run: Run, model: Model, args: Any) -> Needs:
     Raises:
         UserError: weights are not there, or a reward cannot be loaded.
     """
-    sample: SampleArgs = args.sample
+    sample: EpochArgs = args.sample
     model.check_weights(model.needed)
     loaded = args.reward.load(torch.device("cpu"), *args.evaluation.held_out_rewards)
     batch_size = sample.batch_size(args.optim)
     evaluated = args.evaluation.eval_batch_size or batch_size
     rows = batch_size * (2 if sample.guidance_scale > 1 else 1)
+    guidance = args.evaluation.eval_guidance_scale or sample.guidance_scale
     return model.needs(
         run.dtype,
         sample.size,
         decoded=max(batch_size, evaluated),
-        rows=max(rows, evaluated * (2 if (args.evaluation.eval_guidance_scale or 1) > 1 else 1)),
+        rows=max(rows, evaluated * (2 if guidance > 1 else 1)),
         batch_is_free=False,
         scored=True,
         scorers=rewards.networks(loaded),
@@ -64,9 +68,11 @@ def episode_cost(
         args: the script's options.
         passes: over the pictures of an epoch.
     """
-    steps: RolloutArgs = args.rollout
-    backward = len(steps.trained_steps(0, 0))
-    forward = steps.sample_steps / passes + (backward if with_reference else 0)
+    steps: StepArgs = args.rollout
+    trained_steps, sample = steps.trained_steps(args.run.seed or 0, 0), args.sample
+    drawn, backward = counted.of_steps(steps.sample_steps, trained_steps, sample.copies)
+    again = sample.batch_size(args.optim) != args.optim.train_batch_size
+    forward = (drawn + again * backward) / passes + with_reference * backward
     guided = args.sample.guidance_scale > 1
     return _batch_cost(
         *(run, trained, model, args, backward, forward),
@@ -99,12 +105,46 @@ def finished_cost(
     )
 
 
+def passes_of(record: Mapping[str, Any]) -> float:
+    """Forward passes per sampled picture of a run, its training included; see `maths.passes`.
+
+    Args:
+        record: the run's args.json.
+    """
+    options: dict[str, dict[str, Any]] = {
+        name: {key: tuple(v) if isinstance(v, list) else v for key, v in group.items()}
+        for name, group in record["args"].items()
+    }
+    sample, optim = options["sample"], options["optim"]
+    branches = 2 if sample["guidance_scale"] > 1 else 1
+    if "nft" in options:
+        nft, levels = NftArgs(**options["nft"]), LevelArgs(**options["levels"])
+        uses, number = nft.num_inner_epochs, levels.num_train_timesteps
+        at_once = optim["train_batch_size"] * optim["gradient_accumulation_steps"]
+        pictures = sample["num_prompts_per_epoch"] * sample["group_size"]
+        steps = uses * pictures / (at_once * record["num_processes"])
+        asked = sum(nft.asked(number, steps).values())
+        return counted.of_finished(levels.sample_steps, number, asked, branches=branches, uses=uses)
+    policy = options.get("grpo") or options["ddpo"]
+    diffusion = "eta" in options["rollout"]
+    way = (DiffusionRolloutArgs if diffusion else RolloutArgs)(**options["rollout"])
+    return counted.of_way(
+        way.sample_steps,
+        way.trained_steps(record["args"]["run"]["seed"] or 0, 0),
+        copies=sample["group_size"] if sample["branch"] else 1,
+        branches=branches,
+        again=sample["sample_batch_size"] not in (None, optim["train_batch_size"]),
+        tied=policy.get("beta", 0) > 0,
+        uses=policy["num_inner_epochs"],
+    )
+
+
 def _batch_cost(
     run: Run,
     trained: Trained,
     model: Model,
     args: Any,
-    backward: int,
+    backward: float,
     forward: float,
     *,
     rows: int,

@@ -23,7 +23,7 @@ from dojo.inputs.prompts import Prompt, Prompts
 from dojo.maths import rollout
 from dojo.maths.advantages import coarse
 from dojo.maths.surrogate import Surrogate
-from dojo.methods.rl.args import SampleArgs
+from dojo.methods.rl.args import EpochArgs
 from dojo.rewards import Reward, RewardOutput
 from dojo.run.optim import OptimArgs
 from dojo.run.run import Key, Run
@@ -52,9 +52,9 @@ class Batch:
         """What rewards may want to know besides."""
         return [prompt.metadata for prompt in self.prompts]
 
-    def keys(self, run: Run, stream: str) -> list[Key]:
-        """Keys of one random stream for these pictures."""
-        return [(run.seed, stream, self.epoch, place) for place in self.places]
+    def keys(self, run: Run, stream: str, shared: int = 1) -> list[Key]:
+        """Keys of one random stream for these pictures, `shared` of them side by side the same."""
+        return [(run.seed, stream, self.epoch, place - place % shared) for place in self.places]
 
     def noise_keys(self, run: Run, copies: int) -> list[Key]:
         """Keys of the noise that they start from, `copies` of them from the same."""
@@ -71,7 +71,7 @@ class Batch:
         )
 
 
-def plan(run: Run, args: SampleArgs, optim: OptimArgs, source: Prompts, passes: int) -> None:
+def plan(run: Run, args: EpochArgs, optim: OptimArgs, source: Prompts, passes: int) -> None:
     """Fixes the length of the run, which is one of whole epochs: see `Run.plan`.
 
     Args:
@@ -87,7 +87,7 @@ def plan(run: Run, args: SampleArgs, optim: OptimArgs, source: Prompts, passes: 
 
 def batches(
     run: Run,
-    args: SampleArgs,
+    args: EpochArgs,
     prompts: Sequence[Prompt],
     drawn: Sequence[int],
     epoch: int,
@@ -184,7 +184,7 @@ class Scores:
     """see `diversity`"""
 
     def table(self, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-        """Scores [N, R] and weights [R] of the components, for `policy.decoupled_advantages`."""
+        """Scores [N, R] and weights [R] of the components: see `decoupled_advantages`."""
         columns = [self.components[name] for name in weights]
         return torch.stack(columns, dim=1), torch.tensor([*weights.values()])
 
@@ -236,7 +236,7 @@ class Scoring:
 
         Raises:
             UserError, TrainingStopped: on all processes, when a reward of one has given up (see
-                `evaluation.together`).
+                `held_out.together`).
             TrainingStopped: too many pictures have no valid score.
             Interrupted: the run was asked to stop.
         """

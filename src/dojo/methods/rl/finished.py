@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dojo import rng
 from dojo.inputs.steering import Steering
 from dojo.maths import flow
+from dojo.maths.objective import Flow
 from dojo.methods.rl.episodes import Batch
 from dojo.run.run import Run
 
@@ -49,21 +50,24 @@ class LevelArgs:
         """Steps of the schedule that levels are taken from."""
         return max(1, round(self.timestep_range * self.sample_steps))
 
-    def levels(self, run: Run, batch: Batch, sigmas: Sequence[float], shift: float) -> Tensor:
+    def levels(
+        self, run: Run, batch: Batch, sigmas: Sequence[float], shift: float, shared: int = 1
+    ) -> Tensor:
         """Sigmas for the pictures of a batch: float32 [K, B]; they hang on seed, epoch and place.
 
         Args:
             sigmas: of the sampling, from 1 to 0.
             shift: that of the schedule.
+            shared: pictures, side by side, that have the same.
         """
         if self.time_sampling_strategy == "discrete":
             own = torch.tensor(sigmas[: self._own])
             orders = [
                 torch.randperm(len(own), generator=rng.generator(*key))
-                for key in batch.keys(run, "levels")
+                for key in batch.keys(run, "levels", shared)
             ]
             return torch.stack([own[order[: self.num_train_timesteps]] for order in orders], 1)
-        uniform = torch.stack([rng.uniform(keys) for keys in self._keys(run, batch)])
+        uniform = torch.stack([rng.uniform(keys) for keys in self._keys(run, batch, shared)])
         number = torch.arange(self.num_train_timesteps)[:, None]
         # From the noisiest share down; a uniform number of 1 would be the end of its share.
         place = 1 - self.timestep_range * (number + 1 - uniform) / self.num_train_timesteps
@@ -71,9 +75,9 @@ class LevelArgs:
             return flow.draw_sigma(place, "logit_normal", shift=shift)
         return flow.shift_sigma(place, shift).clamp(flow.MIN_SIGMA, 1.0)
 
-    def _keys(self, run: Run, batch: Batch) -> Iterator[list[tuple[int | str, ...]]]:
+    def _keys(self, run: Run, batch: Batch, shared: int) -> Iterator[list[tuple[int | str, ...]]]:
         for k in range(self.num_train_timesteps):
-            yield [(*key, k) for key in batch.keys(run, "levels")]
+            yield [(*key, k) for key in batch.keys(run, "levels", shared)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,10 +91,12 @@ class Finished:
     """float32 [K, B]"""
     asked: dict[str, Tensor]
     """by policy: velocities float32 [K, B, ...], or of the first levels only"""
+    shared: int = 1
+    """pictures, side by side, that are noised by the same noise"""
 
     def noised(self, run: Run, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sigma [B], the noised latents, and the velocity of the path that leads there."""
-        keys = [(*key, k) for key in self.batch.keys(run, "forward noise")]
+        keys = [(*key, k) for key in self.batch.keys(run, "forward noise", self.shared)]
         noise = rng.normal(self.clean.shape[1:], keys, self.clean.device)
         sigma = self.sigma[k]
         noisy = flow.interpolate(self.clean, noise, sigma)
@@ -101,46 +107,56 @@ class Finished:
         return {name: said[k] for name, said in self.asked.items() if k < len(said)}
 
 
-Policy = tuple[int, Callable[[], AbstractContextManager[nn.Module]]]
-"""how many of the levels it is asked at, and the network as it then is"""
+Policy = Callable[[], AbstractContextManager[nn.Module]]
+"""the network as it then is, for a while"""
 
 
-@torch.no_grad()
-def ask(
+def noised(
     run: Run,
     args: LevelArgs,
     made: Sequence[tuple[Batch, Tensor]],
     size: int,
-    steering: Steering,
     sigmas: Sequence[float],
-    shift: float,
-    policies: dict[str, Policy],
+    objective: Flow,
+    shared: int = 1,
 ) -> list[Finished]:
-    """The epoch's pictures as training batches of `size`, with what frozen policies say of them.
-
-    Each policy's weights are put into the network once for the whole epoch.
+    """The epoch's pictures as training batches of `size`, with the levels of each.
 
     Args:
         made: batches and their latents, float32 [B, ...].
-        steering: that of training.
-        policies: by name.
+        sigmas: of the sampling, from 1 to 0.
+        shared: pictures, side by side, that are noised alike.
     """
     found: list[Finished] = []
     for batch, latents in made:
         for start in range(0, len(batch.places), size):
             own = batch.part(start, size)
-            sigma = args.levels(run, own, sigmas, shift).to(latents.device)
+            sigma = args.levels(run, own, sigmas, objective.shift, shared).to(latents.device)
             clean = latents[start : start + size]
-            found.append(Finished(batch=own, clean=clean, sigma=sigma, asked={}))
-    for name, (count, network) in policies.items():
-        if not count:
-            continue
-        with network() as frozen:
-            for chunk in found:
-                velocity = steering(frozen, chunk.batch.texts)
-                said = []
-                for k in range(count):
-                    sigma, noisy, _ = chunk.noised(run, k)
-                    said.append(velocity(noisy, sigma))
-                chunk.asked[name] = torch.stack(said)
+            found.append(Finished(batch=own, clean=clean, sigma=sigma, asked={}, shared=shared))
     return found
+
+
+@torch.no_grad()
+def ask(
+    run: Run,
+    chunks: Sequence[Finished],
+    steering: Steering,
+    policies: Mapping[str, Policy],
+    counts: Mapping[str, int],
+) -> None:
+    """Lets frozen policies say of the epoch's pictures what they predict at their levels.
+
+    Each policy's weights are put into the network once for the whole epoch.
+
+    Args:
+        steering: that of training.
+        policies: by name.
+        counts: at how many of the levels each is asked.
+    """
+    for name, count in counts.items():
+        with policies[name]() as frozen:
+            for chunk in chunks:
+                velocity = steering(frozen, chunk.batch.texts)
+                levels = [chunk.noised(run, k)[:2] for k in range(count)]
+                chunk.asked[name] = torch.stack([velocity(noisy, s) for s, noisy in levels])
