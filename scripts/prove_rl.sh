@@ -4,6 +4,10 @@
 #   bash scripts/prove_rl.sh                GRPO and DDPO, meant for 30 and 10 minutes on two cores
 #   bash scripts/prove_rl.sh --long         GRPO with many more steps: overnight, or on a GPU
 #   bash scripts/prove_rl.sh --table        short GRPO runs that differ in one setting each
+#   bash scripts/prove_rl.sh --compare      GRPO with the clip and with the bound, NFT, RAM, AWM and a
+#                                           control, each with half of the work of the GRPO above;
+#                                           the whole was not run yet: hours on a busy machine
+#   bash scripts/prove_rl.sh --seeds        NFT and AWM of the comparison with another seed
 #   bash scripts/prove_rl.sh --short        a handful of steps of each, to see the script through;
 #                                           makes no claim (OUTPUT_DIR is outputs/proof-rl-short)
 #   OUTPUT_DIR=outputs/again bash scripts/prove_rl.sh
@@ -11,11 +15,13 @@
 # GRPO learns to draw what the caption says: it is rewarded by the verifier's partial credit and
 # measured by its strict score, on captions that it was not trained on. Its base is made first:
 # pocket-sd3, trained for some minutes on scenes of which a quarter have another's caption, as
-# pictures of the web have. DDPO teaches pocket-sd3 pictures that make small JPEGs. It leaves in
-# OUTPUT_DIR
+# pictures of the web have. DDPO teaches pocket-sd3 pictures that make small JPEGs. The comparison
+# counts forward passes, those of the sampling, the training and the frozen policies; with the GRPO
+# above in the same folder, it says what half of the work reaches. It leaves in OUTPUT_DIR
 #   rl.md, rl.json                  the table: every quantity before and after, and the goals
 #   grpo.png, ddpo.png, table.png   what was reached over minutes and steps
 #   grpo_pictures.png, ...          pictures of the same held-out prompts and seeds
+#   arms.md, arms.json, arms.png    the comparison: gain, distance, diversity, work
 # and ends with exit code 1 when a goal was missed. A run that was stopped continues, and what is
 # done is not done again; remove OUTPUT_DIR to begin anew.
 set -euo pipefail
@@ -48,13 +54,8 @@ base=(
 common=(
     --prompt_set pocket
     --sample_steps 4
-    --window_size 1
-    --window_first 1 # from sigma 0.90 to 0.75, where the layout is decided
-    --window_range 0.5
-    --step_weighting velocity
     --train_batch_size 48
     --gradient_accumulation_steps $((4 / processes))
-    --clip_range 1e-3
     --lr_scheduler cosine # a rate that stays high leaves its noise in the weights
     --use_ema
     --ema_decay 0.97
@@ -65,7 +66,15 @@ common=(
     --num_saved_images 48
     --checkpointing_steps 20
 )
+way=(
+    --window_size 1
+    --window_first 1 # from sigma 0.90 to 0.75, where the layout is decided
+    --window_range 0.5
+    --step_weighting velocity
+)
+clip=(--clip_range 1e-3)
 grpo=(
+    "${way[@]}"
     --reward pocket
     --balance task
     --noise_level 0.8
@@ -75,18 +84,39 @@ grpo=(
     --branch # half the time, and the pictures differ by the trained step alone
 )
 ddpo=(
+    "${way[@]}"
     --reward jpeg_compressibility
     --learning_rate 1e-3
     --num_prompts_per_epoch 192
     --max_prompts 48 # each comes often enough to be judged by its own past
 )
-# An optimizer step of either method is an epoch of 192 pictures.
+finished=(
+    --reward pocket
+    --balance task
+    --num_prompts_per_epoch 24
+    --group_size 8
+    --num_train_timesteps 2
+    --advantage_std group
+    --kl_beta 0
+    --learning_rate 1e-3
+    --ema_decay 0.9
+    --eval_every 12
+    --eval_guidance_scale 1 # the base draws without, and a second evaluation takes as long
+    --checkpointing_steps 5
+)
+# With one optimizer step an epoch and an old policy that does not lag, nobody need be asked but the
+# base: RAM's anchor. AWM is tied to an old policy that lags.
+current=(--old_decay_max 0)
+# An optimizer step of every method is an epoch of 192 pictures.
 base_scenes=6000
 base_steps=400
 grpo_steps=400
 long_steps=8000
 ddpo_steps=60
 table_steps=60
+# The comparison: 100,800 forward passes each. A picture takes 2.6 of GRPO's, 11 of NFT's, 12 of
+# RAM's, 13 of AWM's; see dojo.maths.passes.
+arm_steps=(200 47 43 40)
 table=(
     --num_eval_prompts 120
     --eval_every 20
@@ -100,7 +130,7 @@ goals=()
 parts=()
 for argument in "$@"; do
     case "$argument" in
-        --long | --table) parts+=("${argument#--}") ;;
+        --long | --table | --compare | --seeds) parts+=("${argument#--}") ;;
         --short)
             OUTPUT_DIR="${OUTPUT_DIR:-outputs/proof-rl-short}"
             short=(
@@ -116,16 +146,16 @@ for argument in "$@"; do
             )
             base_scenes=48 base_steps=4
             base+=(--train_batch_size $((8 / processes)) --checkpointing_steps 2)
-            grpo_steps=4 long_steps=6 ddpo_steps=4 table_steps=4
+            grpo_steps=4 long_steps=6 ddpo_steps=4 table_steps=4 arm_steps=(4 3 3 3)
             goals=(--no_goals)
             ;;
         -h | --help)
-            sed -n '2,20s/^# \{0,1\}//p' scripts/prove_rl.sh
+            sed -n '2,26s/^# \{0,1\}//p' scripts/prove_rl.sh
             exit 0
             ;;
         *)
-            echo "prove_rl.sh: unknown argument '$argument' (known: --long, --table, --short," \
-                "--help; OUTPUT_DIR=... chooses the folder)" >&2
+            echo "prove_rl.sh: unknown argument '$argument' (known: --long, --table, --compare," \
+                "--seeds, --short, --help; OUTPUT_DIR=... chooses the folder)" >&2
             exit 2
             ;;
     esac
@@ -154,7 +184,7 @@ train() {
         --output_dir "$OUTPUT_DIR/$2"
 }
 
-# make_base makes GRPO's base.
+# make_base makes the base of GRPO and the comparison.
 make_base() {
     echo "== base ($base_steps steps)"
     local scenes="$OUTPUT_DIR/scenes"
@@ -169,34 +199,70 @@ make_base() {
         --latent_cache_dir "$OUTPUT_DIR/cache" \
         --output_dir "$OUTPUT_DIR/base"
     grpo+=(--pretrained_model_name_or_path "$OUTPUT_DIR/base")
+    finished+=(--pretrained_model_name_or_path "$OUTPUT_DIR/base")
 }
 
+# arms FOLDER_END FLAGS... runs NFT and AWM of the comparison.
+arms() {
+    local nft=("${finished[@]}" "${current[@]}" "${@:2}")
+    train nft "compare/nft$1" "${arm_steps[1]}" "${nft[@]}"
+    train nft "compare/awm$1" "${arm_steps[3]}" "${finished[@]}" --objective awm "${@:2}"
+}
+
+rest=no compared=no # which reports there will be
 for part in "${parts[@]}"; do
+    case "$part" in
+        compare | seeds) compared=yes ;;
+        *) rest=yes ;;
+    esac
     case "$part" in
         grpo)
             make_base
-            train grpo grpo "$grpo_steps" "${grpo[@]}"
+            train grpo grpo "$grpo_steps" "${grpo[@]}" "${clip[@]}"
             ;;
         ddpo)
             train ddpo ddpo "$ddpo_steps" --pretrained_model_name_or_path "$MODEL_NAME" \
-                "${ddpo[@]}"
+                "${ddpo[@]}" "${clip[@]}"
             ;;
         long)
             make_base
-            train grpo grpo-long "$long_steps" "${grpo[@]}"
+            train grpo grpo-long "$long_steps" "${grpo[@]}" "${clip[@]}"
             ;;
         table)
             make_base
-            same=("$table_steps" "${grpo[@]}" "${table[@]}")
+            same=("$table_steps" "${grpo[@]}" "${clip[@]}" "${table[@]}")
             train grpo table/1-as-above "${same[@]}"
             train grpo table/2-sde "${same[@]}" --sampler sde --noise_level 0.7
             train grpo table/3-dance "${same[@]}" --sampler dance --noise_level 0.3
             train grpo table/4-all-steps "${same[@]}" --train_timesteps all
             train grpo table/5-guidance "${same[@]}" --guidance_scale 4
             ;;
+        compare)
+            make_base
+            train grpo compare/grpo "${arm_steps[0]}" "${grpo[@]}" "${clip[@]}"
+            train grpo compare/grpo-divergence "${arm_steps[0]}" "${grpo[@]}" \
+                --trust_region divergence
+            arms ""
+            train nft compare/ram "${arm_steps[2]}" "${finished[@]}" "${current[@]}" \
+                --objective ram
+            train nft compare/control "${arm_steps[1]}" "${finished[@]}" "${current[@]}" \
+                --reward dojo.pocket.control:shuffled
+            ;;
+        seeds)
+            make_base
+            arms -seed1 --seed 1
+            ;;
     esac
 done
 
 echo "== Before and after"
 echo "Trained in $SECONDS s, what was done before not counted."
-python -m dojo.pocket.proof_rl --output_dir "$OUTPUT_DIR" ${goals[@]+"${goals[@]}"}
+status=0
+if [[ "$rest" == yes ]]; then
+    python -m dojo.pocket.proof_rl --output_dir "$OUTPUT_DIR" ${goals[@]+"${goals[@]}"} || status=$?
+fi
+if [[ "$compared" == yes ]]; then
+    python -m dojo.pocket.proof_arms --output_dir "$OUTPUT_DIR" ${goals[@]+"${goals[@]}"} ||
+        status=$?
+fi
+exit "$status"

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import train_ddpo_sd3
+import train_ddpo_sd15
 import train_grpo_sd3
 from dojo import cli, finetune
 from dojo.bench import __main__ as command_line
@@ -490,10 +492,28 @@ def test_sharded_steps_are_timed_beside_whole_ones_by_turns() -> None:
     assert "| 1.000, 1.500 | 2.000, 2.500 | 2.00 |" in sharded.table(result)
 
 
+def test_the_processes_are_started_by_a_command_that_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[list[str]] = []
+
+    def begin(words: list[str], **_: Any) -> Any:
+        begun.append(words)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sharded.subprocess, "run", begin)
+    command_line.main(["sharded", "--num_processes", "3"])
+    [words] = begun
+    place = words.index("dojo.bench")
+    assert words[place + 1] in command_line.COMMANDS
+    assert words[place + 1 :] == ["sharded", "--num_processes", "3"]
+
+
 @pytest.mark.slow
 def test_the_two_ways_are_timed_in_processes_of_their_own(tmp_path: Path) -> None:
     flags = ["--batch_size", "2", "--num_rounds", "1", "--num_steps", "1", "--output"]
-    command_line.main(["shard", *flags, str(tmp_path / "found.json")])
+    command_line.main(["sharded", *flags, str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["whole_seconds"]) == len(found["sharded_seconds"]) == 1
 
@@ -510,8 +530,9 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 
 def said(words: list[str]) -> dict[str, Any]:
     """args.json of the run that a command line starts, as the script itself reads it."""
-    place = next(i for i, word in enumerate(words) if word.endswith("_sd3.py"))
-    script = {"grpo": train_grpo_sd3, "ddpo": train_ddpo_sd3}[Path(words[place]).name[6:10]]
+    place = next(i for i, word in enumerate(words) if Path(word).name.startswith("train_"))
+    scripts = (train_grpo_sd3, train_ddpo_sd3, train_ddpo_sd15)
+    script: Any = {one.__name__: one for one in scripts}[Path(words[place]).stem]
     options = cli.parse(script.Args, None, words[place + 1 :])
     return {
         "args": folders.options(options),
@@ -573,13 +594,17 @@ def test_the_seconds_of_an_epoch_are_shared_by_its_pictures() -> None:
         ({"batch_size": 24, "sample_batch_size": 48}, "", (10 + 3, 9, 0)),
         ({"batch_size": 48, "sample_batch_size": 48}, "", (10, 9, 0)),
         ({"method": "ddpo", "guidance_scale": 2.0}, "", (20, 18, 0)),
+        (
+            {"model": "pocket-sd15", "method": "ddpo", "guidance_scale": 5.0},
+            *("--train_timesteps all", (20, 2 * 3 * 9, 0)),
+        ),
     ],
 )
 def test_the_passes_of_a_picture_are_those_of_the_rule(
     flags: dict[str, Any], extra: str, passes: tuple[int, ...]
 ) -> None:
-    args = RlArgs(model="pocket", sample_steps=10, **flags)
-    words = rl.command(args, models.POCKET, Path("work/runs/run"), extra.split())
+    args = RlArgs(**{"model": "pocket", "sample_steps": 10, **flags})
+    words = rl.command(args, models.POCKETS[args.model], Path("work/runs/run"), extra.split())
     assert tuple(rl.forward_passes(said(words), 3).values()) == passes
 
 
@@ -687,6 +712,7 @@ def test_the_phases_are_read_from_the_real_script_which_evaluates_nothing(
         ("--group_size 0", "--group_size must be at least 1"),
         ("--num_processes 0", "--num_processes must be at least 1"),
         ("--method ddpo --beta 0.1", "--beta needs --method grpo"),
+        ("--model sd15", "--method grpo: there is no such script for sd15"),
         ("--cases standard --guidance_scale 2", "--cases standard chooses --guidance_scale"),
         ("--cases standard --train_timesteps all", "--cases standard chooses --train_timesteps"),
         ("--prompt_set animals", "--reward pocket needs --prompt_set pocket"),

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from PIL import Image
 
 from dojo import cli
 from dojo.cli import UserError
-from dojo.pocket import datasets, proof_rl, scenes, verifier
+from dojo.methods.rl import passes_of
+from dojo.pocket import datasets, proof_arms, proof_rl, scenes, verifier
 from dojo.pocket.proof_rl import Evaluation
 from tests.conftest import ROOT
 from tests.pocket.proofs import bash, recorded, unspread
@@ -375,7 +377,7 @@ def commands(tmp_path: Path) -> Callable[..., list[list[str]]]:
 def test_the_script_refuses_what_it_does_not_know(arguments: tuple[str, ...]) -> None:
     result = bash(SCRIPT, *arguments)
     assert result.returncode == 2
-    assert "--long, --table, --short" in result.stderr
+    assert "--long, --table, --compare, --seeds, --short" in result.stderr
     assert not result.stdout
 
 
@@ -387,8 +389,11 @@ def test_the_script_refuses_what_it_does_not_know(arguments: tuple[str, ...]) ->
         (("--table",), [f"outputs/proof-rl/table/{number}-" for number in range(1, 6)]),
         (("--short",), ["outputs/proof-rl-short/grpo", "outputs/proof-rl-short/ddpo"]),
         (("--short", "--table", "--long"), ["outputs/proof-rl-short/table/1-"]),
+        (("--compare",), [f"outputs/proof-rl/compare/{name}" for name in proof_arms.TITLES]),
+        (("--seeds",), [f"outputs/proof-rl/compare/{name}-seed1" for name in ("nft", "awm")]),
+        (("--short", "--compare"), ["outputs/proof-rl-short/compare/control"]),
     ],
-    ids=["proof", "long", "table", "short", "all short"],
+    ids=["proof", "long", "table", "short", "all short", "compare", "seeds", "short compare"],
 )
 def test_the_scripts_understand_the_flags_and_the_epochs_come_out_even(
     arguments: tuple[str, ...], folders: list[str], commands: Callable[..., list[list[str]]]
@@ -396,8 +401,10 @@ def test_the_scripts_understand_the_flags_and_the_epochs_come_out_even(
     import train_ddpo_sd3
     import train_full_sd3
     import train_grpo_sd3
+    import train_nft_sd3
 
-    policies = {"train_grpo_sd3.py": train_grpo_sd3, "train_ddpo_sd3.py": train_ddpo_sd3}
+    scripts = (train_grpo_sd3, train_ddpo_sd3, train_nft_sd3)
+    policies: dict[str, Any] = {f"{one.__name__}.py": one for one in scripts}
     *before, last = commands(*arguments)
     started, made = [], set[str]()
     for words in before:
@@ -417,16 +424,40 @@ def test_the_scripts_understand_the_flags_and_the_epochs_come_out_even(
             assert args.evaluation.eval_reward == proof_rl.STRICT
             # 12 held-out captions and more are at least two of each task.
             assert args.prompts.num_eval_prompts >= 12
-            if script == "train_grpo_sd3.py":
+            if script != "train_ddpo_sd3.py":
                 assert args.model.pretrained_model_name_or_path in made
             else:
                 assert args.model.pretrained_model_name_or_path == "models/pocket-sd3"
             started.append(str(args.run.output_dir))
         assert args.run.resume_from_checkpoint == "latest"
     assert all(any(one.startswith(folder) for one in started) for folder in folders)
-    assert last[:2] == ["-m", "dojo.pocket.proof_rl"]
+    reports = {"dojo.pocket.proof_rl": proof_rl, "dojo.pocket.proof_arms": proof_arms}
+    compared = not {"--compare", "--seeds"}.isdisjoint(arguments)
+    assert last[:2] == ["-m", "dojo.pocket.proof_arms" if compared else "dojo.pocket.proof_rl"]
     assert ("--no_goals" in last) == ("--short" in arguments)
-    cli.parse(proof_rl.Args, None, last[2:])
+    cli.parse(reports[last[1]].Args, None, last[2:])
+
+
+def test_the_arms_of_the_comparison_take_half_of_the_forward_passes_of_the_proof(
+    commands: Callable[..., list[list[str]]],
+) -> None:
+    import train_grpo_sd3
+    import train_nft_sd3
+
+    def counted(words: list[str]) -> tuple[str, float] | None:
+        processes, (script, *flags) = unspread(words)
+        module: Any = {"train_grpo_sd3.py": train_grpo_sd3, "train_nft_sd3.py": train_nft_sd3}
+        if script not in module:
+            return None
+        args = cli.parse(module[script].Args, None, flags)
+        record = {"args": asdict(args), "num_processes": processes}
+        pictures = args.sample.samples * args.optim.max_train_steps
+        return args.run.output_dir.name, passes_of(record) * pictures
+
+    (proof,) = [found[1] for words in commands() if (found := counted(words))]
+    arms = dict(found for words in commands("--compare") if (found := counted(words)))
+    assert arms.keys() == proof_arms.TITLES.keys()
+    assert all(0.48 * proof < passes <= 0.5 * proof for passes in arms.values())
 
 
 @pytest.mark.slow

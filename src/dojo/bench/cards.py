@@ -1,4 +1,4 @@
-"""Which card, which command: for five models and four recipes, what a run holds, computed.
+"""Which card, which command: for six models and up to four recipes, what a run holds, computed.
 
 Every row comes from the script that it names, by the way that `--fit` takes: the script plans, as
 its dry run does, and options are tried for each size of card. No weights are needed, no network and
@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ RECIPES: dict[Recipe, str] = {
     "dreambooth_lora": "DreamBooth LoRA",
     "preference": "preference / RL",
 }
-_FAMILIES = {"sd15": "sd15", "sdxl": "sdxl"}  # the others are of sd3
+_FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "kolors": "kolors"}  # the others are of sd3
 BATCH = 4
 """Samples of an optimizer step; a card that is too small takes them in parts."""
 _GIB = 2**30
@@ -45,9 +46,9 @@ _GIB = 2**30
 class CardArgs:
     """The tables of docs/cards.md."""
 
-    model: tuple[Literal["sd15", "sdxl", "sd3-medium", "sd35-medium", "sd35-large"], ...] = (
-        *("sd15", "sdxl", "sd3-medium", "sd35-medium", "sd35-large"),
-    )
+    model: tuple[
+        Literal["sd15", "sdxl", "kolors", "sd3-medium", "sd35-medium", "sd35-large"], ...
+    ] = (*("sd15", "sdxl", "kolors", "sd3-medium", "sd35-medium", "sd35-large"),)
     """whose tables"""
     page: Path | None = None
     """write them into this page, between its two marks, instead of printing them"""
@@ -57,8 +58,10 @@ def main(args: CardArgs) -> None:
     """Prints the tables, or puts them into the page.
 
     Raises:
-        UserError: the page or its marks are not there.
+        UserError: the page or its marks are not there, or the package that some rows need.
     """
+    if find_spec("bitsandbytes") is None:
+        raise UserError("the tables have bases in nf4, which need it: pip install bitsandbytes")
     if args.page is None:
         print(tables(args.model))
         return
@@ -95,7 +98,7 @@ def section(name: str) -> Iterator[str]:
     yield ""
     with tempfile.TemporaryDirectory() as folder:
         tried: dict[Recipe, fit.Tried] = {
-            recipe: plan(name, recipe, Path(folder)) for recipe in RECIPES
+            recipe: plan(name, recipe, Path(folder)) for recipe in recipes(name)
         }
     yield markdown([needs(recipe, one) for recipe, one in tried.items()])
     yield ""
@@ -106,7 +109,7 @@ def section(name: str) -> Iterator[str]:
     yield markdown(list(rows))
     yield ""
     yield "```bash"
-    yield from (command(name, recipe) for recipe in RECIPES)
+    yield from (command(name, recipe) for recipe in recipes(name))
     yield "```"
 
 
@@ -155,6 +158,14 @@ def script(name: str, recipe: Recipe) -> str:
     return f"train_{recipe}_{family}.py"
 
 
+def recipes(name: str) -> list[Recipe]:
+    """Those that a model's family has a script for."""
+    there: list[Recipe] = [
+        recipe for recipe in RECIPES if (models.ROOT / script(name, recipe)).is_file()
+    ]
+    return there or [*RECIPES]  # outside a clone all are missing, which `_module` says
+
+
 def size(name: str, recipe: Recipe) -> int:
     """Height and width of the pictures in pixels: the model's own, half of it for SD3's GRPO."""
     native = models.native_size(name)
@@ -163,8 +174,10 @@ def size(name: str, recipe: Recipe) -> int:
 
 def flags(name: str, recipe: Recipe, place: Mapping[str, object]) -> list[str]:
     """The command line of a recipe, data apart."""
+    model = published.MODELS[name]
     values: dict[str, object] = {
-        "pretrained_model_name_or_path": published.MODELS[name].hub_ids[0],
+        "pretrained_model_name_or_path": model.hub_ids[0],
+        **({"variant": model.variant} if model.variant else {}),
         **place,
         "resolution": size(name, recipe),
         "mixed_precision": "bf16",

@@ -4,8 +4,8 @@ Precision, determinism, the ratio before the first update, attention, quantised 
 CPU memory, predicted against measured memory, speed with random weights of the published sizes.
 Every step works in a process of its own with a time limit, prints what it found, and is followed by
 the next one whatever became of it. OUTPUT_DIR gets `check.json`, `rows.md` (for docs/benchmarks.md)
-and a log of every step. The exit status is 1 if a claim did not hold or a step failed, and 2 if
-nothing could be checked, for want of a GPU.
+and a log of every step. The exit status is 1 if a claim did not hold, a step failed or the time did
+not reach it, and 2 if nothing could be checked, for want of a GPU.
 
     python -m dojo.bench check
     python -m dojo.bench check --steps precision attention
@@ -31,6 +31,7 @@ from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError, ranges
 
 LEAST = 10.0  # seconds that are worth beginning a step for
+NOT_BEGUN = "not begun"  # the state of a step that the time did not reach
 POCKET_PATIENCE = 4  # a CPU gets so many times the time
 
 
@@ -101,7 +102,7 @@ class Result:
 
     name: str
     state: str
-    """passed, failed, skipped, timed out, no time left"""
+    """passed, failed, skipped, timed out, not begun"""
     seconds: float = 0.0
     trouble: str = ""
     """the last line of what went wrong"""
@@ -113,7 +114,7 @@ def main(args: CheckArgs) -> None:
 
     Raises:
         UserError: nothing could be checked, for want of a GPU.
-        TrainingStopped: a claim did not hold, or a step failed.
+        TrainingStopped: a claim did not hold, a step failed, or the time did not reach it.
     """
     folder = args.output_dir.absolute()
     take(folder)
@@ -147,11 +148,15 @@ def conclude(results: Sequence[Result], place: Place) -> None:
 
     Raises:
         UserError: nothing was checked.
-        TrainingStopped: something is not as it should be.
+        TrainingStopped: something is not as it should be, or was not begun.
     """
-    wrong = [result.name for result in results if result.state not in ("passed", "skipped")]
-    if wrong:
-        raise TrainingStopped(f"not as it should be: {', '.join(wrong)}")
+    right = ("passed", "skipped", NOT_BEGUN)
+    wrong = [result.name for result in results if result.state not in right]
+    late = [result.name for result in results if result.state == NOT_BEGUN]
+    said = [f"not as it should be: {', '.join(wrong)}"] if wrong else []
+    said += [f"not begun, for want of time (--minutes): {', '.join(late)}"] if late else []
+    if said:
+        raise TrainingStopped("; ".join(said))
     if not place.on_gpu and not place.pocket:
         raise UserError(
             "torch sees no GPU, so nothing was checked (why: python -m dojo.doctor); --pocket runs "
@@ -188,7 +193,7 @@ def run_step(step: Step, place: Place, folder: Path, left: float) -> Result:
     if not (place.on_gpu or place.pocket or step.anywhere):
         return Result(step.name, "skipped", found=Report(skipped=[f"no GPU: {step.about}"]))
     if left < LEAST:
-        return Result(step.name, "no time left")
+        return Result(step.name, NOT_BEGUN)
     patience = step.limit if place.on_gpu else POCKET_PATIENCE * step.limit
     file, log = (folder / f"{step.name}.{kind}" for kind in ("json", "log"))
     file.unlink(missing_ok=True)

@@ -30,7 +30,6 @@ from dojo.cli import TrainingStopped, UserError, ranges
 from dojo.files.records import read_table
 
 SLACK = 0.1  # GiB that no phase is blamed for: workspaces of kernels
-FORMER = {"text embeddings": "text cache", "latents": "latent cache", "drawing": "validation"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +113,8 @@ def compare(computed: Mapping[str, float], measured: Mapping[str, float]) -> lis
     Args:
         computed, measured: GiB by phase.
     """
-    now = {FORMER.get(name, name): size for name, size in computed.items()}
-    names = [*now, *(name for name in measured if name not in now)]
-    return [Compared(name, now.get(name, 0.0), measured.get(name, 0.0)) for name in names]
+    names = [*computed, *(name for name in measured if name not in computed)]
+    return [Compared(name, computed.get(name, 0.0), measured.get(name, 0.0)) for name in names]
 
 
 def row(one: Compared, tolerance: float) -> dict[str, str]:

@@ -6,12 +6,10 @@ any GPU: they catch what is wrong, not what rounds otherwise.
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +20,16 @@ from dojo import doctor
 from dojo.bench import models
 from dojo.bench.report import Place, Report
 from dojo.finetune import lora
+from dojo.finetune.offload import Storage, in_blocks
 from dojo.models import family, opening
+from dojo.models.quantised import Precision, pack, quantise, unpack
 
 SEED = 0
 # Relative errors of a product of two normal matrices against float64, and of a network's
 # prediction against float32: rounding alone stays well below.
 PRODUCTS = {"fp32": 1e-5, "tf32": 3e-3, "bf16": 1e-2, "fp16": 2e-3}
 NETWORKS = {"bf16": 0.05, "fp16": 0.01}
-QUANTISED = {
+QUANTISED: dict[Precision, float] = {
     "int8": 0.02,
     "fp8": 0.05,
     "nf4": 0.08,
@@ -260,31 +260,29 @@ def _attended(parts: list[Tensor], dtype: torch.dtype, backend: SDPBackend) -> l
 
 def quantised(report: Report, place: Place) -> None:
     """Packed weights on the GPU against the CPU's, and the pocket model with them."""
-    module = _ours("dojo.finetune.quantised", report)
-    if module is None:
-        return
     exact = prediction(place, "pocket", torch.bfloat16)
     for kind, limit in QUANTISED.items():
         if kind == "nf4" and find_spec("bitsandbytes") is None:
             report.skip('nf4: bitsandbytes is missing: pip install -e ".[bitsandbytes]"')
             continue
         if place.on_gpu:
-            _kernels(report, place, module, kind)
+            _kernels(report, place, kind)
         found = prediction(
-            place, "pocket", torch.bfloat16, lambda net, kind=kind: module.quantise(net, kind)
+            *(place, "pocket", torch.bfloat16),
+            lambda net, kind=kind: quantise(net, kind, in_blocks(net)),
         )
         gap = distance(found, exact)
         report.below(f"the pocket model in {kind} predicts as in bf16", gap, limit)
 
 
-def _kernels(report: Report, place: Place, module: Any, kind: str) -> None:
+def _kernels(report: Report, place: Place, kind: Precision) -> None:
     """One weight, packed and unpacked on either device."""
     draws = torch.Generator().manual_seed(SEED)
     weight = torch.randn(512, 512, generator=draws) / 512**0.5
     made: dict[str, Tensor] = {}
     for device in (torch.device("cpu"), place.device):
-        packed = module.pack(weight.to(device), kind)
-        made[device.type] = module.unpack(packed, kind, weight.shape, torch.float32).cpu()
+        packed = pack(weight.to(device), kind)
+        made[device.type] = unpack(packed, kind, weight.shape, torch.float32).cpu()
     gap = distance(made["cuda"], made["cpu"])
     report.below(f"a weight in {kind} is packed as on the CPU", gap, SAME_KERNELS)
     report.note(f"{kind}: distance of a weight from float32", distance(made["cuda"], weight))
@@ -292,10 +290,7 @@ def _kernels(report: Report, place: Place, module: Any, kind: str) -> None:
 
 def offload(report: Report, place: Place) -> None:
     """The gradients of a network whose blocks lie in CPU memory, to the bit."""
-    module = _ours("dojo.finetune.offload", report)
-    if module is None:
-        return
-    away = module.Storage(blocks_on_cpu=2)
+    away = Storage(blocks_on_cpu=2)
     for checkpointing in (False, True):
         here = _gradients(place, lambda network: None, checkpointing)
         there = _gradients(place, lambda net: away.prepare(net, place.device), checkpointing)
@@ -330,11 +325,3 @@ def _gradients(
     noisy, level, conditions = inputs(model, place.device, dtype)
     model.predict(network, noisy, level, conditions, dtype).square().mean().backward()
     return [param.grad for param in params if param.grad is not None]
-
-
-def _ours(name: str, report: Report) -> Any:
-    """A module of this library, which may not be there yet."""
-    if find_spec(name) is None:
-        report.skip(f"{name} is not there")
-        return None
-    return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""Times `train_grpo_sd3.py` or `train_ddpo_sd3.py`: where the seconds of a picture go.
+"""Times `train_grpo_sd3.py` or `train_ddpo_*.py`: where the seconds of a picture go.
 
 The script runs as a user would start it, without evaluation, with an epoch per row of its
 metrics.jsonl, and is ended when the rows are there: it writes no checkpoint and no result.
@@ -6,6 +6,7 @@ metrics.jsonl, and is ended when the rows are there: it writes no checkpoint and
     python -m dojo.bench rl --model pocket --cases standard
     python -m dojo.bench rl --model sd35-medium --train_timesteps all --guidance_scale 4.5
     python -m dojo.bench rl --model sd35-medium --method ddpo -- --sampler sde
+    python -m dojo.bench rl --model sd15 --method ddpo --train_timesteps all --guidance_scale 5
 
 What follows `--` goes to the script as it is. Beside the time stands what arithmetic expects, in
 forward passes per picture: one for every step of the rollout; three for every trained step (a
@@ -31,7 +32,8 @@ from dojo.files import outputs
 from dojo.files.records import read_table
 from dojo.maths import rollout
 
-SCRIPTS = {"grpo": "train_grpo_sd3.py", "ddpo": "train_ddpo_sd3.py"}
+# The families whose scripts there are.
+SCRIPTS = {"grpo": ("sd3",), "ddpo": ("sd3", "sd15", "sdxl")}
 PHASES = ("sample", "decode", "reward", "train", "reference")
 NETWORK = ("sample", "train", "reference")  # those that ask the transformer
 GUIDANCE, BETA = 4.5, 1e-3  # of the standard cases; the time does not depend on their values
@@ -44,29 +46,28 @@ _NEVER = 10**9  # optimizer steps
 class RlArgs(supervised.CaseArgs):
     """What is timed; the defaults are those of the script where nothing else is said."""
 
-    model: Literal["pocket", "sd35-medium", "sd35-large"]
-    """pocket is models/pocket-sd3; the others are made once, with random weights, in work_dir"""
     method: Literal["grpo", "ddpo"] = "grpo"
-    """which script: train_grpo_sd3.py or train_ddpo_sd3.py"""
+    """which script: train_grpo_sd3.py, or train_ddpo_*.py of the model's family"""
     cases: Literal["one", "standard"] = "one"
     """one: what the other flags say; standard: a window and all steps, each without and with
     guidance, and a window with --beta, one after the other"""
     finetune: Literal["lora", "full"] = "lora"
     """adapters or every weight"""
     resolution: int | None = None
-    """height and width in pixels; unset is 64 for pocket and 512 otherwise"""
+    """height and width in pixels; unset is 64 for pocket models, 1024 for sdxl and 512 otherwise"""
     num_prompts: int | None = None
-    """prompts of an epoch, over all processes; unset is 24 per process for pocket and 4
+    """prompts of an epoch, over all processes; unset is 24 per process for pocket models and 4
     otherwise"""
     group_size: int | None = None
-    """pictures of each of them; unset is 8 for pocket and 16 otherwise"""
+    """pictures of each of them; unset is 8 for pocket models and 16 otherwise"""
     batch_size: int | None = None
-    """pictures per process that are learned from together; unset is 48 for pocket and 16
+    """pictures per process that are learned from together; unset is 48 for pocket models and 16
     otherwise"""
     sample_batch_size: int | None = None
     """pictures per process that are sampled together; unset is the same"""
     sample_steps: int | None = None
-    """denoising steps of a rollout; unset is 8 for pocket and 10 otherwise"""
+    """denoising steps of a rollout; unset is 8 for pocket models, 20 for sd15 and sdxl and 10
+    otherwise"""
     train_timesteps: Literal["all", "fraction", "window"] = "window"
     """which of them are trained"""
     window_size: int = 3
@@ -76,10 +77,10 @@ class RlArgs(supervised.CaseArgs):
     beta: float = 0.0
     """weight of the divergence from the model before training (grpo); 0 does not ask that model"""
     reward: str | None = None
-    """what to maximise; unset is pocket for pocket and jpeg_compressibility, which has no network,
-    otherwise"""
+    """what to maximise; unset is pocket for pocket models and jpeg_compressibility, which has no
+    network, otherwise"""
     prompt_set: Literal["pocket", "animals"] | None = None
-    """prompts; unset is pocket for pocket and animals otherwise"""
+    """prompts; unset is pocket for pocket models and animals otherwise"""
     num_epochs: int = 3
     """epochs that count"""
     warmup_epochs: int = 1
@@ -95,6 +96,10 @@ class RlArgs(supervised.CaseArgs):
         ranges.check(self, "beta", least=0)
         if self.warmup_epochs < 1:
             raise ValueError("--warmup_epochs must be at least 1: the first is never typical")
+        if self.family not in SCRIPTS[self.method]:
+            raise ValueError(
+                f"--method {self.method}: there is no such script for {self.model} (--method ddpo)"
+            )
         if self.beta and self.method == "ddpo":
             raise ValueError("--beta needs --method grpo: DDPO has no such term")
         for name, plain in (("train_timesteps", "window"), ("guidance_scale", 1.0), ("beta", 0.0)):
@@ -103,21 +108,26 @@ class RlArgs(supervised.CaseArgs):
         if self.chosen("reward").startswith("pocket") and self.chosen("prompt_set") != "pocket":
             raise ValueError(f"--reward {self.chosen('reward')} needs --prompt_set pocket")
 
+    @property
+    def family(self) -> str:
+        """What the script's name ends with."""
+        return models.family_name(self.model)
+
     def chosen(self, name: str) -> Any:
         """An option, or what it is for the model when it is unset."""
         value = getattr(self, name)
         if value is not None:
             return value
         pocket, other = {
-            "resolution": (64, 512),
+            "resolution": (64, 1024 if self.family == "sdxl" else 512),
             "num_prompts": (24 * self.num_processes, 4 * self.num_processes),
             "group_size": (8, 16),
             "batch_size": (48, 16),
-            "sample_steps": (8, 10),
+            "sample_steps": (8, 10 if self.family == "sd3" else 20),
             "reward": ("pocket", "jpeg_compressibility"),
             "prompt_set": ("pocket", "animals"),
         }[name]
-        return pocket if self.model == "pocket" else other
+        return pocket if self.model in models.POCKETS else other
 
 
 def main(args: RlArgs, extra: Sequence[str] = ()) -> None:
@@ -204,7 +214,8 @@ def command(args: RlArgs, model: Path, run: Path, extra: Sequence[str]) -> list[
         "checkpointing_steps": _NEVER,
         "logging_steps": _NEVER,  # there is a row at the end of every epoch
     }
-    return supervised.start_script(SCRIPTS[args.method], args, model, run, values, extra)
+    script = f"train_{args.method}_{args.family}.py"
+    return supervised.start_script(script, args, model, run, values, extra)
 
 
 def epochs_done(rows: Rows) -> int:
@@ -301,7 +312,9 @@ def forward_passes(record: Mapping[str, Any], trained: float) -> dict[str, float
 
 
 def _num_trained(record: Mapping[str, Any]) -> int:
-    return len(rollout.RolloutArgs(**supervised.group(record, "rollout")).trained_steps(0, 0))
+    options = supervised.group(record, "rollout")
+    kind = rollout.DiffusionRolloutArgs if "eta" in options else rollout.RolloutArgs
+    return len(kind(**options).trained_steps(0, 0))
 
 
 # -- table ------------------------------------------------------------------------------------
@@ -313,7 +326,7 @@ def table_row(result: Mapping[str, Any]) -> dict[str, str]:
     finetune, sample = options["finetune"]["finetune"], options["sample"]
     flags = [f"r{options['lora']['rank']}"] if finetune == "lora" else []
     flags += ["checkpointing"] if options["model"]["gradient_checkpointing"] else []
-    flags += ["compile"] if options["model"]["torch_compile"] else []
+    flags += ["compile"] if options["model"].get("torch_compile") else []
     height, width = result["pixels"]
     batch, at_once = options["optim"]["train_batch_size"], sample["sample_batch_size"]
     guidance, mfu = sample["guidance_scale"], result["mfu"]
@@ -323,7 +336,7 @@ def table_row(result: Mapping[str, Any]) -> dict[str, str]:
         "model": case["model"],
         "method": " ".join([case["method"], finetune, *flags, *result.get("extra", ())]),
         "px": f"{height}" if height == width else f"{height} x {width}",
-        "T5 tokens": str(options["model"]["max_sequence_length"]),
+        "T5 tokens": str(options["model"].get("max_sequence_length", "")),
         "precision": supervised.precision(result["mixed_precision"]),
         "pictures": f"{sample['num_prompts_per_epoch']} x {sample['group_size']}",
         "batch": f"{batch}" if at_once in (None, batch) else f"{batch} of {at_once}",

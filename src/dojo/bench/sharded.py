@@ -103,7 +103,7 @@ def main(args: ShardArgs) -> None:
 
 def _start(num_processes: int) -> None:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words += ["--nproc_per_node", str(num_processes), "-m", "dojo.bench", "shard", *sys.argv[1:]]
+    words += ["--nproc_per_node", str(num_processes), "-m", "dojo.bench", "sharded", *sys.argv[1:]]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"

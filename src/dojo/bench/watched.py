@@ -38,7 +38,6 @@ BEGINNINGS: Mapping[str, tuple[tuple[str, bool], ...]] = {
     ),
 }
 OUTSIDE = "loading"  # what comes before the first phase, and between those that end
-COMPUTED = ("memory", "compute")  # of dojo.run.phases: what a dry run asks
 
 
 @dataclass
@@ -120,20 +119,15 @@ def _meter(device: torch.device) -> tuple[Callable[[], int], Callable[[], None]]
 
 def catch_computed(file: Path) -> None:
     """Lets a dry run write what it computes into the file, in GiB by phase."""
+    compute = phases.compute
 
-    def make(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def act(*args: Any, **kwargs: Any) -> Any:
-            found = function(*args, **kwargs)
-            sizes = found if isinstance(found, Mapping) else {p.name: p.size / 2**30 for p in found}
-            file.write_text(json.dumps(dict(sizes)))
-            return found
+    @functools.wraps(compute)
+    def act(needs: phases.Needs, held: phases.Held) -> list[phases.Phase]:
+        found = compute(needs, held)
+        file.write_text(json.dumps({phase.name: phase.size / 2**30 for phase in found}))
+        return found
 
-        return act
-
-    for name in COMPUTED:
-        if hasattr(phases, name):
-            setattr(phases, name, make(getattr(phases, name)))
+    phases.compute = act
 
 
 def main(words: list[str]) -> None:
