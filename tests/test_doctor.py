@@ -17,16 +17,25 @@ SECRETS = {
     "SWANLAB_API_KEY": "swan-secret-value",
     "HF_HUB_PASSWORD": "correct-horse",
     "UNRELATED_TOKEN": "a-token-of-something-else",
+    "SLURM_JWT": "short-lived-pass-of-slurm",
+    "FSSPEC_S3": ' {"key": "minnow-key", "secret": "minnow-secret"}',
+    "FSSPEC_FTP_ACCT": "carp-account",
+    "FSSPEC_ABFS_CONNECTION_STRING": "AccountName=pike;AccountKey=perch",
+    "SWANLAB_LARK_WEBHOOK_URL": "https://lark.example/hook/barbel",
+    "ACCELERATE_NOTE": '[{"password": "roach-word"}]',
+    "NCCL_ANYTHING": "x aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0eF y",
 }
 LEAKS = {
     "HTTPS_PROXY": "http://somebody:battery-staple@proxy.example:3128",
     "HF_ENDPOINT": "https://hub.example/?key=query-secret",
     "NCCL_COMMENT": "the token is a-token-of-something-else",
     "PYTORCH_NOTE": "sk-abcdefghijklmnop and hf_ZyXwVuTsRqPo",
+    "SLURM_NOTE": "eyJhbGciOiJub25lIn0.eyJleHAiOjF9.tench",
 }
 HIDDEN = (
     *SECRETS.values(),
     *("battery-staple", "somebody", "query-secret", "sk-abcdefghijklmnop", "hf_ZyXwVuTsRqPo"),
+    *("minnow-key", "minnow-secret", "perch", "barbel", "roach-word", "tench"),
 )
 
 
@@ -80,8 +89,8 @@ def test_no_secret_of_the_environment_is_printed(
         printed = capsys.readouterr().out
         for secret in HIDDEN:
             assert secret not in printed
-        for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY"):
-            assert name in printed  # that they are set is said
+        for name in (*SECRETS, *LEAKS):
+            assert (name in printed) == (name != "UNRELATED_TOKEN")  # that they are set is said
         assert "proxy.example:3128" in printed
         assert "distributed_type" in printed
 
@@ -92,6 +101,10 @@ def test_words_that_only_look_like_secrets_are_shown() -> None:
         "PYTHONPATH": "/repo/src",
         "CUDA_VISIBLE_DEVICES": "0,1",
         "HF_HUB_OFFLINE": "1",
+        "LD_LIBRARY_PATH": "/opt/Cuda-13.0/targets/x86_64-linux/lib:/opt/NCCL-2/lib64",
+        "NVIDIA_VISIBLE_DEVICES": "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:512",
+        "SLURM_JOB_NODELIST": "node[01-04,07]",
     }
     assert doctor.variables({**shown, "EDITOR": "vi"}) == dict(sorted(shown.items()))
     assert not doctor.is_secret("PWD")

@@ -54,14 +54,24 @@ _NAMES = {
 }
 # A part of a variable's name, between underscores, that ends so means a secret.
 _SECRET = re.compile(
-    r"(?:^|_)(?:TOKENS?|KEYS?|SECRETS?|PASS|PASSWD|PASSWORD|CREDENTIALS?|COOKIE|AUTH)(?:_|$)"
-    r"|_PWD|APIKEY",
+    r"(?:^|_)(?:TOKENS?|KEYS?|SECRETS?|PASS|PASSWD|PASSWORD|CREDENTIALS?|COOKIE|AUTH|JWT|SAS)(?:_|$)"
+    r"|_PWD|APIKEY|WEBHOOK|CONNECTION_STRING",
     re.IGNORECASE,
+)
+# Their values are settings of any name that file systems take, keys among them.
+_SETTINGS = "FSSPEC_"
+# A table or a list in a variable, which may hold keys under any name; and a long word of letters of
+# both kinds and figures, which nobody chose.
+_OPAQUE = re.compile(
+    r"\s*[{\[]"
+    r"|.*?\b(?=\w*[a-z])(?=\w*[A-Z])(?=\w*[0-9])\w{24,}",
+    re.DOTALL,
 )
 # Texts that are keys wherever they stand: of the hubs, trackers and clouds that are talked to.
 _KEYS = re.compile(
     r"\b(?:hf_|sk-|ms-|ghp_|github_pat_|AKIA|ASIA|xox[bp]-)[A-Za-z0-9_-]{8,}"
     r"|(?i:(?<=bearer ))[A-Za-z0-9._~+/=-]{8,}"
+    r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9._-]+"
 )
 _SHARDING = ("FSDP", "DEEPSPEED")
 _LOW_DISK = 20.0  # GiB; a pipeline's folder takes 5 to 17
@@ -105,7 +115,7 @@ def masked(found: Any, environ: Mapping[str, str]) -> Any:
     Args:
         environ: whose secret variables' values are masked wherever they stand.
     """
-    known = [value for name, value in environ.items() if is_secret(name) and len(value) >= 6]
+    known = [one for name, one in environ.items() if len(one) >= 6 and _is_hidden(name, one)]
     if isinstance(found, Mapping):
         return {masked(k, environ): masked(v, environ) for k, v in found.items()}
     if isinstance(found, list | tuple):
@@ -121,10 +131,16 @@ def is_secret(name: str) -> bool:
     return bool(_SECRET.search(name))
 
 
+def _is_hidden(name: str, value: str) -> bool:
+    """Whether a variable's value is not shown."""
+    secret = is_secret(name) or name.upper().startswith(_SETTINGS)
+    return bool(value) and (secret or _OPAQUE.match(value) is not None)
+
+
 def variables(environ: Mapping[str, str]) -> Table:
     """The variables that decide how a run goes; of secrets only that they are set."""
     return {
-        name: HIDDEN if is_secret(name) and environ[name] else environ[name]
+        name: HIDDEN if _is_hidden(name, environ[name]) else environ[name]
         for name in sorted(environ)
         if name.upper().startswith(_PREFIXES) or name.upper() in _NAMES
     }
