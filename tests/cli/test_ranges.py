@@ -22,10 +22,11 @@ REQUIRED: dict[str, Any] = {
 }
 # Options that may be zero; all others are refused there.
 _ZERO = """
-    Args.guidance_scale adam_beta1 adam_beta2 adam_weight_decay beta caption_dropout
-    clip_g_dropout clip_l_dropout clip_skip conv_rank dataloader_num_workers
+    Args.guidance_scale Args.min_margin DrawArgs.guidance_scale MeasureArgs.trained_step
+    adam_beta1 adam_beta2 adam_weight_decay beta
+    caption_dropout clip_g_dropout clip_l_dropout clip_skip conv_rank dataloader_num_workers
     ema_decay eval_fraction eval_seed
-    blocks_on_cpu ema_kl_beta kl_beta norm_guard old_decay_flat old_decay_max old_decay_ramp
+    blocks_on_cpu kl_beta norm_guard old_decay_flat old_decay_max old_decay_ramp
     first_step guidance_rescale input_perturbation keep_tokens logit_mean lora_dropout lora_scale
     lr_warmup_steps margin masked_loss_weight max_invalid min_timestep mode_scale noise_offset
     num_eval_prompts num_saved_images scales

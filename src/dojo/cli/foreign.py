@@ -1,8 +1,9 @@
 """What other trainers, and we before, call an option, answered with ours, or why there is none.
 
 A table of words and nothing else: `dojo.cli` asks it when a flag is unknown. The names are those
-of diffusers' example scripts, kohya's sd-scripts, SimpleTuner, flow_grpo's configuration (`sample.`
-and `train.` stand before its names), Diffusion-DPO and DiffSynth-Studio, as of 2026.
+of diffusers' example scripts, kohya's sd-scripts, SimpleTuner, flow_grpo's configuration and
+ddpo-pytorch's (`sample.` and `train.` stand before their names), TRL's DDPO (`sample_`, `train_`),
+Diffusion-DPO and DiffSynth-Studio, as of 2026.
 """
 
 from __future__ import annotations
@@ -118,6 +119,35 @@ RENAMED: Mapping[str, str] = {
     "train.num_inner_epochs": "num_inner_epochs",
     "train.timestep_fraction": "timestep_fraction",
     "train.use_8bit_adam": "use_8bit_adam",
+    "per_prompt_stat_tracking.buffer_size": "buffer_size",
+    "per_prompt_stat_tracking.min_count": "buffer_min_count",
+    "pretrained.revision": "revision",
+    "resume_from": "resume_from_checkpoint",
+    "sample.batch_size": "sample_batch_size",
+    "sample.eta": "eta",
+    # TRL's DDPO
+    "negative_prompts": "negative_prompt",
+    "per_prompt_stat_tracking_buffer_size": "buffer_size",
+    "per_prompt_stat_tracking_min_count": "buffer_min_count",
+    "pretrained_model": "pretrained_model_name_or_path",
+    "pretrained_revision": "revision",
+    "prompt_function": "prompt_set",
+    "reward_function": "reward",
+    "sample_eta": "eta",
+    "sample_guidance_scale": "guidance_scale",
+    "sample_num_steps": "sample_steps",
+    "train_adam_beta1": "adam_beta1",
+    "train_adam_beta2": "adam_beta2",
+    "train_adam_epsilon": "adam_epsilon",
+    "train_adam_weight_decay": "adam_weight_decay",
+    "train_adv_clip_max": "adv_clip_max",
+    "train_clip_range": "clip_range",
+    "train_gradient_accumulation_steps": "gradient_accumulation_steps",
+    "train_learning_rate": "learning_rate",
+    "train_max_grad_norm": "max_grad_norm",
+    "train_num_inner_epochs": "num_inner_epochs",
+    "train_timestep_fraction": "timestep_fraction",
+    "train_use_8bit_adam": "use_8bit_adam",
     # Diffusion-DPO
     "split": "dataset_split",
     "unet_init": "pretrained_model_name_or_path",
@@ -148,6 +178,10 @@ _OWN_PARTS = (
     "not here: the parts are those of --pretrained_model_name_or_path (a folder, a hub id, or one "
     "file with --single_file_config)"
 )
+
+_GUIDED = "--guidance_scale above 1 samples and trains with guidance"
+_PICTURES = "--num_prompts_per_epoch times --group_size are an epoch's pictures, over all processes"
+_SCORERS = "--reward aesthetic; --list_rewards names all rewards, with sizes and licences"
 
 # Another trainer's name -> what to do instead, or why it is not here.
 ANSWERS: Mapping[str, str] = {
@@ -222,14 +256,19 @@ ANSWERS: Mapping[str, str] = {
     "model_type": "the script's own name says it: train_lora_*.py or train_full_*.py",
     "resolution_type": "not here: --resolution is a side in pixels",
     "validation_epoch_interval": f"{_EPOCHS} --validation_steps",
-    # flow_grpo, ddpo-pytorch
+    # flow_grpo, ddpo-pytorch, TRL's DDPO
+    "async_reward_computation": "this is so: pictures are scored while the next ones are sampled",
+    "hf_hub_aesthetic_model_filename": _SCORERS,
+    "hf_hub_aesthetic_model_id": _SCORERS,
+    "hf_hub_model_id": "--hub_model_id, with --push_to_hub",
     "logdir": _LOGS,
     "per_prompt_stat_tracking": "train_ddpo_*.py: --buffer_size and --buffer_min_count; train_grpo_"
     "*.py compares a prompt's own group in any case",
     "sample.global_std": "--advantage_std says what a group's advantages are divided by",
-    "sample.num_batches_per_epoch": "--num_prompts_per_epoch times --group_size are an epoch's "
-    "pictures, over all processes",
-    "train.cfg": "--guidance_scale above 1 samples and trains with guidance",
+    "sample.num_batches_per_epoch": _PICTURES,
+    "sample_num_batches_per_epoch": _PICTURES,
+    "train.cfg": _GUIDED,
+    "train_cfg": _GUIDED,
     # Diffusion-DPO
     "dreamlike_pairs_only": "not here: filter the pairs' table beforehand",
     "hard_skip_resume": "not needed: a resumed run goes straight to its place in the data",
@@ -262,6 +301,7 @@ ELSEWHERE = {
     "loss_type": "not here: the loss is the squared error",
     "prediction_type": "the model's own scheduler says it",
     "pretrained_vae_model_name_or_path": _OWN_PARTS,
+    "train_text_encoder": "not here: the text encoders stay as they are",
 }
 
 

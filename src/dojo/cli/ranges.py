@@ -1,6 +1,10 @@
-"""Values of options that lie outside of what makes sense, refused by name."""
+"""Values of options that make no sense, or that nothing reads, refused by name."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 
 def check(
@@ -42,3 +46,24 @@ def check(
 def check_seed(args: object, names: str) -> None:
     """The same for seeds, which random generators take as 63 bits."""
     check(args, names, least=0, below=2**63)
+
+
+def check_choice(args: Any, choice: str, own: Mapping[str, str]) -> None:
+    """Refuses options that were changed though only another choice than the one taken reads them.
+
+    Args:
+        args: a dataclass that holds the options.
+        choice: name of the option that chooses.
+        own: by its value, the options that it alone reads, separated by spaces.
+    Raises:
+        ValueError: naming the flag, and the choice that it is for.
+    """
+    taken = getattr(args, choice)
+    defaults = {field.name: field.default for field in fields(args)}
+    for value, names in own.items():
+        for name in names.split() if value != taken else ():
+            if getattr(args, name) != defaults[name]:
+                raise ValueError(
+                    f"--{name} does nothing with --{choice} {taken}: it is for {value}; leave it "
+                    "out"
+                )
