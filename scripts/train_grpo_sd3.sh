@@ -92,6 +92,12 @@ if [[ " $* " == *" --prompt_"* ]]; then
     prompts=()
 fi
 
+# The bound on the divergence has no clip.
+clip=(--clip_range 1e-5)
+if [[ " $* " == *" --trust_region"[\ =]"divergence "* ]]; then
+    clip=()
+fi
+
 # `${array[@]+...}` is how bash before 4.4 takes an empty array under `set -u`.
 exec python -m dojo.launch --quiet --config_file "$ACCELERATE_CONFIG" \
     ${NUM_PROCESSES:+--num_processes "$NUM_PROCESSES"} \
@@ -110,7 +116,7 @@ exec python -m dojo.launch --quiet --config_file "$ACCELERATE_CONFIG" \
     --guidance_scale 1 \
     --train_timesteps window \
     --window_size 3 \
-    --clip_range 1e-5 \
+    ${clip[@]+"${clip[@]}"} \
     --rank 32 \
     --lora_alpha 64 \
     --use_ema \

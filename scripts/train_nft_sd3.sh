@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # DiffusionNFT on Stable Diffusion 3.5 Medium: a LoRA that raises a reward by what came of pictures,
-# without likelihoods; --objective ram or awm are its siblings.
+# without likelihoods; --objective ram, awm or dgpo are its siblings (dgpo wants
+# whole groups in a batch: on four GPUs --train_batch_size 16 --gradient_accumulation_steps 2).
 #
 #   bash scripts/download.sh sd35-medium clip-vit-l-14 improved-aesthetic-heads pickscore
 #   bash scripts/train_nft_sd3.sh
@@ -18,8 +19,9 @@
 # Settings: DiffusionNFT's for SD3.5-Medium (NVlabs/DiffusionNFT, config/nft.py: beta 1, KL 1e-4,
 #   LoRA 32/64, no guidance, an average of 0.9, std over all pictures) with three departures that
 #   its users' reports speak for: a rate of 1e-4 and not 3e-4, four levels of the noisier half per
-#   picture and not nine, 14 steps of the ODE. An epoch has 8 prompts x 8 pictures on one GPU and
-#   16 x 16 on four, one or two optimizer steps; its authors' has 48 x 24.
+#   picture and not nine, 14 steps of the ODE. Two more are for the sake of small machines: an epoch
+#   has 8 prompts x 8 pictures on one GPU and 16 x 16 on four, its authors' 48 x 24; and it is always
+#   two optimizer steps (64 pictures of a process, 32 a step).
 # Work: 14 + 4 x (3 + 1 + 1) = 34 forward passes per picture; GRPO's window takes 19.
 # Hardware: --dry_run computes 24.9 GiB per GPU, without the scorers. Memory and speed: not measured.
 # What to watch: x0_norm (latents grow, pictures brighten), norm_ratio above 1.05, old_deviate,

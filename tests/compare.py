@@ -110,6 +110,10 @@ def _cases() -> tuple[Case, ...]:
         Case("grpo_sd3, full", "grpo_sd3", "full", ("--beta", "0.1", "--learning_rate", "1e-4")),
         Case("nft_sd3", "nft_sd3", "lora", (*average, "--old_decay_ramp", "0.2")),
         Case("nft_sd3, full", "nft_sd3", "full", ("--objective", "ram", "--learning_rate", "1e-4")),
+        Case("refl_sd3", "refl_sd3", "lora", (*average, *learned, "--grad_steps", "2")),
+        Case("refl_sd3, full", "refl_sd3", "full", ("--reward", clip, "--learning_rate", "1e-4")),
+        Case("dpo_sd3", "dpo_sd3", "lora", (*average, *learned)),
+        Case("dpo_sd3, full", "dpo_sd3", "full", (*halves, "--weighting_scheme", "cosmap")),
         Case("dpo_sd15", "dpo_sd15", "lora", (*average, *learned, *halves)),
         Case("dpo_sd15, full", "dpo_sd15", "full", (*average, *uncached)),
         Case("refl_sd15", "refl_sd15", "lora", (*average, *learned, *pretraining)),
@@ -118,6 +122,10 @@ def _cases() -> tuple[Case, ...]:
         Case("dpo_sdxl, full", "dpo_sdxl", "full", uncached),
         Case("refl_sdxl", "refl_sdxl", "lora", (*average, *learned)),
         Case("refl_sdxl, full", "refl_sdxl", "full", halves),
+        Case("ddpo_sd15", "ddpo_sd15", "lora", average),
+        Case("ddpo_sd15, full", "ddpo_sd15", "full", ("--learning_rate", "1e-4")),
+        Case("ddpo_sdxl", "ddpo_sdxl", "lora", average),
+        Case("ddpo_sdxl, full", "ddpo_sdxl", "full", ("--learning_rate", "1e-4")),
     )
 
 

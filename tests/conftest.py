@@ -118,6 +118,12 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_kolors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an untrained Kolors, in diffusers' layout."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-kolors", "kolors")
+
+
+@pytest.fixture(scope="session")
 def pocket_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as `tiny_sd3` in the pocket model's size, which can learn something."""
     return make_tiny(tmp_path_factory.mktemp("models") / "untrained-sd3", "sd3", {})
@@ -139,6 +145,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "sd15": _SMALLER_UNET,
     "sd2": _SMALLER_UNET,
     "sdxl": _SMALLER_UNET,
+    "kolors": _SMALLER_UNET,
 }
 
 
@@ -146,7 +153,7 @@ def make_tiny(folder: Path, family: str, smaller: dict[str, Any] | None = None) 
     """Writes an untrained model of a family, smaller than the pocket model.
 
     Args:
-        family: sd3, sd15, sd2 (made of sd15) or sdxl.
+        family: sd3, sd15, sd2 (made of sd15), sdxl or kolors.
         smaller: what its network has otherwise than the pocket model's; unset: `SMALLER`.
     """
     from dojo.pocket import models
@@ -158,6 +165,8 @@ def make_tiny(folder: Path, family: str, smaller: dict[str, Any] | None = None) 
         pipeline.vae.register_to_config(shift_factor=0.0609, scaling_factor=1.5305)
     elif family == "sdxl":
         pipeline = tiny_sdxl_pipeline()
+    elif family == "kolors":
+        pipeline = tiny_kolors_pipeline(folder)
     else:
         pipeline = models.sd15_pipeline()
         pipeline.vae.register_to_config(scaling_factor=0.18215)
@@ -206,6 +215,91 @@ def tiny_sdxl_pipeline() -> Any:
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
+
+
+# What the tokenizer of the tiny Kolors learns its pieces from.
+_TEXTS = (
+    *("a red star on white", "two blue circles above a green square", "a photo of a cat"),
+    *(
+        "一颗红色的星星",
+        "白色背景上的两个蓝色圆形",
+        "绿色的正方形在黄色的三角形上方",
+        "一只猫的照片，高质量",
+    ),
+)
+
+
+def tiny_kolors_pipeline(folder: Path) -> Any:
+    """An untrained Kolors: a ChatGLM of three layers, SDXL's UNet behind a projection.
+
+    Args:
+        folder: where its tokenizer.model is written first.
+    """
+    from diffusers import KolorsPipeline
+    from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+
+    from dojo.pocket import models
+
+    small, width = models.sd15_pipeline(), 32
+    tokenizer: Any = ChatGLMTokenizer(str(write_vocabulary(folder / "tokenizer")))
+    kind: Any = ChatGLMModel
+    encoder = kind(
+        kind.config_class(
+            num_layers=3,
+            padded_vocab_size=tokenizer.vocab_size + 3,  # rounded up, as the real one's
+            hidden_size=width,
+            ffn_hidden_size=64,
+            kv_channels=8,
+            num_attention_heads=4,
+            multi_query_attention=True,
+            multi_query_group_num=2,
+            add_qkv_bias=True,
+            original_rope=True,  # asked for, though it has no default
+            architectures=["ChatGLMModel"],
+        ),
+        empty_init=False,
+    )
+    for name, param in encoder.named_parameters():  # the class leaves what was in memory
+        torch.nn.init.ones_(param) if "layernorm" in name else torch.nn.init.normal_(param, std=0.2)
+    unet = other_unet(
+        small.unet,
+        cross_attention_dim=24,
+        encoder_hid_dim=width,
+        encoder_hid_dim_type="text_proj",
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=width + 6 * 8,
+    )
+    small.vae.register_to_config(scaling_factor=0.13025)
+    settings: Any = {**small.scheduler.config, "timestep_spacing": "leading"}
+    settings |= {"beta_end": 0.014, "num_train_timesteps": 1100}
+    scheduler: Any = EulerDiscreteScheduler.from_config(settings)
+    return KolorsPipeline(
+        unet=unet, scheduler=scheduler, vae=small.vae, text_encoder=encoder, tokenizer=tokenizer
+    )
+
+
+def write_vocabulary(folder: Path) -> Path:
+    """Writes the tokenizer.model of a ChatGLM that knows a few words of English and Chinese."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tokenizer.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_TEXTS * 4),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=400,
+            byte_fallback=True,
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            num_threads=1,
+            minloglevel=2,
+        )
+    return path
 
 
 @pytest.fixture(scope="session")

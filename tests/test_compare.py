@@ -190,10 +190,14 @@ def test_every_script_is_compared_and_both_ways_to_train_where_it_has_two() -> N
         "ddpo_sd3",
         "grpo_sd3",
         "nft_sd3",
+        "refl_sd3",
+        "dpo_sd3",
         "dpo_sd15",
         "refl_sd15",
         "dpo_sdxl",
         "refl_sdxl",
+        "ddpo_sd15",
+        "ddpo_sdxl",
     ):
         assert {case.kind for case in CASES if case.script == script} == {"lora", "full"}
     assert len({case.name for case in CASES}) == len(CASES)

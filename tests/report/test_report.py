@@ -132,6 +132,23 @@ def test_the_page_says_what_was_run_and_what_came_of_it(tmp_path: Path) -> None:
     assert "revision unset" in page.text
 
 
+def test_an_evaluation_in_another_way_is_shown_beside_the_plain_one(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run")
+    _, plain = read(folder)
+    place = folder / "validation-guided" / "step-100"
+    place.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "blue").save(place / "00-cat-seed0.png")
+    row = {"step": 100, "eval_reward": 0.25, "eval_guided_reward": 0.75}
+    row |= {"eval_kl": 0.1, "eval_guided_kl": 0.2, "eval_guided_reward/pocket": 0.5}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    _, page = read(folder)
+    assert "Validation pictures by step, guided" in page.text
+    assert page.tags.count("img") == plain.tags.count("img") + 1
+    assert page.texts.count("held out: 0.25") == page.texts.count("held out, guided: 0.75") == 1
+    assert "held out, guided: 0.2" in page.text
+    assert page.tags.count("svg") == 3  # reward, its one part, distance
+
+
 def test_no_text_of_a_run_becomes_markup_and_nothing_comes_from_outside(tmp_path: Path) -> None:
     text, page = read(trained(tmp_path / "run"))
     assert "script" not in page.tags

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -224,14 +225,25 @@ def rewards(folder: Path, model: Path, inputs: Path) -> tuple[list[str], str]:
 
 def policy(folder: Path, model: Path, inputs: Path) -> tuple[list[str], str]:
     """Draws, is scored, and learns from both."""
-    return rl_flags(folder, model), "--eval_every 2 --reward {inputs}/mine.py:brightness"
+    return policy_flags(folder, model), "--eval_every 2 --reward {inputs}/mine.py:brightness"
+
+
+def policy_flags(folder: Path, model: Path) -> list[str]:
+    """The command line of a small reinforcement learning, without an option that only SD3 has."""
+    flags = rl_flags(folder, model)
+    return flags if "sd3" in model.name else without(flags, "--max_sequence_length")
 
 
 def finished(folder: Path, model: Path, inputs: Path) -> tuple[list[str], str]:
     """Draws, is scored, and learns from what came out; no step of the way is trained."""
     flags, more = policy(folder, model, inputs)
-    place = flags.index("--window_size")
-    return [*flags[:place], *flags[place + 2 :]], f"{more} --num_train_timesteps 2"
+    return without(flags, "--window_size", "--clip_range"), f"{more} --num_train_timesteps 2"
+
+
+def without(flags: list[str], *names: str) -> list[str]:
+    """The same words without some flags and their one value each."""
+    places = [flags.index(name) for name in names]
+    return [word for i, word in enumerate(flags) if i not in places and i - 1 not in places]
 
 
 SCRIPTS: dict[str, Script] = {
@@ -243,6 +255,7 @@ SCRIPTS: dict[str, Script] = {
         Script("ddpo_sd3", policy, "--buffer_size 4 --buffer_min_count 2"),
         Script("grpo_sd3", policy, "--use_ema --beta 0.01"),
         Script("nft_sd3", finished, "--use_ema --old_decay_ramp 0.2"),
+        Script("refl_sd3", rewards, "--rank 2 --use_ema --pretrain_data_dir {inputs}/scenes"),
         Script("dpo_sd15", pairs, "--use_ema --beta_dpo 500 --proportion_empty_prompts 0.3"),
         Script("refl_sd15", rewards, "--use_ema --pretrain_data_dir {inputs}/scenes"),
         Script("full_sd15", pictures, "--use_ema --snr_gamma 5 --noise_offset 0.1", near=1e-4),
@@ -251,8 +264,12 @@ SCRIPTS: dict[str, Script] = {
         Script("full_sdxl", pictures, "--input_perturbation 0.1 --loss_type huber", near=1e-4),
         Script("lora_sdxl", pictures, "--rank 2 --use_ema --caption_dropout 0.3", near=1e-4),
         Script("dreambooth_lora_sdxl", subject, "--rank 2 --train_text_encoder", near=1e-3),
+        Script("lora_kolors", pictures, "--rank 2 --caption_dropout 0.3", near=1e-4),
         Script("dpo_sdxl", pairs, "--use_ema --beta_dpo 500"),
+        Script("dpo_sd3", pairs, "--use_ema --beta_dpo 500 --learning_rate 1e-2", near=1e-2),
         Script("refl_sdxl", rewards, "--finetune lora --rank 2 --guidance_scale 2"),
+        Script("ddpo_sd15", policy, "--buffer_size 4 --buffer_min_count 2 --use_ema"),
+        Script("ddpo_sdxl", policy, "--baseline group --train_timesteps window"),
     )
 }
 
@@ -280,6 +297,20 @@ def one_thread() -> Iterator[None]:
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def counted_rows(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Forward passes of the SD3 that is trained, as they are made; one that is trained is three."""
+    counted: list[float] = []
+    forward = SD3Transformer2DModel.forward
+
+    def seen(self: Any, hidden_states: Tensor, *given: Any, **more: Any) -> Any:
+        if hidden_states.device.type != "meta":  # where the cost is counted
+            counted.append(len(hidden_states) * (3 if torch.is_grad_enabled() else 1))
+        return forward(self, hidden_states, *given, **more)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", seen)
+    return counted
 
 
 def timeless(folder: Path) -> list[dict[str, float]]:

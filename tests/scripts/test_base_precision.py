@@ -35,6 +35,7 @@ CASES = (
     Case("grpo_sd3", "int8"),
     Case("nft_sd3", "int8"),
     Case("ddpo_sd3", "fp8", ("--gradient_checkpointing",)),
+    Case("ddpo_sd15", "nf4"),
 )
 
 

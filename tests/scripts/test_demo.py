@@ -216,13 +216,13 @@ def test_skip_layer_guidance_that_would_change_nothing_is_refused(
     args = parse(*flags_for(tiny_sd3, tmp_path), "--prompt", "x", *layers, *flags)
     pipeline = demo.load(args, str(tiny_sd3), torch.device("cpu"))
     with pytest.raises(UserError, match="--skip_guidance_layers") as refused:
-        demo.draw(pipeline, args, "x", [0])
+        demo.draw(pipeline, args.drawing, "x", [0])
     assert message in str(refused.value)
 
 
 def drawn(pipeline: Any, flags: list[str], seeds: list[int]) -> list[bytes]:
     args = parse(*flags, "--prompt", "x")
-    return [picture.tobytes() for picture in demo.draw(pipeline, args, "x", seeds)]
+    return [picture.tobytes() for picture in demo.draw(pipeline, args.drawing, "x", seeds)]
 
 
 def test_the_seed_fixes_a_picture_whose_steps_add_noise(tiny_sd3: Path, tmp_path: Path) -> None:

@@ -23,9 +23,13 @@ LAUNCHERS = [*sorted((ROOT / "scripts").glob("train_*.sh")), ROOT / "scripts" / 
 _REINFORCED = ("ddpo_sd3", "grpo_sd3", "nft_sd3")
 REINFORCED = [path for path in LAUNCHERS if path.stem.removeprefix("train_") in _REINFORCED]
 PREFERRED, DIRECT = (ROOT / "scripts" / f"train_{name}_sd15.sh" for name in ("dpo", "refl"))
+PREFERRED_SD3 = ROOT / "scripts" / "train_dpo_sd3.sh"
+DIRECT_SD3 = ROOT / "scripts" / "train_refl_sd3.sh"
 PREFERRED_XL, DIRECT_XL = (ROOT / "scripts" / f"train_{name}_sdxl.sh" for name in ("dpo", "refl"))
-IN_BATCHES = [PREFERRED, DIRECT, PREFERRED_XL, DIRECT_XL]  # of pictures, over all processes
-REWARDED = [*REINFORCED, DIRECT, DIRECT_XL]
+# Of pictures, over all processes.
+IN_BATCHES = [PREFERRED, DIRECT, PREFERRED_XL, DIRECT_XL, PREFERRED_SD3, DIRECT_SD3]
+DENOISING = [ROOT / "scripts" / f"train_ddpo_{family}.sh" for family in ("sd15", "sdxl")]
+REWARDED = [*REINFORCED, DIRECT, DIRECT_XL, DIRECT_SD3, *DENOISING]
 SUPERVISED = [path for path in LAUNCHERS[:-1] if path not in (*REWARDED, *IN_BATCHES)]
 each_launcher = pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.name)
 each_reinforced = pytest.mark.parametrize("launcher", REINFORCED, ids=lambda path: path.name)
@@ -97,6 +101,20 @@ def test_further_flags_are_passed_on_and_understood(launcher: Path, tmp_path: Pa
     further = ["--seed", "7", "--output_dir", "outputs/with space"]
     _, script, flags = split(record(launcher, tmp_path, *further))
     assert flags[-len(further) :] == further
+    parse(script, flags)
+
+
+@pytest.mark.parametrize(
+    "launcher", [path for path in (*REINFORCED, *DENOISING) if "nft" not in path.name]
+)
+@pytest.mark.parametrize("words", ["--trust_region divergence", "--trust_region=divergence"])
+def test_the_launchers_clip_steps_back_for_the_bound_on_the_divergence(
+    launcher: Path, tmp_path: Path, words: str
+) -> None:
+    _, _, usual = split(record(launcher, tmp_path))
+    assert "--clip_range" in usual
+    _, script, flags = split(record(launcher, tmp_path, *words.split()))
+    assert "--clip_range" not in flags
     parse(script, flags)
 
 
@@ -183,6 +201,33 @@ def test_every_number_of_processes_makes_whole_epochs_of_two_steps(
         assert args.sample.num_prompts_per_epoch <= len(prompts.open_prompts(args.prompts).train)
 
 
+@pytest.mark.parametrize("launcher", DENOISING, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    ("environment", "pictures"),
+    [({}, 256), ({"NUM_PROCESSES": "8"}, 256), ({"NUM_PROCESSES": "3"}, None)],
+    ids=("one", "eight", "three"),
+)
+def test_an_epoch_is_ddpos_number_of_pictures_in_two_steps(
+    launcher: Path, environment: dict[str, str], pictures: int | None, tmp_path: Path
+) -> None:
+    args: Any = parse(*split(record(launcher, tmp_path, **environment))[1:])
+    processes = int(environment.get("NUM_PROCESSES", "1"))
+    args.sample.check(args.optim, processes, min_group=1)  # raises where sizes do not divide
+    assert args.sample.samples == 2 * args.optim.samples_per_step(processes)
+    assert args.sample.samples == (pictures or pytest.approx(260, abs=8))
+    assert args.optim.max_train_steps % 2 == 0
+    assert (args.rollout.eta, args.sample.guidance_scale) == (1, 5)
+
+
+@pytest.mark.parametrize("words", ["--baseline group", "--baseline=group"])
+def test_groups_step_in_for_the_launchers_buffer(words: str, tmp_path: Path) -> None:
+    for launcher in DENOISING:
+        more = [*words.split(), "--group_size", "8", "--num_prompts_per_epoch", "32"]
+        args: Any = parse(*split(record(launcher, tmp_path, *more))[1:])
+        assert args.sample.check(args.optim, 1, min_group=args.ddpo.min_group)
+        assert len(prompts.open_prompts(args.prompts).train) >= 32  # none twice in an epoch
+
+
 def test_grpo_has_the_groups_of_flow_grpo(tmp_path: Path) -> None:
     groups = {}
     for number in ("1", "4"):
@@ -237,16 +282,18 @@ def test_the_prompts_come_from_one_place(launcher: Path, tmp_path: Path) -> None
     assert args.prompts.prompt_set == "pocket"
 
 
-@each_reinforced
+@pytest.mark.parametrize("launcher", [*REINFORCED, *DENOISING], ids=lambda path: path.name)
 @pytest.mark.slow
 def test_a_dry_run_goes_through_accelerate_and_ends_well(launcher: Path, tmp_path: Path) -> None:
     result = subprocess.run(
         ["bash", str(launcher), "--dry_run", "--report_to", "none"],
         env={
             **os.environ,
-            "MODEL_NAME": "models/pocket-sd3",
+            "MODEL_NAME": f"models/pocket-{launcher.stem.rpartition('_')[2]}",
             "RESOLUTION": "64",
             "PROMPT_SET": "pocket",
+            "REWARD": "jpeg_compressibility",  # nothing has to be downloaded
+            "EVAL_REWARD": "",
             "OUTPUT_DIR": str(tmp_path / "run"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "VIRTUAL_ENV": str(Path(sys.executable).parents[1]),
@@ -270,8 +317,9 @@ def test_a_dry_run_goes_through_accelerate_and_ends_well(launcher: Path, tmp_pat
         (DIRECT, {}, 64, 1e-5),
         (PREFERRED_XL, {}, 2048, 2.048e-5),
         (PREFERRED_XL, {"USE_LORA": "1"}, 16, 1e-5),
+        (PREFERRED_SD3, {}, 16, 5e-5),
     ],
-    ids=("dpo", "dpo-single", "dpo-lora", "refl", "dpo-xl", "dpo-xl-lora"),
+    ids=("dpo", "dpo-single", "dpo-lora", "refl", "dpo-xl", "dpo-xl-lora", "dpo-sd3"),
 )
 def test_every_number_of_processes_makes_the_papers_batch_and_rate(
     launcher: Path,
@@ -287,7 +335,8 @@ def test_every_number_of_processes_makes_the_papers_batch_and_rate(
     assert args.optim.samples_per_step(number or 1) == pairs
     scale = pairs if args.optim.scale_lr else 1
     assert args.optim.learning_rate * scale == pytest.approx(rate)
-    assert args.finetune.finetune == ("lora" if "USE_LORA" in environment else "full")
+    adapters = "USE_LORA" in environment or launcher == PREFERRED_SD3
+    assert args.finetune.finetune == ("lora" if adapters else "full")
 
 
 @pytest.mark.parametrize("launcher", IN_BATCHES, ids=lambda path: path.name)
@@ -315,6 +364,14 @@ def test_dpo_of_sdxl_has_the_papers_settings(tmp_path: Path) -> None:
     assert args.data.size == (1024, 1024)
 
 
+def test_dpo_of_sd3_is_tied_as_its_header_says(tmp_path: Path) -> None:
+    args: Any = parse(*split(record(PREFERRED_SD3, tmp_path))[1:])
+    assert args.dpo.beta_dpo == 2000
+    assert (args.lora.rank, args.lora.lora_alpha) == (32, 64)
+    assert args.optim.max_train_steps == 1000
+    assert args.data.size == (1024, 1024)
+
+
 @pytest.mark.parametrize(
     "launcher", sorted((ROOT / "scripts").glob("train_*_sdxl.sh")), ids=lambda path: path.name
 )
@@ -324,6 +381,23 @@ def test_another_autoencoder_may_be_named_for_sdxl(launcher: Path, tmp_path: Pat
         args: Any = parse(script, flags)
         assert args.model.pretrained_vae_model_name_or_path == (name or None)
         assert args.model.vae_dtype != "fp16"  # in which SDXL's own overflows
+
+
+def test_kolors_has_the_usual_recipe_and_the_chinese_captions_of_its_data(tmp_path: Path) -> None:
+    launcher = ROOT / "scripts" / "train_lora_kolors.sh"
+    args: Any = parse(*split(record(launcher, tmp_path))[1:])
+    assert (args.lora.rank, args.lora.lora_alpha) == (4, 4)
+    assert (args.optim.learning_rate, args.optim.max_train_steps) == (1e-4, 500)
+    assert args.data.size == (1024, 1024)
+    assert args.data.caption_column is None  # of a data set that it does not know
+    assert args.model.vae_dtype == "no"
+    own = {"DATASET_NAME": "datas/pokemon-blip-captions"}
+    said, _ = launch(launcher, tmp_path, **own)
+    if not (ROOT / own["DATASET_NAME"]).is_dir():
+        assert said.returncode == 2
+        assert "download.sh pokemon" in said.stderr
+    args = parse(*split(record(launcher, tmp_path, CAPTION_COLUMN="zh_text"))[1:])
+    assert args.data.caption_column == "zh_text"
 
 
 def test_refl_has_the_papers_settings(tmp_path: Path) -> None:
@@ -340,6 +414,18 @@ def test_refl_has_the_papers_settings(tmp_path: Path) -> None:
         assert args.model.gradient_checkpointing
         assert args.pretrain.pretrain_data_dir == environment.get("PRETRAIN_DATA")
     assert args.prompts.location == "refl_data.json"
+
+
+def test_refl_of_sd3_has_the_papers_loss_and_a_published_way_of_draft(tmp_path: Path) -> None:
+    args: Any = parse(*split(record(DIRECT_SD3, tmp_path))[1:])
+    assert args.reward.reward == "imagereward"
+    assert (args.refl.steps, args.refl.grad_steps, args.refl.grad_scale) == ((15, 19), 1, 1e-3)
+    assert args.optim.samples_per_step(1) == 64
+    assert (args.finetune.finetune, args.lora.rank, args.lora.lora_alpha) == ("lora", 32, 64)
+    draft = ("--sample_steps", "4", "--first_step", "3")
+    args = parse(*split(record(DIRECT_SD3, tmp_path, *draft))[1:])
+    assert args.refl.steps == (3, 3)
+    assert args.refl.way(3.0).sigmas[3] == pytest.approx(0.5)  # UniRL's
 
 
 def test_the_users_prompts_replace_those_of_the_demo(tmp_path: Path) -> None:
@@ -389,6 +475,7 @@ def test_accelerate_reads_its_configuration(path: Path) -> None:
     assert bool(args.use_deepspeed) == (path.stem in ZERO)
     if path.stem in ZERO:
         assert args.zero_stage == int(path.stem[-1])
+        assert args.deepspeed_multinode_launcher == "standard"  # not pdsh, which starts over ssh
 
 
 @pytest.mark.parametrize("name", ["two_machines", *ZERO])

@@ -32,10 +32,12 @@ OTHERS = {
     "--nnodes",
     *("--shape", "--lora_weights_path", "--compare", "--num_processes"),
     *("--images", "--prompts", "--host", "--port"),  # python -m dojo.rewards
+    *("--num_images", "--min_margin"),  # python -m dojo.pairs
+    *("--compositional", "--num_captions"),  # python -m dojo.pocket.score
     "--rows_per_file",  # python -m dojo.data
     *("--partial", "--base", "--scales", "--dynamic", "--input", "--output"),  # python -m dojo.lora
     *("--n", "--w", "--h", "--d", "--s", "--l"),  # behind a prompt in a text file
-    *("--table", "--long", "--short", "--only"),  # scripts/prove_*.sh
+    *("--table", "--long", "--short", "--only", "--seeds"),  # scripts/prove_*.sh
     *("--json", "--steps", "--pocket", "--minutes", "--work_dir", "--tolerance"),  # doctor, bench
     *("--model", "--batch_size"),
     *("--nodes", "--requeue", "--signal"),  # Slurm's
@@ -281,6 +283,20 @@ def test_every_command_is_understood(line: str, tmp_path: Path) -> None:
             pass
         case _:
             pytest.fail(f"what is this? {line}")
+
+
+# Seconds on an idle machine; it opens no model, and the launcher is the real one.
+@pytest.mark.slow
+@pytest.mark.parametrize("readme", READMES)
+def test_the_row_that_says_what_fits_runs_on_a_fresh_clone(readme: str, tmp_path: Path) -> None:
+    (line,) = [line for line in commands(text_of(readme)) if "--fit" in line]
+    variables, words = words_of(line)
+    variables |= {"OUTPUT_DIR": str(tmp_path / "run"), "HF_HUB_OFFLINE": "1"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix, **variables}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "12 yes" in done.stdout
 
 
 def test_commands_are_found() -> None:

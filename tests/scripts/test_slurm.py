@@ -15,9 +15,11 @@ from tests.scripts.test_shell import stub
 
 JOB = ROOT / "scripts" / "slurm" / "train.sbatch"
 
-# Starts one task and passes signals on, as srun does.
+# Starts one task and passes signals on, as srun does; since 22.05 it does not ask for the cores
+# that sbatch was asked for.
 SRUN = """
 while [[ "$1" == --* ]]; do shift; done
+export CORES_OF_TASK="${SRUN_CPUS_PER_TASK:-1}"
 SLURM_PROCID="${RANK_OF_TASK:-0}" "$@" &
 task=$!
 trap 'kill -TERM "$task"' TERM
@@ -124,6 +126,16 @@ def test_each_machine_is_told_its_number_and_where_the_first_one_is(tmp_path: Pa
         *("--main_process_ip", "node7", "--main_process_port", "24711"),
         *("train_full_sd3.py", "--seed", "1 2", "--resume_from_checkpoint", "latest"),
     ]
+
+
+@pytest.mark.parametrize(("asked", "cores"), [("8", "8"), ("", "16")])
+def test_a_task_has_the_cores_that_the_job_asked_for(
+    tmp_path: Path, asked: str, cores: str
+) -> None:
+    stub(tmp_path / "bin", "python", 'echo "$CORES_OF_TASK"')
+    more = {"SLURM_CPUS_PER_TASK": asked, "SRUN_CPUS_PER_TASK": ""}
+    assert submit(tmp_path, "train_full_sd3.py", **more).stdout.split() == [cores]
+    assert "#SBATCH --cpus-per-task=16" in JOB.read_text().splitlines()
 
 
 def test_accelerate_takes_these_words(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dojo.files import outputs
 from dojo.finetune import lora
 from dojo.maths import advantages as policy
 from dojo.maths import surrogate
+from dojo.methods import rl
 from tests.processes import Death, launch, spawn
 from tests.scripts.runs import (
     SCRIPTS,
@@ -48,7 +49,7 @@ def train(folder: Path, model: Path, *flags: str) -> Path:
 
 def buffer_of(folder: Path) -> dict[int, list[float]]:
     """The scores of every prompt in a checkpoint."""
-    state = load_file(folder / train_ddpo_sd3.BUFFER)
+    state = load_file(folder / rl.BUFFER)
     parts = state["scores"].split(state["counts"].tolist())
     ids = state["prompt_ids"].tolist()
     return {prompt: part.tolist() for prompt, part in zip(ids, parts, strict=True)}
@@ -175,10 +176,10 @@ def test_what_would_not_work_is_refused_before_anything_is_written(
 
 
 def test_a_buffer_that_cannot_fill_is_refused() -> None:
-    train_ddpo_sd3.DdpoArgs()
+    rl.DdpoArgs()
     for size, least in ((4, 5), (4, 1)):
         with pytest.raises(ValueError, match="--buffer_min_count"):
-            train_ddpo_sd3.DdpoArgs(buffer_size=size, buffer_min_count=least)
+            rl.DdpoArgs(buffer_size=size, buffer_min_count=least)
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
@@ -221,12 +222,12 @@ def test_a_killed_run_goes_on_with_its_buffer_and_ends_with_the_same_bytes(
 
     # Without its past a prompt would be judged otherwise.
     (*_, latest) = sorted((broken / "run").glob("checkpoint-*"))
-    shutil.move(latest / train_ddpo_sd3.BUFFER, tmp_path / "kept")
+    shutil.move(latest / rl.BUFFER, tmp_path / "kept")
     code, said = spawn(SCRIPT, flags, broken)
     assert code == 2
-    assert f"error: {latest} is no complete checkpoint: {train_ddpo_sd3.BUFFER} is missing" in said
+    assert f"error: {latest} is no complete checkpoint: {rl.BUFFER} is missing" in said
     assert "Traceback" not in said
-    shutil.move(tmp_path / "kept", latest / train_ddpo_sd3.BUFFER)
+    shutil.move(tmp_path / "kept", latest / rl.BUFFER)
 
     code, said = spawn(SCRIPT, flags, broken)
     assert code == 0, (death, said)

@@ -234,9 +234,9 @@ def test_a_missing_class_picture_is_drawn_among_its_neighbours(
     drawn: list[int] = []
     plain = StableDiffusion3Pipeline.__call__
 
-    def call(self: Any, prompt: list[str], **options: Any) -> Any:
-        drawn.append(len(prompt))
-        return plain(self, prompt, **options)
+    def call(self: Any, *, prompt_embeds: Any, **options: Any) -> Any:
+        drawn.append(len(prompt_embeds))
+        return plain(self, prompt_embeds=prompt_embeds, **options)
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "__call__", call)
     train(tmp_path, *prior(tmp_path))

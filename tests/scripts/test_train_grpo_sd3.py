@@ -22,15 +22,17 @@ from dojo.finetune import lora
 from dojo.maths import rollout, surrogate
 from dojo.maths.gaussian import Gaussian
 from dojo.methods import rl
-from tests.conftest import ROOT, rl_flags
+from tests.conftest import ROOT
 from tests.processes import Death, free_port, served, spawn
 from tests.scripts.runs import (
     SCRIPTS,
     adapter_bytes,
     agree,
     breaking,
+    counted_rows,
     in_process,
     mine,
+    policy_flags,
     scores,
     steps,
     timeless,
@@ -45,7 +47,7 @@ SMALL = ("--group_size", "2", "--train_batch_size", "2")
 def flags_of(folder: Path, model: Path) -> list[str]:
     """The command line of a small run; all runs on this model share their embeddings."""
     texts = ["--latent_cache_dir", str(model.parent / "texts")]
-    return [*rl_flags(folder, model), *texts, "--reward", mine(model.parent, "brightness")]
+    return [*policy_flags(folder, model), *texts, "--reward", mine(model.parent, "brightness")]
 
 
 def train(folder: Path, model: Path, *flags: str, script: ModuleType = train_grpo_sd3) -> Path:
@@ -87,7 +89,14 @@ def train(folder: Path, model: Path, *flags: str, script: ModuleType = train_grp
         ),
         (
             *("--sampler", "dance", "--lora_layers", "all-linear", "--beta", "0.001"),
-            *("--trust_region", "divergence", "--kl_mask_threshold", "1e-12"),
+            *(
+                "--trust_region",
+                "divergence",
+                "--kl_mask_threshold",
+                "1e-12",
+                "--clip_range",
+                "1e-4",
+            ),
         ),
     ],
     ids=("cps", "sde-guided", "dance-full-bf16", "sde-bf16", "cps-full", "dance"),
@@ -195,6 +204,24 @@ def learned(script: ModuleType, folder: Path, model: Path, sign: int, *flags: st
     own += ("--reward", f"{mine(model.parent, 'brightness')}={sign}", *flags)
     rows = steps(train(folder / str(sign), model, *own, script=script))
     return [row["reward/brightness"] for row in rows if "reward" in row]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--branch", "--window_size", "1", "--window_first", "1"),
+        ("--guidance_scale", "3", "--beta", "0.01", "--sample_batch_size", "8"),
+    ],
+    ids=["branch", "guided"],
+)
+def test_the_forward_passes_that_are_counted_are_those_that_are_made(
+    tmp_path: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    rows = counted_rows(monkeypatch)
+    folder = train(tmp_path, tiny_sd3, "--num_eval_prompts", "0", *flags)
+    record = json.loads((folder / "args.json").read_text())
+    pictures = 8 * max(row.get("epoch", 0) for row in steps(folder))
+    assert sum(rows) == rl.passes_of(record) * pictures
 
 
 def test_pictures_become_what_is_rewarded(tmp_path: Path, tiny_sd3: Path) -> None:

@@ -24,6 +24,7 @@ from dojo.finetune import lora
 from dojo.maths import ddpm, denoising
 from dojo.maths.objective import Diffusion
 from tests.conftest import reset_accelerate, run_flags
+from tests.scripts.runs import policy_flags
 from tests.scripts.test_train_dpo_sd15 import LOG_TWO, mine, write_pairs
 from tests.scripts.test_train_refl_sd15 import PROMPTS
 
@@ -211,7 +212,7 @@ def test_the_saved_scheduler_says_what_was_trained_and_diffusers_draws_with_it(
     flags = ["--prompt", "a star", "--num_inference_steps", "2", "--guidance_rescale", "0.7"]
     words = ["--pretrained_model_name_or_path", str(base), *flags, "--height", "64"]
     args = cli.parse(demo.Args, None, [*words, "--width", "64"])
-    (picture,) = demo.draw(pipeline, args, "a star", [0])
+    (picture,) = demo.draw(pipeline, args.drawing, "a star", [0])
     with Image.open(last) as validated:
         assert validated.tobytes() == picture.tobytes()
     # With another class of scheduler too, which a user may prefer.
@@ -345,6 +346,36 @@ def test_dpo_compares_errors_of_v(
     assert len(compared) == 2  # the policy's, the reference's
     assert all(torch.equal(target, expected) for target in compared)
     assert rows(tmp_path / "run")[0]["loss"] == LOG_TWO
+
+
+def test_ddpo_draws_along_v_and_begins_where_no_signal_is_left(
+    tmp_path: Path, velocity_sd15: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_ddpo_sd15 as script
+
+    asked: set[tuple[str, int, float]] = set()
+    transition = ddpm.transition
+
+    def spied(
+        latents: Tensor, said: Tensor, at: int, to: int, schedule: Any, eta: float, kind: Any
+    ) -> Any:
+        found = transition(latents, said, at, to, schedule, eta, kind)
+        asked.add((kind, at, eta))
+        assert (found.std > 0) == (eta > 0)
+        return found
+
+    monkeypatch.setattr(ddpm, "transition", spied)
+    words = policy_flags(tmp_path, velocity_sd15)
+    words += ["--reward", mine(tmp_path, "brightness"), "--num_eval_prompts", "0"]
+    words += ["--latent_cache_dir", str(tmp_path / "cache")]
+    reset_accelerate()
+    script.main(script.cli.parse(script.Args, None, words))
+    # Trailing timesteps of four; the last one's step is neither drawn nor learned from.
+    taken = {(timestep, float(timestep > 300)) for timestep in (999, 749, 499, 249)}
+    assert asked == {("v_prediction", *pair) for pair in taken}
+    (first, *_), *_ = [[row for row in rows(tmp_path / "run") if "loss" in row]]
+    assert first["ratio_max_deviation"] == 0
+    assert first["grad_norm"] > 0
 
 
 def test_refl_reads_the_picture_from_v_and_begins_where_no_signal_is_left(

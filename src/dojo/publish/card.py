@@ -212,6 +212,8 @@ def _usage(
         *([] if method and not scheduler_class else [f"result = {_quoted(place)}{comment}"]),
     ]
     precise = "torch_dtype=torch.bfloat16"
+    variant = values.get("variant")  # of the base's files, such as fp16
+    of_base = precise + (f", variant={_quoted(str(variant))}" if variant else "")
     opening = "from_single_file" if one_file else "from_pretrained"
     merged = "merged.safetensors" if one_file else "merged"
     before = _merging(place, base, merged, method) if method else []
@@ -219,7 +221,7 @@ def _usage(
     if weights == "":
         lines += [f"pipe = DiffusionPipeline.from_pretrained(result, {precise})"]
     elif weights.endswith(".safetensors"):
-        lines += [f"pipe = {kind}.{opening}({base_text}, {precise})"]
+        lines += [f"pipe = {kind}.{opening}({base_text}, {of_base})"]
         if not method:
             lines += [f"pipe.load_lora_weights(result, weight_name={_quoted(weights)})"]
     else:
@@ -228,7 +230,7 @@ def _usage(
             f"    result, subfolder={_quoted(weights)}, {precise}",
             ")",
             f"pipe = {kind}.{opening}(",
-            f"    {base_text}, {weights}={weights}, {precise}",
+            f"    {base_text}, {weights}={weights}, {of_base}",
             ")",
         ]
     if scheduler_class:

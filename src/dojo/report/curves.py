@@ -53,11 +53,13 @@ def _choose(keys: Iterable[str]) -> list[Chart]:
         levels |= {strata[0]: f"{levels[strata[0]]}, least noise"}
         levels |= {strata[-1]: f"{levels[strata[-1]]}, most noise"}
     parts = sorted({key.partition("/")[2] for key in found if "reward/" in key})
-    sides = {"reward": "sampled", "eval_reward": "held out"}
+    guided = "held out, guided"
+    sides = {"reward": "sampled", "eval_reward": "held out", "eval_guided_reward": guided}
+    distances = {"kl": "KL in training", "eval_kl": "held out", "eval_guided_kl": guided}
     known = [
         Chart("Reward", sides),
         *(Chart(f"Reward: {name}", {f"{k}/{name}": v for k, v in sides.items()}) for name in parts),
-        Chart("Distance from the base model", {"kl": "KL in training", "eval_kl": "held out"}),
+        Chart("Distance from the base model", distances),
         Chart("Diversity of the pictures of a prompt", {"diversity": "diversity"}),
         Chart("Share of ratios clipped", {f"clip_fraction_{x}": x for x in ("high", "low")}),
         Chart("Training loss", {"loss": "loss"}, smooth=True),

@@ -105,13 +105,17 @@ def _date(path: Path) -> str:
 
 
 def _pictures(folder: Path) -> str:
-    """The contact sheet with its prompts, then two other pictures at most (before and after)."""
+    """The contact sheets and their prompts, then two other pictures at most (before and after)."""
     parts = []
     sheet_file = folder / "contact_sheet.png"
     # A run that is not over yet has none.
     sheet = _open(sheet_file) if sheet_file.is_file() else contact_sheet(folder / "validation")
     if sheet is not None:
         parts.append(picture("Validation pictures by step", sheet))
+    for other in sorted(folder.glob("validation-*")):
+        if (sheet := contact_sheet(other)) is not None:
+            way = _words(other.name.partition("-")[2])
+            parts.append(picture(f"Validation pictures by step, {way}", sheet))
     drawn = read_pictures(folder / "validation")
     columns = ("label", "prompt", "negative", "guidance_scale", "num_inference_steps")
     cells = [[str(row.get(name, "")) for name in columns] for row in drawn]
