@@ -199,7 +199,8 @@ def test_nothing_is_chosen_that_the_run_would_refuse(
 ) -> None:
     try:
         tried = make_tried("--train_batch_size", "2", *flags, script=script, zero=zero)
-    except SystemExit:  # no option of the script
+    except SystemExit:
+        assert (script, flags[0]) == (train_full_sd3, "--base_precision"), "no option of the script"
         return
     refused = tried.refusal({})
     if refused is not None:  # what was typed already: said, and nothing is chosen
@@ -259,6 +260,26 @@ def test_weights_that_are_gathered_do_not_grow_with_the_batch(make_tried: Any) -
         assert held.whole == 2
         assert held.leaving == 0
     assert make_tried()._held({}).whole == 0
+
+
+def test_blocks_within_blocks_are_gathered_for_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Inner(nn.Linear):
+        pass
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.inner = nn.Linear(4, 5, bias=False), Inner(10, 10, bias=False)
+
+    network = nn.Sequential(Outer(), nn.Linear(7, 1, bias=False), Inner(3, 3, bias=False))
+    network._no_split_modules = ["Outer", "Inner"]  # pyright: ignore
+    run = stand_in(SimpleNamespace(shard=True))
+    run.dtype = torch.bfloat16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    # The largest is the inner one, of 100; the outer has 20 of its own, and 7 lie in none.
+    assert fit._shared(run, network) == (2, 2 * (7 + 2 * 100), 2 * (20 + 100 + 7 + 9))
 
 
 @pytest.mark.parametrize("stored", [{}, {"base_precision": "fp8"}, {"blocks_on_cpu": 2}], ids=str)

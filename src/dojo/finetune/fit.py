@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from contextvars import ContextVar
@@ -387,11 +388,16 @@ def _shared(run: Run, network: nn.Module) -> tuple[int, int, int]:
     if parts == 1:
         return 1, 0, 0
     names = set(getattr(network, "_no_split_modules", None) or ())
-    blocks = [one for one in network.modules() if type(one).__name__ in names]
-    sizes = [sum(param.numel() for param in one.parameters()) for one in blocks]
-    rest = sum(param.numel() for param in network.parameters()) - sum(sizes)
+    block_of = dict.fromkeys(network.parameters(), network)
+    for one in network.modules():  # blocks within blocks come later, and have their own
+        if type(one).__name__ in names:
+            block_of |= dict.fromkeys(one.parameters(), one)
+    sizes: Counter[nn.Module] = Counter()
+    for param, block in block_of.items():
+        sizes[block] += param.numel()
+    total, rest = sizes.total(), sizes.pop(network, 0)
     size = run.dtype.itemsize
-    return parts, size * (rest + 2 * max(sizes, default=0)), size * (rest + sum(sizes))
+    return parts, size * (rest + 2 * max(sizes.values(), default=0)), size * total
 
 
 def changed(args: ArgsT, change: Change) -> ArgsT:
