@@ -381,6 +381,7 @@ def test_a_folder_takes_no_other_pictures_captions_or_parts(
         (("--rows_per_file", "3"), "rows_per_file was 4, now 3"),
         (("--enable_vae_tiling",), "enable_vae_tiling was False, now True"),
         (("--text_encoder_precision", "int8"), "text_encoder_precision was 'auto', now 'int8'"),
+        (("--mixed_precision", "bf16"), "mixed_precision was 'no', now 'bf16'"),
     ):
         with pytest.raises(UserError, match=f"begun otherwise: {words}"):
             make(tmp_path, tiny_sd3, source, *more)

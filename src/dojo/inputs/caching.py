@@ -140,7 +140,14 @@ def _how(args: Args) -> dict[str, Any]:
         "vae_dtype": args.model.vae_dtype,
         "enable_vae_tiling": args.model.enable_vae_tiling,
         "text_encoder_precision": args.model.text_encoder_precision,
+        "mixed_precision": _precision(args),
     }
+
+
+def _precision(args: Args) -> str:
+    """Of the text encoders."""
+    cuda = torch.cuda.is_available()
+    return args.make.mixed_precision or ("bf16" if cuda else "no")
 
 
 def _refuse(args: data.DataArgs) -> None:
@@ -334,8 +341,7 @@ class _Maker:
         rank = os.environ.get("LOCAL_RANK", "0")
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{rank}" if cuda else "cpu")
-        precision = args.make.mixed_precision or ("bf16" if cuda else "no")
-        self.dtype = DTYPES[precision]
+        self.dtype = DTYPES[_precision(args)]
         self.args = args
         self.model = model
         self.folder = folder

@@ -122,9 +122,12 @@ def one_by_one(device: torch.device) -> bool:
 
 
 def precision_of(model: Model) -> dict[str, str]:
-    """What the settings of a cache say of `--text_encoder_precision`: nothing of the run's."""
+    """What the settings of a cache say of `--text_encoder_precision`: nothing of the run's.
+
+    Not the word alone, which meant LLM.int8's product once: those caches have other numbers.
+    """
     precision = model.args.text_encoder_precision
-    return {} if precision == "auto" else {"precision": precision}
+    return {} if precision == "auto" else {"precision": f"{precision} weights"}
 
 
 def _tell_cut(
