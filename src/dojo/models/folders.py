@@ -115,7 +115,7 @@ def check_kind(folder: Path, flag: str, prefix: str, name: str) -> None:
     kind = kind_of(folder, flag)
     if not kind.startswith(prefix):
         own = next((own for start, own in SCRIPTS.items() if kind.startswith(start)), None)
-        hint = f" (train_lora_{own}.py is for it)" if own else ""
+        hint = f" (its scripts are train_*_{own}.py)" if own else ""
         raise UserError(f"{flag}: {folder} holds a {kind}, no {name}{hint}")
 
 
