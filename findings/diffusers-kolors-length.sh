@@ -3,8 +3,8 @@
 #
 # The UNet attends to all tokens of a prompt, padding included: a LoRA that was trained with 77
 # tokens (as SimpleTuner trains Kolors) should be drawn with 77. The pipeline's call has
-# `max_sequence_length` ("Maximum sequence length to use with the `prompt`"), and refuses 257. One
-# would guess that 77 makes it read 77.
+# `max_sequence_length`, by its docs the most tokens of a prompt that are used, and refuses
+# 257. One would guess that 77 makes it read 77.
 #
 # What happens: the call hands the number to `check_inputs` and not to `encode_prompt`
 # (pipeline_kolors.py, "3. Encode input prompt"), whose default is 256. The text encoder is asked
