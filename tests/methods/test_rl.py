@@ -192,6 +192,9 @@ def test_pictures_that_part_later_start_from_one_noise() -> None:
     half = OptimArgs(train_batch_size=2)
     with pytest.raises(UserError, match="--branch: --train_batch_size 2"):
         args.check(half, 1, min_group=2)
+    single = rl.WaySampleArgs(num_prompts_per_epoch=2, group_size=1, branch=True)
+    with pytest.raises(UserError, match="--branch: with --group_size 1 nobody shares"):
+        single.check(half, 1, min_group=1)
 
 
 # -- scores -------------------------------------------------------------------------------------

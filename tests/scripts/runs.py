@@ -229,9 +229,11 @@ def policy(folder: Path, model: Path, inputs: Path) -> tuple[list[str], str]:
 
 
 def policy_flags(folder: Path, model: Path) -> list[str]:
-    """The command line of a small reinforcement learning, without an option that only SD3 has."""
+    """The command line of a small reinforcement learning, without what only SD3's scripts read."""
     flags = rl_flags(folder, model)
-    return flags if "sd3" in model.name else without(flags, "--max_sequence_length")
+    return (
+        flags if "sd3" in model.name else without(flags, "--max_sequence_length", "--window_size")
+    )
 
 
 def finished(folder: Path, model: Path, inputs: Path) -> tuple[list[str], str]:
@@ -269,7 +271,7 @@ SCRIPTS: dict[str, Script] = {
         Script("dpo_sd3", pairs, "--use_ema --beta_dpo 500 --learning_rate 1e-2", near=1e-2),
         Script("refl_sdxl", rewards, "--finetune lora --rank 2 --guidance_scale 2"),
         Script("ddpo_sd15", policy, "--buffer_size 4 --buffer_min_count 2 --use_ema"),
-        Script("ddpo_sdxl", policy, "--baseline group --train_timesteps window"),
+        Script("ddpo_sdxl", policy, "--baseline group --train_timesteps window --window_size 2"),
     )
 }
 

@@ -16,6 +16,7 @@ import train_ddpo_sd15
 import train_ddpo_sdxl
 from dojo import cli, finetune
 from dojo.cli import UserError, foreign
+from dojo.maths import rollout
 from dojo.maths.advantages import PromptBuffer, group_advantages
 from dojo.methods import rl
 from dojo.models import sd15, sdxl
@@ -172,7 +173,6 @@ TRL = {
     "train_learning_rate": "learning_rate",
     "train_adv_clip_max": "adv_clip_max",
     "train_clip_range": "clip_range",
-    "train_timestep_fraction": "timestep_fraction",
     "train_num_inner_epochs": "num_inner_epochs",
     "per_prompt_stat_tracking_buffer_size": "buffer_size",
     "per_prompt_stat_tracking_min_count": "buffer_min_count",
@@ -190,9 +190,26 @@ def test_the_names_of_trl_and_ddpo_pytorch_are_answered_with_ours(
     known = {flag.removeprefix("--") for flag in options(script.Args)}
     for theirs, ours in TRL.items():
         assert foreign.answer(theirs, known) == f"here it is --{ours}", theirs
+    said = str(foreign.answer("train_timestep_fraction", known))  # takes two of ours
+    assert said.startswith("--train_timesteps fraction --timestep_fraction")
     with pytest.raises(SystemExit):
         cli.parse(script.Args, None, [*policy_flags(tmp_path, tiny_sd15), "--sample_eta", "1"])
     assert "here it is --eta" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timestep_fraction": 0.3}, "--timestep_fraction does nothing with --train_timesteps all"),
+        ({"window_size": 2}, "--window_size does nothing .*: it is for --train_timesteps window"),
+        ({"train_timesteps": "fraction", "window_first": 3}, "--window_first does nothing"),
+        ({"train_timesteps": "window", "timestep_fraction": 0.3}, "it is for .* fraction"),
+    ],
+    ids=str,
+)
+def test_an_option_of_other_trained_steps_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rollout.DiffusionRolloutArgs(**options)
 
 
 def test_a_step_without_noise_is_refused_by_its_flag(

@@ -117,7 +117,6 @@ RENAMED: Mapping[str, str] = {
     "train.lora_path": "init_lora_weights_path",
     "train.max_grad_norm": "max_grad_norm",
     "train.num_inner_epochs": "num_inner_epochs",
-    "train.timestep_fraction": "timestep_fraction",
     "train.use_8bit_adam": "use_8bit_adam",
     "per_prompt_stat_tracking.buffer_size": "buffer_size",
     "per_prompt_stat_tracking.min_count": "buffer_min_count",
@@ -146,7 +145,6 @@ RENAMED: Mapping[str, str] = {
     "train_learning_rate": "learning_rate",
     "train_max_grad_norm": "max_grad_norm",
     "train_num_inner_epochs": "num_inner_epochs",
-    "train_timestep_fraction": "timestep_fraction",
     "train_use_8bit_adam": "use_8bit_adam",
     # Diffusion-DPO
     "split": "dataset_split",
@@ -184,7 +182,11 @@ _PICTURES = "--num_prompts_per_epoch times --group_size are an epoch's pictures,
 _SCORERS = "--reward aesthetic; --list_rewards names all rewards, with sizes and licences"
 
 # Another trainer's name -> what to do instead, or why it is not here.
+_FRACTION = "--train_timesteps fraction --timestep_fraction takes so many of the steps"
 ANSWERS: Mapping[str, str] = {
+    # ddpo-pytorch, flow_grpo and TRL
+    "train.timestep_fraction": _FRACTION,
+    "train_timestep_fraction": _FRACTION,
     # kohya's sd-scripts
     "bucket_no_upscale": "--max_upscale 1 leaves out pictures that would be enlarged",
     "cache_latents": _CACHES,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -197,6 +197,15 @@ class DiffusionRolloutArgs(StepArgs):
                 f"--eta {self.eta:g} must lie in (0, 1]: at 0 a step is drawn without noise and "
                 "has no likelihood, above 1 it draws more noise than its timestep holds"
             )
+        for option in fields(self):
+            choice = "window" if option.name.startswith("window_") else None
+            choice = "fraction" if option.name == "timestep_fraction" else choice
+            changed = getattr(self, option.name) != option.default
+            if changed and choice not in (None, self.train_timesteps):
+                raise ValueError(
+                    f"--{option.name} does nothing with --train_timesteps {self.train_timesteps}: "
+                    f"it is for --train_timesteps {choice}"
+                )
 
     def plan(self, way: Way, seed: int, epoch: int) -> DiffusionPlan:
         """The plan of an epoch's rollouts along `way`, whose `eta` the trained steps have."""

@@ -147,6 +147,8 @@ class WayArgs(EpochArgs):
         """Refuses sizes that do not divide: see `EpochArgs`."""
         batches = super().check(optim, num_processes, min_group=min_group)
         train = optim.train_batch_size
+        if self.branch and self.group_size == 1:
+            raise UserError("--branch: with --group_size 1 nobody shares a picture's way")
         if self.branch and train % self.group_size:
             raise UserError(
                 f"--branch: --train_batch_size {train} is no multiple of --group_size "
