@@ -176,6 +176,11 @@ def test_pictures_of_other_options_are_not_mixed(place: Path, tiny_sd3: Path) ->
     with pytest.raises(UserError, match="files of reward changed"):
         run(place, tiny_sd3, "out")
     assert content(folder) == before
+    (place / "mine.py").write_text(REWARD)
+    # More prompts for evaluation are no other pairs, and are taken.
+    (place / "held.txt").write_text("a held-out star\na green diamond\n")
+    found = [row["prompt"] for row in rows(run(place, tiny_sd3, "out") / "held_out.jsonl")]
+    assert found == ["a held-out star", "a green diamond"]
     other = run(place, tiny_sd3, "other", "--seed", "1")
     assert rows(other / "drawn.jsonl")[0]["seeds"] != rows(folder / "drawn.jsonl")[0]["seeds"]
 

@@ -145,9 +145,9 @@ def make(args: Args) -> None:
     if len(done) < len(source.train):
         draws = _open(args, source.train, device)
         _write_json(folder / SUMMARY, {"made_with": settings})
-        rows = ({**one.metadata, "prompt": one.text} for one in source.held_out)
-        _write_rows(folder / HELD_OUT, rows)
         done += _draw(args, draws, source.train, len(done))
+    rows = ({**one.metadata, "prompt": one.text} for one in source.held_out)
+    _write_rows(folder / HELD_OUT, rows)
     _finish(args, settings, done)
 
 
@@ -228,6 +228,7 @@ def _settings(args: Args, source: Prompts, device: torch.device) -> dict[str, An
         "lora_weights_path": [*loras],
         "files of lora_weights_path": [_lora_files(Path(path)) for path in loras],
         "lora_scale": [*args.lora_scale] if loras else [],
+        "single_file_config": args.single_file_config,
         "prompts": source.fingerprint,
         **asdict(args.drawing, dict_factory=_plain),
         "reward": hide(reward.reward),
