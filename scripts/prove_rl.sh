@@ -114,7 +114,7 @@ grpo_steps=400
 long_steps=8000
 ddpo_steps=60
 table_steps=60
-# The comparison: 100,800 forward passes each. A picture takes 2.6 of GRPO's, 11 of NFT's, 12 of
+# The comparison: 99,000 to 100,800 forward passes each. A picture takes 2.6 of GRPO's, 11 of NFT's, 12 of
 # RAM's, 13 of AWM's; see dojo.maths.passes.
 arm_steps=(200 47 43 40)
 table=(

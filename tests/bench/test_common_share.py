@@ -9,6 +9,7 @@ import torch
 from dojo import cli
 from dojo.bench import common_share
 from dojo.bench.common_share import MeasureArgs, Share
+from dojo.cli import UserError
 
 
 def gradients(groups: int, common: float, seed: int = 0) -> torch.Tensor:
@@ -66,3 +67,10 @@ def test_the_command_measures_every_objective(tmp_path: Path, tiny_sd3: Path) ->
     assert list(found) == list(common_share.KINDS)
     assert all(one["groups"] == 4 and one["error"] > 0 for one in found.values())
     assert (tmp_path / "out" / "share.md").read_text().count("\n") == 2 + len(found)
+
+
+def test_what_says_nothing_is_refused_in_a_sentence() -> None:
+    with pytest.raises(ValueError, match="--num_groups 2 must be at least 3"):
+        MeasureArgs(num_groups=2, groups_at_once=2)
+    with pytest.raises(UserError, match="--reward: no group has a gradient"):
+        common_share.share_of(torch.zeros(4, 7))

@@ -153,14 +153,30 @@ def test_sft_learns_the_winners_as_supervised_training_would(
     tmp_path: Path, tiny_sd3: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses: list[Tensor] = []
-    measure = flow.squared_error
+    both: list[Tensor] = []
+    learned: list[Tensor] = []
+    measure, mix, latents = flow.squared_error, flow.interpolate, paired.Inputs.latents
+
+    def interpolate(clean: Tensor, *given: Tensor) -> Tensor:
+        learned.append(clean)
+        return mix(clean, *given)
+
+    def of_pairs(*given: Any) -> Tensor:
+        both.append(latents(*given))
+        return both[-1]
 
     def squared_error(*given: Any) -> Tensor:
         losses.append(measure(*given))
         return losses[-1]
 
     monkeypatch.setattr(flow, "squared_error", squared_error)
+    monkeypatch.setattr(flow, "interpolate", interpolate)
+    monkeypatch.setattr(paired.Inputs, "latents", of_pairs)
     one = train(tmp_path, tiny_sd3, pairs, "--sft", "--learning_rate", "1e-3")
+    assert len(learned) == len(both) == 3
+    for clean, pair in zip(learned, both, strict=True):
+        assert torch.equal(clean, pair.chunk(2)[0])  # the winners
+        assert not torch.equal(clean, pair.chunk(2)[1])
     assert [len(some) for some in losses] == [2, 2, 2]
     rows = steps(one)
     assert [row["loss"] for row in rows] == pytest.approx([one.mean().item() for one in losses])

@@ -79,11 +79,11 @@ class MeasureArgs:
     """seed of prompts, pictures and noise"""
 
     def __post_init__(self) -> None:
-        ranges.check(self, "group_size num_groups", least=2)
+        ranges.check(self, "group_size", least=2)
+        ranges.check(self, "num_groups", least=3)
         ranges.check(self, "groups_at_once resolution", least=1)
-        room = (
-            self.sample_steps - 2
-        )  # the last two of coefficients-preserving sampling have no noise
+        # The last two steps of coefficients-preserving sampling have no noise to speak of.
+        room = self.sample_steps - 2
         if not 0 <= self.trained_step < room:
             raise ValueError(
                 f"--trained_step {self.trained_step} must lie in 0 .. {room - 1} (--sample_steps)"
@@ -162,7 +162,8 @@ def share_of(gradients: Tensor) -> Share:
     """The common share of the groups' gradients [N, P].
 
     Raises:
-        ValueError: fewer than three groups, or none has a gradient.
+        ValueError: fewer than three groups.
+        UserError: none has a gradient.
     """
     number = len(gradients)
     if number < 3:
@@ -170,7 +171,7 @@ def share_of(gradients: Tensor) -> Share:
     products = (gradients @ gradients.T).double()
     own, rows = products.diagonal(), products.sum(1)
     if not own.any():
-        raise ValueError("no group has a gradient: all its pictures score alike")
+        raise UserError("--reward: no group has a gradient, as all its pictures score alike")
     value = _ratio(rows.sum() - own.sum(), own.sum(), number)
     # Without one group, for each in turn.
     others = _ratio(
