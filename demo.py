@@ -18,10 +18,8 @@ import secrets
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dojo import cli, rewards
@@ -32,8 +30,12 @@ from dojo.evaluate.picture import DrawArgs, draw
 from dojo.files import outputs
 from dojo.files.pictures import labelled_grid
 from dojo.inputs.prompts import Prompt, read_file
+from dojo.lazy import torch
+from dojo.models.precisions import dtype_of
 from dojo.rewards import RewardArgs
-from dojo.rewards.scorer import DTYPES
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,7 @@ def judge(
 
 def load(args: Args, name: str, device: torch.device) -> Any:
     """The pipeline of a name, on the CPU, in the precision of the device."""
-    dtype = DTYPES.get(args.dtype, pipelines.usual_dtype(device))
+    dtype = pipelines.usual_dtype(device) if args.dtype == "auto" else dtype_of(args.dtype)
     return pipelines.load_pipeline(name, dtype, args.single_file_config)
 
 

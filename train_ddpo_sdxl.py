@@ -25,11 +25,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from dojo import cli, data, finetune, publish, rewards, rng
 from dojo.inputs import prompts, texts
 from dojo.launch import interrupt
+from dojo.lazy import torch
 from dojo.maths import denoising, rollout
 from dojo.maths.advantages import PromptBuffer
 from dojo.maths.surrogate import log_ratio

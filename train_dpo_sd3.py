@@ -21,12 +21,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from dojo import cli, data, finetune, publish, rewards, rng
 from dojo.inputs import pairs, texts
 from dojo.inputs.steering import Steering
 from dojo.launch import interrupt
+from dojo.lazy import torch
 from dojo.maths import flow, preference
 from dojo.methods import dpo, drawing
 from dojo.models import sd3

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
-
 from dojo import cli, data, finetune, publish, rewards, rng
 from dojo.inputs import prompts, texts
 from dojo.launch import interrupt
+from dojo.lazy import torch
 from dojo.maths import rollout
 from dojo.maths.advantages import Spread, decoupled_advantages, group_advantages
 from dojo.maths.flow import squared_error

@@ -21,19 +21,21 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dojo import cli, data, finetune, publish, rewards, rng
 from dojo.inputs import prompts, texts
 from dojo.launch import interrupt
+from dojo.lazy import torch
 from dojo.maths import forward, rollout
 from dojo.maths.advantages import decoupled_advantages, group_advantages
 from dojo.maths.flow import squared_error
 from dojo.methods import rl
 from dojo.models import sd3
 from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAGGED = "old.safetensors"
 

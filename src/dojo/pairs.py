@@ -26,11 +26,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-import torch
-from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from dojo import cli, files, rewards, rng
@@ -42,9 +39,13 @@ from dojo.files import outputs
 from dojo.files.records import read_table
 from dojo.inputs import prompts
 from dojo.inputs.prompts import Prompt, Prompts
+from dojo.lazy import TF, no_grad, torch
 from dojo.models import folders, loaded
+from dojo.models.precisions import dtype_of
 from dojo.rewards import Reward, spec, weights
-from dojo.rewards.scorer import DTYPES
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PAIRS, DRAWN, SUMMARY, HELD_OUT = "metadata.jsonl", "drawn.jsonl", "pairs.json", "held_out.jsonl"
 _MODEL = "--pretrained_model_name_or_path"
@@ -202,10 +203,10 @@ def _one(args: Args, pipeline: Any, reward: Reward, prompt: Prompt, i: int) -> D
     return Drawn(prompt.text, seeds, scores, images)
 
 
-@torch.no_grad()
+@no_grad
 def _scores(reward: Reward, pictures: Sequence[Image.Image], prompt: Prompt) -> list[float | None]:
     """The score of each picture as it lies on the disk; None where it is not valid."""
-    pixels = torch.stack([pil_to_tensor(one.convert("RGB")) for one in pictures]).float() / 255
+    pixels = torch.stack([TF.pil_to_tensor(one.convert("RGB")) for one in pictures]).float() / 255
     output = reward(pixels, [prompt.text] * len(pixels), [prompt.metadata] * len(pixels))
     found = zip(output.scores.tolist(), output.valid.tolist(), strict=True)
     # Nine digits tell any two numbers of float32 apart.
@@ -213,7 +214,7 @@ def _scores(reward: Reward, pictures: Sequence[Image.Image], prompt: Prompt) -> 
 
 
 def _dtype(args: Args, device: torch.device) -> torch.dtype:
-    return DTYPES.get(args.dtype, pipelines.usual_dtype(device))
+    return pipelines.usual_dtype(device) if args.dtype == "auto" else dtype_of(args.dtype)
 
 
 # -- what was drawn before ------------------------------------------------------------------------

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Key = int | str
 

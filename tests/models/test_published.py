@@ -40,7 +40,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(folders.DiffusionPipeline, "download", refuse)
+    monkeypatch.setattr(folders.diffusers.DiffusionPipeline, "download", refuse)
 
 
 @pytest.mark.usefixtures("offline")

@@ -368,7 +368,7 @@ def test_what_the_file_has_is_not_downloaded_again(
         return str(folder)
 
     fetched: list[tuple[str, ...]] = []
-    monkeypatch.setattr(folders.DiffusionPipeline, "download", download)
+    monkeypatch.setattr(folders.diffusers.DiffusionPipeline, "download", download)
     monkeypatch.setattr(folders, "hf_hub_download", lambda *a, **_: fetched.append(a))
     args = sd3.ModelArgs(
         pretrained_model_name_or_path=str(file), single_file_config="someone/sd3", revision="v2"

@@ -17,23 +17,26 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
 
 from dojo import data
 from dojo.bench import models
 from dojo.bench.table import markdown
 from dojo.cli import ranges
-from dojo.models.family import Model, ModelArgs
+from dojo.lazy import no_grad, safetensors_torch, torch
+from dojo.models.family import ModelArgs
 from dojo.models.folders import posterior
 from dojo.models.opening import open_model
 from dojo.run import checkpoint
 from dojo.run.machine import peak_memory_gib
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.models.family import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,7 @@ def _make_pictures(args: CacheBenchArgs) -> Path:
     return folder
 
 
-@torch.no_grad()
+@no_grad
 def _round(args: CacheBenchArgs, model: Model, folder: Path) -> dict[str, float | str]:
     """One cold cache: seconds of each phase, and the digest of what it holds."""
     root = args.work_dir.absolute() / "caches"
@@ -159,7 +162,7 @@ def _digest(root: Path) -> str:
     """Of all tensors in the shards, by their names."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(root.rglob("*.safetensors")):
-        tensors: dict[str, Tensor] = load_file(path)
+        tensors: dict[str, Tensor] = safetensors_torch.load_file(path)
         for name in sorted(tensors):
             digest.update(path.name.encode() + name.encode())
             digest.update(tensors[name].contiguous().numpy().tobytes())

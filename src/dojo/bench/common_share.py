@@ -22,10 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, get_args
 
 from dojo import data, finetune, rewards, rng
 from dojo.bench.table import markdown
@@ -33,13 +30,19 @@ from dojo.cli import UserError, option, ranges
 from dojo.files import outputs
 from dojo.inputs import prompts, texts
 from dojo.inputs.steering import Steering
+from dojo.lazy import torch
 from dojo.maths import passes, rollout
-from dojo.maths.advantages import Advantages, Spread, group_advantages
+from dojo.maths.advantages import Spread, group_advantages
 from dojo.maths.objective import Flow
 from dojo.maths.surrogate import log_ratio
 from dojo.methods import rl
 from dojo.models import sd3
 from dojo.run import OptimArgs, Run, RunArgs, start
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.maths.advantages import Advantages
 
 Kind = Literal["grpo", "nft", "ram", "awm", "dgpo", "shuffled"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

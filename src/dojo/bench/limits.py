@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from dojo.bench import models
 from dojo.bench.table import markdown
 from dojo.cli import ranges
 from dojo.finetune import lora, whole
-from dojo.models import family
-from dojo.run.cost import Cost
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from dojo.models import family
+    from dojo.run.cost import Cost
 
 Method = Literal["lora", "full"]
 

@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dojo.bench import supervised
 from dojo.bench.supervised import SupervisedArgs
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError, ranges
 from dojo.files.records import read_table
+from dojo.lazy import torch
 
 SLACK = 0.1  # GiB that no phase is blamed for: workspaces of kernels
 

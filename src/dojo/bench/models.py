@@ -12,17 +12,17 @@ import math
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
-
-import diffusers
-import torch
-import transformers
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from dojo.cli import UserError
 from dojo.files import tensors
+from dojo.lazy import diffusers, torch, transformers
 from dojo.models import published, sd3, sd15, sdxl
+from dojo.models.precisions import dtype_of
 from dojo.run import checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[3]
 POCKET = ROOT / "models" / "pocket-sd3"
@@ -32,7 +32,6 @@ POCKETS = {
     "pocket-sd15": _POCKET_SD15,
     "pocket-sdxl": ROOT / "models" / "pocket-sdxl",
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Size = Literal["sd35-medium", "sd35-large", "sd15", "sdxl"]
 Name = Literal["pocket", "pocket-sd15", "pocket-sdxl", "sd35-medium", "sd35-large", "sd15", "sdxl"]
 # The package of the family that each of them is of.
@@ -208,7 +207,7 @@ def make_model(size: Size, dtype: str, folder: Path) -> Path:
     def write(partial: Path) -> None:
         write_settings(partial, size)
         noise = torch.randn(_NUM_DRAWS, generator=torch.Generator().manual_seed(0)) * _STD
-        noise = noise.to(DTYPES[dtype])
+        noise = noise.to(dtype_of(dtype))
         for part, config in settings(size).items():
             name = "model" if part.startswith("text") else "diffusion_pytorch_model"
             sources = {

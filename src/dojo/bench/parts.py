@@ -10,19 +10,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing import TYPE_CHECKING
 
 from dojo import doctor
 from dojo.bench import models
-from dojo.bench.report import Place, Report
 from dojo.finetune import lora
 from dojo.finetune.offload import Storage, in_blocks
+from dojo.lazy import F, nn, torch
 from dojo.models import family, opening
-from dojo.models.quantised import Precision, pack, quantise, unpack
+from dojo.models.precisions import dtype_of
+from dojo.models.quantised import pack, quantise, unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.bench.report import Place, Report
+    from dojo.models.quantised import Precision
 
 SEED = 0
 # Relative errors of a product of two normal matrices against float64, and of a network's
@@ -35,7 +38,6 @@ QUANTISED: dict[Precision, float] = {
     "nf4": 0.08,
 }  # of the pocket model's velocity, against its own dtype
 SAME_KERNELS = 1e-3  # between the GPU's and the CPU's packed weight
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Heads, queries, keys and width of a head: [name, ...]. SD3.5-Medium has 256 + 77 tokens of text.
 SHAPES = (
@@ -47,10 +49,12 @@ SHAPES = (
 )
 COMPARED = 4  # heads that the plain form attends with: it keeps every weight, and heads are apart
 POCKET_SHAPES = (("pocket", 6, 64 + 48, 64 + 48, 32), ("pocket, text", 4, 64, 24, 16))
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
+BACKENDS = ("flash", "efficient", "cudnn")
+_KERNELS = {
+    "flash": "FLASH_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "cudnn": "CUDNN_ATTENTION",
+    "math": "MATH",
 }
 
 
@@ -83,7 +87,7 @@ def _products(report: Report, place: Place) -> None:
         if name == "tf32" and not place.on_gpu:
             report.skip("tf32: only GPUs have it")
             continue
-        dtype = DTYPES.get(name, torch.float32)
+        dtype = torch.float32 if name == "tf32" else dtype_of(name)
         a, b = left.to(dtype), right.to(dtype)
         with _tf32(name == "tf32"):
             errors[name] = distance(a @ b, exact)
@@ -115,7 +119,7 @@ def _network(report: Report, place: Place, name: str) -> None:
     for kind, limit in NETWORKS.items():
         if kind == "fp16" and not place.on_gpu:
             continue
-        found = prediction(place, name, DTYPES[kind])
+        found = prediction(place, name, dtype_of(kind))
         report.below(f"{name} predicts in {kind} as in fp32", distance(found, exact), limit)
 
 
@@ -217,14 +221,14 @@ def attention(report: Report, place: Place) -> None:
             for tokens in (queries, keys, keys)
         ]
         few = [part[:, :COMPARED] for part in parts]
-        exact = _attended(few, torch.float32, SDPBackend.MATH)
+        exact = _attended(few, torch.float32, "math")
         worked = [
             backend for backend in BACKENDS if _backend(report, place, name, backend, parts, exact)
         ]
         report.claim(f"{name}: a fused backend works", ", ".join(worked) or "none", bool(worked))
         query, key, value = (part.to(dtype) for part in parts)
         choice = torch._fused_sdp_choice(query, key, value)
-        report.note(f"{name}: torch's own choice", SDPBackend(choice).name)
+        report.note(f"{name}: torch's own choice", nn.attention.SDPBackend(choice).name)
 
 
 def _backend(
@@ -233,7 +237,7 @@ def _backend(
     """Whether a backend takes a shape; what it makes of it is compared."""
     dtype = torch.bfloat16 if place.on_gpu else torch.float32
     try:
-        found = _attended(parts, dtype, BACKENDS[backend])
+        found = _attended(parts, dtype, backend)
     except RuntimeError as error:
         report.note(f"{shape}: {backend}", f"does not take it: {str(error).splitlines()[0]}")
         return False
@@ -241,15 +245,16 @@ def _backend(
     furthest = max(distance(a, b) for a, b in zip(few, exact, strict=True))
     limit = 0.02 if place.on_gpu else 1e-4
     report.below(f"{shape}: {backend} attends and derives as plain float32", furthest, limit)
-    seconds = _seconds(lambda: _attended(parts, dtype, BACKENDS[backend]), place, 5)
+    seconds = _seconds(lambda: _attended(parts, dtype, backend), place, 5)
     report.note(f"{shape}: {backend}, ms forward and backward", round(1000 * seconds, 3))
     return True
 
 
-def _attended(parts: list[Tensor], dtype: torch.dtype, backend: SDPBackend) -> list[Tensor]:
+def _attended(parts: list[Tensor], dtype: torch.dtype, backend: str) -> list[Tensor]:
     """The output of attention and the gradients of its inputs."""
     query, key, value = (part.to(dtype).requires_grad_() for part in parts)
-    with sdpa_kernel(backend):
+    one = getattr(nn.attention.SDPBackend, _KERNELS[backend])
+    with nn.attention.sdpa_kernel(one):
         output = F.scaled_dot_product_attention(query, key, value)
         gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
     return [output.detach(), *gradients]

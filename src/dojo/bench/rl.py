@@ -22,15 +22,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dojo.bench import models, supervised
-from dojo.bench.supervised import Rows, Trace
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, ranges
 from dojo.files import outputs
 from dojo.files.records import read_table
 from dojo.maths import rollout
+
+if TYPE_CHECKING:
+    from dojo.bench.supervised import Rows, Trace
 
 # The families whose scripts there are.
 SCRIPTS = {"grpo": ("sd3",), "ddpo": ("sd3", "sd15", "sdxl")}

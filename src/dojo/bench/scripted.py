@@ -8,18 +8,20 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from typing import TYPE_CHECKING, Any
 
 from dojo import cli
 from dojo.bench import memory as memories
 from dojo.bench import models, rl, supervised
-from dojo.bench.report import Place, Report, Skip
+from dojo.bench.report import Skip
 from dojo.bench.rl import RlArgs
 from dojo.bench.supervised import SupervisedArgs
 from dojo.files.records import read_rows
 from dojo.finetune import lora
+from dojo.lazy import accelerate
+
+if TYPE_CHECKING:
+    from dojo.bench.report import Place, Report
 
 CLIP_RANGE = 1e-4  # of the scripts: what the ratio may be off without being clipped for it
 _STEPS = 4
@@ -130,9 +132,9 @@ def run_script(
         script.main(cli.parse(script.Args, None, [*flags, *more]))
     finally:
         # accelerate keeps the first Accelerator's state; the next run opens one of its own.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        PartialState._reset_state()
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+        accelerate.PartialState._reset_state()
 
 
 # -- speed and memory -------------------------------------------------------------------------

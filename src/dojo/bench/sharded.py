@@ -18,24 +18,25 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
-
-import accelerate
-import torch
-from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from dojo import files
 from dojo.bench import models
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, ranges
 from dojo.finetune import lora, whole
-from dojo.models.family import Model, ModelArgs
+from dojo.lazy import accelerate, torch
+from dojo.models.family import ModelArgs
 from dojo.models.opening import open_model
 from dojo.run import optim
 from dojo.run.optim import OptimArgs
 from dojo.run.replicas import Replicas
 from dojo.run.sharding import Shards
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.models.family import Model
 
 Step = Callable[[], None]
 
@@ -81,7 +82,9 @@ def main(args: ShardArgs) -> None:
     if "WORLD_SIZE" not in os.environ:
         _start(args.num_processes)
         return
-    options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    options = accelerate.DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True
+    )
     accelerator = accelerate.Accelerator(
         mixed_precision=args.mixed_precision, kwargs_handlers=[options]
     )

@@ -23,9 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from PIL import Image
 
 from dojo import files
@@ -35,9 +34,12 @@ from dojo.cli import TrainingStopped, UserError, ranges
 from dojo.files import outputs
 from dojo.files.records import read_rows, read_table
 from dojo.finetune import lora, whole
+from dojo.lazy import torch
 from dojo.models import family, opening
 from dojo.run import checkpoint
-from dojo.run.cost import Cost
+
+if TYPE_CHECKING:
+    from dojo.run.cost import Cost
 
 Rows = list[dict[str, float]]
 

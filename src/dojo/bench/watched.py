@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from dojo.lazy import torch
 from dojo.run import machine, phases
 
 # The functions that begin a phase, as module:name, and whether it ends with them. Several of one

@@ -12,10 +12,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dojo.cli import UserError, option
@@ -26,6 +24,7 @@ from dojo.data.options import DataArgs
 from dojo.data.samples import Latents, Pictures, Posterior
 from dojo.data.shards import Aside, Shards, announce, cache_folder, describe, digest
 from dojo.data.sources.captioned import BadReport, Captioned, Seen, judged, look, noted
+from dojo.lazy import torch
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -132,7 +131,7 @@ def encoded_at_a_time(size: Size) -> int:
 def cache_latents(
     pictures: Pictures,
     needed: Mapping[Size, Sequence[int]],
-    encode: Callable[[Tensor], Posterior],
+    encode: Callable[[torch.Tensor], Posterior],
     root: Path,
     settings: Mapping[str, object],
     *,
@@ -204,10 +203,10 @@ def cache_latents(
 
 def encoded_views(
     pictures: Pictures,
-    encode: Callable[[Tensor], Posterior],
+    encode: Callable[[torch.Tensor], Posterior],
     size: Size,
     indices: Sequence[int],
-) -> dict[str, Tensor]:
+) -> dict[str, torch.Tensor]:
     """Every view of some samples at one size: tensors [sample, crop, mirrored, C, h, w].
 
     Raises:
@@ -220,12 +219,12 @@ def encoded_views(
 
 def _encoded(
     pictures: Pictures,
-    encode: Callable[[Tensor], Posterior],
+    encode: Callable[[torch.Tensor], Posterior],
     size: Size,
     indices: Sequence[int],
     views: tuple[int, int],
     lists: Sequence[Sequence[int]],
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors of each shard: [sample, crop, mirrored, C, h, w].
 
     Pictures are read ahead of the encoder, of the next shard too, and never more than one of its
@@ -235,7 +234,7 @@ def _encoded(
     chunk = encoded_at_a_time(size)
     ahead = max(_DECODERS, chunk // (crops * flips))
 
-    def render(member: int) -> list[dict[str, Tensor]]:
+    def render(member: int) -> list[dict[str, torch.Tensor]]:
         anchors = [pictures.anchor(indices[member], crop) for crop in range(crops)]
         framings = [(anchor, flip > 0) for anchor in anchors for flip in range(flips)]
         return pictures.render(indices[member], size, framings)
@@ -250,16 +249,16 @@ def _encoded(
 
 def _shard(
     pictures: Pictures,
-    encode: Callable[[Tensor], Posterior],
+    encode: Callable[[torch.Tensor], Posterior],
     indices: Sequence[int],
     views: tuple[int, int],
     members: Sequence[int],
-    rows: Iterable[dict[str, Tensor]],
+    rows: Iterable[dict[str, torch.Tensor]],
     chunk: int,
-) -> dict[str, Tensor]:
+) -> dict[str, torch.Tensor]:
     """The tensors of one shard, its rows encoded `chunk` at a time."""
     crops, flips = views
-    columns: dict[str, list[Tensor]] = {"mean": [], "std": [], "mask": []}
+    columns: dict[str, list[torch.Tensor]] = {"mean": [], "std": [], "mask": []}
     seen = iter(rows)
     while some := list(itertools.islice(seen, chunk)):
         mean, std = encode(torch.stack([row["pixels"] for row in some]))
@@ -279,7 +278,7 @@ def _shard(
 
 
 def _refuse_no_numbers(
-    tensors: Mapping[str, Tensor], name: Callable[[int], str], advice: str
+    tensors: Mapping[str, torch.Tensor], name: Callable[[int], str], advice: str
 ) -> None:
     """Keeps NaN and infinite numbers out of a cache.
 
@@ -324,7 +323,7 @@ class CachedText:
         """Learns where a sorted list of captions lies."""
         self.groups.append((captions, shards))
 
-    def __call__(self, captions: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """
         Raises:
             KeyError: a caption is not in the cache.
@@ -332,7 +331,7 @@ class CachedText:
         rows = [self._read(caption) for caption in captions]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _read(self, caption: str) -> dict[str, Tensor]:
+    def _read(self, caption: str) -> dict[str, torch.Tensor]:
         for captions, shards in self.groups:
             place = bisect_left(captions, caption)
             if place < len(captions) and captions[place] == caption:
@@ -340,7 +339,7 @@ class CachedText:
         raise KeyError(f"the text cache does not hold {caption!r}")
 
 
-Said = Mapping[str, Tensor]
+Said: TypeAlias = "Mapping[str, torch.Tensor]"
 LoadEncoder = Callable[[], Callable[[Sequence[str]], Said]]
 """Loads what turns captions into tensors, whose first axis is the caption."""
 
@@ -407,7 +406,9 @@ def cache_text(
     first = 0
     for captions, shards in text.groups:
 
-        def make(members: Sequence[int], captions: list[str] = captions) -> Mapping[str, Tensor]:
+        def make(
+            members: Sequence[int], captions: list[str] = captions
+        ) -> Mapping[str, torch.Tensor]:
             some = [captions[i] for i in members]
             said = dict(_say(encoder(), some))
             for one in aside:

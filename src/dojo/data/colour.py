@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageCms
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 CONVERTED = "converted to sRGB from a wider or other colour profile"
 BAD_PROFILE = "with a colour profile that is damaged or not theirs, which is ignored"

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import ExifTags, Image
-from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.data.colour import to_srgb
 from dojo.data.formats import open_picture
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 Size = tuple[int, int]
 """(height, width) in pixels."""

@@ -19,13 +19,11 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 
-import torch
-from torch.utils.data import Sampler
-
 from dojo import rng
 from dojo.data.buckets import Plan
 from dojo.data.images import Size
 from dojo.data.streams.rows import Rows
+from dojo.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Draw:
     size: Size
 
 
-class Batches(Sampler[list[Draw]]):
+class Batches:
     """Batches of one process, from `first_batch` on, without end.
 
     A plan with partners gives batches twice as long: `batch_size` samples, then as many partners at

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from typing import Any, TypeAlias
 
 from dojo import rng
+from dojo.data.dataset import Dataset
 from dojo.data.geometry import framed
 from dojo.data.images import Size, fit, fit_mask
 from dojo.data.options import DataArgs
@@ -22,8 +19,11 @@ from dojo.data.order import Draw
 from dojo.data.shards import Shards, digest
 from dojo.data.sources.captioned import Captioned
 from dojo.data.sources.captions import CaptionArgs, choose, every
+from dojo.lazy import torch
 
-Posterior = tuple[Tensor, Tensor]  # mean and std, each [B, C, h, w], unscaled
+Posterior: TypeAlias = (
+    "tuple[torch.Tensor, torch.Tensor]"  # mean and std, each [B, C, h, w], unscaled
+)
 Batch = dict[str, Any]
 Anchor = tuple[float, float]  # place of a crop, (vertical, horizontal) in [0, 1]
 Framing = tuple[Anchor, bool]  # where a crop lies, and whether it is mirrored
@@ -103,7 +103,7 @@ class Pictures(Dataset[Batch]):
 
     def render(
         self, index: int, size: Size, framings: Sequence[Framing]
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[dict[str, torch.Tensor]]:
         """One picture, read once, in each framing: `pixels` and, if the source has masks, `mask`.
 
         Raises:
@@ -134,7 +134,7 @@ class Pictures(Dataset[Batch]):
             return (self._uniform("top", draw), self._uniform("left", draw)), flip
         return self.anchor(draw.index, crop), flip
 
-    def geometry(self, index: int, size: Size, framing: Framing) -> dict[str, Tensor]:
+    def geometry(self, index: int, size: Size, framing: Framing) -> dict[str, torch.Tensor]:
         """`original` and `crop` of one sample, without reading it; {} before `verify`."""
         sizes = self.source.sizes
         return framed(sizes[index], size, *framing) if sizes else {}
@@ -194,7 +194,7 @@ class Latents(Dataset[Batch]):
 
     def stored(
         self, index: int, size: Size, *, crop: int = 0, flip: bool = False
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """One view of one sample: `mean`, `std` and, if the source has masks, `mask`.
 
         Raises:
@@ -218,6 +218,6 @@ def collate(rows: Sequence[Batch]) -> Batch:
     """Samples to a batch: tensors are stacked, the rest becomes lists."""
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return {
-        name: torch.stack(values) if isinstance(values[0], Tensor) else values
+        name: torch.stack(values) if isinstance(values[0], torch.Tensor) else values
         for name, values in columns.items()
     }

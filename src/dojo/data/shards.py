@@ -21,15 +21,18 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from tqdm import tqdm
 
 from dojo import files
 from dojo.cli import UserError
 from dojo.files import tensors
+from dojo.lazy import safetensors_torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 2  # to be raised when the same settings would give other numbers
 SHARD_SIZE = 32  # samples at most; the most work that a kill can lose
@@ -178,7 +181,7 @@ class Aside:
 
     def put(self, key: Hashable, tensors: Mapping[str, Tensor]) -> None:
         """Lays tensors aside under a key."""
-        content = safetensors.torch.save({name: one.contiguous() for name, one in tensors.items()})
+        content = safetensors_torch.save({name: one.contiguous() for name, one in tensors.items()})
         self._places[key] = (self._file.seek(0, os.SEEK_END), len(content))
         self._file.write(content)
 
@@ -186,7 +189,7 @@ class Aside:
         """What lies under a key."""
         start, length = self._places[key]
         self._file.seek(start)
-        return safetensors.torch.load(self._file.read(length))
+        return safetensors_torch.load(self._file.read(length))
 
 
 def _starts(ids: Sequence[str], size: int) -> list[int]:

@@ -6,12 +6,14 @@ expects plain tensors where transformers 5 returns outputs, and cuts the end tok
 
 from __future__ import annotations
 
-import torch
-from PIL import Image
-from transformers import AutoConfig, CLIPModel, CLIPProcessor
+from typing import TYPE_CHECKING
 
 from dojo.cli import UserError
+from dojo.lazy import no_grad, torch, transformers
 from dojo.models import loaded
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def check(name: str) -> None:
@@ -21,7 +23,7 @@ def check(name: str) -> None:
         UserError: there is none under this name, or it is another kind of model.
     """
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = transformers.AutoConfig.from_pretrained(name).model_type
     except Exception as error:  # transformers has many kinds of them
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--validation_clip_model: {name} cannot be read ({reason})") from error
@@ -34,14 +36,14 @@ class ClipScore:
 
     def __init__(self, name: str, device: torch.device) -> None:
         flag = "--validation_clip_model"
-        model = loaded.network(CLIPModel, name, flag=flag, dtype=torch.float32)
-        processor = loaded.tokenizer(CLIPProcessor, name, flag=flag, encoder=model)
+        model = loaded.network(transformers.CLIPModel, name, flag=flag, dtype=torch.float32)
+        processor = loaded.tokenizer(transformers.CLIPProcessor, name, flag=flag, encoder=model)
         self.model = model.requires_grad_(False).eval()
         self.processor = processor
         self.max_length = int(model.config.text_config.max_position_embeddings)
         self.device = device
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
         """100 * max(cosine, 0) of each picture with its prompt, which is cut to CLIP's length."""
         self.model.to(self.device)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
+from dojo.lazy import no_grad, torch
 
-Predict = Callable[[Tensor, Tensor], Tensor]
+Predict: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
 """(latents float32 [B, ...], timesteps [B]) -> what the network says of them, guided, float32"""
 
 
-@torch.no_grad()
+@no_grad
 def sample(
     predict: Predict,
     shape: Sequence[int],
@@ -27,7 +26,7 @@ def sample(
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> Tensor:
+) -> torch.Tensor:
     """Latents of finished pictures, float32 [B, *shape].
 
     Each picture has a generator of its own, on the CPU whatever the device, so that it depends

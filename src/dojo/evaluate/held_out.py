@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dojo.cli import TrainingStopped, UserError, incidental, ranges
@@ -25,12 +23,15 @@ from dojo.files.outputs import clear, own
 from dojo.files.pictures import contact_sheet, slug, to_pil
 from dojo.inputs.prompts import Prompt
 from dojo.launch.interrupt import Interrupted
+from dojo.lazy import no_grad, torch
 from dojo.rewards import Reward, RewardOutput, check_prompts
 from dojo.run.run import Run
 
 SCORES = "scores.csv"
 
-Draw = Callable[[Sequence[str], Sequence[int]], tuple[Tensor, Tensor | None]]
+Draw: TypeAlias = (
+    "Callable[[Sequence[str], Sequence[int]], tuple[torch.Tensor, torch.Tensor | None]]"
+)
 """(B prompts, seeds of their noise) -> pictures [B, 3, H, W] in [0, 1], and how far the trained
 network's predictions are from the base model's [B], or None where nothing knows"""
 
@@ -198,7 +199,7 @@ class Evaluator:
         if due and not done:
             self()
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self) -> None:
         """Scores into metrics.jsonl, pictures into `validation/step-N/`: a collective.
 
@@ -265,7 +266,7 @@ class Evaluator:
             row[f"{self.prefix}_kl"] = moved.mean().item()
         return {name: value for name, value in row.items() if math.isfinite(value)}
 
-    def _score(self, images: Tensor, some: Sequence[int]) -> Tensor:
+    def _score(self, images: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         """[B, columns]: the first reward's sum, then every component of every reward."""
         texts = [self.pictures[i][0].text for i in some]
         metadata = [self.pictures[i][0].metadata for i in some]
@@ -276,10 +277,10 @@ class Evaluator:
         each = [values for output in outputs for values in output.components.values()]
         return torch.stack([total, *each], dim=1).double().cpu()
 
-    def _sum(self, table: Tensor) -> Tensor:
+    def _sum(self, table: torch.Tensor) -> torch.Tensor:
         return self.run.accelerator.reduce(table.to(self.run.device), "sum").cpu()  # pyright: ignore
 
-    def _write(self, path: Path, columns: Sequence[str], table: Tensor) -> None:
+    def _write(self, path: Path, columns: Sequence[str], table: torch.Tensor) -> None:
         """Every picture's scores, and the file of those that are kept."""
         with own(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

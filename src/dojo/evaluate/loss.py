@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
+
 from tqdm import tqdm
 
 from dojo import rng
 from dojo.data.samples import collate
 from dojo.evaluate.args import ValidationArgs
 from dojo.inputs.pictures import EvalSet, Inputs
+from dojo.lazy import no_grad, torch
 from dojo.maths import flow
 from dojo.models.family import NoiseArgs
 from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def eval_losses(
@@ -47,7 +51,7 @@ def eval_losses(
     return row
 
 
-@torch.no_grad()
+@no_grad
 def _errors(
     run: Run,
     network: nn.Module,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from PIL import Image
+from typing import TYPE_CHECKING, Any, Literal
 
 from dojo.cli import UserError, option, ranges
 from dojo.evaluate import pipelines
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,19 +7,20 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.finetune import lora
+from dojo.lazy import diffusers, no_grad, torch
 from dojo.models import folders, kolors, loaded, opening, sd3, truncation
 from dojo.models.family import ModelArgs
 from dojo.models.unet import schedule, single_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None = None) -> Any:
@@ -201,7 +202,7 @@ def choose_device(name: str, offload: str) -> torch.device:
 
 def draws_noise(pipeline: Any) -> bool:
     """Whether the steps add noise that the pipeline's generators do not give: so do SD3's."""
-    is_sd3 = isinstance(pipeline, StableDiffusion3Pipeline)
+    is_sd3 = isinstance(pipeline, diffusers.StableDiffusion3Pipeline)
     return is_sd3 and sd3.draws_noise(sd3.scheduler_config(pipeline.scheduler))
 
 
@@ -237,7 +238,7 @@ def place(pipeline: Any, device: torch.device, offload: str) -> None:
         pipeline.to(device)
 
 
-@torch.no_grad()
+@no_grad
 def embeddings(
     pipeline: Any,
     prompt: str,
@@ -252,7 +253,7 @@ def embeddings(
     Raises:
         UserError: another pipeline than SD3's.
     """
-    if not isinstance(pipeline, StableDiffusion3Pipeline):
+    if not isinstance(pipeline, diffusers.StableDiffusion3Pipeline):
         raise UserError("--uncond zeros and --t5_padding zero are for Stable Diffusion 3")
     encoders = sd3.TextEncoders(
         pipeline,

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from dojo.evaluate.args import Picture, ValidationArgs
@@ -21,10 +19,17 @@ from dojo.evaluate.loss import eval_losses
 from dojo.files.outputs import clear, own
 from dojo.files.pictures import contact_sheet, to_pil
 from dojo.inputs.pictures import Inputs
+from dojo.lazy import late, no_grad, torch
 from dojo.models.family import NoiseArgs
-from dojo.run import residence
 from dojo.run.checkpoint import write_file
 from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dojo.run import residence
+else:
+    residence = late("dojo.run.residence")
 
 
 class Validator:
@@ -83,7 +88,7 @@ class Validator:
             (folder / picture.file).is_file() for picture in self.pictures
         )
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self) -> None:
         """Eval losses into metrics.jsonl and pictures into `validation/step-N/`, at the run's step.
 

@@ -17,19 +17,20 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from dojo.files import outputs
 from dojo.files.pictures import labelled_grid, slug
 from dojo.inputs.prompts import Prompt
+from dojo.lazy import TF, no_grad, torch
 from dojo.report.statistics import CONFIDENCE, RESAMPLES, Comparison, Estimate, compare
 from dojo.rewards import Reward
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Draw = Callable[[str, list[int]], Sequence[Image.Image]]
 """A picture of a prompt for each seed."""
@@ -115,7 +116,7 @@ def _plain(one: Comparison) -> dict[str, Any]:
     return {**asdict(one, dict_factory=known), "verdict": one.verdict}
 
 
-@torch.no_grad()
+@no_grad
 def _score(
     folder: Path, files: Sequence[str], prompts: Sequence[Prompt], reward: Reward
 ) -> dict[str, list[float]]:
@@ -139,7 +140,7 @@ def _score(
 
 def _read(path: Path) -> Tensor:
     """float32 [3, H, W] in [0, 1]."""
-    return pil_to_tensor(_picture(path)).float() / 255
+    return TF.pil_to_tensor(_picture(path)).float() / 255
 
 
 def _picture(path: Path) -> Image.Image:

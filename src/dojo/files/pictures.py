@@ -9,13 +9,15 @@ import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from dojo.files.records import read_pictures
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MARGIN = 6  # pixels between the cells of a grid
 _LABEL_WIDTH = 170  # pixels of the column with the rows' labels
@@ -173,7 +175,8 @@ def drawable(text: str) -> tuple[ImageFont.FreeTypeFont, str]:
 def _best_font(needed: str) -> tuple[str, frozenset[str]]:
     """The font that has most of the characters, and those of them that it has."""
     wanted = {char for char in needed if not char.isspace()}
-    best, had = _BASE_FONT, wanted & _characters(_BASE_FONT, wanted)
+    best = _base_font()
+    had = wanted & _characters(best, wanted)
     if had != wanted:
         for path in _system_fonts():
             has = _characters(path, wanted)
@@ -184,7 +187,10 @@ def _best_font(needed: str) -> tuple[str, frozenset[str]]:
     return best, frozenset(had)
 
 
-_BASE_FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+def _base_font() -> str:
+    import matplotlib as mpl  # late: a run that draws no letters does not wait for it
+
+    return str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
 @functools.cache

@@ -11,33 +11,32 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from dojo import files
+from dojo.lazy import torch
 
 # Makes a tensor on a device: "meta" to learn its size, "cpu" when its turn to be written comes.
-Source = Callable[[str], Tensor]
+Source: TypeAlias = "Callable[[str], torch.Tensor]"
 
 _CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
 
 
 def save(
     path: Path,
-    tensors: Mapping[str, Tensor] | Mapping[str, Source],
+    tensors: Mapping[str, torch.Tensor] | Mapping[str, Source],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a .safetensors file; a process killed meanwhile leaves nothing under its name.
@@ -47,9 +46,9 @@ def save(
         metadata: free text for the header.
     """
 
-    def make(name: str, device: str) -> Tensor:
+    def make(name: str, device: str) -> torch.Tensor:
         entry = tensors[name]
-        return (entry.to(device) if isinstance(entry, Tensor) else entry(device)).detach()
+        return (entry.to(device) if isinstance(entry, torch.Tensor) else entry(device)).detach()
 
     empty = {name: make(name, "meta") for name in tensors}
     # Large elements first, as the library does: every tensor is then aligned.
@@ -62,7 +61,7 @@ def save(
         tensor = empty[name]
         start, end = end, end + tensor.numel() * tensor.itemsize
         header[name] = {
-            "dtype": _CODES[tensor.dtype],
+            "dtype": _CODES[str(tensor.dtype).removeprefix("torch.")],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -97,7 +96,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     return header, metadata
 
 
-def read_tensor(file: BinaryIO, entry: Mapping[str, Any]) -> Tensor:
+def read_tensor(file: BinaryIO, entry: Mapping[str, Any]) -> torch.Tensor:
     """One tensor of an open safetensors file, in its own precision and memory.
 
     Unlike the library's it is not mapped: pages of a mapped file count as a process's memory, and
@@ -108,7 +107,7 @@ def read_tensor(file: BinaryIO, entry: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: its precision is none that is read here, or the file ends too early.
     """
-    kind = {code: dtype for dtype, code in _CODES.items()}.get(entry["dtype"])
+    kind = {code: getattr(torch, dtype) for dtype, code in _CODES.items()}.get(entry["dtype"])
     if kind is None:
         raise ValueError(f"{entry['dtype']} is not read here")
     begin, end = entry["data_offsets"]

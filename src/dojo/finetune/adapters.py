@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from dojo import rng
 from dojo.cli import UserError
 from dojo.finetune import lora
 from dojo.finetune.contract import Trained
 from dojo.finetune.offload import Storage, keep_activations_on_cpu
+from dojo.lazy import torch
 from dojo.maths.objective import Objective
 from dojo.models.family import Model, ModelArgs
 from dojo.models.opening import facts_of
@@ -21,6 +20,9 @@ from dojo.run import averaging
 from dojo.run.averaging import EmaArgs
 from dojo.run.optim import OptimArgs
 from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # What LoRA files call the text encoders, in their order.
 TEXT_PARTS = ("text_encoder", "text_encoder_2")

@@ -6,17 +6,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from dojo.lazy import late
+from dojo.run import optim
 
-from dojo.maths.objective import Objective
-from dojo.models.family import Model, ModelArgs
-from dojo.run import fused, optim
-from dojo.run.averaging import EmaArgs
-from dojo.run.optim import OptimArgs
-from dojo.run.run import Run
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dojo.maths.objective import Objective
+    from dojo.models.family import Model, ModelArgs
+    from dojo.run import fused
+    from dojo.run.averaging import EmaArgs
+    from dojo.run.optim import OptimArgs
+    from dojo.run.run import Run
+else:
+    fused = late("dojo.run.fused")
 
 
 class Trained(ABC):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
 from dojo.finetune import fit
-from dojo.finetune.contract import Trained
-from dojo.models.family import Model
-from dojo.run.cost import Cost
+from dojo.lazy import torch
 from dojo.run.dry_run import print_plan
-from dojo.run.phases import Needs
 from dojo.run.processes import ABOUT_SIZE
-from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dojo.finetune.contract import Trained
+    from dojo.models.family import Model
+    from dojo.run.cost import Cost
+    from dojo.run.phases import Needs
+    from dojo.run.run import Run
 
 
 def shape_of(run: Run, model: Model, size: tuple[int, int]) -> tuple[int, int, int]:

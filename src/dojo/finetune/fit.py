@@ -20,22 +20,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dojo import cli
 from dojo.cli import UserError
 from dojo.files import records
 from dojo.finetune.contract import Trained
+from dojo.lazy import late, torch
 from dojo.models import published
 from dojo.models.family import needs_of
-from dojo.run import checkpoint, fused, phases
-from dojo.run.cost import Cost
-from dojo.run.optim import OptimArgs
+from dojo.run import checkpoint, phases
 from dojo.run.phases import Held, Needs, Phase
-from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dojo.run import fused
+    from dojo.run.cost import Cost
+    from dojo.run.optim import OptimArgs
+    from dojo.run.run import Run
+else:
+    fused = late("dojo.run.fused")
 
 ArgsT = TypeVar("ArgsT")
 Change = Mapping[str, Any]
@@ -261,7 +266,7 @@ class Tried:
     needs: Needs
     bytes_per_weight: int
     _network: Any = None
-    _costs: dict[bool, Cost] = field(default_factory=dict[bool, Cost])
+    _costs: dict[bool, Cost] = field(default_factory=dict["bool", "Cost"])
     _refusals: dict[str, Exception | None] = field(default_factory=dict[str, Exception | None])
     _helds: dict[str, Held | UserError] = field(default_factory=dict[str, Held | UserError])
     _found: dict[str, list[Phase]] = field(default_factory=dict[str, list[Phase]])

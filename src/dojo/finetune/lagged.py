@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from dojo.lazy import no_grad
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class Lagged:
@@ -39,7 +42,7 @@ class Lagged:
         for i, param in enumerate(self.params):
             param.data, self.values[i] = self.values[i], param.data
 
-    @torch.no_grad()
+    @no_grad
     def follow(self, decay: float) -> None:
         """Takes the share 1 - decay of the way to the weights as they are."""
         for value, param in zip(self.values, self.params, strict=True):

@@ -15,19 +15,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dojo.cli import UserError
-from dojo.models import quantised
+from dojo.lazy import late, torch
 from dojo.models.opening import facts_of
-from dojo.models.quantised import FrozenLinear, Packed, Precision
+from dojo.models.precisions import Precision
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dojo.models import quantised
+    from dojo.models.quantised import FrozenLinear, Packed
+else:
+    quantised = late("dojo.models.quantised")
 
 # ---- weights ----
 
-Turn = tuple[FrozenLinear, str]
+Turn: TypeAlias = "tuple[FrozenLinear, str]"
 """A layer's product in a forward pass, in one that recomputes, or in a backward pass."""
 
 

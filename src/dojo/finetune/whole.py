@@ -12,22 +12,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from dojo.cli import UserError, option
 from dojo.finetune.contract import Trained
 from dojo.finetune.offload import keep_activations_on_cpu
+from dojo.lazy import torch
 from dojo.maths.objective import Objective
 from dojo.models import loaded
 from dojo.models.family import Model, ModelArgs, Saving
-from dojo.models.folders import SAVED
 from dojo.models.opening import facts_of
+from dojo.models.precisions import dtype_of
 from dojo.run.averaging import EmaArgs
 from dojo.run.optim import OptimArgs
 from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _EMA = "_ema"
 RESULT = "model_index.json"
@@ -67,12 +68,12 @@ class WholeArgs:
     @property
     def dtype(self) -> torch.dtype:
         """Of the trained weights."""
-        return SAVED[self.train_dtype]
+        return dtype_of(self.train_dtype)
 
     @property
     def saving(self) -> Saving:
         """The form of the result."""
-        return Saving(dtype=SAVED[self.save_dtype], max_shard_size=self.max_shard_size)
+        return Saving(dtype=dtype_of(self.save_dtype), max_shard_size=self.max_shard_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dojo import cli, data, files
 from dojo.cli import UserError, ranges
@@ -31,9 +28,14 @@ from dojo.data.streams import made as folders
 from dojo.data.streams.places import MADE
 from dojo.files import tensors
 from dojo.inputs import made, texts
+from dojo.lazy import no_grad, torch
 from dojo.models import family
-from dojo.models.folders import DTYPES, posterior
+from dojo.models.folders import posterior
 from dojo.models.opening import family_of, open_model
+from dojo.models.precisions import dtype_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FLAG = "--pretrained_model_name_or_path"
 _AT_A_TIME = 32  # captions that are encoded at a time, where not one by one
@@ -341,7 +343,7 @@ class _Maker:
         rank = os.environ.get("LOCAL_RANK", "0")
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{rank}" if cuda else "cpu")
-        self.dtype = DTYPES[_precision(args)]
+        self.dtype = dtype_of(_precision(args))
         self.args = args
         self.model = model
         self.folder = folder
@@ -359,13 +361,13 @@ class _Maker:
         """Whether the file of texts is there and holds those that were asked for."""
         return {"", *self.args.make.prompts} <= self._known()
 
-    @torch.no_grad()
+    @no_grad
     def texts(self) -> None:
         """Writes the empty caption and the prompts, those of earlier commands too."""
         words = sorted({"", *self.args.make.prompts, *self._known()})
         tensors.save(self.folder / folders.TEXTS, self._embeds(words), folders.header([], words))
 
-    @torch.no_grad()
+    @no_grad
     def rows(self, name: str, part: Part) -> None:
         """Writes the files of one part, and then that they are there.
 

@@ -11,18 +11,22 @@ import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from dojo import data, files, rng
 from dojo.cli import UserError, option, ranges
 from dojo.inputs import texts
 from dojo.inputs.pictures import refuse_inside
+from dojo.lazy import late, no_grad, torch
 from dojo.models.family import Model
-from dojo.run import residence
 from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from dojo.run import residence
+else:
+    residence = late("dojo.run.residence")
 
 _DRAWN = re.compile(r"class-\d{5}\.png")
 
@@ -127,7 +131,7 @@ def _name(folder: data.Folder, number: int) -> str:
     return f"{folder.prefix}class-{number:05d}.png"
 
 
-@torch.no_grad()
+@no_grad
 def _draw(
     run: Run,
     args: PriorArgs,

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dojo import data
 from dojo.cli import UserError
 from dojo.inputs import texts
+from dojo.lazy import torch
 from dojo.models import published
 from dojo.models.family import Model
 from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Options of the pictures that the numbers of a folder depend on.
 _PICTURES = (

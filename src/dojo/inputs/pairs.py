@@ -7,12 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
-
-import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
-from torch.utils.data import DataLoader
+from typing import TYPE_CHECKING, Protocol
 
 from dojo import data, rewards, rng
 from dojo.cli import UserError
@@ -20,12 +15,17 @@ from dojo.cli.masking import hide
 from dojo.files import outputs
 from dojo.inputs.pictures import latent_settings, posterior_of, refuse_inside
 from dojo.launch import interrupt
+from dojo.lazy import no_grad, torch
 from dojo.models.family import Model
 from dojo.models.folders import posterior
 from dojo.rewards import spec, weights
 from dojo.run import checkpoint
 from dojo.run.machine import arithmetic
 from dojo.run.run import Key, Run
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from torch import Tensor
 
 
 class Groups(Protocol):
@@ -109,7 +109,7 @@ def chosen(run: Run, sources: Sources, args: Groups) -> Sources:
     def load() -> data.Score:
         (reward,) = args.scorers.load_all(run.device, [text], ["--choice_model"])
 
-        @torch.no_grad()
+        @no_grad
         def score(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
             output = reward(images.to(run.device), prompts)
             return output.scores, output.valid
@@ -227,10 +227,10 @@ class Inputs:
         """The captions of the held-out pairs."""
         return self.held_out.texts() if self.held_out else []
 
-    def loader(self, batch_size: int) -> DataLoader[data.Batch]:
+    def loader(self, batch_size: int) -> torch.utils.data.DataLoader[data.Batch]:
         """Batches of this process from where the run stands, without end."""
         run = self.run
-        return DataLoader(
+        return torch.utils.data.DataLoader(
             self.train,
             batch_sampler=data.Batches(
                 self.train.plan(),

@@ -11,18 +11,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dojo import data, rng
 from dojo.cli import UserError
+from dojo.data.dataset import Dataset
 from dojo.finetune.adapters import TEXT_PARTS
 from dojo.inputs import made, texts
 from dojo.launch import interrupt
+from dojo.lazy import torch
 from dojo.models.family import Model
 from dojo.models.folders import Embeds, posterior
 from dojo.run import checkpoint, phases
@@ -30,6 +27,11 @@ from dojo.run.machine import arithmetic
 from dojo.run.optim import OptimArgs
 from dojo.run.processes import ABOUT_SIZE
 from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+    from torch import Tensor
 
 
 class Groups(Protocol):
@@ -197,7 +199,7 @@ class Inputs:
         # Workers read the cached embeddings too; encoders on the device stay with the main process.
         lookup = self.text.lookup
         cached = isinstance(lookup, data.CachedText)
-        loader: DataLoader[data.Batch] = DataLoader(
+        loader: torch.utils.data.DataLoader[data.Batch] = torch.utils.data.DataLoader(
             _WithText(self.train, lookup) if cached else self.train,
             batch_sampler=batches if shards is None else data.Ahead(batches, shards),
             collate_fn=data.collate,
@@ -213,7 +215,7 @@ class Inputs:
 class _InOwnWords:
     """Batches, of which a worker's complaint is one sentence as the main process's would be."""
 
-    loader: DataLoader[data.Batch]
+    loader: torch.utils.data.DataLoader[data.Batch]
 
     def __iter__(self) -> Iterator[data.Batch]:
         try:

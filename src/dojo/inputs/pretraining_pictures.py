@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-
-from diffusers import AutoencoderKL
-from torch.utils.data import DataLoader
+from typing import TYPE_CHECKING
 
 from dojo import data
 from dojo.cli import UserError, option
 from dojo.inputs.pictures import latents_of, refuse_inside
+from dojo.lazy import torch
 from dojo.models.family import Model
 from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,9 @@ class Pretraining:
             first_batch=run.samples // (batch_size * run.accelerator.num_processes),
             **run.share,
         )
-        return iter(DataLoader(self.rows, batch_sampler=order, collate_fn=data.collate))
+        return iter(
+            torch.utils.data.DataLoader(self.rows, batch_sampler=order, collate_fn=data.collate)
+        )
 
 
 def open_pictures(

@@ -23,8 +23,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from dojo import rng
 from dojo.cli import UserError, option
 from dojo.data.lines import named, split_lines, split_options
@@ -32,6 +30,7 @@ from dojo.data.options import DataArgs
 from dojo.data.sources.columns import one_line, shown
 from dojo.data.sources.metadata import read_json, read_metadata
 from dojo.data.sources.tables import load_dataset, load_saved
+from dojo.lazy import torch
 from dojo.pocket import compositions, scenes
 from dojo.run.run import Run
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, TypeAlias
 
 from dojo.data import Geometry
 from dojo.inputs.texts import Texts
+from dojo.lazy import torch
 from dojo.maths import transitions
 from dojo.models.family import Model
 from dojo.models.folders import Embeds
 
-Predictor = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import nn
+
+Predictor: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
 """(latents [B, C, h, w], levels [B]) -> what the network says of them, guided: float32"""
 
 
@@ -55,7 +57,7 @@ class Steering:
         """
         rows = len(next(iter(embeds.values())))
 
-        def plain(latents: Tensor, level: Tensor) -> Tensor:
+        def plain(latents: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
             # Fewer latents than prompts: pictures of one prompt that have not parted yet.
             own = {name: value[:: rows // len(latents)] for name, value in embeds.items()}
             known = geometry
@@ -64,7 +66,7 @@ class Steering:
             conditions = self.model.conditions(own, known)
             return self.model.predict(network, latents, level, conditions, self.dtype)
 
-        def guided(latents: Tensor, level: Tensor) -> Tensor:
+        def guided(latents: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
             both = plain(torch.cat([latents, latents]), torch.cat([level, level]))
             unconditional, conditional = both.chunk(2)
             return transitions.guided(conditional, unconditional, self.guidance_scale)

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TypeAlias
 
 from dojo import data
+from dojo.lazy import no_grad, torch
 from dojo.models import truncation
 from dojo.models.family import Model, TextEncoders
 from dojo.models.folders import Embeds
@@ -20,7 +19,7 @@ from dojo.run import checkpoint
 from dojo.run.machine import arithmetic, used_memory_gib
 from dojo.run.run import Run
 
-Lookup = Callable[[Sequence[str]], Mapping[str, Tensor]]
+Lookup: TypeAlias = "Callable[[Sequence[str]], Mapping[str, torch.Tensor]]"
 
 
 @dataclass
@@ -35,7 +34,7 @@ class Texts:
     """the text encoders, where some of them are in training"""
 
     def __call__(
-        self, captions: Sequence[str], cached: Mapping[str, Tensor] | None = None
+        self, captions: Sequence[str], cached: Mapping[str, torch.Tensor] | None = None
     ) -> Embeds:
         """The embeddings of captions, by the model's `embed_names`, on the device.
 
@@ -225,13 +224,13 @@ class _Loader:
         if part == self._last:
             self.joiner = encoders
 
-        @torch.no_grad()
+        @no_grad
         def say(captions: Sequence[str]) -> Embeds:
             return {name: one.cpu() for name, one in encoders.said(captions).items()}
 
         return _one_by_one(say) if self._alone else say
 
-    def join(self, said: Mapping[str, Tensor]) -> Embeds:
+    def join(self, said: Mapping[str, torch.Tensor]) -> Embeds:
         """The embeddings, of what every encoder said."""
         assert self.joiner is not None, "the last encoder is loaded when all have spoken"
         return self.joiner.joined(said)
@@ -240,7 +239,7 @@ class _Loader:
 def _one_by_one(lookup: Lookup) -> Lookup:
     """The same embeddings, of which none has been computed beside another."""
 
-    def each(captions: Sequence[str]) -> Mapping[str, Tensor]:
+    def each(captions: Sequence[str]) -> Mapping[str, torch.Tensor]:
         rows = [lookup([caption]) for caption in captions]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 

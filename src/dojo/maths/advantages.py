@@ -12,10 +12,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Spread = Literal["group", "global"]
 """what a score's distance from its group's mean is divided by: the std of the group, or of all"""

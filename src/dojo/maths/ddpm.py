@@ -19,12 +19,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
+from dojo.lazy import torch
 from dojo.maths.gaussian import Gaussian, require_full_precision
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Prediction = Literal["epsilon", "v_prediction"]
 """what the network says, by diffusers' names: the noise, or the velocity"""

@@ -12,17 +12,15 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
-
-import torch
-from torch import Tensor
+from typing import Literal, Protocol, TypeAlias
 
 from dojo import rng
+from dojo.lazy import no_grad, torch
 from dojo.maths import ddpm, flow
 from dojo.maths.ddpm import Prediction, Schedule
 from dojo.maths.transitions import transition
 
-Predict = Callable[[Tensor, Tensor], Tensor]
+Predict: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
 """(latents float32 [B, ...], level [B]) -> what the network says of them [B, ...]; a level is an
 int64 timestep on a `Way`, a float32 sigma on a `FlowWay`"""
 
@@ -39,12 +37,16 @@ class Course(Protocol):
         ...
 
     def step(
-        self, predict: Predict, latents: Tensor, number: int, keys: Sequence[tuple[rng.Key, ...]]
-    ) -> Tensor:
+        self,
+        predict: Predict,
+        latents: torch.Tensor,
+        number: int,
+        keys: Sequence[tuple[rng.Key, ...]],
+    ) -> torch.Tensor:
         """The latents after step `number`."""
         ...
 
-    def clean(self, predict: Predict, latents: Tensor, number: int) -> Tensor:
+    def clean(self, predict: Predict, latents: torch.Tensor, number: int) -> torch.Tensor:
         """The clean latents that the prediction of step `number` points to."""
         ...
 
@@ -85,8 +87,12 @@ class Way:
         return len(self.timesteps)
 
     def step(
-        self, predict: Predict, latents: Tensor, number: int, keys: Sequence[tuple[rng.Key, ...]]
-    ) -> Tensor:
+        self,
+        predict: Predict,
+        latents: torch.Tensor,
+        number: int,
+        keys: Sequence[tuple[rng.Key, ...]],
+    ) -> torch.Tensor:
         """The latents after step `number`, counted from 0."""
         timestep, previous = ddpm.pairwise(self.timesteps)[number]
         predicted = predict(latents, _all(timestep, latents))
@@ -98,7 +104,7 @@ class Way:
         own = [(*key, number) for key in keys]
         return gaussian.sample(rng.normal(latents.shape[1:], own, latents.device))
 
-    def clean(self, predict: Predict, latents: Tensor, number: int) -> Tensor:
+    def clean(self, predict: Predict, latents: torch.Tensor, number: int) -> torch.Tensor:
         """The clean latents that the prediction of step `number` points to."""
         timestep = _all(self.timesteps[number], latents)
         predicted = predict(latents, timestep)
@@ -142,28 +148,32 @@ class FlowWay:
         return len(self.sigmas) - 1
 
     def step(
-        self, predict: Predict, latents: Tensor, number: int, keys: Sequence[tuple[rng.Key, ...]]
-    ) -> Tensor:
+        self,
+        predict: Predict,
+        latents: torch.Tensor,
+        number: int,
+        keys: Sequence[tuple[rng.Key, ...]],
+    ) -> torch.Tensor:
         """The latents after step `number`, an Euler step; nothing is drawn."""
         sigma, sigma_next = self.sigmas[number : number + 2]
         velocity = predict(latents, _all(sigma, latents))
         return transition("ode", latents, velocity, sigma, sigma_next, 0.0).mean
 
-    def clean(self, predict: Predict, latents: Tensor, number: int) -> Tensor:
+    def clean(self, predict: Predict, latents: torch.Tensor, number: int) -> torch.Tensor:
         """The clean latents that the velocity of step `number` points to."""
         sigma = _all(self.sigmas[number], latents)
         return flow.clean_estimate(latents, predict(latents, sigma), sigma)
 
 
-def _all(level: float, latents: Tensor) -> Tensor:
+def _all(level: float, latents: torch.Tensor) -> torch.Tensor:
     """One level for a whole batch, [B]: int64 of a timestep, float32 of a sigma."""
     return torch.full(latents.shape[:1], level, device=latents.device)
 
 
-@torch.no_grad()
+@no_grad
 def sample(
-    predict: Predict, noise: Tensor, way: Course, keys: Sequence[tuple[rng.Key, ...]] = ()
-) -> Tensor:
+    predict: Predict, noise: torch.Tensor, way: Course, keys: Sequence[tuple[rng.Key, ...]] = ()
+) -> torch.Tensor:
     """Latents of finished pictures [B, ...], from standard normal noise of that shape.
 
     Args:
@@ -178,13 +188,13 @@ def sample(
 
 def estimate(
     predict: Predict,
-    noise: Tensor,
+    noise: torch.Tensor,
     way: Course,
     keys: Sequence[tuple[rng.Key, ...]],
     *,
     last: int,
     grad_steps: int = 1,
-) -> Tensor:
+) -> torch.Tensor:
     """The clean latents that step `last` points to: ReFL (Xu et al. 2023, arXiv:2304.05977,
     Algorithm 1).
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal, cast, get_args
 
-import torch
-from torch import Tensor
+from dojo.lazy import torch
 
 WeightingScheme = Literal["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"]
 
@@ -19,41 +18,43 @@ WeightingScheme = Literal["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"
 MIN_SIGMA = 1e-3
 
 
-def along(values: Tensor, latents: Tensor) -> Tensor:
+def along(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """A number per sample, to be multiplied with latents: [B] -> [B, 1, ..., 1]."""
     return values.view(-1, *[1] * (latents.dim() - 1))
 
 
-def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def interpolate(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """The straight path z = (1 - sigma) x0 + sigma eps (Equation 13)."""
     s = along(sigma, clean)
     return (1 - s) * clean + s * noise
 
 
-def velocity(clean: Tensor, noise: Tensor) -> Tensor:
+def velocity(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The path's derivative by sigma, eps - x0: what the network predicts."""
     return noise - clean
 
 
-def clean_estimate(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+def clean_estimate(
+    noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
     """The x0 that a velocity at `noisy` points to: z - sigma v."""
     return noisy - along(sigma, noisy) * velocity
 
 
-def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+def shift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
     """Moves sigmas towards noise for larger pictures: a s / (1 + (a - 1) s) (Equation 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def draw_sigma(
-    uniform: Tensor,
+    uniform: torch.Tensor,
     scheme: WeightingScheme,
     *,
     shift: float = 1.0,
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
     mode_scale: float = 1.29,
-) -> Tensor:
+) -> torch.Tensor:
     """Turns uniform numbers into sigmas of the scheme's density, shifted.
 
     Deterministic in `uniform`, so evenly spread numbers give stratified sigmas. A positive
@@ -65,7 +66,7 @@ def draw_sigma(
         float32 [B] in [MIN_SIGMA, 1].
     """
     if scheme == "logit_normal":  # Equation 19, by the inverse of the normal's distribution
-        quantile = cast(Tensor, torch.special.ndtri(uniform))  # pyright: ignore[reportUnknownMemberType]
+        quantile = cast(torch.Tensor, torch.special.ndtri(uniform))  # pyright: ignore[reportUnknownMemberType]
         sigma = torch.sigmoid(logit_mean + logit_std * quantile)
     elif scheme == "mode":  # Equation 20
         cosine = torch.cos(math.pi / 2 * uniform) ** 2
@@ -77,7 +78,7 @@ def draw_sigma(
     return shift_sigma(sigma.float(), shift).clamp(MIN_SIGMA, 1.0)
 
 
-def loss_weight(sigma: Tensor, scheme: WeightingScheme) -> Tensor:
+def loss_weight(sigma: torch.Tensor, scheme: WeightingScheme) -> torch.Tensor:
     """The weight of the squared error at `sigma`: [B].
 
     cosmap is the density that Equation 21 samples, here as a weight on uniform sigmas; sigma_sqrt
@@ -90,7 +91,9 @@ def loss_weight(sigma: Tensor, scheme: WeightingScheme) -> Tensor:
     return torch.ones_like(sigma)
 
 
-def squared_error(predicted: Tensor, target: Tensor, area: Tensor | None = None) -> Tensor:
+def squared_error(
+    predicted: torch.Tensor, target: torch.Tensor, area: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean squared error of every sample, in float32: [B, C, h, w] -> [B].
 
     Args:
@@ -103,7 +106,7 @@ def squared_error(predicted: Tensor, target: Tensor, area: Tensor | None = None)
     return mean_over((predicted.float() - target.float()).square(), area)
 
 
-def mean_over(errors: Tensor, area: Tensor | None) -> Tensor:
+def mean_over(errors: torch.Tensor, area: torch.Tensor | None) -> torch.Tensor:
     """The mean of every sample's errors, over what counts: [B, C, h, w] -> [B]."""
     if area is None:
         return errors.flatten(1).mean(1)

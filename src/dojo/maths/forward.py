@@ -13,12 +13,13 @@ towards the pictures of a sampler that takes few steps.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from dojo.lazy import torch
 from dojo.maths.flow import along, squared_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Objective = Literal["nft", "ram", "awm", "dgpo"]
 LEAST_ERROR = 1e-5  # below it NFT's adaptive weight does not grow

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 

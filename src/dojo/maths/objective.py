@@ -13,14 +13,15 @@ the batch; `clean`, `noise`, `noisy` and `predicted` are [B, ...], a level is [B
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
-import torch
-from torch import Tensor
-
+from dojo.lazy import torch
 from dojo.maths import ddpm, flow
 from dojo.maths.ddpm import HuberSchedule, Prediction, Schedule
 from dojo.maths.flow import WeightingScheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Loss = Literal["l2", "huber", "smooth_l1"]
 """what is made of the difference between a prediction and its target, by sd-scripts' names"""

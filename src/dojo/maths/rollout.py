@@ -19,18 +19,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import Literal, TypeAlias
 
 from dojo import rng
+from dojo.lazy import no_grad, torch
 from dojo.maths import ddpm, flow
 from dojo.maths.denoising import Way
 from dojo.maths.gaussian import Gaussian
 from dojo.maths.transitions import Sampler, sensitivity, transition
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
+Velocity: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
 """(latents float32 [B, ...], level [B]) -> what the network says there, [B, ...]: of a flow at
 sigmas (float32) the velocity, of a diffusion at timesteps (int64) the noise, or v"""
 
@@ -251,7 +249,7 @@ class Plan(ABC):
         """Where a step begins: what the network is asked at; an int where levels are timesteps."""
 
     @abstractmethod
-    def transition(self, step: int, latents: Tensor, predicted: Tensor) -> Gaussian:
+    def transition(self, step: int, latents: torch.Tensor, predicted: torch.Tensor) -> Gaussian:
         """The distribution of the latents after a step, with noise where it is trained."""
 
     @abstractmethod
@@ -284,7 +282,7 @@ class FlowPlan(Plan):
         """Sigma."""
         return self.sigmas[step]
 
-    def transition(self, step: int, latents: Tensor, predicted: Tensor) -> Gaussian:
+    def transition(self, step: int, latents: torch.Tensor, predicted: torch.Tensor) -> Gaussian:
         """The sampler's step where it is trained, else the ODE's: see `transitions.transition`."""
         sampler = self.sampler if step in self.trained else "ode"
         return transition(sampler, latents, predicted, *self._ends(step), self.noise_level)
@@ -316,7 +314,7 @@ class DiffusionPlan(Plan):
         """The timestep."""
         return self.way.timesteps[step]
 
-    def transition(self, step: int, latents: Tensor, predicted: Tensor) -> Gaussian:
+    def transition(self, step: int, latents: torch.Tensor, predicted: torch.Tensor) -> Gaussian:
         """DDIM's step, with `eta` where it is trained, else without noise: `ddpm.transition`."""
         eta = self.way.eta if step in self.trained else 0.0
         ends, way = ddpm.pairwise(self.way.timesteps)[step], self.way
@@ -339,11 +337,11 @@ class DiffusionPlan(Plan):
 class Step:
     """A trained step of a batch: where it began, what it drew from, where it came to."""
 
-    latents: Tensor
+    latents: torch.Tensor
     """float32 [B / copies, ...], at the step's level"""
     policy: Gaussian
     """the distribution of the policy that made the rollout, [B, ...]"""
-    reached: Tensor
+    reached: torch.Tensor
     """float32 [B, ...], drawn from it; the next trained step's latents are this very tensor"""
     copies: int = 1
     """draws from each of the latents"""
@@ -356,13 +354,13 @@ class Trajectory:
     plan: Plan
     steps: dict[int, Step]
     """the trained steps, by number"""
-    final: Tensor
+    final: torch.Tensor
     """float32 [B, ...], the latents to decode"""
 
 
 def predict(
-    velocity: Velocity, latents: Tensor, step: int, plan: Plan, copies: int = 1
-) -> tuple[Gaussian, Tensor]:
+    velocity: Velocity, latents: torch.Tensor, step: int, plan: Plan, copies: int = 1
+) -> tuple[Gaussian, torch.Tensor]:
     """The distribution of the next latents, and what the network says, which it follows from.
 
     Args:
@@ -378,10 +376,10 @@ def predict(
     return repeated, predicted.repeat_interleave(copies, 0)
 
 
-@torch.no_grad()
+@no_grad
 def sample(
     velocity: Velocity,
-    noise: Tensor,
+    noise: torch.Tensor,
     plan: Plan,
     keys: Sequence[tuple[rng.Key, ...]] = (),
     *,

@@ -7,12 +7,13 @@ means the same at every size of picture.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from dojo.lazy import torch
 from dojo.maths.gaussian import Gaussian
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Ratio = Literal["exact", "unscaled", "guard"]
 """how far the policy has moved at a sample: by the log-probability, by CPS's unscaled one, or as

@@ -22,11 +22,12 @@ in the step only, and the excess of a coarse schedule shows in the picture.
 from __future__ import annotations
 
 import math
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from dojo.maths.gaussian import Gaussian, require_full_precision
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Sampler = Literal["ode", "sde", "cps", "dance"]
 

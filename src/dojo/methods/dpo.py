@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from dojo import data, rewards
-from dojo.finetune import Trained, cost_of
-from dojo.inputs.pairs import Inputs
-from dojo.inputs.steering import Steering
+from dojo.finetune import cost_of
+from dojo.lazy import no_grad, torch
 from dojo.maths import preference
-from dojo.maths.objective import Objective
-from dojo.models.family import Model
-from dojo.run import Key, Run, phases
-from dojo.run.cost import Cost
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dojo.finetune import Trained
+    from dojo.inputs.pairs import Inputs
+    from dojo.inputs.steering import Steering
+    from dojo.maths.objective import Objective
+    from dojo.models.family import Model
+    from dojo.run import Key, Run, phases
+    from dojo.run.cost import Cost
 
 
 def pair_cost(
@@ -93,7 +97,7 @@ class Judge:
         if due and not (self.run.step and self.run.has_logged("eval_accuracy")):
             self()
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self) -> None:
         """Loss, accuracy and drifts into metrics.jsonl: a collective.
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dojo.cli import option
 from dojo.evaluate import drawing, held_out
@@ -16,9 +13,14 @@ from dojo.evaluate.held_out import Evaluator
 from dojo.finetune import Trained
 from dojo.inputs.prompts import Prompt, read_file
 from dojo.inputs.steering import Steering
+from dojo.lazy import torch
 from dojo.maths.flow import squared_error
 from dojo.rewards import Reward
 from dojo.run import Run
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

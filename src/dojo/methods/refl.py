@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import torch
-from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from dojo import data, rewards, rng
 from dojo.cli import UserError, option
-from dojo.finetune import Trained, cost_of
+from dojo.finetune import cost_of
 from dojo.inputs.pictures import posterior_of
-from dojo.inputs.steering import Steering
+from dojo.lazy import torch
 from dojo.maths.denoising import FlowWay, Grid
-from dojo.maths.objective import Objective
-from dojo.models.family import Model
-from dojo.rewards import RewardOutput
-from dojo.run import Key, Run
-from dojo.run.cost import Cost
-from dojo.run.phases import Needs
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from torch import Tensor, nn
+
+    from dojo.finetune import Trained
+    from dojo.inputs.steering import Steering
+    from dojo.maths.objective import Objective
+    from dojo.models.family import Model
+    from dojo.rewards import RewardOutput
+    from dojo.run import Key, Run
+    from dojo.run.cost import Cost
+    from dojo.run.phases import Needs
 
 LEAST_SIGMA = 0.02
 """of a flow's step that may be scored: what its velocity teaches is as small as its sigma"""

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import load_file
-
 from dojo.files import tensors
+from dojo.lazy import safetensors_torch
 
 ValueT = TypeVar("ValueT")
 
@@ -49,7 +48,7 @@ def rewrite(folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         header, metadata = tensors.read_header(path)
         if rename(header, kind).keys() != header.keys():
-            tensors.save(path, rename(load_file(path), kind), metadata)
+            tensors.save(path, rename(safetensors_torch.load_file(path), kind), metadata)
     for path in sorted(folder.glob("*.index*.json")):
         listed: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         renamed = rename(listed["weight_map"], kind)

@@ -16,23 +16,28 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
-
-import torch
-import transformers
-from diffusers import AutoencoderKL
-from torch import Tensor, nn
-from transformers import AutoConfig
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from dojo.cli import UserError, option
-from dojo.data.geometry import Geometry
-from dojo.maths.objective import Objective
+from dojo.lazy import late, torch, transformers
 from dojo.models import folders, int8, published
 from dojo.models.facts import NetworkFacts
-from dojo.models.folders import DTYPES, FLAG, Embeds
-from dojo.models.loaded import Prepare
-from dojo.models.truncation import Reader
-from dojo.run import cost, phases
+from dojo.models.folders import FLAG
+from dojo.models.precisions import dtype_of
+from dojo.run import phases
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from torch import Tensor, nn
+
+    from dojo.data.geometry import Geometry
+    from dojo.maths.objective import Objective
+    from dojo.models.folders import Embeds
+    from dojo.models.loaded import Prepare
+    from dojo.models.truncation import Reader
+    from dojo.run import cost
+else:
+    cost = late("dojo.run.cost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,7 @@ class NoiseArgs:
 class Saving:
     """The form of a result with every weight."""
 
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = field(default_factory=lambda: torch.float32)
     """of the trained network, and of the single file"""
     max_shard_size: str = "5GB"
     single_file: bool = False
@@ -282,7 +287,7 @@ class Model(ABC):
 
     def meta_encoder(self, part: str) -> nn.Module:
         """A text encoder on the meta device, without weights, of the class its folder names."""
-        settings = AutoConfig.from_pretrained(self.folder / part)
+        settings = transformers.AutoConfig.from_pretrained(self.folder / part)
         kind = getattr(transformers, (settings.architectures or ["CLIPTextModel"])[0])
         with torch.device("meta"):
             return kind(settings).eval()
@@ -465,7 +470,7 @@ def needs_of(args: ModelArgs) -> dict[str, Any]:
     """What the options say of the frozen parts: fields of `phases.Needs`."""
     packed = args.text_encoder_precision == "int8"
     return {
-        "vae_dtype": DTYPES[args.vae_dtype],
+        "vae_dtype": dtype_of(args.vae_dtype),
         "text_on_cpu": args.text_encoder_device == "cpu",
         "text_bytes": int8.bytes_of if packed else phases.encoder_bytes,
         "tiling": args.enable_vae_tiling,

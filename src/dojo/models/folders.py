@@ -13,24 +13,23 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import hf_hub_download
-from torch import Tensor
 
 from dojo.cli import TrainingStopped, UserError
 from dojo.files import outputs
 from dojo.files.tensors import obey_umask
-from dojo.models import classic, loaded, published
+from dojo.lazy import diffusers, no_grad, torch
+from dojo.models import classic, loaded, precisions, published
 from dojo.run import finite
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 FLAG = "--pretrained_model_name_or_path"
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SAVED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TRANSFORMER, UNET = "transformer", "unet"
-Embeds = dict[str, Tensor]
+Embeds: TypeAlias = "dict[str, torch.Tensor]"
 # The beginning of a pipeline's class, and how the scripts that train it end. The first counts.
 SCRIPTS = {
     "StableDiffusion3": "sd3",
@@ -77,7 +76,9 @@ def find_folder(
         raise UserError(f"{flag}: there is no folder {name}{hint}")
     try:
         folder = Path(
-            DiffusionPipeline.download(name, revision=revision, variant=variant, **(passed or {}))
+            diffusers.DiffusionPipeline.download(
+                name, revision=revision, variant=variant, **(passed or {})
+            )
         )
         for part in passed or ():  # diffusers skips a passed part's configuration too
             hf_hub_download(name, f"{part}/config.json", revision=revision)
@@ -312,7 +313,7 @@ def _copy_weights(source: Path, target: Path, variant: str | None) -> bool:
 
 def save_network(
     folder: Path, network: Any, part: str, dtype: torch.dtype, max_shard_size: str
-) -> dict[str, Tensor]:
+) -> dict[str, torch.Tensor]:
     """Writes the trained network of a result, and returns its weights as they are in the files.
 
     Args:
@@ -326,7 +327,7 @@ def save_network(
         twin: Any = type(network).from_config(network.config)
     cast = {name: value.to("cpu", dtype) for name, value in network.state_dict().items()}
     if finite.not_finite({"weights": cast.values()}):
-        name = next(name for name, one in SAVED.items() if one == dtype)
+        name = precisions.name_of(dtype)
         raise TrainingStopped(
             f"the result's weights are too large for --save_dtype {name}: it was not "
             "written; give --resume_from_checkpoint latest --save_dtype bf16 (or fp32)"
@@ -377,15 +378,17 @@ def frugal(vae: Any, args: Frugal) -> Any:
     return vae
 
 
-@torch.no_grad()
-def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+@no_grad
+def posterior(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and std of the autoencoder's posterior, unscaled: pixels [B, 3, H, W] in [-1, 1]."""
     encoded: Any = vae.encode(pixels.to(vae.device, vae.dtype))  # pyright: ignore
     distribution = encoded.latent_dist
     return distribution.mean, distribution.std
 
 
-def decode(vae: AutoencoderKL, latents: Tensor, *, scale: float, shift: float = 0.0) -> Tensor:
+def decode(
+    vae: AutoencoderKL, latents: torch.Tensor, *, scale: float, shift: float = 0.0
+) -> torch.Tensor:
     """Latents, scaled and shifted, to pictures float32 [B, 3, H, W] in [0, 1], differentiably."""
     unscaled = latents.float() / scale + shift
     decoded = vae.decode(unscaled.to(vae.device, vae.dtype)).sample  # pyright: ignore

@@ -7,15 +7,19 @@ keeps out of every quantisation.
 from __future__ import annotations
 
 import re
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-import torch
-from torch import nn
-
-from dojo.models import quantised
+from dojo.lazy import late, nn
 from dojo.run import phases
 
-Encoder = TypeVar("Encoder", bound=nn.Module)
+if TYPE_CHECKING:
+    import torch
+
+    from dojo.models import quantised
+else:
+    quantised = late("dojo.models.quantised")
+
+Encoder = TypeVar("Encoder", bound="nn.Module")
 
 _INSIDE = re.compile(r"(.*\.)?(layers|block)\.\d+\.(?!.*\bwo$).*")  # CLIP's blocks, T5's
 

@@ -12,18 +12,15 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import diffusers
-import torch
-import transformers
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dojo.cli import UserError
 from dojo.files import tensors
+from dojo.lazy import diffusers, nn, no_grad, torch, transformers
 from dojo.models import published
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "model_index.json"
 
@@ -87,7 +84,7 @@ def network(kind: Any, name: str | Path, part: str = "", *, flag: str, **options
     return model
 
 
-Prepare = Callable[[nn.Module, torch.device], None]
+Prepare: TypeAlias = "Callable[[nn.Module, torch.device], None]"
 """Puts layers into a network that store their weights in a way of their own: on the meta device
 they wait for them (`take`), elsewhere they take them along. The device is the run's."""
 
@@ -125,7 +122,7 @@ def prepared(
     return model.requires_grad_(False).to(device)
 
 
-@torch.no_grad()
+@no_grad
 def _in_pieces(
     kind: Any,
     folder: Path,
@@ -203,7 +200,7 @@ def tokenizer(
     return made
 
 
-def pipeline(name: str | Path, *, flag: str, kind: Any = DiffusionPipeline, **options: Any) -> Any:
+def pipeline(name: str | Path, *, flag: str, kind: Any = None, **options: Any) -> Any:
     """A whole pipeline of a folder or hub id, every network and tokenizer of it checked.
 
     A T5 that the folder says it does not have stays away without being named.
@@ -218,7 +215,7 @@ def pipeline(name: str | Path, *, flag: str, kind: Any = DiffusionPipeline, **op
     variant = options.get("variant")
     if not folder.is_dir():
         try:
-            folder = Path(DiffusionPipeline.download(str(name), variant=variant))
+            folder = Path(diffusers.DiffusionPipeline.download(str(name), variant=variant))
         except Exception as error:
             raise UserError(f"{flag}: {name} could not be loaded ({_line(error)})") from error
     index = read_index(folder, flag)
@@ -237,6 +234,7 @@ def pipeline(name: str | Path, *, flag: str, kind: Any = DiffusionPipeline, **op
             encoder = parts.get(part.replace("tokenizer", "text_encoder"))
             parts[part] = tokenizer(made, folder, part, flag=flag, encoder=encoder)
     try:
+        kind = kind or diffusers.DiffusionPipeline
         return kind.from_pretrained(folder, **parts, **options)
     except Exception as error:
         raise UserError(f"{flag}: {name} could not be loaded ({_line(error)})") from error
@@ -351,7 +349,7 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
         raise UserError(f"{where} is damaged: {_some(wrong)} is not finite (NaN or infinity)")
 
 
-@torch.no_grad()
+@no_grad
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
     """The names of the tensors that hold NaN or infinity.
 
@@ -524,7 +522,7 @@ def _spellings(name: str) -> tuple[str, ...]:
 
 def _empty(kind: Any, folder: Path) -> nn.Module:
     """A network of a folder's configuration, made where the caller says."""
-    if issubclass(kind, PreTrainedModel):
+    if issubclass(kind, transformers.PreTrainedModel):
         config: Any = kind.config_class
         return kind(config.from_pretrained(folder))
     return kind.from_config(read_json(folder / "config.json", str(folder)))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
 from dojo.models import kolors, sd3, sd15, sdxl
@@ -15,6 +13,9 @@ from dojo.models.family import Model, ModelArgs, TextArgs
 from dojo.models.folders import FLAG, SCRIPTS, find_folder, kind_of
 from dojo.models.sd3 import single_file as sd3_file
 from dojo.models.unet import single_file
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # The beginning of a pipeline's class in model_index.json, and the package of its family. The first
 # that fits counts.

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Precision = Literal["bf16", "int8", "fp8", "nf4"]
-"""bf16 stands for the run's own precision: nothing is packed."""
+from dojo.models.precisions import Precision
+
 Packed = tuple[Tensor, ...]
 """A weight as it is stored: itself, or its codes and their scales."""
 

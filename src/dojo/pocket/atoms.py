@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from dojo.lazy import torch
 from dojo.pocket import scenes, verifier
 from dojo.pocket.scenes import Part, Spec
 from dojo.pocket.verifier import COLOR_WIDTH, SIZE_WIDTH, Found, closeness
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Mean = Literal["arithmetic", "geometric"]
 

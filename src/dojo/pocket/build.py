@@ -16,16 +16,12 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline
-from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from dojo import cli, files, rng
+from dojo.lazy import F, diffusers, nn, torch, transformers
 from dojo.maths import flow
 from dojo.models import classic, loaded
 from dojo.pocket import build_sd15, build_sdxl, models, scenes, score, text, verifier
@@ -42,6 +38,10 @@ from dojo.pocket.fitting import (
     to_tensor,
     wild_scene,
 )
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusion3Pipeline
+    from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------
 # Autoencoder
@@ -184,7 +184,7 @@ def train_sd3(args: Args, vae: Any) -> StableDiffusion3Pipeline:
 # pocket-clip
 
 
-def train_clip(args: Args, vae: Any) -> CLIPModel:
+def train_clip(args: Args, vae: Any) -> transformers.CLIPModel:
     """Trains pocket-clip with the symmetric cross-entropy of CLIP (arXiv:2103.00020, Figure 3).
 
     Pictures of which half went through the autoencoder, because it will judge generated ones. Two
@@ -228,9 +228,11 @@ def train_clip(args: Args, vae: Any) -> CLIPModel:
     return clip
 
 
-def clip_processor() -> CLIPImageProcessor:
+def clip_processor() -> transformers.CLIPImageProcessor:
     """CLIP's preprocessing at 64 px, with CLIP's own mean and std."""
-    return CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    return transformers.CLIPImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -243,14 +245,14 @@ def save_half(model: Any, folder: Path) -> None:
     transformers takes a model's dtype from its config.json, diffusers takes float32: the configs
     say float32, so that a plain `from_pretrained` gives one dtype throughout.
     """
-    is_pipeline = isinstance(model, DiffusionPipeline)
+    is_pipeline = isinstance(model, diffusers.DiffusionPipeline)
     parts: Iterable[Any] = model.components.values() if is_pipeline else [model]
     for part in parts:
         if isinstance(part, nn.Module):
             part.half()
     model.save_pretrained(folder)
     if not is_pipeline:
-        CLIPProcessor(clip_processor(), text.clip_tokenizer()).save_pretrained(folder)
+        transformers.CLIPProcessor(clip_processor(), text.clip_tokenizer()).save_pretrained(folder)
     written = folder.glob("text_encoder*/config.json") if is_pipeline else [folder / "config.json"]
     for path in written:
         config = {**json.loads(path.read_text()), "dtype": "float32"}
@@ -260,8 +262,10 @@ def save_half(model: Any, folder: Path) -> None:
 
 def retrieval(folder: Path, device: str) -> float:
     """Share of fresh pictures whose caption pocket-clip picks among 32 (different ones)."""
-    clip = loaded.network(CLIPModel, folder, flag="--models_dir").to(device)
-    processor = loaded.tokenizer(CLIPProcessor, folder, flag="--models_dir", encoder=clip)
+    clip = loaded.network(transformers.CLIPModel, folder, flag="--models_dir").to(device)
+    processor = loaded.tokenizer(
+        transformers.CLIPProcessor, folder, flag="--models_dir", encoder=clip
+    )
     draw = random.Random(SEED + 3)
     hits = 0
     for _ in range(16):
@@ -304,7 +308,7 @@ def scored(
 
 def reconstruction(args: Args, folder: Path) -> dict[str, float]:
     """The mean PSNR of a saved autoencoder in dB, by kind of picture."""
-    vae = loaded.network(AutoencoderKL, folder, "vae", flag="--models_dir")
+    vae = loaded.network(diffusers.AutoencoderKL, folder, "vae", flag="--models_dir")
     vae.to(args.device)
     draw = random.Random(SEED + 4)
     fresh = np.stack([scenes.draw(scenes.sample(draw)[1]) for _ in range(500)])
@@ -459,7 +463,7 @@ def main(args: Args) -> None:
         vae = train_vae(args)
         save_half(train_sd3(args, vae), sd3_folder)
     if "clip" in args.models:
-        clip_vae = loaded.network(AutoencoderKL, sd3_folder, "vae", flag="--models_dir")
+        clip_vae = loaded.network(diffusers.AutoencoderKL, sd3_folder, "vae", flag="--models_dir")
         save_half(train_clip(args, clip_vae.to(args.device)), args.models_dir / "pocket-clip")
     if "sd15" in args.models:
         vae4 = build_sd15.train_vae4(args, sd3_folder)

@@ -10,21 +10,21 @@ from __future__ import annotations
 import functools
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from dojo import rng
 from dojo.files import tensors
+from dojo.lazy import diffusers, nn, safetensors_torch, torch, transformers
 from dojo.maths import ddpm
 from dojo.models import loaded
 from dojo.pocket import models, scenes
 from dojo.pocket.fitting import SEED, Args, encode, optimise, photo_crops, to_tensor, wild_scene
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from torch import Tensor
 
 MIN_SNR = 5.0  # Hang et al. 2023, arXiv:2303.09556
 
@@ -32,7 +32,7 @@ MIN_SNR = 5.0  # Hang et al. 2023, arXiv:2303.09556
 def train_vae4(args: Args, folder: Path) -> Any:
     """The 4-channel autoencoder, from the 16-channel one of pocket-sd3 in `folder`."""
     torch.manual_seed(SEED + 5)
-    teacher = loaded.network(AutoencoderKL, folder, "vae", flag="--models_dir")
+    teacher = loaded.network(diffusers.AutoencoderKL, folder, "vae", flag="--models_dir")
     teacher.requires_grad_(False).to(args.device).eval()
     vae: Any = models.sd15_vae()
     inherit(vae, teacher)
@@ -119,7 +119,7 @@ def inherit_text(pipeline: Any, folder: Path) -> None:
     projection beside, and the pipeline that one's tokenizer."""
     pipeline.register_modules(tokenizer=tokenizer_of(folder, "tokenizer"))
     before = loaded.network(
-        CLIPTextModelWithProjection, folder, "text_encoder", flag="--models_dir"
+        transformers.CLIPTextModelWithProjection, folder, "text_encoder", flag="--models_dir"
     )
     weights = {k: v for k, v in before.state_dict().items() if not k.startswith("text_projection")}
     own = pipeline.text_encoder.state_dict()
@@ -130,7 +130,7 @@ def inherit_text(pipeline: Any, folder: Path) -> None:
 
 def tokenizer_of(folder: Path, part: str) -> Any:
     """The tokenizer that an encoder in a folder was trained with: it knows no other's numbers."""
-    return loaded.tokenizer(CLIPTokenizer, folder, part, flag="--models_dir")
+    return loaded.tokenizer(transformers.CLIPTokenizer, folder, part, flag="--models_dir")
 
 
 def outer_encoder(vae: Any, pixels: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def train_sd15(args: Args, vae: Any, folder: Path) -> StableDiffusionPipeline:
         if not path.is_file():
             mean, std = encode(vae, np.stack(pictures), args.device)
             tensors.save(path, {"mean": mean, "std": std})
-        kept = load_file(path)
+        kept = safetensors_torch.load_file(path)
         return tokens, captions, kept["mean"], kept["std"]
 
     modules = [pipeline.unet, pipeline.text_encoder]

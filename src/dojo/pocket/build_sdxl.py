@@ -12,24 +12,23 @@ import functools
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import CLIPTextModelWithProjection
 
 from dojo import rng
 from dojo.files import tensors
+from dojo.lazy import F, diffusers, no_grad, safetensors_torch, torch, transformers
 from dojo.maths import ddpm
 from dojo.models import loaded
 from dojo.pocket import models, scenes, score
 from dojo.pocket.build_sd15 import MIN_SNR, inherit_text, tokenizer_of
 from dojo.pocket.fitting import SEED, Args, encode, optimise
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+    from torch import Tensor
 
 BATCH = 64  # half of it whole pictures
 LONGER = (16, 64)  # pixels by which the longer side of a cropped picture surpasses the canvas
@@ -116,7 +115,7 @@ def fitted_map(rows: Tensor, teacher_rows: Tensor) -> Tensor:
     return torch.linalg.solve(moments + ridge, found.T @ wanted).T.float()
 
 
-@torch.no_grad()
+@no_grad
 def text_rows(pipeline: Any, tokens: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """What SDXL hears of captions, as the pipeline's `encode_prompt`: [B, 20, 160], [B, 96]."""
     first = pipeline.text_encoder(tokens[0], output_hidden_states=True)
@@ -134,9 +133,9 @@ def train_sdxl(args: Args, sd3_folder: Path, sd15_folder: Path) -> StableDiffusi
     torch.manual_seed(SEED + 8)
     pipeline: Any = models.sdxl_pipeline()
     teacher = loaded.pipeline(sd15_folder, flag="--models_dir").to(args.device)
-    vae: Any = loaded.network(AutoencoderKL, sd15_folder, "vae", flag="--models_dir")
+    vae: Any = loaded.network(diffusers.AutoencoderKL, sd15_folder, "vae", flag="--models_dir")
     second = loaded.network(
-        CLIPTextModelWithProjection, sd3_folder, "text_encoder_2", flag="--models_dir"
+        transformers.CLIPTextModelWithProjection, sd3_folder, "text_encoder_2", flag="--models_dir"
     )
     pipeline.register_modules(
         vae=vae, text_encoder_2=second, tokenizer_2=tokenizer_of(sd3_folder, "tokenizer_2")
@@ -166,7 +165,7 @@ def train_sdxl(args: Args, sd3_folder: Path, sd15_folder: Path) -> StableDiffusi
             mean, std = encode(vae, pictures, args.device)
             time_ids = torch.tensor(views, dtype=torch.float32)
             tensors.save(path, {"mean": mean, "std": std, "time_ids": time_ids})
-        return tokens, load_file(path)
+        return tokens, safetensors_torch.load_file(path)
 
     ids = [rows[:MAPPED].to(args.device) for rows in training_set()[0]]
     with torch.no_grad():

@@ -8,13 +8,14 @@ A method that gains on the captions' own scores with it gains by something else 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dojo import rng
+from dojo.lazy import torch
 from dojo.pocket import verifier
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def shuffled(

@@ -16,9 +16,8 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from PIL import Image
 
 from dojo import cli
@@ -26,6 +25,9 @@ from dojo.cli import UserError, ranges
 from dojo.pocket import compositions, scenes, style
 from dojo.pocket.score import shape_captions
 from dojo.run.checkpoint import write_whole
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CARELESS = 0.25  # share of the careless captions that belong to another scene of the same task
 SEED = 7  # not that of the captions that `dojo.pocket.score` and `dojo.pocket.proof` draw

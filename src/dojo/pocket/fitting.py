@@ -7,18 +7,20 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from dojo.cli import ranges
+from dojo.lazy import nn, no_grad, torch
 from dojo.pocket import scenes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEED = 0
 SAVE_EVERY = 500  # steps between two states on disk
@@ -61,7 +63,7 @@ class Args:
     """scenes in the training set of SDXL's UNet"""
     report_captions: int = 500
     """captions that the report draws in each setting of each model"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """where to train"""
 
     def __post_init__(self) -> None:
@@ -181,7 +183,7 @@ def wild_scene(draw: random.Random) -> np.ndarray:
     return np.round(picture).astype(np.uint8)
 
 
-@torch.no_grad()
+@no_grad
 def encode(vae: Any, pictures: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
     """Posterior mean and std, unscaled: two float32 [B, 16, 8, 8] on the CPU."""
     means, stds = [], []
@@ -192,7 +194,7 @@ def encode(vae: Any, pictures: np.ndarray, device: str) -> tuple[Tensor, Tensor]
     return torch.cat(means), torch.cat(stds)
 
 
-@torch.no_grad()
+@no_grad
 def psnr(vae: Any, pictures: np.ndarray, device: str) -> float:
     """Mean over pictures of the reconstruction's PSNR in dB (8-bit range, posterior mean)."""
     pixels = to_tensor(pictures, device)
@@ -214,7 +216,7 @@ def squares(folder: Path) -> np.ndarray:
     return np.stack(rows)
 
 
-@torch.no_grad()
+@no_grad
 def decode(vae: Any, latents: Tensor, device: str) -> np.ndarray:
     """Unscaled latents to pictures: uint8 [B, 64, 64, 3]."""
     rows = []

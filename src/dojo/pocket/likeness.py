@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
+from dojo.lazy import F, no_grad, torch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 SIDE = 224  # pixels that the network was trained with
 DOGS = slice(151, 269)  # ImageNet's classes of dogs, from Chihuahua to Mexican hairless
@@ -42,7 +42,7 @@ def network() -> Any:
     return model.eval().requires_grad_(False)
 
 
-@torch.no_grad()
+@no_grad
 def look(pictures: np.ndarray) -> tuple[Tensor, Tensor]:
     """What the network sees in uint8 pictures [B, H, W, 3] of any size.
 

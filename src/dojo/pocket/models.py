@@ -11,29 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPVisionConfig,
-    T5Config,
-    T5EncoderModel,
-)
-
+from dojo.lazy import diffusers, torch, transformers
 from dojo.pocket import text
 
 CLIP_L_WIDTH = 64
@@ -42,13 +20,13 @@ T5_WIDTH = 192  # at least the two CLIPs together: their states are zero-padded 
 SHIFT = 3.0  # the scheduler's, as in SD3.5
 
 
-def vae(latent_channels: int = 16) -> AutoencoderKL:
+def vae(latent_channels: int = 16) -> diffusers.AutoencoderKL:
     """SD3's autoencoder in small: 8x down, 16 channels, no quant convolutions."""
     # diffusers annotates these as tuples of one.
     widths: Any = (16, 32, 64, 96)
     down: Any = ("DownEncoderBlock2D",) * 4
     up: Any = ("UpDecoderBlock2D",) * 4
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         in_channels=3,
         out_channels=3,
         latent_channels=latent_channels,
@@ -65,9 +43,9 @@ def vae(latent_channels: int = 16) -> AutoencoderKL:
     )
 
 
-def transformer() -> SD3Transformer2DModel:
+def transformer() -> diffusers.SD3Transformer2DModel:
     """SD3.5-Medium's MMDiT in small: patch 2, qk-norm, dual attention in the first two layers."""
-    return SD3Transformer2DModel(
+    return diffusers.SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
         in_channels=16,
@@ -84,9 +62,11 @@ def transformer() -> SD3Transformer2DModel:
     )
 
 
-def _clip_text_config(width: int, layers: int, activation: str, pad_token: str) -> CLIPTextConfig:
+def _clip_text_config(
+    width: int, layers: int, activation: str, pad_token: str
+) -> transformers.CLIPTextConfig:
     tokenizer: Any = text.clip_tokenizer(pad_token)
-    return CLIPTextConfig(
+    return transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=4 * width,
@@ -102,9 +82,9 @@ def _clip_text_config(width: int, layers: int, activation: str, pad_token: str) 
     )
 
 
-def clip_l() -> CLIPTextModelWithProjection:
+def clip_l() -> transformers.CLIPTextModelWithProjection:
     """SD3's first text encoder; its projection is the identity and stays so."""
-    model = CLIPTextModelWithProjection(
+    model = transformers.CLIPTextModelWithProjection(
         _clip_text_config(CLIP_L_WIDTH, 2, "quick_gelu", "<|endoftext|>")
     )
     with torch.no_grad():
@@ -113,15 +93,15 @@ def clip_l() -> CLIPTextModelWithProjection:
     return model
 
 
-def clip_g() -> CLIPTextModelWithProjection:
+def clip_g() -> transformers.CLIPTextModelWithProjection:
     """SD3's second text encoder, wider than the first."""
-    return CLIPTextModelWithProjection(_clip_text_config(CLIP_G_WIDTH, 3, "gelu", "!"))
+    return transformers.CLIPTextModelWithProjection(_clip_text_config(CLIP_G_WIDTH, 3, "gelu", "!"))
 
 
-def t5() -> T5EncoderModel:
+def t5() -> transformers.T5EncoderModel:
     """SD3's third text encoder."""
     tokenizer = text.t5_tokenizer()
-    config = T5Config(
+    config = transformers.T5Config(
         vocab_size=len(tokenizer),
         d_model=T5_WIDTH,
         d_kv=32,
@@ -136,14 +116,14 @@ def t5() -> T5EncoderModel:
         eos_token_id=1,
         dtype="float32",
     )
-    return T5EncoderModel(config)
+    return transformers.T5EncoderModel(config)
 
 
-def sd3_pipeline() -> StableDiffusion3Pipeline:
+def sd3_pipeline() -> diffusers.StableDiffusion3Pipeline:
     """An untrained pocket SD3 with every component that SD3.5 has."""
-    return StableDiffusion3Pipeline(
+    return diffusers.StableDiffusion3Pipeline(
         transformer=transformer(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=vae(),
         text_encoder=clip_l(),
         tokenizer=text.clip_tokenizer(),
@@ -169,14 +149,14 @@ DDPM: dict[str, Any] = {
 }
 
 
-def sd15_vae() -> AutoencoderKL:
+def sd15_vae() -> diffusers.AutoencoderKL:
     """SD1.5's autoencoder in small: 8x down, 4 channels, quant convolutions, no shift."""
     config = {**vae(4).config, "use_quant_conv": True, "use_post_quant_conv": True}
-    made: Any = AutoencoderKL.from_config({**config, "shift_factor": None})
+    made: Any = diffusers.AutoencoderKL.from_config({**config, "shift_factor": None})
     return made
 
 
-def unet(**options: Any) -> UNet2DConditionModel:
+def unet(**options: Any) -> diffusers.UNet2DConditionModel:
     """SD1.5's UNet in small: two levels, attention to the caption in the upper and the middle.
 
     Args:
@@ -197,18 +177,20 @@ def unet(**options: Any) -> UNet2DConditionModel:
         "attention_head_dim": 4,  # which is the number of heads, as in SD1.5
         "norm_num_groups": 8,
     }
-    return UNet2DConditionModel(**{**config, **options})
+    return diffusers.UNet2DConditionModel(**{**config, **options})
 
 
-def sd15_text_encoder() -> CLIPTextModel:
+def sd15_text_encoder() -> transformers.CLIPTextModel:
     """SD1.5's text encoder: the first of SD3's, as in the real models, without its projection."""
-    return CLIPTextModel(_clip_text_config(CLIP_L_WIDTH, 2, "quick_gelu", "<|endoftext|>"))
+    return transformers.CLIPTextModel(
+        _clip_text_config(CLIP_L_WIDTH, 2, "quick_gelu", "<|endoftext|>")
+    )
 
 
-def sd15_pipeline() -> StableDiffusionPipeline:
+def sd15_pipeline() -> diffusers.StableDiffusionPipeline:
     """An untrained pocket SD1.5."""
-    scheduler: Any = PNDMScheduler(**DDPM)
-    return StableDiffusionPipeline(
+    scheduler: Any = diffusers.PNDMScheduler(**DDPM)
+    return diffusers.StableDiffusionPipeline(
         unet=unet(),
         scheduler=scheduler,
         vae=sd15_vae(),
@@ -225,7 +207,7 @@ def sd15_pipeline() -> StableDiffusionPipeline:
 TIME_ID_WIDTH = 32  # numbers by which the UNet is told each of the six sizes and offsets
 
 
-def sdxl_unet() -> UNet2DConditionModel:
+def sdxl_unet() -> diffusers.UNet2DConditionModel:
     """SDXL's UNet with the levels of pocket-sd15's: text and sizes beside the time, linear
     projections around the attention."""
     return unet(
@@ -237,11 +219,11 @@ def sdxl_unet() -> UNet2DConditionModel:
     )
 
 
-def sdxl_pipeline() -> StableDiffusionXLPipeline:
+def sdxl_pipeline() -> diffusers.StableDiffusionXLPipeline:
     """An untrained pocket SDXL, with SDXL's scheduler and zeros for an empty prompt."""
     own = {key: DDPM[key] for key in DDPM if key not in ("set_alpha_to_one", "skip_prk_steps")}
-    scheduler: Any = EulerDiscreteScheduler(**own, timestep_spacing="leading")
-    return StableDiffusionXLPipeline(
+    scheduler: Any = diffusers.EulerDiscreteScheduler(**own, timestep_spacing="leading")
+    return diffusers.StableDiffusionXLPipeline(
         unet=sdxl_unet(),
         scheduler=scheduler,
         vae=sd15_vae(),
@@ -257,10 +239,10 @@ def sdxl_pipeline() -> StableDiffusionXLPipeline:
 # ---- CLIP ----
 
 
-def clip() -> CLIPModel:
+def clip() -> transformers.CLIPModel:
     """A two-tower CLIP for 64-pixel pictures, to be trained contrastively."""
     text_config = _clip_text_config(128, 3, "quick_gelu", "<|endoftext|>")
-    vision_config = CLIPVisionConfig(
+    vision_config = transformers.CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=384,
         projection_dim=128,
@@ -270,10 +252,10 @@ def clip() -> CLIPModel:
         patch_size=8,
         hidden_act="quick_gelu",
     )
-    config = CLIPConfig(
+    config = transformers.CLIPConfig(
         text_config=text_config.to_dict(),
         vision_config=vision_config.to_dict(),
         projection_dim=128,
         dtype="float32",
     )
-    return CLIPModel(config)
+    return transformers.CLIPModel(config)

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import diffusers
-import torch
-import transformers
 from PIL import Image
 
 from dojo import cli
 from dojo.cli import UserError, ranges
+from dojo.lazy import diffusers, torch, transformers
 from dojo.models import loaded
 from dojo.pocket import scenes, score, verifier
 from dojo.run.checkpoint import write_whole

@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
-import transformers
 from PIL import Image
 
 from dojo import cli
 from dojo.cli import UserError, ranges
 from dojo.files import pictures
 from dojo.finetune import lora
+from dojo.lazy import diffusers, transformers
 from dojo.models import loaded
 from dojo.pocket import build, judge, scenes, score, style, verifier
 

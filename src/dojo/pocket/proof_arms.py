@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dojo import cli
@@ -24,6 +23,9 @@ from dojo.cli import UserError
 from dojo.methods.rl import passes_of
 from dojo.pocket import judge, proof_rl
 from dojo.pocket.proof_rl import STRICT, Change, Goal, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WHOLE = "grpo"  # the proof's own run, twice as long: what the target is taken from
 TITLES = {

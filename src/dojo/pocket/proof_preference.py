@@ -15,24 +15,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import numpy as np
-import torch
-import transformers
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-from transformers import CLIPModel, CLIPProcessor
 
 from dojo import cli, files
 from dojo.cli import UserError, ranges
 from dojo.files import pictures
 from dojo.finetune import lora
+from dojo.lazy import diffusers, no_grad, transformers
 from dojo.models import loaded
 from dojo.pocket import judge, scenes, score, verifier
 from dojo.report.statistics import Comparison, Estimate, compare
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SCRIPT = "prove_preference.sh"
 GRADED, STRICT, CLIP = "pocket", "pocket_strict", "clip"  # as the rewards call them
@@ -107,8 +106,10 @@ class Studio:
     def clip(self) -> tuple[Any, Any]:
         """The network and its preprocessing."""
         name = self.args.clip
-        model = loaded.network(CLIPModel, name, flag="--clip")
-        return model, loaded.tokenizer(CLIPProcessor, name, flag="--clip", encoder=model)
+        model = loaded.network(transformers.CLIPModel, name, flag="--clip")
+        return model, loaded.tokenizer(
+            transformers.CLIPProcessor, name, flag="--clip", encoder=model
+        )
 
     def draw(self, base: str, adapter: Path | None) -> Drawn:
         """Pictures of a base, or of the base with an adapter, from the same seeds."""
@@ -135,7 +136,7 @@ class Studio:
         found = np.load(path)
         return Drawn(pictures=found, scores=self._scores(found))
 
-    @torch.no_grad()
+    @no_grad
     def _scores(self, found: np.ndarray) -> dict[str, list[float]]:
         specs = [scenes.parse(caption) for caption in self.captions]
         pairs = list(zip(found, specs, strict=True))

@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -29,6 +28,9 @@ from dojo.files.records import read_table
 from dojo.pocket import judge, scenes
 from dojo.pocket.judge import Measured
 from dojo.report import statistics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SCRIPT = "prove_rl.sh"
 SEED = 0  # of the bootstrap

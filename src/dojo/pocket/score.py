@@ -12,19 +12,19 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import diffusers
-import torch
-import transformers
-from torch import Tensor
 from tqdm import tqdm
 
 from dojo import cli, files
 from dojo.cli import ranges
 from dojo.finetune import lora
+from dojo.lazy import diffusers, no_grad, torch, transformers
 from dojo.models import loaded
 from dojo.pocket import atoms, compositions, scenes, verifier
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def shape_captions(shape: str, count: int, seed: int) -> list[str]:
     return captions
 
 
-@torch.no_grad()
+@no_grad
 def generate(
     pipeline: Any,
     captions: Sequence[str],

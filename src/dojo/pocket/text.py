@@ -12,8 +12,8 @@ from collections import Counter
 from typing import Any
 
 from tokenizers import pre_tokenizers
-from transformers import CLIPTokenizer, T5Tokenizer
 
+from dojo.lazy import transformers
 from dojo.pocket import scenes
 
 CLIP_LENGTH = 20  # tokens, start and end included; the longest caption of the grammar takes 16
@@ -30,11 +30,11 @@ def grammar_words() -> tuple[str, ...]:
     return tuple(sorted(words))
 
 
-def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> transformers.CLIPTokenizer:
     """Byte-level BPE in CLIP's own form; SD3's second tokenizer pads with "!" (id 0)."""
     vocab, merges = _byte_pairs(grammar_words())
     pairs: Any = [*merges]
-    return CLIPTokenizer(
+    return transformers.CLIPTokenizer(
         vocab=dict(vocab), merges=pairs, pad_token=pad_token, model_max_length=CLIP_LENGTH
     )
 
@@ -77,11 +77,11 @@ def _clip_alphabet() -> list[str]:
     return letters
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> transformers.T5Tokenizer:
     """A unigram vocabulary: a piece for each word of the grammar, characters for the rest."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     pieces += [("▁" + word, -2.0) for word in grammar_words() if len(word) > 1]
     letters = string.ascii_letters + string.digits + string.punctuation
     pieces += [(letter, -9.0) for letter in letters]
     pieces.append(("▁a", -2.0))
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)

@@ -18,13 +18,18 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from scipy import ndimage
 
+from dojo.lazy import late, torch
 from dojo.pocket import scenes
 from dojo.pocket.scenes import CANVAS, Part, Spec
+
+if TYPE_CHECKING:
+    from scipy import ndimage
+else:
+    ndimage = late("scipy.ndimage")
 
 ALL_SHAPES = scenes.SHAPES + scenes.NOVEL_SHAPES
 
@@ -47,9 +52,14 @@ SHAPE_TEMPERATURE = 0.05  # of the softmax over template IoUs
 PARTS_WEIGHT, COUNT_WEIGHT = 4.0, 1.0  # of the graded terms
 
 _PALETTE = np.array(list(scenes.COLORS.values()), dtype=np.float32)  # [color, 3]
-# A Gaussian blur of 1.2 px along one axis as a matrix: the softness of a good VAE's edges.
-_SOFTEN = ndimage.gaussian_filter1d(np.eye(CANVAS, dtype=np.float32), 1.2, axis=0)
 _ROWS, _COLUMNS = np.mgrid[:CANVAS, :CANVAS].astype(np.float32) + 0.5  # pixel centres
+
+
+@functools.cache
+def _soften() -> np.ndarray:
+    """A Gaussian blur of 1.2 px along one axis as a matrix: the softness of a good VAE's edges."""
+    blur: np.ndarray = ndimage.gaussian_filter1d(np.eye(CANVAS, dtype=np.float32), 1.2, axis=0)
+    return blur
 
 
 @dataclass(frozen=True)
@@ -324,7 +334,7 @@ def _overlaps(
             for shape in ALL_SHAPES
         ]
     )
-    soft = _SOFTEN @ sharp @ _SOFTEN.T
+    soft = _soften() @ sharp @ _soften().T
     outline = _iou(alpha, sharp)
     best = np.maximum(outline, _iou(alpha, soft))
     return (

@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from dojo import files
 from dojo.cli import TrainingStopped, UserError, ended
 from dojo.cli.masking import hide
+from dojo.lazy import torch
+from dojo.models.precisions import dtype_of
 from dojo.rewards import Reward, check_prompts, load, table
 from dojo.rewards.folder import RECORDS, read_picture, read_rows
-from dojo.rewards.scorer import DTYPES
 
 _COLUMNS = ("file_name", "prompt", "score", "valid")  # of the table, before the components
 
@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("reward", metavar="SPEC", help='scorers, as "aesthetic=0.5,pickscore"')
     common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    common.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights")
+    common.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights"
+    )
     parser = argparse.ArgumentParser(
         prog="python -m dojo.rewards",
         description=__doc__,
@@ -84,7 +86,7 @@ def _load(flags: argparse.Namespace, batch_size: int = 1) -> Reward:
         raise UserError(f"--device: {flags.device} is no device") from None
     if batch_size < 1:
         raise UserError("--batch_size must be at least 1")
-    return load(flags.reward, device=device, dtype=DTYPES[flags.dtype], batch_size=batch_size)
+    return load(flags.reward, device=device, dtype=dtype_of(flags.dtype), batch_size=batch_size)
 
 
 # -- serve ------------------------------------------------------------------------------------

@@ -11,16 +11,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
+from dojo.lazy import nn, transformers
 from dojo.models import loaded
 from dojo.rewards import preprocess, weights
 from dojo.rewards.clip import CLIP_L, Backbone, backbone
 from dojo.rewards.scorer import Metadata, Place, Scorer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADS = (
     "sac+logos+ava1-l14-linearMSE",
@@ -36,7 +37,9 @@ class _Vision(Backbone):
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, Tensor], place: Place) -> None:
         try:
-            network: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+            network: Any = transformers.CLIPVisionModelWithProjection(
+                transformers.CLIPVisionConfig(**config)
+            )
         except Exception as error:  # whatever the classes say to what they cannot have
             raise weights.missing("the predictor's config.json", error) from error
         # Old files hold the position ids, which are no weights.

@@ -9,16 +9,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel
-
+from dojo.lazy import F, torch, transformers
 from dojo.models import loaded
 from dojo.rewards import preprocess, weights
 from dojo.rewards.scorer import Metadata, Place, Scorer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLIP_L = "openai/clip-vit-large-patch14"
 
@@ -85,9 +84,11 @@ class HubClip(Backbone):
 
     def __init__(self, model: str, place: Place) -> None:
         where = weights.locate(model)
-        network = loaded.network(CLIPModel, where, flag="--reward", dtype=torch.float32)
+        network = loaded.network(
+            transformers.CLIPModel, where, flag="--reward", dtype=torch.float32
+        )
         self.tokenizer: Any = loaded.tokenizer(
-            AutoTokenizer, where, flag="--reward", encoder=network
+            transformers.AutoTokenizer, where, flag="--reward", encoder=network
         )
         self.size = int(network.config.vision_config.image_size)
         self.width = int(network.config.projection_dim)

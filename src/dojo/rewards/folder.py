@@ -14,16 +14,18 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.data.formats import picture_suffixes
 from dojo.data.images import BadSample, read_image
 from dojo.data.lines import split_lines, split_options
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RECORDS = ("prompts.json", "versus.csv", "metadata.jsonl", "metadata.csv")
 """What a folder may say of its pictures, the first one preferred."""

@@ -23,12 +23,11 @@ from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
 import dojo
 from dojo.cli import UserError
 from dojo.cli.masking import hide
+from dojo.lazy import torch
 from dojo.rewards.scorer import Metadata, Place, RewardFailed, RewardOutput, Scorer
 
 _OURS = Path(dojo.__file__).parent
@@ -45,7 +44,9 @@ class Function(Scorer):
         # An instance's own value in place of the class's.
         vars(self)["differentiable"] = bool(getattr(self.function, "differentiable", False))
 
-    def score(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None) -> Tensor:
+    def score(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Metadata | None
+    ) -> torch.Tensor:
         """See `Scorer.score`.
 
         Raises:
@@ -85,7 +86,7 @@ class Function(Scorer):
             raise RewardFailed(f"--reward: {where} raised {_words(error)}") from error
 
 
-def numbers(output: Any, count: int) -> Tensor:
+def numbers(output: Any, count: int) -> torch.Tensor:
     """What a function returned as float32 [count]; gradients stay.
 
     Args:
@@ -106,7 +107,7 @@ def numbers(output: Any, count: int) -> Tensor:
         output = torch.from_numpy(output.astype(np.float64))
     elif isinstance(output, list | tuple):
         output = _stacked(output)
-    if not isinstance(output, Tensor):
+    if not isinstance(output, torch.Tensor):
         raise ValueError(_described(output))
     if output.is_complex():
         raise ValueError("complex numbers")
@@ -117,15 +118,15 @@ def numbers(output: Any, count: int) -> Tensor:
     return output.float()
 
 
-def _stacked(items: Sequence[Any]) -> Tensor:
+def _stacked(items: Sequence[Any]) -> torch.Tensor:
     """A list of numbers, or of lists, arrays and tensors of one number each: [len]."""
-    columns: list[Tensor | float] = []
+    columns: list[torch.Tensor | float] = []
     for item in items:
         while isinstance(item, list | tuple) and len(item) == 1:
             (item,) = item
         if isinstance(item, np.ndarray) and item.size == 1:
             item = item.item()
-        if isinstance(item, Tensor) and item.numel() == 1:
+        if isinstance(item, torch.Tensor) and item.numel() == 1:
             columns.append(item.reshape(()))
         elif item is None:
             columns.append(math.nan)
@@ -133,8 +134,8 @@ def _stacked(items: Sequence[Any]) -> Tensor:
             columns.append(float(cast(float, item)))
         else:
             raise ValueError(f"a list with {_described(item)} in it")
-    if any(isinstance(one, Tensor) for one in columns):
-        device = next(one.device for one in columns if isinstance(one, Tensor))
+    if any(isinstance(one, torch.Tensor) for one in columns):
+        device = next(one.device for one in columns if isinstance(one, torch.Tensor))
         return torch.stack([torch.as_tensor(one, device=device).float() for one in columns])
     return torch.tensor(columns, dtype=torch.float64)
 
@@ -153,7 +154,7 @@ def _described(value: Any) -> str:
         return f"text ({_short(repr(value), 40)})"
     if _is_number(value):
         return "a single number"
-    if isinstance(value, Tensor | np.ndarray):
+    if isinstance(value, torch.Tensor | np.ndarray):
         return f"an array of shape {list(value.shape)}"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"

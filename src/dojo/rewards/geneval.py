@@ -20,16 +20,17 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
+from dojo.lazy import no_grad, torch
 from dojo.rewards import weights
 from dojo.rewards.clip import CLIP_L, HubClip, backbone
 from dojo.rewards.mask2former import Found, Mask2Former
 from dojo.rewards.scorer import Metadata, Place, Scorer, unread
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DETECTOR = "mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 THRESHOLD, COUNTING = 0.3, 0.9  # of a detection's score; the second where the tag is counting
@@ -248,7 +249,7 @@ class _Judge:
         self._last = (weakref.ref(images), asked, verdicts)
         return verdicts
 
-    @torch.no_grad()
+    @no_grad
     def _one(self, image: Tensor, row: Mapping[str, Any]) -> tuple[float, float]:
         try:
             what = wanted(row)

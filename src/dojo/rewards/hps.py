@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
-from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.rewards import preprocess, weights
 from dojo.rewards.clip import Backbone, HubClip
 from dojo.rewards.scorer import Metadata, Place, Scorer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ARCHITECTURE = "ViT-H-14"
 

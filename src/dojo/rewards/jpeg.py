@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dojo.files.pictures import to_pil
 from dojo.rewards.scorer import Metadata, Scorer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUALITY = 95
 

@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
 from dojo.cli import UserError, option
+from dojo.lazy import nn, torch
+from dojo.models.precisions import dtype_of
 from dojo.rewards import spec
 from dojo.rewards.foreign import Function
 from dojo.rewards.reward import Component, Reward
-from dojo.rewards.scorer import DTYPES, Place, Scorer
+from dojo.rewards.scorer import Place, Scorer
 
 # Imported when it is asked for: a scorer's libraries are loaded with it.
 SCORERS = {
@@ -78,7 +77,7 @@ class ScorerArgs:
             UserError: what one lacks, by the flag that was typed.
         """
         device = torch.device(self.reward_device or device)
-        place = Place(device=device, dtype=DTYPES[self.reward_dtype])
+        place = Place(device=device, dtype=dtype_of(self.reward_dtype))
         flags = [*flags, *["--eval_reward"] * (len(texts) - len(flags))]
         loaded: list[Reward] = []
         for text, flag in zip(texts, flags, strict=True):
@@ -124,7 +123,7 @@ def load(
     text: str,
     *,
     device: torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     batch_size: int = 16,
 ) -> Reward:
     """Loads what a reward's text (`dojo.rewards.spec`) names; scorers share what they can.
@@ -132,7 +131,8 @@ def load(
     Raises:
         UserError: something is not there, naming what, or an option is wrong.
     """
-    return _load(text, Place(device=torch.device(device or "cpu"), dtype=dtype), batch_size)
+    place = Place(device=torch.device(device or "cpu"), dtype=dtype or torch.float32)
+    return _load(text, place, batch_size)
 
 
 def _load(text: str, place: Place, batch_size: int) -> Reward:
@@ -150,7 +150,7 @@ def _scorer(term: spec.Term, place: Place) -> Scorer:
     options = dict(term.options)
     try:
         device = torch.device(options.pop("device", place.device))
-        dtype = DTYPES[options.pop("dtype")] if "dtype" in options else place.dtype
+        dtype = dtype_of(options.pop("dtype")) if "dtype" in options else place.dtype
     except (KeyError, RuntimeError) as error:
         raise UserError(f"--reward: {term.name} has a wrong device or dtype ({error})") from None
     make, place = scorer_class(term.source), Place(device=device, dtype=dtype, loaded=place.loaded)

@@ -11,15 +11,16 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import torch
-from PIL import Image
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
 from dojo.files.pictures import to_pil
+from dojo.lazy import torch
 from dojo.rewards.scorer import Metadata, Place, Scorer
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
 
 # Straight, curly, low and corner quotes; single ones are apostrophes too often.
 _QUOTED = re.compile(r'"([^"]+)"|[“”„]([^“”„]+)[“”]|«([^»]+)»|「([^」]+)」')

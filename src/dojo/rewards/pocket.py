@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
+from dojo.lazy import torch
 from dojo.pocket import atoms, scenes, verifier
 from dojo.rewards.scorer import Metadata, Place, Scorer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Pocket(Scorer):

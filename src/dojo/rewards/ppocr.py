@@ -11,16 +11,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForObjectDetection,
-    AutoModelForTextRecognition,
-)
 
 from dojo.cli import UserError
+from dojo.lazy import torch, transformers
 from dojo.models import loaded
 from dojo.rewards import weights
 from dojo.rewards.scorer import Place
@@ -29,7 +23,7 @@ Point = tuple[int, int]
 Box = tuple[Point, Point, Point, Point]
 """The corners (x, y) of a rectangle at any angle, clockwise from the top left one."""
 
-_KINDS: dict[str, Any] = {"det": AutoModelForObjectDetection, "rec": AutoModelForTextRecognition}
+_KINDS = {"det": "AutoModelForObjectDetection", "rec": "AutoModelForTextRecognition"}
 
 
 class PpOcr:
@@ -92,14 +86,16 @@ class _Network:
     def __init__(self, model: str, kind: Literal["det", "rec"], place: Place) -> None:
         where = weights.locate(model)
         try:
-            config: Any = AutoConfig.from_pretrained(where, trust_remote_code=False)
+            config: Any = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
             if not re.fullmatch(rf"pp_ocrv\d+_\w+_{kind}", config.model_type):
                 raise ValueError(f"it is a {config.model_type}, not a {kind} of PP-OCR")
-            self.processor: Any = AutoImageProcessor.from_pretrained(where, trust_remote_code=False)
+            self.processor: Any = transformers.AutoImageProcessor.from_pretrained(
+                where, trust_remote_code=False
+            )
         except Exception as error:  # the libraries have many kinds of them
             raise weights.missing(model, error) from error
         network = loaded.network(
-            *(_KINDS[kind], where),
+            *(getattr(transformers, _KINDS[kind]), where),
             flag="--reward",
             config=config,
             dtype=place.dtype,

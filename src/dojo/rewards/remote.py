@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
 from dojo.cli.masking import hide
+from dojo.lazy import torch
 from dojo.rewards import wire
 from dojo.rewards.scorer import Metadata, Place, Scorer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOKEN = "DOJO_REWARD_TOKEN"  # environment variable with the server's bearer token
 

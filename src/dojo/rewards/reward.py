@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dojo.cli import UserError
+from dojo.lazy import no_grad, torch
 from dojo.rewards.scorer import Metadata, RewardOutput, Scorer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Component", "Reward", "RewardOutput"]
 
@@ -123,7 +125,7 @@ class Reward:
         # The pictures may still be in the making: the thread's stream waits for this moment.
         ready = torch.cuda.current_stream(images.device).record_event() if on_gpu else None
 
-        @torch.no_grad()
+        @no_grad
         def work() -> RewardOutput:
             if ready is None:
                 return self(images, prompts, metadata)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from dojo.cli import UserError
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Metadata = Sequence[Mapping[str, Any]]
 SharedT = TypeVar("SharedT")
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class RewardFailed(UserError):
@@ -41,7 +40,7 @@ class Place:
     """Where a scorer's network lives, and what it shares with others."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = field(default_factory=lambda: torch.float32)
     """of a network's weights; similarities and heads are float32 in any case"""
     loaded: dict[Hashable, Any] = field(default_factory=dict)
     """networks that several scorers use, by what tells them apart"""

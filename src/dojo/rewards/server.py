@@ -29,23 +29,25 @@ import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
-import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dojo.cli import UserError
+from dojo.lazy import torch
 from dojo.rewards import wire
 from dojo.rewards.remote import TOKEN
 from dojo.rewards.reward import Component, Reward
 from dojo.rewards.scorer import RewardFailed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BACKLOG = 128  # connections that the system keeps until they are taken
 AT_ONCE = 2**24  # pixels that are decoded at a time, if that is more than one picture

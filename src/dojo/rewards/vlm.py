@@ -15,13 +15,14 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dojo.cli import UserError
 from dojo.rewards import wire
 from dojo.rewards.scorer import Metadata, Place, Scorer, unread
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEY = "DOJO_VLM_API_KEY"  # environment variable with the server's key, if it wants one
 

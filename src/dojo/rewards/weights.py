@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from safetensors.torch import load_file
-from torch import Tensor
 
 from dojo.cli import UserError
+from dojo.lazy import safetensors_torch, torch
 from dojo.models import loaded
 
 MODELS = Path("models")
@@ -72,7 +70,7 @@ def missing(name: str, error: Exception) -> UserError:
     return UserError(f"--reward: {name} cannot be read ({lines[0]})")
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors, .pt, .pth or .bin file, on the CPU.
 
     A file that holds them under "state_dict" is unpacked. Nothing in a file is run.
@@ -91,7 +89,7 @@ class _Inert:
     def __setstate__(self, state: Any) -> None: ...
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """As `read`, of a checkpoint that a training program wrote.
 
     Beside the tensors under "state_dict" lie its records, which name classes that are not here or
@@ -136,23 +134,25 @@ def _spelled(name: str) -> set[str]:
     return {f"{module}.{attribute}", ".".join(new)}
 
 
-def _read(path: Path, inert: Sequence[str]) -> dict[str, Tensor]:
+def _read(path: Path, inert: Sequence[str]) -> dict[str, torch.Tensor]:
     """Reads a file; `inert` are the names in it for which something is put that does nothing."""
     stand_ins: Any = [(_Inert, name) for name in inert]
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return safetensors_torch.load_file(path)
         with torch.serialization.safe_globals(stand_ins):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the two libraries have many kinds of them
         raise missing(str(path), error) from error
     tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(t, torch.Tensor) for t in tensors.values()
+    ):
         raise UserError(f"--reward: {path} holds no named tensors")
     return tensors
 
 
-def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """config.json and the tensors of a folder in the layout of transformers."""
     config = loaded.read_json(path / "config.json", f"--reward: {path}")
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -161,7 +161,7 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     raise UserError(f"--reward: {path} has neither model.safetensors nor pytorch_model.bin")
 
 
-def fill(module: torch.nn.Module, tensors: dict[str, Tensor], name: str) -> None:
+def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], name: str) -> None:
     """Puts tensors into a network; every weight must be there, finite, and nothing over.
 
     Raises:

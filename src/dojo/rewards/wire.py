@@ -14,17 +14,19 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from dojo.cli import TrainingStopped, UserError
 from dojo.cli.masking import hide, secrets, without_user
 from dojo.files.pictures import to_pil
+from dojo.lazy import torch
 from dojo.rewards import spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PIXELS = 4096 * 4096  # of one picture
 _HEAD = 44  # characters of base64 that hold the 33 bytes of a PNG's signature and header

@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError, option
 from dojo.files import tensors
+from dojo.lazy import diffusers, safetensors_torch, torch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 STATE = "ema.json"
 FOLDER = "ema"
@@ -77,9 +76,9 @@ class Averaged:
         self.params = list(params)
         self.args = args
         self.optimizer: Any = optimizer if hasattr(optimizer, "eval") else None
-        self.ema: EMAModel | None = None
+        self.ema: diffusers.EMAModel | None = None
         if args.use_ema:
-            self.ema = EMAModel(self.params, decay=args.ema_decay)
+            self.ema = diffusers.EMAModel(self.params, decay=args.ema_decay)
             # In bfloat16 an update of one part in ten thousand would be rounded away.
             self.ema.to(device=self._home, dtype=torch.float32)
 
@@ -146,7 +145,7 @@ class Averaged:
             return
         self.restore_progress(folder)
         if self._rounded:
-            saved = load_file(folder / SHADOWS)
+            saved = safetensors_torch.load_file(folder / SHADOWS)
             values = [saved[str(i)] for i in range(len(saved))]
         else:
             read()

@@ -15,19 +15,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from safetensors.torch import load_file
-from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from dojo import files
 from dojo.cli import TrainingStopped, UserError
 from dojo.files import outputs
 from dojo.files.records import DamagedFile, read_table
 from dojo.files.tensors import obey_umask
+from dojo.lazy import safetensors_torch, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim.lr_scheduler import LRScheduler
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 CHECKSUMS = "checksums.json"
@@ -206,7 +207,7 @@ def load_part(folder: Path, name: str) -> dict[str, Tensor]:
         UserError: it is missing.
     """
     _require(folder, name)
-    return load_file(folder / name)
+    return safetensors_torch.load_file(folder / name)
 
 
 def _require(folder: Path, name: str) -> None:

@@ -18,13 +18,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
-from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
+from dojo.lazy import accelerate, torch
 from dojo.run import checkpoint, finite
 from dojo.run.optim import OptimArgs
 from dojo.run.replicas import (
@@ -37,6 +34,9 @@ from dojo.run.replicas import (
     check_options,
     made_by,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _TAG = "zero"
 # Those whose step is the same on a flat part of all weights as on each by itself.
@@ -130,7 +130,7 @@ def check_optimizer(optim: OptimArgs) -> None:
 
 def of(accelerator: Any) -> bool:
     """Whether these processes are DeepSpeed's."""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED
+    return accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
 
 
 def check_script(args: Any, accelerator: Any) -> None:
@@ -208,18 +208,18 @@ class Zero(Replicas):
             self._load(self._resumed)
         return [self.engine], wrapped
 
-    def clip(self, params: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    def clip(self, params: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
         """The gradients' norm over all processes before the engine clipped them; infinite where
         one is not finite, and then no weight has moved."""
         found = self.engine.get_global_grad_norm()
         return torch.as_tensor(found, dtype=torch.float32, device=self.accelerator.device)
 
-    def state(self, optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    def state(self, optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
         """What this process keeps of the optimizer; nothing before there is an engine."""
         if self.engine is None:
             return
         for state in self.engine.optimizer.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
     def anywhere(self, names: list[str]) -> list[str]:
         """What is wrong on this process, or that something is on another: a collective."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dojo.files import records
 from dojo.run import folders, machine, phases
-from dojo.run.cost import Cost
-from dojo.run.phases import Held, Needs
-from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from dojo.run.cost import Cost
+    from dojo.run.phases import Held, Needs
+    from dojo.run.run import Run
 
 
 def print_plan(

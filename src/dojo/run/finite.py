@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+from dojo.lazy import no_grad, torch
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
     """The tensors of nested tables and lists, such as an optimizer's state."""
-    if isinstance(tree, Tensor):
+    if isinstance(tree, torch.Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():
@@ -21,14 +20,14 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-@torch.no_grad()
-def not_finite(groups: Mapping[str, Iterable[Tensor]]) -> list[str]:
+@no_grad
+def not_finite(groups: Mapping[str, Iterable[torch.Tensor]]) -> list[str]:
     """The names of the groups in which a number is NaN or infinite.
 
     Two numbers of each tensor come back, its ends (which are NaN where anything in it is), and
     all of them to the CPU at once: nothing of a tensor's size is made.
     """
-    ends: list[Tensor] = []
+    ends: list[torch.Tensor] = []
     owners: list[str] = []
     for name, tensors in groups.items():
         for tensor in map(_own, tensors):
@@ -44,6 +43,6 @@ def not_finite(groups: Mapping[str, Iterable[Tensor]]) -> list[str]:
     return [name for name in groups if name in broken]
 
 
-def _own(tensor: Any) -> Tensor:
+def _own(tensor: Any) -> torch.Tensor:
     """What this process has of a tensor that may be shared out over several."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -13,9 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import accelerate
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError, incidental_options
 from dojo.cli.masking import hide
@@ -23,6 +21,9 @@ from dojo.files import outputs, records
 from dojo.run import checkpoint, machine
 from dojo.run.processes import Processes
 from dojo.run.renamed import as_named_now
+
+if TYPE_CHECKING:
+    import accelerate
 
 
 def take(folder: Path, *, overwrite: bool) -> None:

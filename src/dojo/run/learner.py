@@ -15,20 +15,25 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from dojo.cli import TrainingStopped
 from dojo.files import tensors
-from dojo.run import checkpoint, finite, fused
+from dojo.lazy import late, torch
+from dojo.run import checkpoint, finite
 from dojo.run import optim as optimizers
-from dojo.run.averaging import Averaged, EmaArgs
-from dojo.run.fused import FusedOptimizer
-from dojo.run.optim import OptimArgs
+from dojo.run.averaging import Averaged
 from dojo.run.replicas import Learned, Written
-from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dojo.run import fused
+    from dojo.run.averaging import EmaArgs
+    from dojo.run.optim import OptimArgs
+    from dojo.run.run import Run
+else:
+    fused = late("dojo.run.fused")
 
 MAX_SKIPPED_STEPS = 20  # of the fp16 gradient scaler, in a row
 
@@ -112,7 +117,7 @@ class Learner:
         if remark := optimizers.remark(optim, run.device):
             run.say(remark)
         self.optimizer, self.schedule = optimizers.make(trained.groups, optim, run)
-        self._fused = self.optimizer if isinstance(self.optimizer, FusedOptimizer) else None
+        self._fused = self.optimizer if isinstance(self.optimizer, fused.FusedOptimizer) else None
         self._averaged = Averaged(trained.params, ema, self.optimizer)
         state = self._resume()
         self.modules, self.optimizer = run.replicas.prepare(trained.modules, self.optimizer, passes)

@@ -6,7 +6,8 @@ import resource
 import sys
 
 import psutil
-import torch
+
+from dojo.lazy import torch
 
 # Dense bfloat16 peak in FLOP/s by the device's name (vendors' data sheets), for the utilisation.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}

@@ -7,15 +7,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import accelerate
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dojo.files import records
+from dojo.lazy import torch
 from dojo.run import checkpoint, machine
+
+if TYPE_CHECKING:
+    import accelerate
+    from torch import Tensor
 
 PAUSES = ("validation", "checkpoint", "cache")  # phases that are no training
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol
-
-import torch
-from diffusers.optimization import get_scheduler
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from dojo.cli import UserError, option, ranges
-from dojo.run import fused, split
+from dojo.lazy import diffusers, late, nn, torch
 
-Groups = Sequence[nn.Parameter] | Sequence[dict[str, Any]]
+if TYPE_CHECKING:
+    from dojo.run import fused, split
+else:
+    split = late("dojo.run.split")
+    fused = late("dojo.run.fused")
+
+Groups: TypeAlias = "Sequence[nn.Parameter] | Sequence[dict[str, Any]]"
 
 # Bytes per trained weight: weight, gradient and the optimizer's state, with float32 weights.
 STATE_BYTES = {
@@ -222,7 +224,7 @@ def make(
 def _shape(
     optimizer: torch.optim.Optimizer, args: OptimArgs, num_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    return get_scheduler(
+    return diffusers.get_scheduler(
         "constant" if args.kind == "schedulefree" else args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,

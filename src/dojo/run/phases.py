@@ -12,14 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
-import torch
-from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from dojo.lazy import diffusers, late, torch
 
-from dojo.run import cost
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dojo.run import cost
+else:
+    cost = late("dojo.run.cost")
 
 CARDS = (8, 10, 12, 16, 24, 48, 80)
 """Sizes of graphics cards in GiB (sold as GB)."""
@@ -358,7 +361,7 @@ def _autoencoder(needs: Needs, dtype: torch.dtype) -> Any:
 @cache
 def _autoencoder_of(config: str, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
-        vae: Any = AutoencoderKL.from_config(json.loads(config))
+        vae: Any = diffusers.AutoencoderKL.from_config(json.loads(config))
     for param in vae.parameters():
         param.data = param.data.to(dtype)  # its own `to` has remarks
     return vae

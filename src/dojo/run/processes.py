@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import accelerate
-import torch
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from dojo.cli import UserError
+from dojo.lazy import accelerate, torch
+
+if TYPE_CHECKING:
+    import accelerate
 
 ABOUT_SIZE = "size of the pictures"  # a topic that is said once, wherever it is known first
 
@@ -67,6 +69,6 @@ def alone(accelerator: accelerate.Accelerator, act: Callable[[], None]) -> None:
             act()
         except UserError as error:
             trouble = str(error)
-    trouble = str(broadcast_object_list([trouble])[0])
+    trouble = str(accelerate.utils.broadcast_object_list([trouble])[0])
     if trouble:
         raise UserError(trouble)

@@ -10,19 +10,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import accelerate
-import torch
-from accelerate.utils import gather_object
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dojo import files
 from dojo.cli import UserError
 from dojo.files.records import read_table
+from dojo.lazy import accelerate, late
 from dojo.run import checkpoint, finite
 from dojo.run.averaging import Averaged
-from dojo.run.fused import FusedOptimizer
+
+if TYPE_CHECKING:
+    import accelerate
+    import torch
+    from torch import Tensor, nn
+
+    from dojo.run import fused
+else:
+    fused = late("dojo.run.fused")
 
 SHARDS = "shards"  # the folder of a checkpoint that holds the processes' parts
 ZERO = "deepspeed"  # that holds what DeepSpeed wrote
@@ -125,8 +129,8 @@ class Replicas:
         """
         network, *others = modules
         # accelerate would move the whole state of one to the device that steps as it goes.
-        fused = isinstance(optimizer, FusedOptimizer)
-        placed = [None, False, *[None] * len(others)] if fused else None
+        in_backward = isinstance(optimizer, fused.FusedOptimizer)
+        placed = [None, False, *[None] * len(others)] if in_backward else None
         prepared: Any = self.accelerator.prepare(
             network, optimizer, *others, device_placement=placed
         )
@@ -210,7 +214,7 @@ class Replicas:
             own = part(inside)
             sums = {str(path.relative_to(inside)): checkpoint.settled(path) for path in own}
             several = self.accelerator.num_processes > 1
-            everyones = dict(gather_object([*sums.items()]) if several else sums)
+            everyones = dict(accelerate.utils.gather_object([*sums.items()]) if several else sums)
             if main:
                 rest(inside)
                 checkpoint.add_checksums(inside, everyones)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accelerate.utils import gather_object
-
 from dojo.cli import UserError
+from dojo.lazy import accelerate
 from dojo.run import checkpoint
 from dojo.run.optim import OptimArgs, Span, new_span
 from dojo.run.processes import Processes
@@ -58,6 +57,6 @@ def _check_whole(folder: Path, processes: Processes) -> None:
     except UserError as error:
         trouble = str(error)
     if processes.accelerator.num_processes > 1:
-        trouble = next(filter(None, gather_object([trouble])), "")
+        trouble = next(filter(None, accelerate.utils.gather_object([trouble])), "")
     if trouble:
         raise UserError(trouble)

@@ -18,32 +18,28 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import accelerate
-import diffusers
-import torch
-import transformers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-)
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dojo import launch
 from dojo.cli import UserError, marks, option, ranges
 from dojo.files import outputs
 from dojo.launch import interrupt, launcher
-from dojo.run import checkpoint, deepspeed, folders, machine, resuming, sharding, trackers
+from dojo.lazy import accelerate, diffusers, late, torch, transformers
+from dojo.run import checkpoint, deepspeed, folders, machine, resuming, trackers
 from dojo.run import optim as optimizers
-from dojo.run.cost import Cost
 from dojo.run.metrics import Metrics
 from dojo.run.optim import OptimArgs
 from dojo.run.processes import Processes, alone
 from dojo.run.replicas import Replicas
 from dojo.run.stopping import Stopping
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.run import sharding
+    from dojo.run.cost import Cost
+else:
+    sharding = late("dojo.run.sharding")
 
 Item = TypeVar("Item")
 Key = tuple[int | str, ...]
@@ -402,7 +398,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
     names = trackers.chosen(run_args.report_to)  # a dry run refuses what is not installed, too
     accelerator = accelerate.Accelerator(
         mixed_precision=run_args.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
+        gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(
             num_steps=optim.gradient_accumulation_steps,
             adjust_scheduler=False,
             sync_with_dataloader=False,
@@ -411,9 +407,11 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         project_dir=run_args.output_dir / "logs",
         # Rank 0 may check and cache a large data set while the others wait.
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=24)),
+            accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=24)),
             # The only buffer is a constant table of positions, 0.45 GB in SD3.5-Medium.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            accelerate.DistributedDataParallelKwargs(
+                broadcast_buffers=False, gradient_as_bucket_view=True
+            ),
         ],
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -477,7 +475,7 @@ def _settle_seed(args: RunArgs, resumed: Path | None) -> int:
         seed = folders.recorded_seed(args.output_dir)
     if seed is not None:
         return seed
-    return int(broadcast_object_list([secrets.randbits(31)])[0])
+    return int(accelerate.utils.broadcast_object_list([secrets.randbits(31)])[0])
 
 
 def _together_on_cpu(processes: int) -> str:

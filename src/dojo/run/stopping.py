@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
-
-import accelerate
-import torch
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from dojo.launch import interrupt
+from dojo.lazy import torch
 from dojo.run import checkpoint
 from dojo.run.metrics import Metrics
+
+if TYPE_CHECKING:
+    import accelerate
 
 Item = TypeVar("Item")
 

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import accelerate
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
 from dojo.cli.masking import hide
 from dojo.run import folders
+
+if TYPE_CHECKING:
+    import accelerate
 
 TRACKERS = ("tensorboard", "wandb", "swanlab")
 

@@ -15,21 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from dojo import files
 from dojo.cli import UserError
 from dojo.data.images import READER, Size
 from dojo.data.pairs.pairs import Pair, Pairs
 from dojo.data.shards import Shards, cache_folder, describe
+from dojo.lazy import safetensors_torch, torch
 
 _DECODERS = 4  # threads that read pictures
 
-Score = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
+Score: TypeAlias = "Callable[[torch.Tensor, Sequence[str]], tuple[torch.Tensor, torch.Tensor]]"
 """Whole pictures of one size (float32 [B, 3, H, W] in [0, 1]) and their captions to scores (float32
 [B]) and whether they are valid (bool [B])."""
 
@@ -142,21 +141,21 @@ def _scores(
         describe(folder, settings)
     score = cache(load_score)
 
-    def make(members: Sequence[int]) -> dict[str, Tensor]:
+    def make(members: Sequence[int]) -> dict[str, torch.Tensor]:
         return _scored(pairs, score(), [uses[member] for member in members])
 
     shards.fill(make, title="choosing", process=process, num_processes=num_processes)
     wait()
     found: dict[tuple[int, str], float | None] = {}
     for shard, members in enumerate(shards.members):
-        stored = load_file(shards.path(shard))
+        stored = safetensors_torch.load_file(shards.path(shard))
         numbers, valid = stored["score"].tolist(), stored["valid"].tolist()
         for member, number, good in zip(members, numbers, valid, strict=True):
             found[uses[member]] = number if good else None
     return found
 
 
-def _scored(pairs: Pairs, score: Score, uses: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
+def _scored(pairs: Pairs, score: Score, uses: Sequence[tuple[int, str]]) -> dict[str, torch.Tensor]:
     """The tensors of one shard; pictures of the same size are scored together."""
     with ThreadPoolExecutor(_DECODERS) as pool:
         pictures = list(pool.map(pairs.pictures.read, [index for index, _ in uses]))

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
-
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from typing import TYPE_CHECKING
 
 from dojo import rng
 from dojo.data.buckets import Plan, assign
 from dojo.data.cache import CacheArgs, cache_latents
+from dojo.data.dataset import Dataset
 from dojo.data.identity import identified
 from dojo.data.order import Draw
 from dojo.data.pairs.options import PairArgs
@@ -24,6 +22,10 @@ from dojo.data.pairs.pairs import Pairs
 from dojo.data.samples import Batch, Framing, Latents, Pictures, Posterior
 from dojo.data.shards import digest
 from dojo.data.sources.captions import CaptionArgs, choose
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PairSet(Dataset[Batch]):

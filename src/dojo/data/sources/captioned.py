@@ -15,15 +15,17 @@ from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from PIL import Image
 from tqdm.auto import tqdm
 
 from dojo.cli import UserError
 from dojo.data.contents import Origin, Remembered
 from dojo.data.images import BadSample, Decoded, Size, decode, read_alpha, read_mask
 from dojo.data.options import DataArgs
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _MAX_LISTED = 10
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from dojo import rng
+from dojo.lazy import torch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Protocol
 
-from torch.utils.data import Sampler
-
 from dojo.data.order import Batches, Draw
 from dojo.data.streams.rows import Rows
 
@@ -30,7 +28,7 @@ class Shelf(Protocol):
         ...
 
 
-class Ahead(Sampler[list[Draw]]):
+class Ahead:
     """The same batches, while a thread fetches the shards of those that follow.
 
     The order is arithmetic, so the thread computes what comes and asks nobody. It keeps within one

@@ -24,14 +24,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from dojo.cli import UserError
+from dojo.data.dataset import Dataset
 from dojo.data.images import Size
 from dojo.data.options import DataArgs
 from dojo.data.order import Draw
@@ -43,6 +41,10 @@ from dojo.data.streams import places
 from dojo.data.streams.disk import Disk
 from dojo.data.streams.places import MADE, Place
 from dojo.data.streams.rows import Rows
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "index.json"
 TEXTS = "texts.safetensors"

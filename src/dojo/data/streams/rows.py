@@ -16,9 +16,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import overload
 
-import torch
-
 from dojo import rng
+from dojo.lazy import torch
 
 WINDOW = 16  # shards, where nobody says otherwise
 _KEPT = 2  # shuffled windows: a batch may lie across the border of two

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch.utils.data import Dataset
-
+from dojo.data.dataset import Dataset
 from dojo.data.images import BadSample
 from dojo.data.options import DataArgs
 from dojo.data.order import Draw

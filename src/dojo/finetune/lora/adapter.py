@@ -6,16 +6,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-
-from peft import LoraConfig
-from torch import nn
+from typing import TYPE_CHECKING
 
 from dojo.cli import UserError, option, ranges
 from dojo.finetune.lora.formats import Format
 from dojo.finetune.lora.injected import inject
-from dojo.models.facts import NetworkFacts
+from dojo.lazy import nn, peft
 from dojo.models.opening import facts_of
-from dojo.models.quantised import Precision
+from dojo.models.precisions import Precision
+
+if TYPE_CHECKING:
+    from dojo.models.facts import NetworkFacts
 
 _CLIP_ATTENTION = re.compile(
     r"(text_model\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
@@ -195,7 +196,7 @@ def _add(
     scale = 1 if args.lora_alpha is None else args.lora_alpha / args.rank
     conv_alpha = scale * args.conv_rank if args.conv_alpha is None else args.conv_alpha
     exactly = [f"^{re.escape(name)}" for name in convolutions]
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=rank,
         lora_alpha=scale * rank,  # pyright: ignore
         lora_dropout=args.lora_dropout,

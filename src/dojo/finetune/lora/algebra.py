@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dojo.cli import UserError
 from dojo.finetune.lora.layers import Factors
 from dojo.finetune.lora.lycoris import Update
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def delta(update: Factors | Update, shape: torch.Size) -> Tensor:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dojo.cli import UserError
-from dojo.finetune.lora.layers import Layers, Lora
 from dojo.models.family import ModelArgs
 from dojo.models.folders import TRANSFORMER, UNET
 from dojo.models.keys import Blocks
 from dojo.models.opening import open_model
+
+if TYPE_CHECKING:
+    from dojo.finetune.lora.layers import Layers, Lora
 
 Family = Literal["sd1", "sd2", "sdxl", "kolors", "sd3"]
 

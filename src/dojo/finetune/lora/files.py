@@ -7,26 +7,29 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from dojo.cli import UserError
 from dojo.files import outputs, tensors
 from dojo.finetune.lora import bases, formats, lycoris, reading
-from dojo.finetune.lora.adapter import LoraArgs
-from dojo.finetune.lora.bases import Base
-from dojo.finetune.lora.formats import Format
 from dojo.finetune.lora.injected import ADAPTER, config_of, set_state, state
-from dojo.finetune.lora.layers import Factors, Layers, Lora, is_dora
+from dojo.finetune.lora.layers import is_dora
 from dojo.finetune.lora.placing import add_loaded, check_lost, fit, fit_lycoris, in_file
 from dojo.finetune.lora.reading import METADATA, PEFT_CONFIG, PEFT_WEIGHTS
+from dojo.lazy import nn, safetensors_torch, torch
 from dojo.models.folders import UNET
 from dojo.models.keys import Blocks
 from dojo.models.opening import facts_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.finetune.lora.adapter import LoraArgs
+    from dojo.finetune.lora.bases import Base
+    from dojo.finetune.lora.formats import Format
+    from dojo.finetune.lora.layers import Factors, Layers, Lora
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -97,7 +100,7 @@ def restore(
     if kin := _held(models):
         _restore_lycoris(folder / WEIGHTS, models, kin)
         return
-    saved = load_file(folder / WEIGHTS)
+    saved = safetensors_torch.load_file(folder / WEIGHTS)
     own: dict[str, Tensor] = {}
     for part, model in models.items():
         own |= _named(part, model)

@@ -11,18 +11,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from dojo.cli import UserError
 from dojo.files import tensors
-from dojo.finetune.lora import bases, lycoris
-from dojo.finetune.lora.bases import Base
-from dojo.finetune.lora.layers import Factors, Layers, Lora, is_dora, to_original
+from dojo.finetune.lora import bases
+from dojo.finetune.lora.layers import is_dora, to_original
 from dojo.finetune.lora.reading import METADATA
+from dojo.lazy import torch
 from dojo.models import keys
 from dojo.models.folders import TRANSFORMER, UNET
+
+if TYPE_CHECKING:
+    from dojo.finetune.lora import lycoris
+    from dojo.finetune.lora.bases import Base
+    from dojo.finetune.lora.layers import Factors, Layers, Lora
 
 Format = Literal["diffusers", "kohya", "comfyui"]
 PARTS = (TRANSFORMER, "text_encoder", "text_encoder_2")  # of SD3

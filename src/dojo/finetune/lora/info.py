@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dojo.files import tensors
 from dojo.finetune.lora import bases, reading
 from dojo.finetune.lora.files import find, together
 from dojo.finetune.lora.layers import Factors
+from dojo.lazy import torch
 
 # What a reader of a file wants to know of its header; the rest is counted.
 _TOLD = (

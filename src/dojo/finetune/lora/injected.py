@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
-
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dojo.cli import UserError
-from dojo.models.quantised import FrozenLinear
+from dojo.lazy import late, peft
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+    from torch import Tensor, nn
+
+    from dojo.models import quantised
+else:
+    tuners_utils = late("peft.tuners.tuners_utils")
+    quantised = late("dojo.models.quantised")
 
 ADAPTER = "default"
 
@@ -31,10 +36,10 @@ def inject(network: nn.Module, config: LoraConfig, adapter: str = ADAPTER) -> No
     """
     if adapter in config_of(network):
         raise ValueError(f"there is an adapter {adapter} already")
-    inject_adapter_in_model(config, network, adapter)
+    peft.inject_adapter_in_model(config, network, adapter)
     for layer in _layers(network):
         layer.set_adapter([adapter])
-        if isinstance(layer.get_base_layer(), FrozenLinear):
+        if isinstance(layer.get_base_layer(), quantised.FrozenLinear):
             layer.merge = _refuse_merging  # peft would write into a copy: the update would be lost
     if hasattr(network, _HAS_ADAPTERS):
         setattr(network, _HAS_ADAPTERS, True)
@@ -72,14 +77,16 @@ def disabled(network: nn.Module) -> Iterator[None]:
 
 def state(network: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors under peft's names, on the CPU."""
-    tensors = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    tensors = peft.get_peft_model_state_dict(network, adapter_name=ADAPTER)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def set_state(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Puts back what `state` gave, into an adapter of the same layers and rank."""
-    set_peft_model_state_dict(network, dict(tensors), adapter_name=ADAPTER)
+    peft.set_peft_model_state_dict(network, dict(tensors), adapter_name=ADAPTER)
 
 
-def _layers(network: nn.Module) -> Iterator[BaseTunerLayer]:
-    return (module for module in network.modules() if isinstance(module, BaseTunerLayer))
+def _layers(network: nn.Module) -> Iterator[tuners_utils.BaseTunerLayer]:
+    return (
+        module for module in network.modules() if isinstance(module, tuners_utils.BaseTunerLayer)
+    )

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
-from peft import LoHaConfig, LoKrConfig
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from dojo.cli import UserError
 from dojo.finetune.lora.injected import ADAPTER, inject
 from dojo.finetune.lora.patterns import any_of, by_value
+from dojo.lazy import nn, peft, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Method = Literal["LoHa", "LoKr"]
 # By method: what a layer's tensors may be, as sets of names of which exactly one has to be there.
@@ -151,7 +151,7 @@ def add(model: nn.Module, layers: Mapping[str, Update], adapter: str = ADAPTER) 
     methods = {update.method for update in layers.values()}
     if len(methods) > 1:
         raise UserError("LoHa and LoKr layers in one model: peft cannot do both in one adapter")
-    kind: Any = LoHaConfig if methods == {"LoHa"} else LoKrConfig
+    kind: Any = peft.LoHaConfig if methods == {"LoHa"} else peft.LoKrConfig
     first = next(iter(layers.values()))
     config = kind(
         r=first.rank,

@@ -20,24 +20,29 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.files import tensors
 from dojo.finetune.lora import algebra, bases, formats, reading
-from dojo.finetune.lora.bases import Base
 from dojo.finetune.lora.files import find, together
-from dojo.finetune.lora.layers import Factors, Lora, is_dora
+from dojo.finetune.lora.layers import Factors, is_dora
 from dojo.finetune.lora.lycoris import Update
 from dojo.finetune.lora.placing import TEXT_MODEL, check_lost
+from dojo.lazy import torch
 from dojo.models.folders import UNET, find_folder
 from dojo.models.unet import single_file
-from dojo.models.unet.ldm import Origin
-from dojo.models.unet.single_file import CONFIG_FLAG, SingleFile
+from dojo.models.unet.single_file import CONFIG_FLAG
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.finetune.lora.bases import Base
+    from dojo.finetune.lora.layers import Lora
+    from dojo.models.unet.ldm import Origin
+    from dojo.models.unet.single_file import SingleFile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
-
-import torch
-from peft import LoraConfig
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dojo.cli import UserError
 from dojo.finetune.lora import formats, lycoris, names
 from dojo.finetune.lora.injected import inject
-from dojo.finetune.lora.layers import Factors, Layers, Lora
 from dojo.finetune.lora.patterns import any_of, by_value
+from dojo.lazy import nn, peft, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.finetune.lora.layers import Factors, Layers, Lora
 
 TEXT_MODEL = "text_model."
 _T = TypeVar("_T")
@@ -130,7 +131,7 @@ def add_loaded(model: nn.Module, layers: Layers, adapter: str) -> None:
         "use_dora": any(factors.magnitude is not None for factors in layers.values()),
     }
     with torch.random.fork_rng():  # peft fills what is overwritten below with random numbers
-        inject(model, LoraConfig(**config), adapter)
+        inject(model, peft.LoraConfig(**config), adapter)
     for name, factors in layers.items():
         module: Any = model.get_submodule(name)
         _set(module.lora_A[adapter].weight, factors.down)

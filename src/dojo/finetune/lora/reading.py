@@ -13,17 +13,21 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.finetune.lora import lycoris, names
-from dojo.finetune.lora.layers import Factors, Layers, Lora, from_original, is_dora
+from dojo.finetune.lora.layers import Factors, Lora, from_original, is_dora
+from dojo.lazy import torch
 from dojo.models.folders import TRANSFORMER, UNET
 from dojo.models.keys import Blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.finetune.lora.layers import Layers
 
 METADATA = "lora_adapter_metadata"  # where diffusers looks for the adapters' configurations
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from dojo.cli import UserError
 from dojo.finetune.lora import algebra, bases, formats, reading
 from dojo.finetune.lora.files import find, together
-from dojo.finetune.lora.layers import Lora, is_dora
+from dojo.finetune.lora.layers import is_dora
 from dojo.finetune.lora.placing import check_lost
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from dojo.finetune.lora.layers import Lora
 
 
 @dataclass(frozen=True, kw_only=True)

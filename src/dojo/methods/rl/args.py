@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from dojo.cli import UserError, option, ranges
 from dojo.evaluate import held_out
 from dojo.finetune import lora
 from dojo.inputs.steering import Steering
-from dojo.inputs.texts import Texts
 from dojo.maths.advantages import check_sizes
-from dojo.maths.surrogate import Ratio, Surrogate, clipped_surrogate, masked_surrogate
-from dojo.models.family import Model
-from dojo.run.optim import OptimArgs
+from dojo.maths.surrogate import Ratio, clipped_surrogate, masked_surrogate
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dojo.inputs.texts import Texts
+    from dojo.maths.surrogate import Surrogate
+    from dojo.models.family import Model
+    from dojo.run.optim import OptimArgs
 
 
 @dataclass(frozen=True, kw_only=True)

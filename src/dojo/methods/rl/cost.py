@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dojo import rewards
-from dojo.finetune import Trained, cost_of
+from dojo.finetune import cost_of
+from dojo.lazy import torch
 from dojo.maths import passes as counted
-from dojo.maths.rollout import DiffusionRolloutArgs, RolloutArgs, StepArgs
-from dojo.methods.rl.args import EpochArgs
+from dojo.maths.rollout import DiffusionRolloutArgs, RolloutArgs
 from dojo.methods.rl.finished import LevelArgs
 from dojo.methods.rl.nft import NftArgs
-from dojo.models.family import Model
-from dojo.run.cost import Cost
-from dojo.run.phases import Needs
-from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from dojo.finetune import Trained
+    from dojo.maths.rollout import StepArgs
+    from dojo.methods.rl.args import EpochArgs
+    from dojo.models.family import Model
+    from dojo.run.cost import Cost
+    from dojo.run.phases import Needs
+    from dojo.run.run import Run
 
 
 def needs(run: Run, model: Model, args: Any) -> Needs:

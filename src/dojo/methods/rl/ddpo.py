@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dojo.cli import ranges
-from dojo.maths.advantages import Advantages, PromptBuffer, group_advantages
+from dojo.maths.advantages import group_advantages
 from dojo.methods.rl.args import PolicyArgs, WayArgs, WaySampleArgs
-from dojo.methods.rl.episodes import Scores
+
+if TYPE_CHECKING:
+    from dojo.maths.advantages import Advantages, PromptBuffer
+    from dojo.methods.rl.episodes import Scores
 
 BUFFER = "prompt_buffer.safetensors"
 """of a checkpoint: the latest scores of every prompt"""

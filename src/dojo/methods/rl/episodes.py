@@ -10,23 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dojo import rng
 from dojo.cli import TrainingStopped
 from dojo.evaluate.held_out import together
-from dojo.inputs.prompts import Prompt, Prompts
+from dojo.inputs.prompts import Prompt
+from dojo.lazy import F, torch
 from dojo.maths import rollout
 from dojo.maths.advantages import coarse
-from dojo.maths.surrogate import Surrogate
-from dojo.methods.rl.args import EpochArgs
-from dojo.rewards import Reward, RewardOutput
-from dojo.run.optim import OptimArgs
-from dojo.run.run import Key, Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.inputs.prompts import Prompts
+    from dojo.maths.surrogate import Surrogate
+    from dojo.methods.rl.args import EpochArgs
+    from dojo.rewards import Reward, RewardOutput
+    from dojo.run.optim import OptimArgs
+    from dojo.run.run import Key, Run
 
 Item = TypeVar("Item")
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from dojo import rng
-from dojo.inputs.steering import Steering
+from dojo.lazy import nn, no_grad, torch
 from dojo.maths import flow
-from dojo.maths.objective import Flow
 from dojo.methods.rl.episodes import Batch
-from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.inputs.steering import Steering
+    from dojo.maths.objective import Flow
+    from dojo.run.run import Run
 
 Strategy = Literal["uniform", "logit_normal", "discrete"]
 
@@ -107,7 +109,7 @@ class Finished:
         return {name: said[k] for name, said in self.asked.items() if k < len(said)}
 
 
-Policy = Callable[[], AbstractContextManager[nn.Module]]
+Policy: TypeAlias = "Callable[[], AbstractContextManager[nn.Module]]"
 """the network as it then is, for a while"""
 
 
@@ -137,7 +139,7 @@ def noised(
     return found
 
 
-@torch.no_grad()
+@no_grad
 def ask(
     run: Run,
     chunks: Sequence[Finished],

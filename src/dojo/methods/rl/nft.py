@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
-
-from diffusers import AutoencoderKL
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from dojo.cli import UserError, ranges
-from dojo.evaluate.held_out import Evaluator
-from dojo.finetune import Trained
-from dojo.inputs.prompts import Prompt
-from dojo.inputs.steering import Steering
 from dojo.maths import forward
 from dojo.maths.advantages import Spread
 from dojo.maths.flow import squared_error
 from dojo.methods.drawing import evaluator
-from dojo.methods.rl.args import EvalArgs, SampleArgs
-from dojo.rewards import Reward
-from dojo.run.optim import OptimArgs
-from dojo.run.run import Run
+from dojo.methods.rl.args import EvalArgs
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from torch import Tensor
+
+    from dojo.evaluate.held_out import Evaluator
+    from dojo.finetune import Trained
+    from dojo.inputs.prompts import Prompt
+    from dojo.inputs.steering import Steering
+    from dojo.methods.rl.args import SampleArgs
+    from dojo.rewards import Reward
+    from dojo.run.optim import OptimArgs
+    from dojo.run.run import Run
 
 # By objective: how fast the share that the old policy keeps grows with the epochs, and its most.
 RAMPS = {"nft": (0.001, 0.5), "ram": (0.01, 0.9), "awm": (0.001, 0.3), "dgpo": (0.001, 0.3)}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from dojo.finetune import Trained
-from dojo.inputs.steering import Steering
+from dojo.lazy import no_grad
 from dojo.maths import rollout
-from dojo.maths.gaussian import Gaussian
-from dojo.models.folders import Embeds
-from dojo.run.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dojo.finetune import Trained
+    from dojo.inputs.steering import Steering
+    from dojo.maths.gaussian import Gaussian
+    from dojo.models.folders import Embeds
+    from dojo.run.run import Run
 
 
-@torch.no_grad()
+@no_grad
 def reference(
     run: Run,
     trained: Trained,

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from dojo.cli import UserError
 from dojo.models import family, folders, loaded
 from dojo.models.folders import FLAG, UNET
 from dojo.models.unet import sized
-
-with warnings.catch_warnings():  # torch's own of torch.jit.script, which the module uses
-    warnings.simplefilter("ignore", FutureWarning)
-    from diffusers import KolorsPipeline
-    from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 TEXT_FOLDERS = (TOKENIZER, TEXT_ENCODER)
@@ -28,9 +23,16 @@ TextArgs = family.TextArgs  # there is nothing to choose
 # The pipeline's own default; its True ends every call without a negative prompt.
 _NO_CAPTION = {"force_zeros_for_empty_prompt": False}
 _CLASSES = {
-    TEXT_ENCODER: ["kolors", ChatGLMModel.__name__],
-    TOKENIZER: ["kolors", ChatGLMTokenizer.__name__],
+    TEXT_ENCODER: ["kolors", "ChatGLMModel"],
+    TOKENIZER: ["kolors", "ChatGLMTokenizer"],
 }
+
+
+def _kolors() -> Any:
+    """diffusers' module of the text encoder, without what torch says of torch.jit.script there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return importlib.import_module("diffusers.pipelines.kolors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +50,29 @@ class Config(sized.Config):
     name = "Kolors"
     text_encoders = (TEXT_ENCODER,)
     text_folders = TEXT_FOLDERS
-    pipeline_class = KolorsPipeline
     pipeline_name = "Kolors"
     single_files = ()
-    text_classes = MappingProxyType({TEXT_ENCODER: ChatGLMModel})
-    tokenizer_class = ChatGLMTokenizer
     optional_parts = ("image_encoder", "feature_extractor")
     width_name = "encoder_hid_dim"
     rescales_guidance = False
 
     args: ModelArgs
     text: TextArgs = field(default_factory=TextArgs)
+
+    @property
+    def pipeline_class(self) -> Any:
+        """See the base class."""
+        return _kolors().KolorsPipeline
+
+    @property
+    def text_classes(self) -> dict[str, Any]:
+        """See the base class."""
+        return {TEXT_ENCODER: _kolors().ChatGLMModel}
+
+    @property
+    def tokenizer_class(self) -> Any:
+        """See the base class."""
+        return _kolors().ChatGLMTokenizer
 
     @property
     def text_tokens(self) -> int:
@@ -82,12 +96,12 @@ class Config(sized.Config):
 
     def index_settings(self, index: Mapping[str, Any]) -> dict[str, Any]:
         """A result is diffusers', whatever its base was."""
-        return {"_class_name": KolorsPipeline.__name__, **_CLASSES, **_NO_CAPTION}
+        return {"_class_name": "KolorsPipeline", **_CLASSES, **_NO_CAPTION}
 
     def tokenizer_folder(self, part: str) -> str:
         """`tokenizer`, or the encoder's own folder, where the authors' layout has it."""
         own = (self.folder / TOKENIZER).is_dir() or not (
-            self.folder / part / ChatGLMTokenizer.vocab_files_names["vocab_file"]
+            self.folder / part / self.tokenizer_class.vocab_files_names["vocab_file"]
         ).is_file()
         return TOKENIZER if own else part
 
@@ -95,7 +109,7 @@ class Config(sized.Config):
         """Refuses a folder without the tokenizer, and an encoder that reads no 256 tokens."""
         place = self.tokenizer_folder(TEXT_ENCODER)
         where = loaded.subject(self.folder, place, FLAG)
-        loaded.check_vocabulary_files(self.folder / place, where, ChatGLMTokenizer)
+        loaded.check_vocabulary_files(self.folder / place, where, self.tokenizer_class)
         places = int(self.encoders[TEXT_ENCODER].get("seq_length", 2048))
         if places < TOKENS:
             raise UserError(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from dojo.lazy import torch
 from dojo.models import folders
 from dojo.models.kolors import text
 from dojo.models.kolors.config import TEXT_ENCODER, TOKENIZER, TOKENS, Config, ModelArgs, TextArgs

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from dojo.lazy import torch
 from dojo.models.folders import Embeds
 from dojo.models.unet import text
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
-from transformers import CLIPTextModel
-
 from dojo.cli import UserError, ranges
+from dojo.lazy import diffusers, transformers
 from dojo.models import family
 from dojo.models.unet import config as unet
 
@@ -45,13 +42,21 @@ class Config(unet.Config):
     text_encoders = ("text_encoder",)
     text_folders = TEXT_FOLDERS
     embed_names = ("prompt_embeds",)
-    pipeline_class = StableDiffusionPipeline
     pipeline_name = "StableDiffusionPipeline"
     single_files = ("sd1", "sd2")
-    text_classes = MappingProxyType({"text_encoder": CLIPTextModel})
     optional_parts = ("safety_checker", "feature_extractor", "image_encoder")
 
     text: TextArgs = field(default_factory=TextArgs)
+
+    @property
+    def pipeline_class(self) -> Any:
+        """See the base class."""
+        return diffusers.StableDiffusionPipeline
+
+    @property
+    def text_classes(self) -> dict[str, Any]:
+        """See the base class."""
+        return {"text_encoder": transformers.CLIPTextModel}
 
     @property
     def kind_of_file(self) -> str:

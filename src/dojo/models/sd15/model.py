@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dojo.models.sd15 import text
 from dojo.models.sd15.config import Config, ModelArgs, TextArgs
 from dojo.models.unet import config
 from dojo.models.unet.model import Model as UNetModel
 from dojo.models.unet.text import cut
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,14 @@ norm.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from dojo.models.folders import Embeds
 from dojo.models.sd15.config import Config
 from dojo.models.unet import text
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TextEncoders(text.TextEncoders):

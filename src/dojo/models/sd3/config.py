@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from dojo.cli import UserError, option
 from dojo.maths import flow
@@ -20,6 +18,9 @@ from dojo.models.sd3 import schedule, single_file
 from dojo.models.sd3.keys import PREFIXES
 from dojo.models.sd3.network import MMDIT
 from dojo.models.sd3.single_file import SingleFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEXT_FOLDERS = tuple(
     f"{part}{i}" for part in ("tokenizer", "text_encoder") for i in ("", "_2", "_3")

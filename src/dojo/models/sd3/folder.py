@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKL
-
 from dojo.files import outputs
+from dojo.lazy import diffusers, torch
 from dojo.models import folders
 from dojo.models.family import Saving
 from dojo.models.sd3.config import TEXT_ENCODERS, TEXT_FOLDERS, Config
@@ -46,9 +44,9 @@ def _load(config: Config, part: str) -> Any:
         if part in TEXT_ENCODERS:
             # In half precision transformers keeps some of T5 in float32, which the file is not.
             return load_encoder(config.checkpoint, part, config.folder, dtype).to(dtype)
-        return load_part(AutoencoderKL, part, config, dtype)
+        return load_part(diffusers.AutoencoderKL, part, config, dtype)
     if part == "vae":
-        return load_part(AutoencoderKL, part, config, torch.float32)
+        return load_part(diffusers.AutoencoderKL, part, config, torch.float32)
     return getattr(load_text_pipeline(config, torch.float32), part)
 
 

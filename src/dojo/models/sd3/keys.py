@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dojo.files.tensors import Source
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIXES = {
     "transformer": "model.diffusion_model.",

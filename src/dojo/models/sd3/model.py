@@ -7,12 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
-from torch import Tensor, nn
-
+from dojo.lazy import diffusers, torch
 from dojo.maths.objective import Flow, Objective
 from dojo.models import folders
 from dojo.models.family import Saving
@@ -22,6 +19,10 @@ from dojo.models.sd3 import config, guidance, models, pipeline, schedule, text
 from dojo.models.sd3.config import Config, ModelArgs, NoiseArgs, TextArgs
 from dojo.models.sd3.folder import save_scheduler, save_whole
 from dojo.models.truncation import Reader
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class Model(Config):
 
     def load_network(
         self, dtype: torch.dtype, device: torch.device, *, prepare: Prepare | None = None
-    ) -> SD3Transformer2DModel:
+    ) -> diffusers.SD3Transformer2DModel:
         """The frozen MMDiT."""
         return models.load_transformer(self, dtype, device, prepare)
 
@@ -147,7 +148,7 @@ class Model(Config):
     def meta_network(self) -> Any:
         """An MMDiT of this size."""
         with torch.device("meta"):
-            return SD3Transformer2DModel.from_config(self.transformer)
+            return diffusers.SD3Transformer2DModel.from_config(self.transformer)
 
     def meta_inputs(
         self, rows: int, shape: tuple[int, int, int], dtype: torch.dtype

@@ -5,38 +5,37 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
-
-import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.utils import logging as diffusers_logging
-from torch import Tensor
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
-from dojo.models import folders, loaded
+from dojo.lazy import diffusers, transformers
+from dojo.models import folders, loaded, precisions
 from dojo.models.folders import FLAG
 from dojo.models.loaded import Prepare
 from dojo.models.sd3.config import Config
 from dojo.models.sd3.single_file import load_encoder
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 
 def load_transformer(
     config: Config, dtype: torch.dtype, device: torch.device, prepare: Prepare | None = None
-) -> SD3Transformer2DModel:
+) -> diffusers.SD3Transformer2DModel:
     """The frozen MMDiT in `dtype`.
 
     Args:
         prepare: see `family.Model.load_network`.
     """
     args = config.args
-    whole = partial(load_part, SD3Transformer2DModel, "transformer", config, dtype)
+    whole = partial(load_part, diffusers.SD3Transformer2DModel, "transformer", config, dtype)
     if prepare is None:
         transformer: Any = whole()
     else:
         single = config.checkpoint is not None and "transformer" in config.checkpoint
         transformer = loaded.prepared(
-            *(SD3Transformer2DModel, None if single else config.folder, "transformer"),
+            *(diffusers.SD3Transformer2DModel, None if single else config.folder, "transformer"),
             *(whole, prepare),
             dtype=dtype,
             device=device,
@@ -53,13 +52,17 @@ def load_transformer(
     return transformer.to(device)
 
 
-def load_vae(config: Config, device: torch.device, *, checkpointing: bool = False) -> AutoencoderKL:
+def load_vae(
+    config: Config, device: torch.device, *, checkpointing: bool = False
+) -> diffusers.AutoencoderKL:
     """The frozen autoencoder in `--vae_dtype`.
 
     Args:
         checkpointing: recompute the decoder's activations when a gradient goes back through it.
     """
-    vae = load_part(AutoencoderKL, "vae", config, folders.DTYPES[config.args.vae_dtype])
+    vae = load_part(
+        diffusers.AutoencoderKL, "vae", config, precisions.dtype_of(config.args.vae_dtype)
+    )
     if checkpointing:
         vae.enable_gradient_checkpointing()
     return folders.frugal(vae, config.args).requires_grad_(False).eval().to(device)
@@ -73,8 +76,9 @@ def load_part(kind: Any, part: str, config: Config, dtype: torch.dtype) -> Any:
     """
     if config.checkpoint is not None and part in config.checkpoint:
         where = f"{FLAG}: {part} of {config.checkpoint.path}"
-        level = diffusers_logging.get_verbosity()
-        diffusers_logging.set_verbosity_error()  # it warns of an empty list of float32 modules
+        level = diffusers.utils.logging.get_verbosity()
+        # It warns of an empty list of float32 modules.
+        diffusers.utils.logging.set_verbosity_error()
         try:
             # Names and sizes were compared when the model was opened.
             made = kind.from_single_file(
@@ -87,7 +91,7 @@ def load_part(kind: Any, part: str, config: Config, dtype: torch.dtype) -> Any:
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{where} cannot be read ({error})") from error
         finally:
-            diffusers_logging.set_verbosity(level)
+            diffusers.utils.logging.set_verbosity(level)
         loaded.check_finite(made.state_dict(), where)
         return made
     return loaded.network(
@@ -97,7 +101,7 @@ def load_part(kind: Any, part: str, config: Config, dtype: torch.dtype) -> Any:
 
 def load_text_pipeline(
     config: Config, dtype: torch.dtype, *, with_t5: bool = True, only: str | None = None
-) -> StableDiffusion3Pipeline:
+) -> diffusers.StableDiffusion3Pipeline:
     """Tokenizers and text encoders in `dtype`, without transformer and autoencoder.
 
     Without T5's weights, in the single file and in the folder, `text_encoder_3` is None and
@@ -112,7 +116,7 @@ def load_text_pipeline(
     """
     index = loaded.read_index(config.folder, config.flag)
     parts: dict[str, Any] = {"transformer": None, "vae": None}
-    for part, kind in _KINDS.items():
+    for part, kind in _kinds().items():
         tokenizer = part.replace("text_encoder", "tokenizer")
         if only not in (None, part):
             parts[part] = parts[tokenizer] = None
@@ -135,14 +139,13 @@ def load_text_pipeline(
                 encoder=parts[part],
             )
     scheduler = config.with_shift(config.scheduler.get("shift", 1.0))
-    return StableDiffusion3Pipeline(**parts, scheduler=scheduler)
+    return diffusers.StableDiffusion3Pipeline(**parts, scheduler=scheduler)
 
 
-_KINDS: dict[str, Any] = {
-    "text_encoder": CLIPTextModelWithProjection,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "text_encoder_3": T5EncoderModel,
-}
+def _kinds() -> dict[str, Any]:
+    clip = transformers.CLIPTextModelWithProjection
+    encoders = {"text_encoder": clip, "text_encoder_2": clip}
+    return {**encoders, "text_encoder_3": transformers.T5EncoderModel}
 
 
 def _lacks_t5(config: Config, index: Mapping[str, Any]) -> bool:
@@ -191,7 +194,7 @@ def velocity(
     )[0].float()
 
 
-def decode(vae: AutoencoderKL, config: Config, latents: Tensor) -> Tensor:
+def decode(vae: diffusers.AutoencoderKL, config: Config, latents: Tensor) -> Tensor:
     """Latents as the transformer sees them to pictures: float32 [B, 3, H, W] in [0, 1]."""
     shift, scale = config.vae["shift_factor"], config.vae["scaling_factor"]
     return folders.decode(vae, latents, scale=scale, shift=shift)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-
+from dojo.lazy import diffusers
 from dojo.models.sd3 import schedule
 from dojo.models.sd3.config import Config
 from dojo.models.sd3.models import load_text_pipeline, load_transformer, load_vae
 
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
 
 def load_pipeline(
     config: Config, dtype: torch.dtype, device: torch.device, *, texts: bool = True
-) -> StableDiffusion3Pipeline:
+) -> diffusers.StableDiffusion3Pipeline:
     """The model as trained, every part in `dtype`, with the scheduler's own shift.
 
     Args:
@@ -27,15 +29,15 @@ def load_pipeline(
     vae: Any = load_vae(config, device)
     parts["vae"] = vae.to(dtype)
     parts["scheduler"] = config.with_shift(schedule.own_shift(config.scheduler))
-    return StableDiffusion3Pipeline(**parts).to(device)
+    return diffusers.StableDiffusion3Pipeline(**parts).to(device)
 
 
 def around(
     transformer: Any, vae: AutoencoderKL, config: Config, shift: float
-) -> StableDiffusion3Pipeline:
+) -> diffusers.StableDiffusion3Pipeline:
     """A pipeline without text encoders: it is given embeddings."""
     absent: Any = None
-    return StableDiffusion3Pipeline(
+    return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=config.with_shift(shift),
         vae=vae,

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import diffusers
-import torch
-
 from dojo import rng
 from dojo.cli import UserError
+from dojo.lazy import diffusers, torch
 
 _DEFAULT = "FlowMatchEulerDiscreteScheduler"
 

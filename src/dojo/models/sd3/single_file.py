@@ -10,19 +10,19 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 from safetensors import safe_open
-from torch import Tensor
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from dojo.cli import UserError
 from dojo.files import tensors
+from dojo.lazy import diffusers, torch, transformers
 from dojo.models import classic, loaded
 from dojo.models.folders import FLAG
 from dojo.models.sd3 import keys
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MARK = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
 _SAMPLE = 65_536  # bytes read of each tensor for a fingerprint
@@ -69,8 +69,8 @@ class SingleFile:
         """
         try:
             with torch.device("meta"):
-                model: Any = SD3Transformer2DModel.from_config(dict(transformer))
-                coder: Any = AutoencoderKL.from_config(dict(vae))
+                model: Any = diffusers.SD3Transformer2DModel.from_config(dict(transformer))
+                coder: Any = diffusers.AutoencoderKL.from_config(dict(vae))
         except Exception as error:  # whatever a class says to sizes that it cannot have
             raise UserError(f"--single_file_config: it makes no network ({error})") from error
         wanted = {
@@ -157,7 +157,11 @@ def load_encoder(file: SingleFile, part: str, folder: Path, dtype: torch.dtype) 
     Raises:
         UserError: the file's tensors are not those of the configuration.
     """
-    kind = T5EncoderModel if part == "text_encoder_3" else CLIPTextModelWithProjection
+    kind = (
+        transformers.T5EncoderModel
+        if part == "text_encoder_3"
+        else transformers.CLIPTextModelWithProjection
+    )
     try:
         config: Any = kind.config_class.from_pretrained(folder, subfolder=part)  # pyright: ignore
         with torch.device("meta"):

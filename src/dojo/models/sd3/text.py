@@ -10,18 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import CLIPTokenizer, T5Tokenizer
-
+from dojo.lazy import F, no_grad, torch, transformers
 from dojo.models import int8, loaded
 from dojo.models.folders import Embeds
 from dojo.models.sd3.config import Config
 from dojo.models.sd3.models import load_text_pipeline
 from dojo.models.truncation import Reader
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CLIPS = ("clip_l", "clip_g")
 
@@ -71,11 +70,15 @@ def readers(config: Config) -> list[Reader]:
     """The tokenizers of a model and how much its encoders read, without the encoders."""
     folder, limit = config.folder, config.clip_tokens
     found = [
-        Reader("CLIP", loaded.tokenizer(CLIPTokenizer, folder, part, flag=config.flag), limit)
+        Reader(
+            "CLIP",
+            loaded.tokenizer(transformers.CLIPTokenizer, folder, part, flag=config.flag),
+            limit,
+        )
         for part in ("tokenizer", "tokenizer_2")
     ]
     if config.has_t5:
-        t5 = loaded.tokenizer(T5Tokenizer, folder, "tokenizer_3", flag=config.flag)
+        t5 = loaded.tokenizer(transformers.T5Tokenizer, folder, "tokenizer_3", flag=config.flag)
         found.append(Reader("T5", t5, config.args.max_sequence_length, "--max_sequence_length"))
     return found
 
@@ -139,7 +142,7 @@ class TextEncoders:
             device=device,
         )
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, captions: Sequence[str]) -> Embeds:
         """Everything that the transformer reads of the captions, on the CPU."""
         return {name: value.cpu() for name, value in self.joined(self.said(captions)).items()}

@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
-from diffusers import StableDiffusionXLPipeline
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
 from dojo.cli import UserError
+from dojo.lazy import diffusers, transformers
 from dojo.models import family, loaded
 from dojo.models.unet import sized
 
@@ -47,12 +44,8 @@ class Config(sized.Config):
     name = "Stable Diffusion XL"
     text_encoders = TEXT_ENCODERS
     text_folders = TEXT_FOLDERS
-    pipeline_class = StableDiffusionXLPipeline
     pipeline_name = "StableDiffusionXL"
     single_files = ("sdxl",)
-    text_classes = MappingProxyType(
-        {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    )
     optional_parts = ("image_encoder", "feature_extractor")
 
     args: ModelArgs
@@ -65,6 +58,18 @@ class Config(sized.Config):
             return self.text.uncond == "zeros"
         # The pipeline's own default where its folder says nothing.
         return bool(loaded.read_index(self.folder, self.flag).get(_ZEROS, True))
+
+    @property
+    def pipeline_class(self) -> Any:
+        """See the base class."""
+        return diffusers.StableDiffusionXLPipeline
+
+    @property
+    def text_classes(self) -> dict[str, Any]:
+        """See the base class."""
+        first, second = TEXT_ENCODERS
+        bigger = transformers.CLIPTextModelWithProjection
+        return {first: transformers.CLIPTextModel, second: bigger}
 
     @property
     def pooled_width(self) -> int:

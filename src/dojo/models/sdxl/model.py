@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from dojo.models import folders
 from dojo.models.folders import Embeds
 from dojo.models.sdxl import text
 from dojo.models.sdxl.config import Config, ModelArgs, TextArgs
 from dojo.models.unet import config, sized
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,15 @@ layer is never read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from dojo.lazy import torch
 from dojo.models.folders import Embeds
 from dojo.models.sdxl.config import Config
 from dojo.models.unet import text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TextEncoders(text.TextEncoders):

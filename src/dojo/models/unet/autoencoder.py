@@ -11,17 +11,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import AutoencoderKL
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 
 from dojo.cli import UserError
 from dojo.files import tensors
+from dojo.lazy import diffusers, safetensors_torch
 from dojo.models import folders, loaded
+
+if TYPE_CHECKING:
+    import torch
 
 FLAG = "--pretrained_vae_model_name_or_path"
 
@@ -77,22 +77,22 @@ class Autoencoder:
             )
         return replace(self, config={**self.config, _OVERFLOWS: False})
 
-    def load(self, dtype: torch.dtype) -> AutoencoderKL:
+    def load(self, dtype: torch.dtype) -> diffusers.AutoencoderKL:
         """Reads it.
 
         Raises:
             UserError: it is damaged, incomplete, or other than its configuration.
         """
         if self.path.is_dir():
-            return loaded.network(AutoencoderKL, self.path, flag=FLAG, dtype=dtype)
-        level = diffusers_logging.get_verbosity()
-        diffusers_logging.set_verbosity_error()
+            return loaded.network(diffusers.AutoencoderKL, self.path, flag=FLAG, dtype=dtype)
+        level = diffusers.utils.logging.get_verbosity()
+        diffusers.utils.logging.set_verbosity_error()
         try:
             weights: Any = {
                 _FORMER.sub(lambda found: _NOW[found[0]], name): value
-                for name, value in load_file(self.path).items()
+                for name, value in safetensors_torch.load_file(self.path).items()
             }
-            vae: Any = AutoencoderKL.from_single_file(
+            vae: Any = diffusers.AutoencoderKL.from_single_file(
                 weights, config=str(self.settings), local_files_only=True, dtype=dtype
             )
         except Exception as error:  # the library has many kinds of them
@@ -101,7 +101,7 @@ class Autoencoder:
                 f"{self.where} cannot be read as this autoencoder ({reason})"
             ) from error
         finally:
-            diffusers_logging.set_verbosity(level)
+            diffusers.utils.logging.set_verbosity(level)
         loaded.check_whole(vae, {"missing_keys": [], "unexpected_keys": []}, self.where)
         loaded.check_finite(vae.state_dict(), self.where)
         if _OVERFLOWS in self.config:  # so that a result's config.json says it

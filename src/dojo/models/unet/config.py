@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
-
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPTokenizer
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
 
 from dojo.cli import UserError
+from dojo.lazy import diffusers, torch, transformers
 from dojo.maths import ddpm
 from dojo.maths.ddpm import Prediction, Schedule
 from dojo.models import family, folders, loaded
@@ -23,6 +20,9 @@ from dojo.models.folders import FLAG, UNET
 from dojo.models.unet import autoencoder, network, schedule, single_file
 from dojo.models.unet.autoencoder import Autoencoder
 from dojo.models.unet.single_file import CONFIG_FLAG, SingleFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What a UNet of another model reads beside latents, timestep and text, by its configuration.
 _FOREIGN = {
@@ -73,14 +73,8 @@ class Config(family.Model):
     network_facts = network.UNET
     rescales_guidance = True
 
-    pipeline_class: ClassVar[Any]
-    """diffusers' class of the whole model"""
     pipeline_name: ClassVar[str]
     """what the class's name begins with in model_index.json"""
-    text_classes: ClassVar[Mapping[str, Any]]
-    """classes of the text encoders, by their folders"""
-    tokenizer_class: ClassVar[Any] = CLIPTokenizer
-    """the class of their tokenizers"""
     optional_parts: ClassVar[tuple[str, ...]]
     """of a pipeline, which nothing is trained or drawn with: None where not needed"""
     single_files: ClassVar[tuple[str, ...]]
@@ -159,7 +153,7 @@ class Config(family.Model):
     @property
     def text_lengths(self) -> dict[str, int]:
         """The same for every encoder: 77 for the real CLIPs."""
-        return dict.fromkeys(self.text_classes, self.text_tokens)
+        return dict.fromkeys(self.text_encoders, self.text_tokens)
 
     @property
     def scaling_factor(self) -> float:
@@ -183,9 +177,28 @@ class Config(family.Model):
     # -- parts --------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
+    def pipeline_class(self) -> Any:
+        """diffusers' class of the whole model."""
+
+    @property
+    @abstractmethod
+    def text_classes(self) -> dict[str, Any]:
+        """The classes of the text encoders, by their folders."""
+
+    @property
+    def tokenizer_class(self) -> Any:
+        """The class of their tokenizers."""
+        return transformers.CLIPTokenizer
+
+    @property
     def networks(self) -> dict[str, Any]:
         """The classes of all networks, by their folders."""
-        return {UNET: UNet2DConditionModel, "vae": AutoencoderKL, **self.text_classes}
+        return {
+            UNET: diffusers.UNet2DConditionModel,
+            "vae": diffusers.AutoencoderKL,
+            **self.text_classes,
+        }
 
     @property
     def pipeline_options(self) -> dict[str, Any]:
@@ -299,7 +312,7 @@ class Config(family.Model):
         """
         width = self.text_width
         if text != width:
-            gives = "encoder gives" if len(self.text_classes) == 1 else "encoders give"
+            gives = "encoder gives" if len(self.text_encoders) == 1 else "encoders give"
             raise UserError(
                 f"{self.flag}: {self.folder} does not fit together: the text {gives} {text} "
                 f"numbers per token, the UNet reads {width} ({self.width_name})"
@@ -335,7 +348,7 @@ def read(kind: type[ConfigT], args: ModelArgs, text: family.TextArgs) -> ConfigT
         unet=unet,
         vae=folders.read_config(folder, flag, "vae") if vae is None else vae.config,
         scheduler=scheduler,
-        encoders={part: folders.read_config(folder, flag, part) for part in kind.text_classes},
+        encoders={part: folders.read_config(folder, flag, part) for part in kind.text_encoders},
         other_vae=vae,
         checkpoint=checkpoint,
     )

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from dojo.files import outputs
+from dojo.lazy import nn
 from dojo.maths.objective import Diffusion, Objective
 from dojo.models import folders, loaded
 from dojo.models.family import Saving

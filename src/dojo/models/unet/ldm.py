@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from dojo.lazy import torch
 from dojo.models import classic
 from dojo.models.sd3 import keys
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What the names of a part begin with, by family; what is written comes first.
 PREFIXES: dict[str, dict[str, tuple[str, ...]]] = {

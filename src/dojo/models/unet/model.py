@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
-
+from dojo.lazy import diffusers, torch
 from dojo.maths.objective import Diffusion, Objective
-from dojo.models import folders, loaded
+from dojo.models import folders, loaded, precisions
 from dojo.models.family import Saving
 from dojo.models.folders import UNET
 from dojo.models.loaded import Prepare
@@ -23,6 +20,9 @@ from dojo.models.unet import folder as folder_
 from dojo.models.unet import networks, noise, pipeline, schedule, text
 from dojo.models.unet.config import Config
 from dojo.models.unet.noise import NoiseArgs
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +49,15 @@ class Model(Config, ABC):
 
     def load_network(
         self, dtype: torch.dtype, device: torch.device, *, prepare: Prepare | None = None
-    ) -> UNet2DConditionModel:
+    ) -> diffusers.UNet2DConditionModel:
         """The frozen UNet."""
-        whole = partial(self.load_part, UNet2DConditionModel, UNET, dtype)
+        whole = partial(self.load_part, diffusers.UNet2DConditionModel, UNET, dtype)
         if prepare is None:
             unet = whole()
         else:
             folder = None if self.elsewhere(UNET) else self.folder
             unet = loaded.prepared(
-                *(UNet2DConditionModel, folder, UNET, whole, prepare),
+                *(diffusers.UNet2DConditionModel, folder, UNET, whole, prepare),
                 dtype=dtype,
                 device=device,
                 variant=self.args.variant,
@@ -68,9 +68,13 @@ class Model(Config, ABC):
             unet.enable_gradient_checkpointing()
         return unet.to(device)
 
-    def load_vae(self, device: torch.device, *, checkpointing: bool = False) -> AutoencoderKL:
+    def load_vae(
+        self, device: torch.device, *, checkpointing: bool = False
+    ) -> diffusers.AutoencoderKL:
         """The frozen autoencoder."""
-        vae = self.load_part(AutoencoderKL, "vae", folders.DTYPES[self.args.vae_dtype])
+        vae = self.load_part(
+            diffusers.AutoencoderKL, "vae", precisions.dtype_of(self.args.vae_dtype)
+        )
         if checkpointing:
             vae.enable_gradient_checkpointing()
         return folders.frugal(vae, self.args).requires_grad_(False).eval().to(device)
@@ -86,7 +90,7 @@ class Model(Config, ABC):
         """The noise at a timestep, or v."""
         return networks.prediction(network, noisy, level, **conditions, dtype=dtype)
 
-    def decode(self, vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    def decode(self, vae: diffusers.AutoencoderKL, latents: Tensor) -> Tensor:
         """Latents to pictures."""
         return networks.decode(vae, self, latents)
 
@@ -96,7 +100,7 @@ class Model(Config, ABC):
         """The whole pipeline, without safety checker."""
         return pipeline.load_pipeline(self, dtype, device, texts=texts)
 
-    def pipeline(self, network: Any, vae: AutoencoderKL, objective: Objective) -> Any:
+    def pipeline(self, network: Any, vae: diffusers.AutoencoderKL, objective: Objective) -> Any:
         """A pipeline with the scheduler of the objective."""
         return pipeline.around(network, vae, self.make_scheduler(objective), self)
 
@@ -115,7 +119,7 @@ class Model(Config, ABC):
     def meta_network(self) -> Any:
         """A UNet of this size."""
         with torch.device("meta"):
-            return UNet2DConditionModel.from_config(self.unet)
+            return diffusers.UNet2DConditionModel.from_config(self.unet)
 
     def meta_inputs(
         self, rows: int, shape: tuple[int, int, int], dtype: torch.dtype

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dojo.models import folders
 from dojo.models.unet.config import Config
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+    from torch import Tensor
 
 
 def prediction(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from diffusers import AutoencoderKL
+from typing import TYPE_CHECKING, Any
 
 from dojo.models import folders, loaded
 from dojo.models.unet.config import Config
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
 
 
 def load_pipeline(

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from dojo.files import outputs
+from dojo.lazy import diffusers
 from dojo.maths.objective import Diffusion, Objective
 
 # What of a configuration the weights hang on.

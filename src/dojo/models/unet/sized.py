@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dojo.cli import UserError
 from dojo.data.geometry import Geometry
+from dojo.lazy import torch
 from dojo.models import folders
 from dojo.models.folders import FLAG, UNET, Embeds
 from dojo.models.unet import autoencoder, config, model, sizes
 from dojo.models.unet.sizes import MicroConditioning
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")  # [B, T, D] and [B, P]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from dojo.data.geometry import Geometry
+from dojo.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MicroConditioning = Literal["file", "resized", "constant"]
 COUNT = 6  # numbers that are told of a picture

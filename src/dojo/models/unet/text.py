@@ -8,20 +8,21 @@ adapters on them would never learn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
+from dojo.lazy import no_grad, torch
 from dojo.models import int8
 from dojo.models.folders import Embeds
 from dojo.models.truncation import Reader
 from dojo.models.unet.config import Config
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def readers(config: Config) -> list[Reader]:
     """The tokenizers of a model and how much its encoders read, without the encoders."""
-    made = [config.load_tokenizer(part) for part in config.text_classes]
+    made = [config.load_tokenizer(part) for part in config.text_encoders]
     return [Reader("CLIP", one, config.text_tokens) for one in made]
 
 
@@ -85,7 +86,7 @@ class TextEncoders:
     def free_others(self) -> None:
         """There are no others."""
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, captions: Sequence[str]) -> Embeds:
         """The embeddings, on the CPU."""
         return {name: value.cpu() for name, value in self.encode(captions).items()}

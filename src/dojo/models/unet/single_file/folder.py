@@ -10,13 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig
-
 from dojo.cli import UserError
+from dojo.lazy import diffusers, torch, transformers
 from dojo.models import loaded
 from dojo.models.folders import FLAG
 from dojo.models.unet.single_file import constants, vocabulary
@@ -98,7 +93,7 @@ def _make(folder: Path, made: dict[str, Any], file: SingleFile) -> None:
 
 
 def _fill(folder: Path, made: dict[str, Any], file: SingleFile) -> None:
-    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+    for part, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
         try:
             with torch.device("meta"):
                 network: Any = kind.from_config(made[part])
@@ -111,7 +106,7 @@ def _fill(folder: Path, made: dict[str, Any], file: SingleFile) -> None:
     texts = constants.TEXTS[file.family]
     for part in texts:
         projected = "WithProjection" if part == "text_encoder_2" else ""
-        settings = CLIPTextConfig(**made[part], architectures=[_CLIP + projected])
+        settings = transformers.CLIPTextConfig(**made[part], architectures=[_CLIP + projected])
         settings.save_pretrained(folder / part)
         # OpenCLIP was trained with captions filled up with zeros, which is the token of "!".
         pad = "!" if made[part]["hidden_act"] == "gelu" else vocabulary.END

@@ -14,9 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from dojo.cli import UserError
+from dojo.lazy import torch
 from dojo.models.folders import FLAG
 from dojo.models.unet.ldm import PREFIXES
 from dojo.models.unet.single_file import reading

@@ -5,25 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
+from dojo.lazy import diffusers, torch, transformers
 from dojo.models import classic, loaded
 from dojo.models.folders import FLAG
 from dojo.models.unet import ldm
 from dojo.models.unet.single_file.constants import CONFIG_FLAG
 from dojo.models.unet.single_file.header import SingleFile
 
-_KINDS: dict[str, Any] = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KINDS = {
+    "unet": (diffusers, "UNet2DConditionModel"),
+    "vae": (diffusers, "AutoencoderKL"),
+    "text_encoder": (transformers, "CLIPTextModel"),
+    "text_encoder_2": (transformers, "CLIPTextModelWithProjection"),
 }
 # What files have beside a part's tensors and no reader takes: what is counted off, the loss of the
 # autoencoder's own training, the other half of a CLIP, and OpenCLIP-H's last layer and projection.
@@ -103,7 +102,8 @@ def _meta(part: str, folder: Path) -> Any:
     Raises:
         UserError: the configuration makes none.
     """
-    kind, where = _KINDS[part], loaded.subject(folder, part, CONFIG_FLAG)
+    kind: Any = getattr(*_KINDS[part])
+    where = loaded.subject(folder, part, CONFIG_FLAG)
     settings = loaded.read_json(folder / part / "config.json", where)
     try:
         with torch.device("meta"):

@@ -13,22 +13,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from dojo.cli import UserError
 from dojo.files import tensors
+from dojo.lazy import torch
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
 }
+
+
+def _dtype(code: str) -> torch.dtype | None:
+    return getattr(torch, _DTYPES[code]) if code in _DTYPES else None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Contents:
     metadata: Mapping[str, str] = field(repr=False)
 
     @contextmanager
-    def opened(self) -> Iterator[Callable[[str], Tensor]]:
+    def opened(self) -> Iterator[Callable[[str], torch.Tensor]]:
         """Gives what reads a tensor by its name, as long as the file is open."""
         if self.path.suffix in PICKLES:
             yield _unpickle(self.path, "").__getitem__
@@ -73,7 +76,7 @@ class Contents:
                 yield file.read(min(end - start, size))
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
@@ -100,13 +103,13 @@ def read(path: Path, flag: str) -> Contents:
         reason = str(error).splitlines()[0]
         raise UserError(f"{flag}: {path} is no whole safetensors file ({reason})") from error
     entries = {
-        name: Entry(tuple(one["shape"]), _DTYPES.get(one["dtype"]), tuple(one["data_offsets"]))
+        name: Entry(tuple(one["shape"]), _dtype(one["dtype"]), tuple(one["data_offsets"]))
         for name, one in header.items()
     }
     return Contents(path, entries, metadata)
 
 
-def _unpickle(path: Path, flag: str) -> dict[str, Tensor]:
+def _unpickle(path: Path, flag: str) -> dict[str, torch.Tensor]:
     """The tensors of a pickle, mapped from the file where its format allows that."""
     try:
         held = _load(path, mmap=True)
@@ -121,7 +124,7 @@ def _unpickle(path: Path, flag: str) -> dict[str, Tensor]:
     inside = held.get("state_dict", held) if isinstance(held, dict) else None
     if not isinstance(inside, Mapping):
         raise UserError(f"{flag}: {path} holds no table of tensors")
-    return {str(name): one for name, one in inside.items() if isinstance(one, Tensor)}
+    return {str(name): one for name, one in inside.items() if isinstance(one, torch.Tensor)}
 
 
 def _load(path: Path, *, mmap: bool) -> Any:

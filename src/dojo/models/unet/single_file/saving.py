@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dojo.files import tensors
+from dojo.lazy import torch
 from dojo.models.unet.ldm import PREFIXES, Origin, origins
 from dojo.models.unet.single_file.header import Prediction
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 # OpenCLIP-H has 24 layers, of which SD2 reads 23 and its folders hold 23. Readers of the original
