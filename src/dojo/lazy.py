@@ -36,6 +36,13 @@ def _real(name: str) -> ModuleType:
 class _Late(ModuleType):
     """A module that is imported when something is asked of it."""
 
+    @property
+    def __dict__(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return vars(_real(self.__name__))
+
+    def __dir__(self) -> list[str]:
+        return dir(_real(self.__name__))
+
     def __getattr__(self, name: str) -> object:
         return getattr(_real(self.__name__), name)
 

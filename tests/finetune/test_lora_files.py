@@ -16,7 +16,7 @@ from dojo.finetune import lora
 from dojo.finetune.lora import __main__ as command_line
 from dojo.finetune.lora import formats, info, merging, reading, resizing
 from dojo.finetune.lora.bases import Base
-from dojo.finetune.lora.layers import Lora
+from dojo.finetune.lora.layers import Factors, Lora
 from tests.finetune import sdxl
 from tests.finetune.test_lora_sdxl import everything, merged
 
@@ -64,9 +64,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 2
 
 def scaled(updates: Lora, strength: float) -> Lora:
     return {
-        part: {
-            name: formats.Factors(f.down, f.up * strength, f.alpha) for name, f in layers.items()
-        }
+        part: {name: Factors(f.down, f.up * strength, f.alpha) for name, f in layers.items()}
         for part, layers in updates.items()
     }
 
@@ -231,7 +229,7 @@ def test_a_smaller_rank_is_the_best_there_is(tmp_path: Path) -> None:
     down, up = torch.randn(6, 20, generator=generator), torch.randn(12, 6, generator=generator)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     path = tmp_path / "x.safetensors"
-    formats.write(path, {"unet": {name: formats.Factors(down, up, 3.0)}}, "diffusers")
+    formats.write(path, {"unet": {name: Factors(down, up, 3.0)}}, "diffusers")
     target = tmp_path / "y.safetensors"
     resizing.main(resizing.Args(input=str(path), output=target, rank=2))
     found = reading.read(target)[0]["unet"][name]
@@ -263,7 +261,7 @@ def test_resizes_options_are_checked(options: dict[str, Any], said: str) -> None
 
 def test_resize_refuses_a_dora_and_an_unknown_base(tmp_path: Path) -> None:
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    factors = formats.Factors(torch.ones(1, 4), torch.ones(4, 1), 1.0)
+    factors = Factors(torch.ones(1, 4), torch.ones(4, 1), 1.0)
     path = tmp_path / "x.safetensors"
     formats.write(path, {"unet": {name: factors}}, "diffusers")
     args = {"input": str(path), "output": tmp_path / "y.safetensors", "rank": 1}
@@ -271,7 +269,7 @@ def test_resize_refuses_a_dora_and_an_unknown_base(tmp_path: Path) -> None:
         resizing.main(resizing.Args(**args, base="x"))
     with pytest.raises(UserError, match="--base sd3 does not fit: the file adapts unet"):
         resizing.main(resizing.Args(**args, base="sd3"))
-    dora = formats.Factors(torch.ones(1, 4), torch.ones(4, 1), 1.0, torch.ones(4))
+    dora = Factors(torch.ones(1, 4), torch.ones(4, 1), 1.0, torch.ones(4))
     formats.write(path, {"unet": {name: dora}}, "diffusers")
     with pytest.raises(UserError, match="is a DoRA"):
         resizing.main(resizing.Args(**args))

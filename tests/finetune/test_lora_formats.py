@@ -17,6 +17,7 @@ from dojo.files import tensors
 from dojo.finetune import lora
 from dojo.finetune.lora import __main__ as command_line
 from dojo.finetune.lora import formats, reading
+from dojo.finetune.lora.layers import Factors
 from dojo.models import sd3
 from dojo.models.sd3 import keys
 from tests.processes import spawn
@@ -223,7 +224,7 @@ def test_every_layer_may_have_its_own_rank_and_alpha(
         rank, (rows, columns) = 1 + i % 4, modules[name].weight.shape
         down = 0.1 * torch.randn(rank, columns, generator=generator)
         up = 0.1 * torch.randn(rows, rank, generator=generator)
-        layers[name] = formats.Factors(down, up, alpha=1.0 + i % 3)
+        layers[name] = Factors(down, up, alpha=1.0 + i % 3)
     for name, factors in layers.items():
         weight = modules[name].weight
         weight.data = weight + factors.scale * factors.up @ factors.down

@@ -19,6 +19,7 @@ from torch import Tensor
 from dojo.cli import UserError
 from dojo.finetune import lora
 from dojo.finetune.lora import formats, reading
+from dojo.finetune.lora.layers import Factors
 from dojo.models import sd15
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -163,7 +164,7 @@ def test_every_name_of_a_unet_survives_kohyas_underscores(tiny_sd15: Path, tmp_p
         and name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
     ]
     assert {name.rpartition(".")[2] for name in names} > {"conv1", "conv_shortcut", "time_emb_proj"}
-    factors = formats.Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    factors = Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)
     path = tmp_path / "names.safetensors"
     formats.write(path, {"unet": dict.fromkeys(names, factors)}, "kohya")
     lora_, left = reading.read(path)

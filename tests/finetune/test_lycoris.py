@@ -14,6 +14,7 @@ from dojo.cli import UserError
 from dojo.finetune import lora
 from dojo.finetune.lora import formats, info, merging, reading, resizing
 from dojo.finetune.lora.bases import Base
+from dojo.finetune.lora.layers import Factors
 from dojo.models.unet.sgm import Blocks
 from tests.finetune import sdxl
 
@@ -289,7 +290,7 @@ def test_without_alpha_whole_factors_are_of_scale_one(tmp_path: Path) -> None:
 def test_two_methods_in_one_part_are_refused_and_may_be_merged(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     deltas = write(path, "LoHa", sgm=False)
-    factors = formats.Factors(torch.ones(1, 16), torch.ones(16, 1), 0.1)
+    factors = Factors(torch.ones(1, 16), torch.ones(16, 1), 0.1)
     other = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     formats.write(
         tmp_path / "y.safetensors", {"unet": {other: factors}}, "kohya", Base(family="sd1")

@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from dojo import cli
 from dojo.cli import UserError
+from dojo.lazy import late
 from dojo.methods.rl import passes_of
 from dojo.pocket import judge, proof_rl
 from dojo.pocket.proof_rl import STRICT, Change, Goal, Run
 
 if TYPE_CHECKING:
+    from matplotlib import figure as figures
     from matplotlib.axes import Axes
+else:
+    figures = late("matplotlib.figure")
 
 WHOLE = "grpo"  # the proof's own run, twice as long: what the target is taken from
 TITLES = {
@@ -192,7 +195,7 @@ def judged(arms: dict[str, Arm], whole: Arm | None) -> list[Goal]:
 
 def save_curves(arms: Sequence[Arm], path: Path) -> None:
     """The strict score over forward passes and minutes; below, distance and diversity."""
-    figure = Figure(figsize=(10, 8), dpi=120, layout="constrained")
+    figure = figures.Figure(figsize=(10, 8), dpi=120, layout="constrained")
     panels: np.ndarray = figure.subplots(2, 2, sharex="col")
     for arm, color in zip(arms, COLORS, strict=False):
         ends = arm.run.evaluations

@@ -18,20 +18,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from dojo import cli, files
 from dojo.cli import UserError, ranges
 from dojo.files import pictures
 from dojo.finetune import lora
-from dojo.lazy import diffusers, no_grad, transformers
+from dojo.lazy import diffusers, late, no_grad, transformers
 from dojo.models import loaded
 from dojo.pocket import judge, scenes, score, verifier
 from dojo.report.statistics import Comparison, Estimate, compare
 
 if TYPE_CHECKING:
+    from matplotlib import figure as figures
     from matplotlib.axes import Axes
+else:
+    figures = late("matplotlib.figure")
 
 SCRIPT = "prove_preference.sh"
 GRADED, STRICT, CLIP = "pocket", "pocket_strict", "clip"  # as the rewards call them
@@ -261,7 +263,7 @@ def table_of(results: Mapping[str, Result]) -> str:
 
 def save_curves(results: Mapping[str, Result], path: Path) -> None:
     """What the pairs' held-out share says over the steps, and the rewards of ReFL."""
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    figure = figures.Figure(figsize=(9, 6), dpi=120, layout="constrained")
     panels: np.ndarray = figure.subplots(2, 2)
     if "dpo" in results:
         dpo = results["dpo"]

@@ -18,19 +18,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from dojo import cli
 from dojo.cli import UserError
 from dojo.files import pictures
 from dojo.files.records import read_table
+from dojo.lazy import late
 from dojo.pocket import judge, scenes
 from dojo.pocket.judge import Measured
 from dojo.report import statistics
 
 if TYPE_CHECKING:
+    from matplotlib import figure as figures
     from matplotlib.axes import Axes
+else:
+    figures = late("matplotlib.figure")
 
 SCRIPT = "prove_rl.sh"
 SEED = 0  # of the bootstrap
@@ -439,7 +442,7 @@ def save_curves(part: Part, run: Run, path: Path) -> None:
     small = [STRICT] if not part.graded and STRICT in first.rows[0] else []
     small += [] if first.kl is None else ["eval_kl"]
     small += [] if run.diversity is None else ["diversity"]
-    figure = Figure(figsize=(8, 4.2 + 1.3 * len(small)), dpi=120, layout="constrained")
+    figure = figures.Figure(figsize=(8, 4.2 + 1.3 * len(small)), dpi=120, layout="constrained")
     heights = [3.0, *[1.0] * len(small)]
     found: np.ndarray = figure.subplots(
         len(heights), 1, sharex=True, squeeze=False, height_ratios=heights
@@ -476,7 +479,7 @@ def draw_scores(axes: Axes, run: Run, column: str, color: str, label: str) -> No
     )
 
 
-def label_axes(figure: Figure, panels: Sequence[Axes], run: Run) -> None:
+def label_axes(figure: figures.Figure, panels: Sequence[Axes], run: Run) -> None:
     """Minutes below, steps above, a legend over all, and a grid."""
     for axes in panels:
         axes.grid(color="#d9dde3", linewidth=0.6)
@@ -611,7 +614,7 @@ def comparison(found: Sequence[Compared]) -> str:
 
 def save_comparison(runs: Sequence[Run], path: Path) -> None:
     """Held-out reward over minutes of training, a curve for each setting."""
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = figures.Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for run, color in zip(runs, COLORS, strict=False):
         draw_scores(axes, run, TRAINED, color, setting(run))
