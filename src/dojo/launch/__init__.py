@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 COMMAND = "SD_DOJO_COMMAND"  # in the environment: what the user's command line was
 GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun leaves its processes to end in
@@ -114,15 +115,79 @@ def asks_for_fsdp() -> bool:
     return False
 
 
+# What a configuration says that starts one process of this machine and asks for nothing else.
+_ONE_PROCESS = {
+    "compute_environment": ("LOCAL_MACHINE",),
+    "distributed_type": ("NO",),
+    "num_machines": (1,),
+    "num_processes": (1,),
+    "machine_rank": (0,),
+    "main_training_function": ("main",),
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "use_cpu": (False,),
+    "debug": (False,),
+}
+
+
+def alone(words: Sequence[str]) -> tuple[list[str], dict[str, str]] | None:
+    """The command and the environment of a script that is started as one process.
+
+    They are those that accelerate would make, whose launcher takes seconds to be imported. None
+    where it has to be asked: several processes, options or a configuration beyond the simplest.
+
+    Args:
+        words: after `python -m dojo.launch`.
+    """
+    rest, said = list(words), dict[str, Any]()
+    while rest and rest[0].startswith("-"):
+        flag, _, value = rest.pop(0).partition("=")
+        flag = flag.replace("-", "_")
+        if flag in ("__config_file", "__num_processes"):
+            if not value and not rest:
+                return None
+            said[flag] = value or rest.pop(0)
+        elif flag not in ("__quiet", "_q"):
+            return None
+    if not rest or said.get("__num_processes", "1") != "1" or "__config_file" not in said:
+        return None
+    try:
+        config = yaml.safe_load(Path(said["__config_file"]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    told = config if isinstance(config, dict) else {}
+    if not {"distributed_type", "num_processes", "mixed_precision"} <= set(told):
+        return None
+    if any(told[key] not in _ONE_PROCESS.get(key, ()) for key in told):
+        return None
+    environment = {
+        "ACCELERATE_USE_CPU": "False",
+        "ACCELERATE_MIXED_PRECISION": told["mixed_precision"],
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_DYNAMO_MODE": "default",
+        "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+        "ACCELERATE_DYNAMO_USE_DYNAMIC": "False",
+        "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "False",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    return [sys.executable, *rest], environment
+
+
 def main() -> None:
     """Starts a script as `accelerate launch` would."""
+    os.environ[COMMAND] = shlex.join(["python", "-m", "dojo.launch", *sys.argv[1:]])
+    os.environ.setdefault(GRACE, "600")
+    if found := alone(sys.argv[1:]):
+        words, environment = found
+        os.execvpe(words[0], words, {**os.environ, **environment})
+    _launch()
+
+
+def _launch() -> None:
+    """By accelerate's launcher, which becomes the script where it starts one process."""
     from accelerate.commands import launch
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    os.environ[COMMAND] = shlex.join(["python", "-m", "dojo.launch", *sys.argv[1:]])
-    os.environ.setdefault(GRACE, "600")
 
     def become(args: Any) -> None:
         if (args.num_processes or 1) > 1:  # without a GPU accelerate would start one
