@@ -1,0 +1,117 @@
+"""Options are read before big libraries are: what stands for them until somebody uses them."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dojo import lazy
+from dojo.lazy import late, no_grad
+
+ROOT = Path(__file__).resolve().parents[1]
+BIG = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "scipy",
+    "matplotlib",
+    "datasets",
+)
+# What users start. Each reads its options in `main`; importing it is all that comes before.
+SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
+COMMANDS = sorted(
+    ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+    for path in (ROOT / "src" / "dojo").rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    if path.parent.name != "bench" or path.name == "__main__.py"  # the rest it starts itself
+)
+
+
+def in_a_new_process(program: str) -> str:
+    """What a program prints in a Python that has imported nothing."""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_no_script_and_no_command_imports_a_big_library_before_its_options_are_read() -> None:
+    assert len(SCRIPTS) >= 20
+    assert len(COMMANDS) >= 15
+    program = (
+        "import importlib, sys\n"
+        f"for name in {['demo', *SCRIPTS, *COMMANDS]!r}:\n"
+        "    importlib.import_module(name)\n"
+        f"    found = [one for one in {BIG!r} if one in sys.modules]\n"
+        "    if found: sys.exit(f'{name} imports {found}')\n"
+    )
+    assert not in_a_new_process(program)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--lerning_rate", "1"]])
+def test_help_and_a_misspelt_flag_need_none_either(words: list[str]) -> None:
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['train_lora_sd3.py', *{words!r}]\n"
+        "try: runpy.run_path('train_lora_sd3.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        f"print([one for one in {BIG!r} if one in sys.modules], file=sys.stderr)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert result.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_what_is_late_is_the_module_itself_in_all_that_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert lazy.torch.Tensor is torch.Tensor
+    assert lazy.nn.Linear is nn.Linear
+    assert isinstance(lazy.torch, types.ModuleType)
+    assert dir(lazy.torch) == dir(torch)
+    before = torch.get_num_threads
+    with monkeypatch.context() as patched:
+        patched.setattr(lazy.torch, "get_num_threads", lambda: 77)
+        assert torch.get_num_threads() == 77
+        patched.delattr(lazy.torch, "get_num_interop_threads")
+        assert not hasattr(torch, "get_num_interop_threads")
+    assert torch.get_num_threads is before
+    assert hasattr(torch, "get_num_interop_threads")
+
+
+def test_a_library_that_is_missing_is_missed_at_its_first_use() -> None:
+    missing = late("no_such_library")
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        _ = missing.anything
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = lazy.torch.no_such_name
+
+
+def test_no_grad_is_torchs_around_each_call() -> None:
+    weight = torch.ones(2, requires_grad=True)
+
+    @no_grad
+    def double(x: torch.Tensor, *, times: int = 2) -> torch.Tensor:
+        """Twice as much."""
+        return times * x
+
+    assert not double(weight).requires_grad
+    assert double(weight, times=3).tolist() == [3, 3]
+    assert (2 * weight).requires_grad
+    assert (double.__name__, double.__doc__) == ("double", "Twice as much.")
+
+    @no_grad
+    def fails() -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert torch.is_grad_enabled()
