@@ -14,7 +14,7 @@ import train_grpo_sd3
 import train_lora_sd3
 from dojo import cli, launch
 from dojo.cli import UserError
-from dojo.run import folders, optim, sharding
+from dojo.run import folders, optim, shardable
 from dojo.run import run as training
 from dojo.run.replicas import Replicas
 from tests.conftest import ROOT, MakeArgs, reset_accelerate, rl_flags
@@ -408,7 +408,7 @@ def test_options_that_were_not_tried_sharded_are_refused(
     run.check_folder(args)
     if group == "x":
         with pytest.raises(UserError, match="--mixed_precision bf16 in place of fp16"):
-            sharding.check(args, "fp16")
+            shardable.check(args, "fp16")
         return
     object.__setattr__(getattr(args, group), name, value)
     with pytest.raises(UserError, match=f"--{name} does not work with --shard"):

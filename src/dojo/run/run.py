@@ -25,7 +25,7 @@ from dojo.cli import UserError, marks, option, ranges
 from dojo.files import outputs
 from dojo.launch import interrupt, launcher
 from dojo.lazy import accelerate, diffusers, late, torch, transformers
-from dojo.run import checkpoint, deepspeed, folders, machine, resuming, trackers
+from dojo.run import checkpoint, deepspeed, folders, machine, resuming, shardable, trackers
 from dojo.run import optim as optimizers
 from dojo.run.metrics import Metrics
 from dojo.run.optim import OptimArgs
@@ -220,7 +220,7 @@ class Run(Processes):
         Raises:
             UserError: naming the option.
         """
-        sharding.check(args, self.accelerator.mixed_precision)
+        shardable.check(args, self.accelerator.mixed_precision)
         deepspeed.check_script(args, self.accelerator)
 
     def _here(self) -> checkpoint.State:
@@ -393,7 +393,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
             files or another process is at work in it, or the processes are sharded by FSDP, by
             DeepSpeed in a way that is not supported, or not joined.
     """
-    sharding.refuse_others()
+    shardable.refuse_others()
     deepspeed.check(run_args.mixed_precision, optim, shard=run_args.shard)
     names = trackers.chosen(run_args.report_to)  # a dry run refuses what is not installed, too
     accelerator = accelerate.Accelerator(
