@@ -285,6 +285,10 @@ def test_modelscope_is_asked_for_what_the_folder_needs(
     pickle = "vae/diffusion_pytorch_model.fp16.bin"
     assert fetched("kolors", shard, half, whole, pickle) == [shard, half]
     assert asked["name"] == "Kwai-Kolors/Kolors"
+    pickles = ["t2i/model/pytorch_model_ema.pt", "t2i/mt5/pytorch_model.bin"]
+    pickles += ["t2i/sdxl-vae-fp16-fix/diffusion_pytorch_model.bin"]
+    others = ["t2i/model/pytorch_model_module.pt", "dialoggen/pytorch_model.bin"]
+    assert fetched("hunyuandit", *pickles, *others) == pickles
     assert fetched("sd35-medium", "text_encoder/pytorch_model.bin", "vae/config.json") == [
         "vae/config.json"
     ]

@@ -29,8 +29,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
-from tqdm import tqdm
 
+from dojo.bars import Bar
 from dojo.models.catalogue import ENTRIES, Entry, File
 
 GITHUB_RAW = "https://raw.githubusercontent.com"
@@ -386,7 +386,7 @@ def stream(url: str, part: Path, done: int, file: File, token: str | None) -> in
         total = file.size if length is None else start + int(length)
         with (
             part.open("ab" if start else "wb") as output,
-            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=file.name) as progress,
+            Bar(total=total, initial=start, unit="B", unit_scale=True, desc=file.name) as progress,
         ):
             while chunk := response.read(1 << 20):
                 output.write(chunk)

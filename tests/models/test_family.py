@@ -14,11 +14,11 @@ from dojo.cli import UserError
 from dojo.data import Geometry
 from dojo.finetune import Adapters, AllWeights, Trained, WholeArgs, lora
 from dojo.inputs.steering import Steering
-from dojo.models import kolors, opening, sd3, sd15, sdxl
+from dojo.models import hunyuandit, kolors, opening, sd3, sd15, sdxl
 from dojo.models.family import Model, ModelArgs
 from dojo.models.opening import facts_of, open_model
 from dojo.run import EmaArgs, Learner, OptimArgs, Run, RunArgs, start
-from tests.conftest import reset_accelerate
+from tests.conftest import load_adapter, reset_accelerate
 
 CPU = torch.device("cpu")
 SIZE = (64, 64)
@@ -26,9 +26,15 @@ CAPTIONS = ["a red star", "two blue circles above a green square"]
 SHORT = {"max_sequence_length": 24}  # where a family has the option: T5 is slow
 
 
-@pytest.fixture(params=["sd15", "sd2", "sd3", "sdxl", "kolors"])
+OLDER = pytest.param("hunyuandit11", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["sd15", "sd2", "sd3", "sdxl", "kolors", "hunyuandit", OLDER])
 def folder(request: pytest.FixtureRequest) -> Path:
-    """An untrained model of a family; sd2 is one of sd15's that predicts v."""
+    """An untrained model of a family; sd2 is one of sd15's that predicts v.
+
+    hunyuandit is a v1.2, hunyuandit11 a v1.1.
+    """
     return request.getfixturevalue(f"tiny_{request.param}")
 
 
@@ -60,6 +66,12 @@ def conditions_of(model: Model) -> dict[str, Tensor]:
     return model.conditions(embeds_of(model), Geometry.whole(SIZE, 2) if model.sized else None)
 
 
+def told(model: Model) -> dict[str, Any]:
+    """What a plain call of the pipeline is told, so that it draws what is trained on."""
+    sizes = {"original_size": SIZE} if isinstance(model, hunyuandit.Model) else {}
+    return {**model.call_options, **sizes}
+
+
 def test_every_family_is_listed_once_and_opened_by_what_is_there(
     folder: Path, model: Model
 ) -> None:
@@ -73,14 +85,14 @@ def test_every_family_is_listed_once_and_opened_by_what_is_there(
     assert facts_of(model.load_network(torch.float32, CPU)) is model.network_facts
 
 
-@pytest.mark.parametrize("family", [sd3, sd15, sdxl, kolors])
+@pytest.mark.parametrize("family", [sd3, sd15, sdxl, kolors, hunyuandit])
 def test_a_family_refuses_the_folder_of_another(folder: Path, family: Any) -> None:
     args = family.ModelArgs(pretrained_model_name_or_path=str(folder))
     if isinstance(open_model(ModelArgs(pretrained_model_name_or_path=str(folder))), family.Model):
         assert isinstance(open_model(args), family.Model)
         return
     with pytest.raises(
-        UserError, match=f"holds a (StableDiffusion|Kolors).*, no {family.Model.name}"
+        UserError, match=f"holds a (StableDiffusion|Kolors|Hunyuan).*, no {family.Model.name}"
     ):
         open_model(args)
 
@@ -107,6 +119,13 @@ def test_the_embeddings_are_the_pipelines_own_to_the_bit(model: Model, pipeline:
             second = [None] if isinstance(model, sdxl.Model) else []
             rows, _, pooled, _ = pipeline.encode_prompt(CAPTIONS, *second, CPU, 1, False)
             expected = {"prompt_embeds": rows, "pooled_prompt_embeds": pooled}
+        elif isinstance(model, hunyuandit.Model):
+            expected = {}
+            for i, end in enumerate(("", "_2")):
+                rows, _, mask, _ = pipeline.encode_prompt(
+                    CAPTIONS, do_classifier_free_guidance=False, text_encoder_index=i
+                )
+                expected |= {f"prompt_embeds{end}": rows, f"prompt_attention_mask{end}": mask}
         else:
             expected = {"prompt_embeds": pipeline.encode_prompt(CAPTIONS, CPU, 1, False)[0]}
     for name, value in expected.items():
@@ -129,7 +148,8 @@ def test_the_first_prediction_is_that_of_the_pipelines_first_call(
 
     hook = network.register_forward_hook(keep, with_kwargs=True)
     embeds = embeds_of(model)
-    options = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent"}
+    options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1.0}
+    options |= {"output_type": "latent", **told(model)}
     pipeline(**embeds, height=64, width=64, latents=draw(2, *model.latent_shape(*SIZE)), **options)
     hook.remove()
     first = asked[0]
@@ -138,7 +158,9 @@ def test_the_first_prediction_is_that_of_the_pipelines_first_call(
     level = model.objective(SIZE).of_timestep(timestep.expand(2))
     with torch.no_grad():
         found = model.predict(network, noisy, level, conditions_of(model), torch.float32)
-    assert torch.equal(found, answers[0])
+    channels = found.shape[1]
+    assert torch.equal(found, answers[0][:, :channels])
+    assert answers[0].shape[1] == channels * (2 if isinstance(model, hunyuandit.Model) else 1)
     assert found.dtype == torch.float32
 
 
@@ -146,6 +168,7 @@ def test_latents_go_to_pixels_and_back_as_in_the_pipeline(model: Model, pipeline
     latents = draw(1, *model.latent_shape(*SIZE))
     embeds = {name: value[:1] for name, value in embeds_of(model).items()}
     options = {"num_inference_steps": 1, "guidance_scale": 1.0, "height": 64, "width": 64}
+    options |= model.call_options
     with torch.no_grad():
         drawn = pipeline(**embeds, latents=latents, output_type="latent", **options).images
         pixels = pipeline(**embeds, latents=latents, output_type="pt", **options).images
@@ -167,8 +190,11 @@ def test_the_pipeline_around_a_network_draws_what_the_whole_one_draws(
     options = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 64, "width": 64}
     options |= {"output_type": "np", **model.call_options}
     found, expected = (
-        one(**embeds, latents=draw(2, *model.latent_shape(*SIZE)), **options).images
-        for one in (around, pipeline)
+        one(**embeds, latents=draw(2, *model.latent_shape(*SIZE)), **noise, **options).images
+        for one, noise in (
+            (around, {"generator": torch.Generator().manual_seed(3)}),
+            (pipeline, {"generator": torch.Generator().manual_seed(3)}),
+        )
     )
     assert (found == expected).all()
 
@@ -194,7 +220,7 @@ def begun(folder: Path, kind: str, model: Model, resume: bool) -> tuple[Run, Tra
     reset_accelerate()
     args = RunArgs(
         output_dir=folder,
-        report_to="none",
+        report_to=("none",),
         seed=0,
         mixed_precision="no",
         checkpointing_steps=1,
@@ -244,7 +270,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_broken_off(
     source = model.folder if kind == "lora" else result
     loaded: Any = DiffusionPipeline.from_pretrained(source, safety_checker=None)
     if kind == "lora":
-        loaded.load_lora_weights(result.parent, weight_name=result.name)
+        load_adapter(loaded, source, result.parent)
     steering = Steering(
         model=model,
         texts=lambda captions: model.load_text(torch.float32, CPU)(captions),  # pyright: ignore

@@ -17,6 +17,7 @@ MILLIONS = {
     "sd15": {"unet": 859.521, "vae": 83.654, "text_encoder": 123.060},
     "sdxl": {"unet": 2567.464, "vae": 83.654, "text_encoder_2": 694.660},
     "kolors": {"unet": 2579.459, "vae": 83.654},
+    "hunyuandit": {"transformer": 1499.952, "vae": 83.654},
     "sd3-medium": {"transformer": 2028.3, "vae": 83.820, "text_encoder": 123.650},
     "sd35-medium": {"transformer": 2243.2, "text_encoder_2": 694.660, "text_encoder_3": 4762.311},
     "sd35-large": {"transformer": 8056.6, "vae": 83.820, "text_encoder_3": 4762.311},
@@ -53,6 +54,7 @@ def test_a_known_model_opens_by_its_hub_id_and_its_short_name_without_a_network(
             assert model.native_size == (512 if name == "sd15" else 1024)
             assert model.pixels_per_latent == 8
             numbers = {"sd15": 77 * 768, "sdxl": 77 * 2048 + 1280, "kolors": 257 * 4096}
+            numbers["hunyuandit"] = 77 * 1025 + 256 * 2049
             assert model.text_numbers == numbers.get(name, 333 * 4096 + 2048)
             model.check_weights(model.needed)  # there are none, and a plan needs none
             assert model.objective((1024, 1024)) is not None

@@ -274,7 +274,7 @@ def test_the_encoder_sits_in_the_precision_that_was_asked(
 def test_prepared_texts_are_those_of_the_encoder(
     config: sd15.Model, tiny_sd15: Path, tmp_path: Path, no_cache: bool, monkeypatch: Any
 ) -> None:
-    run_args = training.RunArgs(output_dir=tmp_path / "run", report_to="none", seed=0)
+    run_args = training.RunArgs(output_dir=tmp_path / "run", report_to=("none",), seed=0)
     run = training.start(run_args, OptimArgs(max_train_steps=1))
     cache = data.TextCacheArgs(latent_cache_dir=tmp_path, no_cache_text_embeddings=no_cache)
     embed = texts.prepare(run, config, cache, [CAPTIONS[:2], [""]])

@@ -158,6 +158,33 @@ ENTRIES = (
         ),
     ),
     Entry(
+        name="hunyuandit",
+        what="Hunyuan-DiT v1.2, diffusers layout; from ModelScope in Tencent's layout (t2i/)",
+        kind="model",
+        repo="Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
+        folder="models/HunyuanDiT",
+        licence="Tencent Hunyuan Community License, see its page (not for the EU)",
+        allow=(
+            "model_index.json",
+            "LICENSE*",
+            "README.md",
+            "scheduler/*",
+            "text_encoder/*",
+            "text_encoder_2/*",
+            "tokenizer/*",
+            "tokenizer_2/*",
+            "transformer/*",
+            "vae/*",
+            *(f"t2i/{part}/*" for part in ("clip_text_encoder", "mt5", "sdxl-vae-fp16-fix")),
+            "t2i/tokenizer/*",
+            "t2i/model/pytorch_model_ema.pt",
+        ),
+        # There "fp16" is in the name of the autoencoder's folder.
+        ignore=(*(one for one in OTHER_FORMATS if one != "*fp16*"), "*.fp16.*"),
+        modelscope="modelscope/HunyuanDiT",
+        modelscope_ignore=(),  # its weights are pickles
+    ),
+    Entry(
         name="clip-vit-l-14",
         what="CLIP ViT-L/14, the backbone of the aesthetic heads",
         kind="model",

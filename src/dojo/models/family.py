@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from dojo.cli import UserError, option
 from dojo.lazy import late, torch, transformers
-from dojo.models import folders, int8, published
+from dojo.models import attention, folders, int8, published
 from dojo.models.facts import NetworkFacts
 from dojo.models.folders import FLAG
 from dojo.models.precisions import dtype_of
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dojo.models.folders import Embeds
     from dojo.models.loaded import Prepare
     from dojo.models.truncation import Reader
+    from dojo.models.words import Words
     from dojo.run import cost
 else:
     cost = late("dojo.run.cost")
@@ -68,6 +69,12 @@ class ModelArgs:
     activations_on_cpu: bool = option(False, incidental=True)
     """what the trained network's forward pass keeps for the backward pass (with
     --gradient_checkpointing the blocks' inputs) lies in CPU memory meanwhile"""
+    attention_backend: attention.Backend | None = option(None, incidental=True)
+    """what computes the trained network's attention, by diffusers' names; unset is torch's own
+    choice"""
+
+    def __post_init__(self) -> None:
+        attention.check_trains(self.attention_backend)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +161,8 @@ class Model(ABC):
     scheduler: dict[str, Any]
     """the scheduler's configuration"""
     text: TextArgs = field(default_factory=TextArgs)
+    words: Words | None = None
+    """new ones, which its CLIPs are taught as they are loaded"""
 
     # -- facts --------------------------------------------------------------------------------
 
@@ -267,7 +276,7 @@ class Model(ABC):
     @property
     def text_settings(self) -> dict[str, object]:
         """What the embeddings hang on besides the encoders' files and their precision."""
-        return {}
+        return self.words.settings if self.words else {}
 
     @abstractmethod
     def load_text(
@@ -440,6 +449,9 @@ class Model(ABC):
         noisy, level, conditions = self.meta_inputs(rows, shape, dtype)
 
         def loss() -> Tensor:
+            if not any(param.requires_grad for param in network.parameters()):
+                for value in conditions.values():  # what is trained lies before the network
+                    value.requires_grad_(value.is_floating_point())
             return self.predict(network, noisy, level, conditions, dtype).mean()
 
         made = cost.training_cost(network, adapt, loss, dtype, checkpointing=checkpointing)

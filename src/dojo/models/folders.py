@@ -36,6 +36,7 @@ SCRIPTS = {
     "StableDiffusionXL": "sdxl",
     "StableDiffusionPipeline": "sd15",
     "Kolors": "kolors",
+    "HunyuanDiT": "hunyuandit",
 }
 
 _WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "feature_extractor")
@@ -93,11 +94,14 @@ def find_folder(
 def kind_of(folder: Path, flag: str) -> str:
     """The class of a folder's pipeline.
 
-    A Kolors is one by its text encoder: its authors' own folder may name another class.
+    A Kolors is one by its text encoder: its authors' own folder may name another class. That of
+    Hunyuan-DiT's authors names none.
 
     Raises:
         UserError: there is no model_index.json, or it is damaged.
     """
+    if tencents(folder) is not None:
+        return "HunyuanDiTPipeline"
     kind = str(loaded.read_index(folder, flag)["_class_name"])
     try:
         encoder: Any = json.loads((folder / "text_encoder" / "config.json").read_text("utf-8"))
@@ -105,6 +109,14 @@ def kind_of(folder: Path, flag: str) -> str:
         return kind
     is_kolors = isinstance(encoder, dict) and encoder.get("model_type") == "chatglm"
     return "KolorsPipeline" if is_kolors and not kind.startswith("Kolors") else kind
+
+
+def tencents(folder: Path) -> Path | None:
+    """The folder `t2i` of a Hunyuan-DiT as Tencent publishes it, which a folder is or has."""
+    if (folder / loaded.INDEX).is_file():
+        return None
+    inside = [(place, part) for place in (folder, folder / "t2i") for part in ("model", "denoiser")]
+    return next((p for p, part in inside if any((p / part).glob("pytorch_model_*.pt"))), None)
 
 
 def check_kind(folder: Path, flag: str, prefix: str, name: str) -> None:

@@ -32,6 +32,7 @@ _LEFT_ASIDE = {
     "CLIPTextModelWithProjection": r"(vision_model|visual_projection|logit_scale)\b.*",
     "CLIPVisionModelWithProjection": r"(text_model|text_projection|logit_scale)\b.*",
     "T5EncoderModel": r"(decoder|lm_head)\..*",
+    "BertModel": r"(bert\.)?(pooler|cls)\..*|logit_scale|(visual|text_projection)\b.*",
 }
 # Any one of these sets of files makes a tokenizer.
 _VOCABULARIES = (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
-from dojo.models import kolors, sd3, sd15, sdxl
+from dojo.models import hunyuandit, kolors, sd3, sd15, sdxl
 from dojo.models.facts import NetworkFacts
 from dojo.models.family import Model, ModelArgs, TextArgs
 from dojo.models.folders import FLAG, SCRIPTS, find_folder, kind_of
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 # The beginning of a pipeline's class in model_index.json, and the package of its family. The first
 # that fits counts.
-_PACKAGES: dict[str, Any] = {"sd3": sd3, "sdxl": sdxl, "sd15": sd15, "kolors": kolors}
+_PACKAGES: dict[str, Any] = {
+    **{"sd3": sd3, "sdxl": sdxl, "sd15": sd15, "kolors": kolors, "hunyuandit": hunyuandit}
+}
 FAMILIES: dict[str, Any] = {start: _PACKAGES[name] for start, name in SCRIPTS.items()}
 
 

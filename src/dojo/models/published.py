@@ -91,6 +91,29 @@ UNETS["kolors"] = {
     "projection_class_embeddings_input_dim": 5632,
 }
 
+# Of every version; v1.0 and v1.1 are also told a style and the pictures' sizes.
+HUNYUANDIT: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 1408,
+    "num_layers": 40,
+    "num_attention_heads": 16,
+    "attention_head_dim": 88,
+    "mlp_ratio": 4.3637,
+    "activation_fn": "gelu-approximate",
+    "norm_type": "layer_norm",
+    "learn_sigma": True,
+    "cross_attention_dim": 1024,
+    "cross_attention_dim_t5": 2048,
+    "pooled_projection_dim": 1024,
+    "text_len": 77,
+    "text_len_t5": 256,
+    "use_style_cond_and_image_meta_size": False,
+}
+# Where its schedule ends, by whether it is told them.
+HUNYUANDIT_BETA_END = {False: 0.018, True: 0.03}
+
 # ---- what stands beside them ----
 
 VAE_SIZES: dict[str, Any] = {
@@ -111,6 +134,7 @@ VAES: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 512, "scaling_factor": 0.18215},
     "sdxl": {"sample_size": 1024, "scaling_factor": 0.13025},
     "kolors": {"sample_size": 1024, "scaling_factor": 0.13025},
+    "hunyuandit": {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": False},
     **dict.fromkeys(TRANSFORMERS, _LATENTS_16),
 }
 
@@ -160,6 +184,30 @@ _T5_XXL: dict[str, Any] = {
     "layer_norm_epsilon": 1e-6,
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
+}
+# The text tower of Hunyuan-DiT's bilingual CLIP, and the encoder of mT5-XL.
+_BERT: dict[str, Any] = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "vocab_size": 47_020,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+_MT5_XL: dict[str, Any] = {
+    **_T5_XXL,
+    "vocab_size": 250_112,
+    "d_model": 2048,
+    "d_ff": 5120,
+    "num_heads": 32,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
 }
 # ChatGLM3-6B's.
 _CHATGLM: dict[str, Any] = {
@@ -238,6 +286,16 @@ def _parts(name: str) -> dict[str, dict[str, Any]]:
                 "FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 3.0}
             ),
         }
+    if name == "hunyuandit":
+        end = HUNYUANDIT_BETA_END[HUNYUANDIT["use_style_cond_and_image_meta_size"]]
+        more = {"prediction_type": "v_prediction", "clip_sample": False, "beta_end": end}
+        return {
+            "transformer": _named("HunyuanDiT2DModel", HUNYUANDIT),
+            "vae": vae,
+            "text_encoder": _BERT,
+            "text_encoder_2": _MT5_XL,
+            "scheduler": _named("DDPMScheduler", {**BETAS, **more}),
+        }
     unet = {"in_channels": 4, "out_channels": 4, **UNETS[name]}
     parts = {
         "unet": _named("UNet2DConditionModel", unet),
@@ -257,7 +315,11 @@ def _parts(name: str) -> dict[str, dict[str, Any]]:
 
 
 # By an encoder's model_type.
-_TOKENIZERS = {"t5": ("transformers", "T5Tokenizer"), "chatglm": ("kolors", "ChatGLMTokenizer")}
+_TOKENIZERS = {
+    "t5": ("transformers", "T5Tokenizer"),
+    "bert": ("transformers", "BertTokenizer"),
+    "chatglm": ("kolors", "ChatGLMTokenizer"),
+}
 
 
 def _published(
@@ -291,6 +353,10 @@ MODELS = {
         ),
         _published(
             *("kolors", "Kolors", "KolorsPipeline", "Kwai-Kolors/Kolors-diffusers"), variant="fp16"
+        ),
+        _published(
+            *("hunyuandit", "Hunyuan-DiT v1.2", "HunyuanDiTPipeline"),
+            "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
         ),
         _published(
             *("sd3-medium", "SD3-Medium", _SD3), "stabilityai/stable-diffusion-3-medium-diffusers"

@@ -23,7 +23,7 @@ class Model(Config, UNetModel):
     def text_settings(self) -> dict[str, object]:
         """Which layers are left out, if any."""
         skipped = self.text.clip_skip
-        return {"clip_skip": skipped} if skipped else {}
+        return {**super().text_settings, **({"clip_skip": skipped} if skipped else {})}
 
     def load_text(
         self,

@@ -49,6 +49,7 @@ class ModelArgs(family.ModelArgs):
     """compile the transformer's repeated blocks (regional compilation)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.max_sequence_length <= 512:
             raise ValueError("--max_sequence_length must lie between 1 and 512")
         if self.single_file_config and not self.is_single_file:

@@ -53,6 +53,7 @@ class Model(Config):
     def text_settings(self) -> dict[str, object]:
         """How long T5's part is, and how it is padded."""
         return {
+            **super().text_settings,
             "max_sequence_length": self.args.max_sequence_length,
             "t5_padding": self.text.t5_padding,
         }

@@ -18,6 +18,7 @@ from dojo.models.folders import Embeds
 from dojo.models.sd3.config import Config
 from dojo.models.sd3.models import load_text_pipeline
 from dojo.models.truncation import Reader
+from dojo.models.words import teach_pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,17 +69,14 @@ class Layout:
 
 def readers(config: Config) -> list[Reader]:
     """The tokenizers of a model and how much its encoders read, without the encoders."""
-    folder, limit = config.folder, config.clip_tokens
-    found = [
-        Reader(
-            "CLIP",
-            loaded.tokenizer(transformers.CLIPTokenizer, folder, part, flag=config.flag),
-            limit,
-        )
-        for part in ("tokenizer", "tokenizer_2")
-    ]
+    folder, limit, words = config.folder, config.clip_tokens, config.words
+    found: list[Reader] = []
+    for part in ("tokenizer", "tokenizer_2"):
+        clip = loaded.tokenizer(transformers.CLIPTokenizer, folder, part, flag=config.flag)
+        found.append(Reader("CLIP", words.reader(clip) if words else clip, limit))
     if config.has_t5:
         t5 = loaded.tokenizer(transformers.T5Tokenizer, folder, "tokenizer_3", flag=config.flag)
+        t5 = words.deaf(t5) if words else t5
         found.append(Reader("T5", t5, config.args.max_sequence_length, "--max_sequence_length"))
     return found
 
@@ -130,9 +128,15 @@ class TextEncoders:
         """The frozen encoders of a model, or one of them."""
         pipeline: Any = load_text_pipeline(config, dtype, with_t5=with_t5, only=only)
         precision = config.args.text_encoder_precision
-        for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+        encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+        for part in encoders:
             if part is not None:
-                int8.as_asked(part, precision).requires_grad_(False).eval().to(device)
+                int8.as_asked(part, precision).requires_grad_(False).eval()
+        if config.words:
+            teach_pipeline(pipeline, config.words)
+        for part in encoders:
+            if part is not None:
+                part.to(device)
         return cls(
             pipeline,
             clip_tokens=config.clip_tokens,

@@ -48,6 +48,7 @@ class ModelArgs(family.ModelArgs):
     tokenizers and the parts that the file lacks; unset is made of what the file is"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.single_file_config and not self.is_single_file:
             raise ValueError(
                 "--single_file_config goes with one file (.safetensors, .ckpt) as "

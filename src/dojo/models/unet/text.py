@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def readers(config: Config) -> list[Reader]:
     """The tokenizers of a model and how much its encoders read, without the encoders."""
     made = [config.load_tokenizer(part) for part in config.text_encoders]
+    if config.words:
+        made = [config.words.reader(one) for one in made]
     return [Reader("CLIP", one, config.text_tokens) for one in made]
 
 
@@ -65,8 +67,12 @@ class TextEncoders:
                 continue
             encoder = cls.trimmed(config.load_part(kind, part, dtype))
             encoder = int8.as_asked(encoder, config.args.text_encoder_precision)
-            tokenizers.append(config.load_tokenizer(part, encoder))
-            encoders.append(encoder.requires_grad_(False).eval().to(device))
+            tokenizer = config.load_tokenizer(part, encoder)
+            encoder = encoder.requires_grad_(False).eval()
+            if config.words:
+                tokenizer = config.words.teach(part, tokenizer, encoder)
+            tokenizers.append(tokenizer)
+            encoders.append(encoder.to(device))
         return cls(tokenizers, encoders, config.text_tokens, device)
 
     @staticmethod

@@ -7,7 +7,7 @@ what is no tensor, number or text.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,7 @@ class Contents:
     def opened(self) -> Iterator[Callable[[str], torch.Tensor]]:
         """Gives what reads a tensor by its name, as long as the file is open."""
         if self.path.suffix in PICKLES:
-            yield _unpickle(self.path, "").__getitem__
+            yield unpickle(self.path, "").__getitem__
             return
         with safe_open(self.path, framework="pt") as file:
             yield file.get_tensor
@@ -65,7 +65,7 @@ class Contents:
     def beginnings(self, names: Iterable[str], size: int) -> Iterator[bytes]:
         """The first `size` bytes of tensors, without reading the rest of them."""
         if self.path.suffix in PICKLES:
-            held = _unpickle(self.path, "")
+            held = unpickle(self.path, "")
             for name in names:
                 yield _bytes(held[name].reshape(-1)[:size])[:size]
             return
@@ -91,7 +91,7 @@ def read(path: Path, flag: str) -> Contents:
     if not path.is_file():
         raise UserError(f"{flag}: there is no file {path}")
     if path.suffix in PICKLES:
-        held = _unpickle(path, flag)
+        held = unpickle(path, flag)
         entries = {
             name: Entry(tuple(one.shape), one.dtype if one.is_floating_point() else None)
             for name, one in held.items()
@@ -109,10 +109,21 @@ def read(path: Path, flag: str) -> Contents:
     return Contents(path, entries, metadata)
 
 
-def _unpickle(path: Path, flag: str) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle, mapped from the file where its format allows that."""
+def unpickle(
+    path: Path, flag: str, inside: Sequence[str] = ("state_dict",), safe: Sequence[Any] = ()
+) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle, mapped from the file where its format allows that.
+
+    Args:
+        flag: what the user named it with.
+        inside: under which of these names they may lie in it; the first that is there counts.
+        safe: classes of plain values that it may hold beside them.
+    Raises:
+        UserError: it is broken, or holds more than that.
+    """
     try:
-        held = _load(path, mmap=True)
+        with torch.serialization.safe_globals(list(safe)):
+            held = _load(path, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{flag}: {path} holds more than tensors, and to read that could run any program: "
@@ -121,10 +132,10 @@ def _unpickle(path: Path, flag: str) -> dict[str, torch.Tensor]:
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         raise UserError(f"{flag}: {path} is no whole file of weights ({_first(error)})") from error
-    inside = held.get("state_dict", held) if isinstance(held, dict) else None
-    if not isinstance(inside, Mapping):
+    if not isinstance(held, Mapping):
         raise UserError(f"{flag}: {path} holds no table of tensors")
-    return {str(name): one for name, one in inside.items() if isinstance(one, torch.Tensor)}
+    table = next((held[name] for name in inside if isinstance(held.get(name), Mapping)), held)
+    return {str(name): one for name, one in table.items() if isinstance(one, torch.Tensor)}
 
 
 def _load(path: Path, *, mmap: bool) -> Any:
