@@ -76,7 +76,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def start(folder: Path, precision: Any = "no") -> training.Run:
     reset_accelerate()
     args = training.RunArgs(
-        output_dir=folder / "run", report_to="none", seed=0, mixed_precision=precision
+        output_dir=folder / "run", report_to=("none",), seed=0, mixed_precision=precision
     )
     return training.start(args, OPTIM)
 

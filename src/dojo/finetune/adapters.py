@@ -12,8 +12,10 @@ from dojo.cli import UserError
 from dojo.finetune import lora
 from dojo.finetune.contract import Trained
 from dojo.finetune.offload import Storage, keep_activations_on_cpu
+from dojo.finetune.tokens import PivotalArgs, Vectors, numbers_of
 from dojo.lazy import torch
 from dojo.maths.objective import Objective
+from dojo.models import attention
 from dojo.models.family import Model, ModelArgs
 from dojo.models.opening import facts_of
 from dojo.run import averaging
@@ -41,9 +43,26 @@ class Adapters(Trained):
     result_has_frozen = False
     has_reference = True
 
-    def __init__(self, run: Run, args: lora.LoraArgs) -> None:
+    def __init__(
+        self,
+        run: Run,
+        args: lora.LoraArgs,
+        *,
+        model: Model | None = None,
+        tokens: PivotalArgs | None = None,
+        text: bool = True,
+    ) -> None:
+        """
+        Args:
+            model: as far as it is known before its weights, for words that are new to it.
+            tokens: how these are trained.
+            text: the text encoders get adapters; without, they are there for new words alone.
+        """
         super().__init__(run)
         self.args = args
+        self.tokens, self.text = tokens, text
+        self.vectors: Vectors | None = None
+        self.beside = numbers_of(model) if model is not None else 0
         self.storage = Storage(args.base_precision, args.blocks_on_cpu)
 
     @property
@@ -114,6 +133,7 @@ class Adapters(Trained):
         replicas = self.run.replicas
         with replicas.turn():
             self.network = model.load_network(self.run.dtype, replicas.home, prepare=store)
+            attention.install(self.network, model.args.attention_backend)
             if model.args.activations_on_cpu:
                 keep_activations_on_cpu(self.network)
             self.modules = [self.network, *text_encoders]
@@ -121,11 +141,21 @@ class Adapters(Trained):
             self.groups = [{"params": self.adapt(self.network)}]
             rates = [*text_rates, *(None for _ in text_encoders)]
             for text_encoder, part, rate in zip(text_encoders, TEXT_PARTS, rates, strict=False):
+                if not self.text:
+                    break
                 group = {"params": self.adapt_text(text_encoder, part)}
                 self.groups.append(group if rate is None else {**group, "lr": rate})
-            lora.start_from(self.args, *self.modules)
+            lora.start_from(self.args, *self.adapted)
+            if model.words is not None and self.tokens is not None:
+                self.vectors = Vectors(model.words, text_encoders)
+                self.groups.append({"params": self.vectors.params, **self.tokens.group})
             self.spread()
         self.network.eval()
+
+    @property
+    def adapted(self) -> list[nn.Module]:
+        """Those of `modules` that have adapters."""
+        return self.modules if self.text else self.modules[:1]
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
@@ -135,23 +165,33 @@ class Adapters(Trained):
 
     def save(self, folder: Path) -> None:
         """See `Trained`."""
-        lora.save(folder, *self.modules)
+        self._save(folder)
         self.model.finish(folder, self.objective)
+
+    def _save(self, folder: Path) -> None:
+        lora.save(folder, *self.adapted)
+        if self.vectors is not None:
+            self.vectors.save(folder)
 
     def restore(self, folder: Path) -> None:
         """See `Trained`."""
-        lora.restore(folder, *self.modules)
+        lora.restore(folder, *self.adapted)
+        if self.vectors is not None:
+            self.vectors.restore(folder)
 
     def save_average(self, folder: Path) -> None:
         """See `Trained`."""
-        lora.save(folder / averaging.FOLDER, *self.modules)
+        self._save(folder / averaging.FOLDER)
 
     def restore_average(self, folder: Path) -> None:
         """See `Trained`."""
-        lora.restore(folder / averaging.FOLDER, *self.modules)
+        self.restore(folder / averaging.FOLDER)
 
     def save_result(self, folder: Path) -> Path:
-        """Writes the adapters, in the formats that were asked for."""
-        self.save(folder)
+        """Writes the adapters, in the formats that were asked for, and a file for each new word."""
+        lora.save(folder, *self.adapted)
+        if self.vectors is not None:
+            self.vectors.write(folder)
+        self.model.finish(folder, self.objective)
         lora.export(folder, self.args.lora_format, lora.Base.of(self.model, self.objective))
         return folder / self.result_name

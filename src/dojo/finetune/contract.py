@@ -41,6 +41,8 @@ class Trained(ABC):
     """Whether the model as it was can be asked without a copy of it."""
     result_has_frozen: bool
     """Whether weights that are not trained belong to the result."""
+    beside: int = 0
+    """Numbers that are trained outside of the network, as far as the dry run counts them."""
 
     has_reference: bool
     """Whether there is a `reference`."""

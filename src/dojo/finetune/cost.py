@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dojo.cli import UserError
 from dojo.finetune import fit
 from dojo.lazy import torch
+from dojo.models import attention
 from dojo.run.dry_run import print_plan
 from dojo.run.processes import ABOUT_SIZE
 
@@ -78,10 +79,12 @@ def begin(
     Returns:
         Whether there is something to train.
     Raises:
-        UserError: the folder holds another run, or the trained weights cannot lag.
+        UserError: the folder holds another run, the trained weights cannot lag, or attention cannot
+            be computed as it should.
         Planned: a plan for `--fit` ends here.
     """
     trained.check_model(args.model)
+    attention.check_run(args, run.device, run.dtype)
     if lagged:
         _check_lagged(trained, shard=args.run.shard)
     batch_size = args.optim.train_batch_size
@@ -92,7 +95,7 @@ def begin(
             raise fit.Planned(fit.Tried(args, trained, cost, needs(), state))
         network, counted = cost(checkpointing=args.model.gradient_checkpointing)
         held = fit.held(trained, network, counted, state, args.optim)
-        print_plan(run, args, held, counted, batch_size, needs=needs())
+        print_plan(run, args, held, counted, batch_size, needs=needs(), beside=trained.beside)
         return False
     if not run.begin(args, trained.result_name):
         return False

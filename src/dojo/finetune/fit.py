@@ -29,7 +29,7 @@ from dojo.finetune.contract import Trained
 from dojo.lazy import late, torch
 from dojo.models import published
 from dojo.models.family import needs_of
-from dojo.run import checkpoint, phases
+from dojo.run import checkpoint, phases, webhook
 from dojo.run.phases import Held, Needs, Phase
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def planned(main: Callable[[ArgsT], None]) -> Callable[[ArgsT], None]:
     def run(args: Any) -> None:
         if args.run.fit is not None:
             args = _fitted(main, args, cli.typed(sys.argv[1:]))
-        with published.planning(args.run.dry_run):
+        with published.planning(args.run.dry_run), webhook.failure_told():
             main(args)
 
     return run
@@ -188,7 +188,8 @@ def changes(tried: Tried, typed: frozenset[str] = frozenset()) -> Iterator[Chang
 def _text_steps(args: Any) -> Iterator[Change]:
     yield {}
     trains = getattr(getattr(args, "text_encoder", None), "train_text_encoder", False)
-    if not trains:  # frozen ones only
+    new_words = getattr(getattr(args, "tokens", None), "new_tokens", ())
+    if not (trains or new_words):  # frozen ones only
         yield {"text_encoder_precision": "int8"}
         yield {"text_encoder_device": "cpu"}
 

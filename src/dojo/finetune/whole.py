@@ -19,7 +19,7 @@ from dojo.finetune.contract import Trained
 from dojo.finetune.offload import keep_activations_on_cpu
 from dojo.lazy import torch
 from dojo.maths.objective import Objective
-from dojo.models import loaded
+from dojo.models import attention, loaded
 from dojo.models.family import Model, ModelArgs, Saving
 from dojo.models.opening import facts_of
 from dojo.models.precisions import dtype_of
@@ -224,6 +224,7 @@ class AllWeights(Trained):
         replicas = self.run.replicas
         with replicas.turn():
             self.network = model.load_network(self.dtype, replicas.home)
+            attention.install(self.network, model.args.attention_backend)
             if model.args.activations_on_cpu:
                 keep_activations_on_cpu(self.network)
             self.modules = [self.network]
@@ -232,6 +233,7 @@ class AllWeights(Trained):
             self.has_reference = with_reference
             if with_reference:
                 self._copy = copy = model.load_network(self.dtype, replicas.home).eval()
+                attention.install(copy, model.args.attention_backend)
                 replicas.spread([copy], [])
         self.network.eval()
 

@@ -16,7 +16,7 @@ from dojo.models.opening import open_model
 if TYPE_CHECKING:
     from dojo.finetune.lora.layers import Layers, Lora
 
-Family = Literal["sd1", "sd2", "sdxl", "kolors", "sd3"]
+Family = Literal["sd1", "sd2", "sdxl", "kolors", "sd3", "hunyuandit"]
 
 _TITLES: dict[str, Family] = {
     "Stable Diffusion 1": "sd1",
@@ -24,7 +24,9 @@ _TITLES: dict[str, Family] = {
     "Stable Diffusion XL": "sdxl",
     "Stable Diffusion 3": "sd3",
     "Kolors": "kolors",
+    "Hunyuan-DiT": "hunyuandit",
 }
+_TRANSFORMERS: tuple[Family, ...] = ("sd3", "hunyuandit")
 # The numbers of a token that the cross-attentions of the real models read.
 _WIDTHS: dict[int, Family] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _ARCHITECTURES: dict[str, Family] = {
@@ -33,6 +35,7 @@ _ARCHITECTURES: dict[str, Family] = {
     "stable-diffusion-xl-v1": "sdxl",
     "stable-diffusion-3": "sd3",
     "kolors": "kolors",
+    "hunyuandit": "hunyuandit",
     "sd_v1": "sd1",
     "sd_v2": "sd2",
     "sdxl_": "sdxl",
@@ -45,12 +48,15 @@ _VERSIONS: dict[Family, str] = {
     "sdxl": "sdxl_base_v1-0",
     "kolors": "kolors",
     "sd3": "sd3",
+    "hunyuandit": "hunyuandit",
 }
 _MODELSPEC: dict[Family, str] = {
     "sd1": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2-512",
     "sdxl": "stable-diffusion-xl-v1-base",
     "kolors": "kolors",
+    "sd3": "stable-diffusion-3",
+    "hunyuandit": "hunyuandit",
 }
 
 
@@ -67,12 +73,17 @@ class Base:
     @property
     def has_unet(self) -> bool:
         """Whether it is of those whose files say what they predict."""
-        return self.family != "sd3"
+        return self.family not in _TRANSFORMERS
 
     @property
     def has_original_names(self) -> bool:
         """Whether sd-scripts calls the UNet's layers by the names of the original code."""
         return self.family == "sdxl"
+
+    @property
+    def adapters_are_pefts(self) -> bool:
+        """Whether its own authors, and ComfyUI, read peft's files with the authors' names."""
+        return self.family == "hunyuandit"
 
     @property
     def title(self) -> str:
@@ -82,7 +93,7 @@ class Base:
     @property
     def kohya_module(self) -> str:
         """The module of sd-scripts that trains such a LoRA."""
-        return "networks.lora" if self.has_unet else "networks.lora_sd3"
+        return "networks.lora_sd3" if self.family == "sd3" else "networks.lora"
 
     @property
     def version(self) -> str:
@@ -92,10 +103,14 @@ class Base:
 
     @property
     def architecture(self) -> str:
-        """What modelspec calls a model with a UNet."""
+        """What modelspec calls it; of SD3 the layers tell more."""
         if self.family == "sd2" and self.predicts_v:
             return "stable-diffusion-v2-768-v"
         return _MODELSPEC[self.family]
+
+    def architecture_of(self, layers: Layers) -> str:
+        """What modelspec calls it, by the layers of its network where these tell more."""
+        return mmdit_architecture(layers) if self.family == "sd3" else self.architecture
 
     @classmethod
     def of(cls, model: Any, objective: Any = None) -> Base:
@@ -122,7 +137,7 @@ class Base:
         if name not in get_args(Family):
             raise UserError(f"--base {name}: known are {', '.join(get_args(Family))}")
         family: Family = name  # pyright: ignore[reportAssignmentType]
-        if lora and (TRANSFORMER in lora) != (family == "sd3"):
+        if lora and (TRANSFORMER in lora) != (family in _TRANSFORMERS):
             part = TRANSFORMER if TRANSFORMER in lora else next(iter(lora))
             raise UserError(f"--base {name} does not fit: the file adapts {part}")
         return cls(family=family, predicts_v=_is_v(metadata), blocks=_blocks(lora))
@@ -154,6 +169,8 @@ def chosen(name: str | None, lora: Lora, metadata: Mapping[str, str]) -> tuple[B
 
 def _family(lora: Lora, metadata: Mapping[str, str]) -> tuple[Family, str]:
     if TRANSFORMER in lora:
+        if any(name.startswith("blocks.") for name in lora[TRANSFORMER]):
+            return "hunyuandit", "it adapts a transformer with Hunyuan-DiT's blocks"
         return "sd3", "it adapts a transformer"
     for key in ("ss_base_model_version", "modelspec.architecture"):
         for start, family in _ARCHITECTURES.items():

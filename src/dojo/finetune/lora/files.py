@@ -76,6 +76,8 @@ def export(folder: Path, form: Format, base: Base | None = None) -> Path:
     if form == "diffusers":
         return source
     target = source.with_name(f"{source.stem}_{form}.safetensors")
+    if form == "comfyui" and base is not None and base.adapters_are_pefts:
+        target = source.with_name(form) / PEFT_WEIGHTS  # its configuration comes beside it
     formats.write(outputs.own(target), reading.read(source)[0], form, base)
     return target
 

@@ -3,21 +3,23 @@
 diffusers writes factors as .lora_A.weight and .lora_B.weight and alpha into the header, the other
 two .lora_down.weight, .lora_up.weight and .alpha. A UNet's file of the other two is the same one,
 which ComfyUI reads too: SD1's and Kolors' layers have diffusers' names in it, SDXL's those of the
-original code, as kohya's scripts train that one. For names see `names`.
+original code, as kohya's scripts train that one. A HunyuanDiT's file for ComfyUI is peft's, as its
+authors write it. For names see `names`.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dojo.cli import UserError
-from dojo.files import tensors
+from dojo.files import outputs, tensors
 from dojo.finetune.lora import bases
 from dojo.finetune.lora.layers import is_dora, to_original
-from dojo.finetune.lora.reading import METADATA
+from dojo.finetune.lora.reading import METADATA, PEFT_CONFIG, PEFT_WEIGHTS
 from dojo.lazy import torch
 from dojo.models import keys
 from dojo.models.folders import TRANSFORMER, UNET
@@ -60,6 +62,9 @@ def write(path: Path, lora: Lora, form: Format, base: Base | None = None) -> Non
     if any(map(is_dora, lora.values())):
         raise UserError(f"--lora_format: a DoRA has no form in {form}'s format here")
     base = base or bases.guess(lora)[0]
+    if form == "comfyui" and base.adapters_are_pefts:
+        _write_peft(path, lora)
+        return
     prefixes = _COMFYUI if form == "comfyui" and TRANSFORMER in lora else kohya_prefixes(base)
     if extra := lora.keys() - prefixes.keys():
         raise UserError(f"--lora_format: {base.family} has no {min(extra)} in {form}'s format")
@@ -86,6 +91,52 @@ def _write_diffusers(path: Path, lora: Lora) -> None:
         for name, value in peft_config(layers).items()
     }
     tensors.save(path, state, {METADATA: json.dumps(config, indent=2, sort_keys=True)})
+
+
+def _write_peft(path: Path, lora: Lora) -> None:
+    """Writes a transformer's layers as peft does, under their original names.
+
+    The alphas are the ranks, since some readers of such files know no others. A file that has
+    peft's own name gets peft's configuration beside it.
+
+    Raises:
+        UserError: it adapts more than the transformer.
+    """
+    if extra := lora.keys() - {TRANSFORMER}:
+        raise UserError(f"--lora_format: there is no {min(extra)} in comfyui's format of this base")
+    layers = to_original(lora[TRANSFORMER])
+    state: dict[str, torch.Tensor] = {}
+    for name, factors in layers.items():
+        up = factors.up if factors.scale == 1 else factors.up * factors.scale
+        state[f"base_model.model.{name}.lora_A.weight"] = factors.down
+        state[f"base_model.model.{name}.lora_B.weight"] = up
+    tensors.save(path, state, {"format": "pt"})
+    if path.name == PEFT_WEIGHTS:
+        ranks = {name: factors.rank for name, factors in layers.items()}
+        text = json.dumps(_peft_file(ranks), indent=2, sort_keys=True)
+        outputs.own(path.with_name(PEFT_CONFIG)).write_text(text + "\n", encoding="utf-8")
+
+
+def _peft_file(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """peft's adapter_config.json of layers whose alphas are their ranks."""
+    # Older releases of peft find a layer's own rank by the end of its name alone.
+    short = {name: name.split(".", 2)[-1] for name in ranks}
+    alike = len({*zip(short.values(), ranks.values(), strict=True)}) == len({*short.values()})
+    own = {short[name] if alike else name: rank for name, rank in ranks.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {name: rank for name, rank in own.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks),
+    }
 
 
 def write_lycoris(path: Path, updates: lycoris.Updates, base: Base | None = None) -> None:
@@ -186,7 +237,7 @@ def _metadata(path: Path, lora: Lora, base: Base) -> dict[str, str]:
         **header(path, base),
     }
     if not base.has_unet:
-        architecture = bases.mmdit_architecture(lora.get(TRANSFORMER, {}))
+        architecture = base.architecture_of(lora.get(TRANSFORMER, {}))
         found["modelspec.architecture"] = f"{architecture}/lora"
     if linear and len(linear) < len(layers):
         conv = peft_config({n: f for n, f in layers.items() if n not in linear})

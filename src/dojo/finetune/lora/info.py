@@ -1,4 +1,5 @@
-"""Says what a LoRA file is: method, format, base, layers, ranks, alphas, norms and its header.
+"""Says what a LoRA file is: method, format, base, layers, ranks, alphas, norms and its header; and
+what a file of a learned word is.
 
 python -m dojo.lora info --input hearts.safetensors
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dojo.files import tensors
+from dojo.finetune import embeddings
 from dojo.finetune.lora import bases, reading
 from dojo.finetune.lora.files import find, together
 from dojo.finetune.lora.layers import Factors
@@ -45,12 +47,16 @@ class Args:
     """The file."""
 
     input: str
-    """LoRA, LoHa or LoKr: file, folder or hub id of any public trainer"""
+    """LoRA, LoHa, LoKr or learned word: file, folder or hub id of any public trainer"""
 
 
 def main(args: Args) -> None:
     """Prints one fact a line."""
     path = find(args.input, "--input")
+    for line in (words := embeddings.describe(path, "--input")):
+        print(line)
+    if words:
+        return
     file = reading.read_any(path, f"--input: {args.input}", partial=True)
     for line in describe(path, file):
         print(line)

@@ -1,7 +1,8 @@
 """From a layer's name in a LoRA file to the part of the pipeline and the layer in it.
 
-A layer of the transformer, one of CLIP-L (CLIP-G: text_encoder_2, te2, clip_g), and one of a UNet,
-as they are called by
+A layer of the transformer (here SD3's; a HunyuanDiT's is blocks.0.attn1.to_q in diffusers, and in
+Tencent's names blocks.0.attn1.Wqkv), one of CLIP-L (CLIP-G: text_encoder_2, te2, clip_g), and one
+of a UNet, as they are called by
     diffusers   transformer.transformer_blocks.0.attn.to_q
                 text_encoder.text_model.encoder.layers.0.self_attn.q_proj
                 unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q
@@ -71,19 +72,27 @@ _UNET_WORD = re.compile(
     r"(?:in|out)put_blocks|middle_block|(?:in|out|emb)_layers|skip_connection|time_embed|label_emb|"
     r"[a-z0-9]+"
 )
-_BLOCK = re.compile(r"(joint|transformer)_blocks[._](\d+)[._](.+)")
+_BLOCK = re.compile(r"((?:(?:joint|transformer)_)?blocks)[._](\d+)[._](.+)")
 
 
 def _flat_names() -> tuple[dict[str, str], dict[str, str]]:
-    """An MMDiT's names by their spelling with underscores for dots: in a block, and outside."""
+    """Transformers' names by their spelling with underscores for dots: in a block, and outside."""
     inside: dict[str, str] = {}
     outside: dict[str, str] = {}
     for original in keys.original_modules(1):
         for name in (original, *keys.diffusers_modules(original)):
             match = _BLOCK.fullmatch(name)
-            short, table = (match[3], inside) if match else (name, outside)
-            table[short.replace(".", "_")] = short
+            if match:
+                inside[_flat(match)] = match[3]
+            else:
+                outside[name.replace(".", "_")] = name
     return inside, outside
+
+
+def _flat(match: re.Match[str]) -> str:
+    """A name in a block without its number; a HunyuanDiT's blocks have other layers than SD3's."""
+    kind = "blocks" if match[1] == "blocks" else "x_blocks"
+    return f"{kind}_{match[3].replace('.', '_')}"
 
 
 _FLAT_IN_BLOCK, _FLAT = _flat_names()
@@ -136,7 +145,7 @@ def resolve(layer: str, blocks: keys.Blocks) -> tuple[str, str] | None:
     if part != _NETWORK:
         name = text_layer(inside)
         return (part, name) if name else None
-    if name := _mmdit_layer(inside):
+    if name := _transformer_layer(inside):
         return TRANSFORMER, name
     if _UNET_ROOT.match(inside):
         name = _dotted(inside)
@@ -179,8 +188,8 @@ def of_network(layer: str) -> bool:
     return not layer.startswith(("text_", "lora_te"))
 
 
-def _mmdit_layer(name: str) -> str | None:
+def _transformer_layer(name: str) -> str | None:
     if match := _BLOCK.fullmatch(name):
-        inside = _FLAT_IN_BLOCK.get(match[3].replace(".", "_"))
-        return f"{match[1]}_blocks.{match[2]}.{inside}" if inside else None
+        inside = _FLAT_IN_BLOCK.get(_flat(match))
+        return f"{match[1]}.{match[2]}.{inside}" if inside else None
     return _FLAT.get(name.replace(".", "_"))
