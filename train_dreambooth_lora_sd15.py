@@ -7,8 +7,8 @@ the class, drawn by the base model, and the loss is
     mean over the instance's half + prior_loss_weight * mean over the class's half
 
 of the error of the predicted noise or velocity (arXiv:2006.11239, Equation 14; arXiv:2202.00512,
-Appendix D). `--train_text_encoder` puts adapters on CLIP too. New tokens (pivotal tuning, textual
-inversion) are not here yet.
+Appendix D). `--train_text_encoder` puts adapters on CLIP too. With `--new_tokens` CLIP learns words
+of its own (Gal et al. 2022, arXiv:2208.01618) beside the adapter: pivotal tuning.
 
     accelerate launch train_dreambooth_lora_sd15.py \
         --pretrained_model_name_or_path models/pocket-sd15 --instance_data_dir datas/dog \
@@ -42,6 +42,7 @@ class Args:
     prior: class_pictures.PriorArgs
     lora: finetune.LoraArgs
     text_encoder: finetune.TextEncoderArgs
+    tokens: finetune.PivotalArgs
     noise: sd15.NoiseArgs
     optim: OptimArgs
     ema: EmaArgs
@@ -50,6 +51,7 @@ class Args:
 
     def __post_init__(self) -> None:
         self.text_encoder.check(self.optim)
+        self.tokens.check(self.optim)
 
 
 def main(args: Args) -> None:
@@ -57,7 +59,9 @@ def main(args: Args) -> None:
     # ---------------------------------------------------------------------------------- run
     run = start(args.run, args.optim)
     model = sd15.open_model(args.model, args.text)
-    trained = finetune.Adapters(run, args.lora)
+    model = args.tokens.taught(model, run.seed)
+    train_text = args.text_encoder.train_text_encoder
+    trained = finetune.Adapters(run, args.lora, model=model, tokens=args.tokens, text=train_text)
     args.validation.check(model)
     args.publish.check(args.run.output_dir, args.run.report_to)
     trained.check(args.optim)
@@ -85,8 +89,7 @@ def main(args: Args) -> None:
     )
     if not finetune.begin(run, args, trained, cost, needs):
         return
-    train_text = args.text_encoder.train_text_encoder
-    texts = args.validation.texts
+    texts, train_text = args.validation.texts, train_text or model.words is not None
     inputs = pictures.prepare(run, sources, model, args, texts, train_text=train_text)
 
     # -------------------------------------------------------------------------------- model

@@ -8,8 +8,8 @@ the class, drawn by the base model, and the loss is
 
 of the error of the predicted noise or velocity (arXiv:2006.11239, Equation 14; arXiv:2202.00512,
 Appendix D). The UNet is told sizes and crops too (arXiv:2307.01952, Section 2.2).
-`--train_text_encoder` puts adapters on both CLIPs. New tokens (pivotal tuning, textual inversion)
-are not here yet.
+`--train_text_encoder` puts adapters on both CLIPs. With `--new_tokens` they learn words of their
+own (Gal et al. 2022, arXiv:2208.01618) beside the adapter: pivotal tuning.
 
     accelerate launch train_dreambooth_lora_sdxl.py \
         --pretrained_model_name_or_path models/pocket-sdxl --instance_data_dir datas/dog \
@@ -43,6 +43,7 @@ class Args:
     prior: class_pictures.PriorArgs
     lora: finetune.LoraArgs
     text_encoder: finetune.TextEncoderArgs
+    tokens: finetune.PivotalArgs
     noise: sdxl.NoiseArgs
     optim: OptimArgs
     ema: EmaArgs
@@ -51,6 +52,7 @@ class Args:
 
     def __post_init__(self) -> None:
         self.text_encoder.check(self.optim)
+        self.tokens.check(self.optim)
 
 
 def main(args: Args) -> None:
@@ -58,7 +60,9 @@ def main(args: Args) -> None:
     # ---------------------------------------------------------------------------------- run
     run = start(args.run, args.optim)
     model = sdxl.open_model(args.model, args.text)
-    trained = finetune.Adapters(run, args.lora)
+    model = args.tokens.taught(model, run.seed)
+    train_text = args.text_encoder.train_text_encoder
+    trained = finetune.Adapters(run, args.lora, model=model, tokens=args.tokens, text=train_text)
     args.validation.check(model)
     args.publish.check(args.run.output_dir, args.run.report_to)
     trained.check(args.optim)
@@ -86,8 +90,7 @@ def main(args: Args) -> None:
     )
     if not finetune.begin(run, args, trained, cost, needs):
         return
-    train_text = args.text_encoder.train_text_encoder
-    texts = args.validation.texts
+    texts, train_text = args.validation.texts, train_text or model.words is not None
     inputs = pictures.prepare(run, sources, model, args, texts, train_text=train_text)
 
     # -------------------------------------------------------------------------------- model

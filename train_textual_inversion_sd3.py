@@ -1,0 +1,124 @@
+"""Textual inversion for Stable Diffusion 3 and 3.5: a new word from a few pictures.
+
+Transformer and text encoders stay as they are; the embedding vectors v of a word that the CLIPs do
+not know (`--new_tokens "<dog>"`), some for each of them, learn to mean what the pictures show (Gal
+et al. 2022, arXiv:2208.01618, Equation 2), by the flow-matching error (arXiv:2403.03206):
+
+    v* = argmin_v  E w(sigma) |f(x_sigma, sigma, c_v(caption)) - (eps - x0)|^2
+
+T5 learns no word: it reads `--initializer_token` in its place. The result is a file of a few
+kilobytes for each word.
+
+    accelerate launch train_textual_inversion_sd3.py \
+        --pretrained_model_name_or_path models/pocket-sd3 --dataset_name datas/dog \
+        --new_tokens "<dog>" --initializer_token dog --instance_prompt "a photo of <dog>" \
+        --resolution 64 --output_dir outputs/dog-token-sd3
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from dojo import cli, data, finetune, publish, rng
+from dojo.evaluate import ValidationArgs, Validator
+from dojo.inputs import pictures
+from dojo.launch import interrupt
+from dojo.maths import flow
+from dojo.models import sd3
+from dojo.models.opening import open_model
+from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Options by group; every group is documented where its code is."""
+
+    model: sd3.ModelArgs
+    text: sd3.TextDropoutArgs
+    run: RunArgs
+    data: data.DataArgs
+    captions: data.CaptionArgs
+    cache: data.CacheArgs
+    tokens: finetune.InversionArgs
+    noise: sd3.NoiseArgs
+    optim: OptimArgs
+    ema: EmaArgs
+    validation: ValidationArgs
+    publish: publish.PublishArgs
+
+
+def main(args: Args) -> None:
+    """Trains from the options to the saved words."""
+    # ---------------------------------------------------------------------------------- run
+    run = start(args.run, args.optim)
+    model = open_model(args.model, args.text)
+    model = args.tokens.taught(model, run.seed)
+    trained = finetune.Inversion(run, model)
+    args.validation.check(model)
+    args.publish.check(args.run.output_dir, args.run.report_to)
+    trained.check(args.optim)
+
+    # --------------------------------------------------------------------------------- data
+    sources = pictures.open_sources(run, args)
+    size, batch_size = sources.size, args.optim.train_batch_size
+    if not args.run.dry_run:
+        sources = pictures.check_samples(run, sources, model, args)
+    pictures.plan(run, sources, args.optim)
+    args.ema.check(args.optim.kind, run.num_steps)
+    shape = finetune.shape_of(run, model, size)
+    cost = partial(finetune.cost_of, run, trained, model, batch_size, shape)
+    drawn = bool(args.validation.texts)
+    needs = partial(pictures.needs, run, model, args, size, batch_size, drawn=drawn)
+    if not finetune.begin(run, args, trained, cost, needs):
+        return
+    texts = args.validation.texts
+    inputs = pictures.prepare(run, sources, model, args, texts, train_text=True)
+
+    # -------------------------------------------------------------------------------- model
+    clips = inputs.text.encoders.trainable if inputs.text.encoders else []
+    trained.load(model, model.objective(size, args.noise), text_encoders=[*clips])
+    learner = Learner(run, trained, args.optim, args.ema)
+    learner.network.train()
+    clips[:] = learner.modules[1:]  # these answer for captions from here on
+    evaluate = Validator(run, inputs, trained.network, args.noise, args.validation, size)
+
+    # --------------------------------------------------------------------------------- loop
+    learner.catch_up(evaluate, due=args.validation.due(run.step, run.num_steps))
+    for batch in run.batches(inputs.loader(batch_size)):
+        places = batch["place"]
+        rng.seed_global(run.seed, "dropout", places[0])
+        with learner.accumulate():
+            clean = inputs.latents(batch)  # [B, C, h, w]
+            noise = rng.normal(clean.shape[1:], run.keys("noise", places), run.device)
+            uniform = rng.uniform(run.keys("sigma", places))
+            objective = model.objective(batch["size"][0], args.noise)
+            sigma = objective.level(uniform).to(run.device)  # [B]
+            noisy = flow.interpolate(clean, noise, sigma)
+
+            conditions = inputs.conditions(batch)
+            predicted = model.predict(learner.network, noisy, sigma, conditions, run.dtype)
+            target = flow.velocity(clean, noise)
+            if args.noise.precondition_outputs:
+                predicted, target = flow.clean_estimate(noisy, predicted, sigma), clean
+            errors = flow.squared_error(predicted, target, inputs.area(batch))  # [B]
+            weight = flow.loss_weight(sigma, args.noise.weighting_scheme)
+            loss = (weight * batch["weight"].to(run.device) * errors).mean()
+            stepped = learner.step(loss)
+        if stepped:
+            learner.look(evaluate, due=args.validation.due(run.step, run.num_steps))
+            learner.keep()
+
+    # ------------------------------------------------------------------------------- result
+    card = publish.Card(
+        title="Textual inversion for Stable Diffusion 3",
+        dataset=args.data.location,
+        tags=("textual_inversion", "stable-diffusion-3", "text-to-image"),
+        instance_prompt=args.data.instance_prompt,
+    )
+    publish.finish(run, args, learner, trained, evaluate, card)
+
+
+if __name__ == "__main__":
+    interrupt.watch()
+    cli.run(finetune.planned(main), Args, __doc__)
