@@ -1,6 +1,7 @@
 """Pictures: file names, labelled grids, the contact sheet, letters that a font may lack."""
 
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
-from PIL import Image
+from fontTools.ttLib import TTFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dojo.files import pictures
 
@@ -19,21 +21,23 @@ def solid(color: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
 
 
 @pytest.fixture
-def no_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine without fonts of its own."""
-    pictures._best_font.cache_clear()
+    pictures._fonts_of.cache_clear()
     monkeypatch.setattr(pictures, "_system_fonts", list)
+    yield
+    pictures._fonts_of.cache_clear()
 
 
-def cat_font(path: Path) -> Path:
-    """A font that has the letters a, b, x and the character 猫, each a square."""
+def syllable_font(path: Path) -> Path:
+    """A font that has the letters a, b, x and the Ethiopic ሀ, each a square."""
     pen = TTGlyphPen(None)
     pen.moveTo((0, 0))
     for corner in ((0, 500), (500, 500), (500, 0)):
         pen.lineTo(corner)
     pen.closePath()
     square = pen.glyph()
-    names = {ord("a"): "a", ord("b"): "b", ord("x"): "x", ord("猫"): "cat"}
+    names = {ord("a"): "a", ord("b"): "b", ord("x"): "x", ord("ሀ"): "syllable"}
     order = [".notdef", *names.values()]
     builder = FontBuilder(1000)
     builder.setupGlyphOrder(order)
@@ -41,7 +45,7 @@ def cat_font(path: Path) -> Path:
     builder.setupGlyf(dict.fromkeys(order, square))
     builder.setupHorizontalMetrics({name: (600, 0) for name in order})
     builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Cat", "styleName": "Regular"})
+    builder.setupNameTable({"familyName": "Syllable", "styleName": "Regular"})
     builder.setupOS2()
     builder.setupPost()
     builder.save(path)
@@ -157,32 +161,88 @@ def test_a_contact_sheet_shows_the_rewards_where_there_are_any(
     assert scored.height == plain.height + 2 * pictures._LINE
 
 
-def test_letters_that_no_font_has_are_replaced_and_not_drawn_as_boxes(no_fonts: None) -> None:
-    assert pictures.drawable("Ελλάδα, привет:\n a-b]c^\\d")[1] == "Ελλάδα, привет: a-b]c^\\d"
-    assert pictures.drawable("00 一只猫 seed 0")[1] == "00 (?) seed 0"
-    assert pictures.drawable("猫")[1] == "(?)"
+def written(text: str) -> Image.Image:
+    """A line on white."""
+    sheet = Image.new("RGB", (400, 30), "white")
+    pictures.write(ImageDraw.Draw(sheet), (4, 4), pictures.drawable(text))
+    return sheet
 
 
-def test_a_font_of_the_machine_is_taken_where_it_has_more(
+def test_letters_that_no_font_has_are_spelled_out_and_not_drawn_as_boxes(no_fonts: None) -> None:
+    assert pictures.drawable("Ελλάδα, привет:\n a-b]c^\\d") == "Ελλάδα, привет: a-b]c^\\d"
+    assert pictures.drawable("00 ሀ seed 0") == "00 U+1200 seed 0"
+    assert pictures.drawable("\U00013000") == "U+13000"
+
+
+def test_a_chinese_prompt_is_text_on_a_machine_without_fonts(no_fonts: None) -> None:
+    said = "一只戴帽子的猫，高质量。「星空」 seed 0"
+    assert pictures.drawable(said) == said
+    boxes = [written(char).tobytes() for char in "猫狗"]
+    assert boxes[0] != boxes[1]
+    assert min(written("猫").convert("L").tobytes()) < 100  # something dark is there
+
+
+def test_latin_text_is_drawn_as_by_one_font_alone(no_fonts: None) -> None:
+    text, font = "a photo of Zoë, AVATAR – №5 привет", ImageFont.truetype(pictures._base_font(), 13)
+    for centred, anchor in ((False, "la"), (True, "mm")):
+        ours, theirs = (Image.new("RGB", (400, 30), "white") for _ in range(2))
+        pictures.write(ImageDraw.Draw(ours), (200, 12), pictures.drawable(text), centred=centred)
+        ImageDraw.Draw(theirs).text((200, 12), text, fill="black", font=font, anchor=anchor)
+        assert ours.tobytes() == theirs.tobytes()
+    assert pictures.length(text) == font.getlength(text)
+
+
+def test_letters_beside_chinese_stay_where_they_were(no_fonts: None) -> None:
+    width = int(pictures.length("a cat "))
+    alone, beside = (
+        written(text).crop((0, 0, 4 + width, 30)).tobytes() for text in ("a cat", "a cat 猫")
+    )
+    assert alone == beside
+    assert pictures.length("a cat 猫") == pictures.length("a cat ") + pictures.length("猫")
+    centred = Image.new("L", (400, 30), "white")
+    pictures.write(ImageDraw.Draw(centred), (200, 15), "ab猫", centred=True)
+    box = ImageOps.invert(centred).getbbox()
+    assert box is not None
+    assert abs((box[0] + box[2]) / 2 - 200) < 2
+    assert abs((box[1] + box[3]) / 2 - 15) < 3
+
+
+def test_the_shipped_font_has_the_characters_that_it_is_said_to_have() -> None:
+    font = TTFont(pictures._CHINESE_FONT)
+    known = {chr(code) for code in font.getBestCmap() or ()}
+    claimed = {char for char in map(chr, range(0x80, 0x10000)) if pictures.is_chinese(char)}
+    assert claimed <= known
+    assert len(claimed) > 7000
+    assert Path(pictures._CHINESE_FONT).stat().st_size < 1.6e6
+    names = " ".join(str(name) for name in font["name"].names if name.nameID in (1, 4, 6))
+    assert "Source" not in names  # which the licence reserves
+    licence = Path(pictures._CHINESE_FONT).with_name("OFL.txt").read_text()
+    assert "SIL OPEN FONT LICENSE Version 1.1" in licence
+
+
+def test_a_font_of_the_machine_is_taken_for_what_the_others_lack(
     tmp_path: Path, no_fonts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "broken.ttf"
     broken.write_bytes(b"no font")
-    fonts = [str(broken), str(cat_font(tmp_path / "cat.ttf"))]
+    fonts = [str(broken), str(syllable_font(tmp_path / "syllable.ttf"))]
     monkeypatch.setattr(pictures, "_system_fonts", lambda: fonts)
-    font, text = pictures.drawable("ab 猫x")
-    assert (font.path, text) == (fonts[1], "ab 猫x")
-    font, text = pictures.drawable("abc")
-    assert (Path(str(font.path)).name, text) == ("DejaVuSans.ttf", "abc")
-    sheet = pictures.labelled_grid([[solid("white")]], row_labels=["猫"], column_labels=[""])
+    assert pictures.drawable("ab ሀx猫") == "ab ሀx猫"
+    runs = [(Path(str(font.path)).name, part) for font, part in pictures._runs("ab ሀx猫")]
+    assert runs == [
+        ("DejaVuSans.ttf", "ab "),
+        ("syllable.ttf", "ሀ"),
+        ("DejaVuSans.ttf", "x"),
+        ("dojo-cjk.otf", "猫"),
+    ]
+    sheet = pictures.labelled_grid([[solid("white")]], row_labels=["ሀ"], column_labels=[""])
     label = sheet.crop((0, 26, pictures._LABEL_WIDTH, 60))
     assert min(label.convert("L").tobytes()) < 50  # something dark is there
 
 
 def test_labels_are_wrapped_between_words_and_within_what_is_too_long() -> None:
-    font, _ = pictures.drawable("a")
-    lines = pictures._wrap("a long label with " + "x" * 60, font, 100)
-    assert all(font.getlength(line) <= 100 for line in lines)
+    lines = pictures._wrap("a long label with " + "x" * 60, 100)
+    assert all(pictures.length(line) <= 100 for line in lines)
     assert "".join(lines).replace(" ", "") == "alonglabelwith" + "x" * 60
     assert lines[0].endswith(("long", "label"))
-    assert pictures._wrap("猫" * 3, font, int(font.getlength("猫") * 1.5)) == ["猫"] * 3
+    assert pictures._wrap("猫" * 3, int(pictures.length("猫") * 1.5)) == ["猫"] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -62,21 +63,20 @@ def labelled_grid(
     """
     width = max(max(1, round(cell * p.width / p.height)) for row in rows for p in row if p)
     heads = [_wrapped(label, width) for label in column_labels]
-    header = 9 + _LINE * max(1, *(len(lines) for _, lines in heads))
+    header = 9 + _LINE * max(1, *(len(lines) for lines in heads))
     step_x, step_y = width + _MARGIN, cell + _MARGIN + (_LINE if notes else 0)
     size = (_LABEL_WIDTH + step_x * len(rows[0]), header + step_y * len(rows))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    for x, (font, lines) in enumerate(heads):
+    for x, lines in enumerate(heads):
         center = _LABEL_WIDTH + x * step_x + width // 2
         for i, line in enumerate(lines):
-            place = (center, header - (len(lines) - i) * _LINE + 4)
-            pen.text(place, line, fill="black", font=font, anchor="mm")
+            write(pen, (center, header - (len(lines) - i) * _LINE + 4), line, centred=True)
     for y, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
         top = header + y * step_y
-        font, lines = _wrapped(label, _LABEL_WIDTH - 2 * _MARGIN)
+        lines = _wrapped(label, _LABEL_WIDTH - 2 * _MARGIN)
         for i, line in enumerate(lines[: cell // _LINE]):
-            pen.text((_MARGIN, top + _MARGIN + i * _LINE), line, fill="black", font=font)
+            write(pen, (_MARGIN, top + _MARGIN + i * _LINE), line)
         for x, picture in enumerate(row):
             if picture is None:
                 continue
@@ -87,9 +87,8 @@ def labelled_grid(
             left = _LABEL_WIDTH + x * step_x
             sheet.paste(scaled, (left, top))
             if notes:
-                note_font, text = drawable(notes[y][x])
                 place = (left + width // 2, top + cell + _LINE // 2)
-                pen.text(place, text, fill="black", font=note_font, anchor="mm")
+                write(pen, place, drawable(notes[y][x]), centred=True)
     return sheet
 
 
@@ -159,38 +158,94 @@ def _read(path: Path) -> Image.Image | None:
 # -- letters ----------------------------------------------------------------------------------
 
 
-def drawable(text: str) -> tuple[ImageFont.FreeTypeFont, str]:
-    """A font for a text, and the text with what no font of this machine has replaced by "(?)".
+def drawable(text: str) -> str:
+    """A text in one line, with what no font has spelled out: U+13000 for an Egyptian hieroglyph.
 
-    matplotlib's DejaVu Sans has the European scripts, Arabic and Hebrew. For others, Chinese
-    first of all, the machine's fonts are searched (Debian: the package fonts-noto-cjk).
+    matplotlib's DejaVu Sans has the European scripts, Arabic and Hebrew; a font in this package has
+    the Chinese characters of GB 2312, its punctuation and Japan's syllabaries; for others the
+    machine's fonts are searched.
     """
     text = " ".join(text.split())
-    path, had = _best_font("".join(sorted(set(text))))
-    other = f"[^{re.escape(''.join(sorted(had)))} ]+"
-    return ImageFont.truetype(path, _FONT_SIZE), re.sub(other, "(?)", text)
+    fonts = _fonts_of("".join(sorted(set(text))))
+    return "".join(char if char in fonts else f"U+{ord(char):04X}" for char in text)
 
 
-@functools.lru_cache(maxsize=256)
-def _best_font(needed: str) -> tuple[str, frozenset[str]]:
-    """The font that has most of the characters, and those of them that it has."""
-    wanted = {char for char in needed if not char.isspace()}
-    best = _base_font()
-    had = wanted & _characters(best, wanted)
-    if had != wanted:
-        for path in _system_fonts():
-            has = _characters(path, wanted)
-            if len(has) > len(had):
-                best, had = path, has
-            if had == wanted:
-                break
-    return best, frozenset(had)
+def write(
+    pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, *, centred: bool = False
+) -> None:
+    """Writes a line in black, each character in the first font that has it.
+
+    Args:
+        place: in pixels, of the line's left upper corner, or of its middle where it is `centred`.
+        text: without characters that no font has (`drawable`).
+    """
+    runs = _runs(text)
+    if len(runs) == 1:
+        anchor = "mm" if centred else "la"
+        pen.text(place, runs[0][1], fill="black", font=runs[0][0], anchor=anchor)
+        return
+    above, below = _font(_base_font()).getmetrics()
+    x, y = place
+    if centred:
+        x, y = x - length(text) / 2, y - (above + below) / 2
+    for font, part in runs:  # on one base line
+        pen.text((x, y + above), part, fill="black", font=font, anchor="ls")
+        x += font.getlength(part)
 
 
+def length(text: str) -> float:
+    """How wide a line is, in pixels."""
+    return sum(font.getlength(part) for font, part in _runs(text))
+
+
+def _runs(text: str) -> list[tuple[ImageFont.FreeTypeFont, str]]:
+    """A text in as few parts as there are changes of the font."""
+    fonts = _fonts_of("".join(sorted(set(text))))
+    groups = itertools.groupby(text, key=lambda char: fonts.get(char, _base_font()))
+    return [(_font(path), "".join(chars)) for path, chars in groups]
+
+
+@functools.lru_cache(maxsize=8)
+def _font(path: str) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, _FONT_SIZE)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fonts_of(needed: str) -> dict[str, str]:
+    """The first font that has each of the characters, of those that one has at all."""
+    found = {
+        char: _base_font() for char in _characters(_base_font(), set(needed)) | ({" "} & {*needed})
+    }
+    found |= {char: _CHINESE_FONT for char in set(needed) - found.keys() if is_chinese(char)}
+    missing = set(needed) - found.keys()
+    for path in _system_fonts() if missing else []:
+        has = _characters(path, missing)
+        found |= dict.fromkeys(has, path)
+        missing -= has
+        if not missing:
+            break
+    return found
+
+
+@functools.cache
 def _base_font() -> str:
     import matplotlib as mpl  # late: a run that draws no letters does not wait for it
 
     return str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+
+
+_CHINESE_FONT = str(Path(__file__).with_name("fonts") / "dojo-cjk.otf")
+# Rows of GB 2312: punctuation, full-width Latin letters, both Japanese syllabaries, characters.
+_CHINESE_ROWS = {1, 3, 4, 5, *range(16, 88)}
+
+
+def is_chinese(char: str) -> bool:
+    """Whether the font of this package has a character."""
+    try:
+        first, *second = char.encode("gb2312")
+    except UnicodeEncodeError:
+        return False
+    return bool(second) and first - 0xA0 in _CHINESE_ROWS
 
 
 @functools.cache
@@ -214,20 +269,19 @@ def _characters(path: str, wanted: set[str]) -> set[str]:
     return {char for char in wanted if ord(char) in known}
 
 
-def _wrapped(label: str, width: int) -> tuple[ImageFont.FreeTypeFont, list[str]]:
-    """A label in lines of at most `width` pixels, and the font that has its letters."""
-    font, text = drawable(label)
-    return font, _wrap(text, font, width)
+def _wrapped(label: str, width: int) -> list[str]:
+    """A label in lines of at most `width` pixels."""
+    return _wrap(drawable(label), width)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` pixels, broken between words and between Chinese characters."""
     lines = [""]
     for word in re.findall(rf"{_WIDE.pattern}|\s+|(?:(?!{_WIDE.pattern})\S)+", text):
-        if font.getlength(lines[-1] + word.rstrip()) > width and lines[-1]:
+        if length(lines[-1] + word.rstrip()) > width and lines[-1]:
             lines.append("")
         for char in word:
-            if font.getlength(lines[-1] + char) > width:
+            if length(lines[-1] + char) > width:
                 lines.append("")
             lines[-1] += char if lines[-1] or not char.isspace() else ""
     return [line.rstrip() for line in lines if line.strip()]

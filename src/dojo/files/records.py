@@ -68,7 +68,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     rows: list[dict[str, Any]] = []
     bad = 0
     for line in path.read_bytes().split(b"\n"):
-        row = _row(line)
+        row = parse_row(line)
         if row is not None:
             rows.append(row)
         elif line.strip():
@@ -76,7 +76,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     return rows, bad
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """One line of a metrics.jsonl; None where it is no row (see `read_rows`)."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
