@@ -9,14 +9,15 @@
 #                                               through (OUTPUT_DIR is outputs/proof-short)
 #   OUTPUT_DIR=outputs/again bash scripts/prove_supervised.sh
 #
-# full, lora, full-sd15, lora-sd15, lora-sdxl: a drawing style, paper in a red-brown frame.
+# full, lora, full-sd15, lora-sd15, lora-sdxl, lora-kolors: a drawing style, paper in a red-brown
+# frame; Kolors learns it from Chinese captions, and is asked in Chinese.
 # velocity-sd15: the same by a model that predicted the noise and learns to predict the velocity,
 # with zero terminal SNR. dreambooth, dreambooth-prior, dreambooth-sdxl, dreambooth-prior-sdxl: the
 # dog of datas/dog from six photographs, without and with prior preservation. Names without a model
 # are SD3's. It leaves in OUTPUT_DIR
 #   supervised.md, .json            the tables: every quantity before and after
 #   full.json, lora.json, ...       what was measured, per training
-#   style.png, dreambooth.png       pictures of the same prompts and seeds; those of SD1.5 and SDXL
+#   style.png, dreambooth.png       pictures of the same prompts and seeds; those of other bases
 #                                   are style-sd15.png, style-sdxl.png, dreambooth-sdxl.png
 # docs/supervised.md has the tables and the time it took. A run that was stopped continues, and what
 # is done is not done again; remove OUTPUT_DIR to begin anew.
@@ -29,6 +30,7 @@ known=(
     full lora dreambooth dreambooth-prior
     full-sd15 lora-sd15 velocity-sd15
     lora-sdxl dreambooth-sdxl dreambooth-prior-sdxl
+    lora-kolors
 )
 
 # ---- What is trained and how ----
@@ -105,7 +107,7 @@ while [[ $# -gt 0 ]]; do
             judged=(--num_captions 6 --num_pictures 6 --num_inference_steps 2)
             ;;
         -h | --help)
-            sed -n '2,24s/^# \{0,1\}//p' scripts/prove_supervised.sh
+            sed -n '2,23s/^# \{0,1\}//p' scripts/prove_supervised.sh
             exit 0
             ;;
         *)
@@ -147,18 +149,20 @@ train() {
 
 # on_style FOLDER METHOD FAMILY STEPS FLAGS...
 on_style() {
-    if [[ ! -f "$OUTPUT_DIR/data/metadata.jsonl" ]]; then
+    local data="$OUTPUT_DIR/data" language=english
+    [[ "$3" != kolors ]] || data="$OUTPUT_DIR/data-chinese" language=chinese
+    if [[ ! -f "$data/metadata.jsonl" ]]; then
         echo "== the style's pictures"
         python -m dojo.pocket.datasets --set framed --count "$style_pictures" \
-            --output_dir "$OUTPUT_DIR/data"
+            --language "$language" --output_dir "$data"
     fi
-    train "$1" "$2" "$3" "$4" --dataset_name "$OUTPUT_DIR/data" "${style[@]}" \
+    train "$1" "$2" "$3" "$4" --dataset_name "$data" "${style[@]}" \
         --validation_steps "$4" "${@:5}"
 }
 
 for part in "${parts[@]}"; do
     family="${part##*-}"
-    [[ "$family" == sd15 || "$family" == sdxl ]] || family=sd3
+    [[ "$family" == sd15 || "$family" == sdxl || "$family" == kolors ]] || family=sd3
     case "$part" in
         full*) on_style "$part" full "$family" "$style_steps" "${full[@]}" ;;
         velocity*) on_style "$part" full "$family" "$velocity_steps" "${full[@]}" "${velocity[@]}" ;;

@@ -18,7 +18,8 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from dojo.pocket import build, datasets, fitting, models, scenes, score, text, verifier
+from dojo import cli
+from dojo.pocket import build, chinese, datasets, fitting, models, scenes, score, text, verifier
 from tests.conftest import ROOT
 
 SD3, CLIP = ROOT / "models" / "pocket-sd3", ROOT / "models" / "pocket-clip"
@@ -233,6 +234,21 @@ def test_the_shipped_hearts_are_what_the_command_makes(tmp_path: Path) -> None:
     for path in sorted(tmp_path.glob("*.png")):
         there = np.asarray(Image.open(shipped / path.name))
         assert np.array_equal(np.asarray(Image.open(path)), there), path.name
+
+
+def test_a_set_in_chinese_is_the_same_pictures(tmp_path: Path) -> None:
+    for language in ("english", "chinese"):
+        argv = ["--set", "framed", "--count", "6", "--language", language]
+        datasets.main(
+            cli.parse(datasets.Args, None, [*argv, "--output_dir", str(tmp_path / language)])
+        )
+    said: dict[str, list[str]] = {}
+    for folder in sorted(tmp_path.iterdir()):
+        lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        said[folder.name] = [json.loads(line)["text"] for line in lines]
+    assert [chinese.translated(text) for text in said["english"]] == said["chinese"]
+    for path in (tmp_path / "english").glob("*.png"):
+        assert path.read_bytes() == (tmp_path / "chinese" / path.name).read_bytes()
 
 
 def test_a_quarter_of_the_careless_captions_are_of_other_scenes(tmp_path: Path) -> None:

@@ -15,7 +15,18 @@ import torch
 from dojo import cli
 from dojo.cli import UserError
 from dojo.finetune import lora
-from dojo.pocket import build, datasets, judge, likeness, models, proof, scenes, style, verifier
+from dojo.pocket import (
+    build,
+    chinese,
+    datasets,
+    judge,
+    likeness,
+    models,
+    proof,
+    scenes,
+    style,
+    verifier,
+)
 from tests.conftest import ROOT
 from tests.pocket.proofs import bash, recorded, unspread
 
@@ -342,6 +353,25 @@ def test_each_base_has_a_table_of_the_trainings_that_there_are(folder: Write) ->
     assert "photographs reach 0.54" in text
 
 
+def test_kolors_is_asked_in_chinese_and_judged_by_what_it_was_asked(
+    folder: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, seen = folder("lora-kolors"), []
+
+    def draw(model: object, prompts: Sequence[str], *rest: object, **more: object) -> np.ndarray:
+        seen.append(prompts)
+        specs = [chinese.parse(prompt) for prompt in prompts]  # Chinese, all of them
+        return np.stack([scenes.draw(scenes.realise(spec, random.Random(0))) for spec in specs])
+
+    monkeypatch.setattr(proof, "drawn", draw)
+    made.report()
+    assert len(seen) == 2  # the base and the training
+    rows = json.loads((made.path / "supervised.json").read_text())["rows"]["kolors"]
+    right = next(row for row in rows if row["measured"] == "all of the caption right")
+    assert right["before"] == right["after"] == "100 %"
+    assert (made.path / "style-kolors.png").is_file()
+
+
 def test_a_training_that_is_not_finished_is_left_out_and_none_at_all_is_refused(
     folder: Write,
 ) -> None:
@@ -386,19 +416,24 @@ def test_the_script_trains_what_is_measured_in_words_that_the_methods_know(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     started: dict[str, Any] = {}
+    languages: dict[str, str] = {}
     parts = {part.folder: part for part in (*proof.STYLE, *proof.SUBJECT)}
     *before, last = recorded(SCRIPT, tmp_path, *arguments)
     for words in before:
         if words[0] == "-c":  # whether the network that looks at the dog is there
             continue
         if words[:2] == ["-m", "dojo.pocket.datasets"]:
-            cli.parse(datasets.Args, None, words[2:])
+            made = cli.parse(datasets.Args, None, words[2:])
+            languages[str(made.output_dir)] = made.language
             continue
         processes, (script, *flags) = unspread(words)
         name = Path(flags[flags.index("--output_dir") + 1]).name
         started[name] = flags
         family = script.removesuffix(".py").rsplit("_", 1)[1]
         assert parts[name].base == family
+        if "--dataset_name" in flags:
+            data = flags[flags.index("--dataset_name") + 1]
+            assert languages[data] == ("chinese" if family in proof.CHINESE else "english")
         assert (
             flags[flags.index("--pretrained_model_name_or_path") + 1] == f"models/pocket-{family}"
         )

@@ -217,7 +217,9 @@ def test_the_curves_are_drawn_over_minutes_of_training_and_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = {}
-    monkeypatch.setattr(proof_rl.Figure, "savefig", lambda self, path: drawn.update({path: self}))
+    monkeypatch.setattr(
+        proof_rl.figures.Figure, "savefig", lambda self, path: drawn.update({path: self})
+    )
     write_run(tmp_path / "grpo", [graded(BEFORE), graded(LIFTED), graded(LIFTED)])
     assert report(tmp_path) == 0
     main, kl, diversity = drawn[tmp_path / "grpo.png"].axes

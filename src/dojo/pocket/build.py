@@ -2,8 +2,8 @@
 
 Stages, each resumable: the autoencoder on scenes and crops of photographs; the MMDiT together with
 its three text encoders by rectified flow on cached latents; pocket-clip contrastively; SD1.5's
-autoencoder and UNet (`build_sd15`); SDXL's UNet (`build_sdxl`); the report. A stage whose result
-lies in `work_dir` is not trained again.
+autoencoder and UNet (`build_sd15`); SDXL's UNet (`build_sdxl`); Kolors' text encoder and UNet
+(`build_kolors`); the report. A stage whose result lies in `work_dir` is not trained again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from dojo import cli, files, rng
 from dojo.lazy import F, diffusers, nn, torch, transformers
 from dojo.maths import flow
 from dojo.models import classic, loaded
-from dojo.pocket import build_sd15, build_sdxl, models, scenes, score, text, verifier
+from dojo.pocket import (
+    build_kolors,
+    build_sd15,
+    build_sdxl,
+    chinese,
+    models,
+    scenes,
+    score,
+    text,
+    verifier,
+)
 from dojo.pocket.fitting import (
     SEED,
     Args,
@@ -283,26 +293,35 @@ def retrieval(folder: Path, device: str) -> float:
 
 
 def scored(
-    args: Args, folder: Path, t5_lengths: Sequence[int | None]
+    args: Args, folder: Path, t5_lengths: Sequence[int | None], *, bilingual: bool = False
 ) -> dict[str, dict[str, float]]:
-    """The scores of a saved pipeline, as a user would load it, by setting."""
+    """The scores of a saved pipeline, as a user would load it, by setting.
+
+    Args:
+        bilingual: the same captions in English and in Chinese.
+    """
     pipeline = loaded.pipeline(folder, flag="--models_dir").to(args.device)
     captions = scenes.evaluation_captions(args.report_captions, seed=0)
+    asked = {"": captions}
+    if bilingual:
+        chinese_captions = [chinese.translated(caption) for caption in captions]
+        asked = {"English, ": captions, "Chinese, ": chinese_captions}
     columns: dict[str, dict[str, float]] = {}
     for guidance in (4.0, 1.0):
-        for t5_length in t5_lengths:
-            name = "CFG 4" if guidance > 1 else "no CFG"
-            name += "" if t5_length is None else f", T5 {t5_length}"
-            pictures = score.generate(
-                pipeline,
-                captions,
-                guidance_scale=guidance,
-                num_inference_steps=20,
-                max_sequence_length=t5_length,
-                seed=0,
-            )
-            columns[name] = verifier.task_scores(pictures, captions)
-            print(folder.name, name, columns[name], flush=True)
+        for language, prompts in asked.items():
+            for t5_length in t5_lengths:
+                name = language + ("CFG 4" if guidance > 1 else "no CFG")
+                name += "" if t5_length is None else f", T5 {t5_length}"
+                pictures = score.generate(
+                    pipeline,
+                    prompts,
+                    guidance_scale=guidance,
+                    num_inference_steps=20,
+                    max_sequence_length=t5_length,
+                    seed=0,
+                )
+                columns[name] = verifier.task_scores(pictures, captions)
+                print(folder.name, name, columns[name], flush=True)
     return columns
 
 
@@ -326,7 +345,7 @@ def facts(args: Args, seconds: Mapping[str, float]) -> dict[str, Any]:
     """What models/README.md says, with the facts of the models that were left as they were."""
     path = args.models_dir / FACTS
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    lengths = {"sd3": (text.T5_LENGTH, 256), "sd15": (None,), "sdxl": (None,)}
+    lengths = {"sd3": (text.T5_LENGTH, 256)}
     built = f"{time.strftime('%Y-%m-%d')}, {machine(args.device)}"
     for name in args.models:
         folder = args.models_dir / f"pocket-{name}"
@@ -335,8 +354,10 @@ def facts(args: Args, seconds: Mapping[str, float]) -> dict[str, Any]:
         if name == "clip":
             found[name]["retrieval"] = retrieval(folder, args.device)
             continue
-        found[name]["scores"] = scored(args, folder, lengths[name])
-        if name == "sdxl":
+        found[name]["scores"] = scored(
+            args, folder, lengths.get(name, (None,)), bilingual=name == "kolors"
+        )
+        if name in ("sdxl", "kolors"):
             pipeline = loaded.pipeline(folder, flag="--models_dir").to(args.device)
             found[name]["told"] = build_sdxl.told(pipeline)
         else:
@@ -349,6 +370,7 @@ STAGES = {
     "sd3": ("vae", "sd3"),
     "sd15": ("vae4", "vae4-pixels", "sd15"),
     "sdxl": ("sdxl",),
+    "kolors": ("kolors-text", "kolors"),
     "clip": ("clip",),
 }
 
@@ -379,9 +401,11 @@ def report(args: Args, found: Mapping[str, Any]) -> None:
         "StableDiffusionPipeline (UNet that predicts the noise, 4-channel autoencoder, CLIP,",
         "SD1.5's schedule), `pocket-sdxl` a StableDiffusionXLPipeline (two CLIPs, pooled text,",
         "time ids; its autoencoder is pocket-sd15's, its text encoders are pocket-sd3's CLIPs),",
-        "`pocket-clip` a CLIPModel; all know the 64-pixel scenes of `dojo.pocket.scenes` and",
-        "nothing else. They are trained from nothing by `bash scripts/build_pocket_models.sh`,",
-        "which also writes this page. Licence: Apache-2.0, as the rest of the repository.",
+        "`pocket-kolors` a KolorsPipeline (a ChatGLM that reads English and Chinese, Kolors'",
+        "schedule; its autoencoder is pocket-sd15's), `pocket-clip` a CLIPModel; all know the",
+        "64-pixel scenes of `dojo.pocket.scenes` and nothing else. They are trained from nothing",
+        "by `bash scripts/build_pocket_models.sh`, which also writes this page.",
+        "Licence: Apache-2.0, as the rest of the repository.",
         "",
         "Built (training time by the wall clock):",
         "",
@@ -390,12 +414,14 @@ def report(args: Args, found: Mapping[str, Any]) -> None:
         spent = ", ".join(f"{stage} {minutes} min" for stage, minutes in fact["minutes"].items())
         lines.append(f"- pocket-{name} on {fact['built']}: {spent}")
     lines += ["", f"{size / 1e6:.1f} MB of weights in half precision.", ""]
-    for name in ("sd3", "sd15", "sdxl"):
+    for name in ("sd3", "sd15", "sdxl", "kolors"):
         if name in found:
+            fact = found[name]
             lines += [f"## What pocket-{name} draws", "", SCORED.format(args.report_captions), ""]
-            lines += [*scores_table(found[name]["scores"]), ""]
-            lines += told_lines(found[name]["told"]) if name == "sdxl" else []
-            lines += psnr_lines(found[name]["psnr"]) if name != "sdxl" else []
+            lines += [SPOKEN, ""] if name == "kolors" else []
+            lines += [*scores_table(fact["scores"]), ""]
+            lines += told_lines(fact["told"], TOLD[name]) if "told" in fact else []
+            lines += psnr_lines(fact["psnr"]) if "psnr" in fact else []
     if "clip" in found:
         share = 100 * found["clip"]["retrieval"]
         lines += ["## pocket-clip", ""]
@@ -417,9 +443,9 @@ def psnr_lines(found: Mapping[str, float]) -> list[str]:
     ]
 
 
-def told_lines(told: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What pocket-sdxl's time ids do, in Markdown."""
-    lines = [TOLD, ""]
+def told_lines(told: Mapping[str, Mapping[str, float]], about: str) -> list[str]:
+    """What a model's time ids do, in Markdown."""
+    lines = [about, ""]
     for asked, values, form, measured in (
         ("side of the original", told["sharpness"], "{:.4f}", "sharpness"),
         ("crop from the left", told["cut"], "{:.1%}", "cut"),
@@ -430,13 +456,24 @@ def told_lines(told: Mapping[str, Mapping[str, float]]) -> list[str]:
     return lines
 
 
-TOLD = """\
+_SDXL_TOLD = """\
 Half of its training pictures were cropped, or came from files of 4 to 16 or of 64 to 2048 pixels,
 and SDXL's time ids said so. 60 captions of all tasks, drawn with other time ids than the pipeline's
 own (original = target, no crop): a small original looks blurred, and where a crop is told, objects
 are cut off. On which side they are it has not learned. Sharpness: what a blur of 3 x 3 takes away,
 as a share of the variance; cut: the share of the objects that lies within 3 pixels of the left or
 right edge, by the crop from the left of a picture of 64 x 128."""
+
+
+TOLD = {
+    "sdxl": _SDXL_TOLD,
+    "kolors": """\
+What its time ids do, measured as pocket-sdxl's, which it learned them from.""",
+}
+
+
+SPOKEN = """\
+The same captions in English and in Chinese (`dojo.pocket.chinese`), the same seeds."""
 
 
 SCORED = """\
@@ -474,6 +511,9 @@ def main(args: Args) -> None:
     if "sdxl" in args.models:
         xl = build_sdxl.train_sdxl(args, sd3_folder, sd15_folder)
         save_half(xl, args.models_dir / "pocket-sdxl")
+    if "kolors" in args.models:
+        pipeline = build_kolors.train_kolors(args, args.models_dir / "pocket-sdxl")
+        save_half(pipeline, args.models_dir / "pocket-kolors")
     log = args.work_dir / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     report(args, facts(args, {row["stage"]: row["seconds"] for row in rows}))

@@ -22,7 +22,7 @@ from PIL import Image
 
 from dojo import cli
 from dojo.cli import UserError, ranges
-from dojo.pocket import compositions, scenes, style
+from dojo.pocket import chinese, compositions, scenes, style
 from dojo.pocket.score import shape_captions
 from dojo.run.checkpoint import write_whole
 
@@ -43,6 +43,8 @@ class Args:
     output_dir: Path | None = None
     """folder of the pictures and metadata.jsonl; unset is datas/pocket-hearts, or of the other sets
     outputs/pocket-NAME"""
+    language: Literal["english", "chinese"] = "english"
+    """of the captions; the pictures are the same"""
     count: int = 64
     """pictures"""
 
@@ -112,10 +114,11 @@ def main(args: Args) -> None:
     def write(inside: Path) -> None:
         rows = []
         for i, (caption, picture) in enumerate(SETS[args.set](args.count)):
+            caption = chinese.translated(caption) if args.language == "chinese" else caption
             file = f"{i:03d}.png"
             Image.fromarray(picture).save(inside / file, optimize=True)
-            rows.append(json.dumps({"file_name": file, "text": caption}))
-        (inside / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+            rows.append(json.dumps({"file_name": file, "text": caption}, ensure_ascii=False))
+        (inside / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
     write_whole(folder, write)
     print(f"{args.count} pictures in {folder}")

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from dojo.bars import Bar
 from dojo.cli import ranges
 from dojo.lazy import nn, no_grad, torch
 from dojo.pocket import scenes
@@ -25,17 +25,19 @@ if TYPE_CHECKING:
 SEED = 0
 SAVE_EVERY = 500  # steps between two states on disk
 
+Name = Literal["sd3", "clip", "sd15", "sdxl", "kolors"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     """Where the pocket models are trained and put."""
 
-    models: tuple[Literal["sd3", "clip", "sd15", "sdxl"], ...] = ("sd3", "clip", "sd15", "sdxl")
+    models: tuple[Name, ...] = get_args(Name)
     """which of them to train; clip and sd15 begin from pocket-sd3's autoencoder and text encoder,
-    sdxl from pocket-sd3's text encoders and pocket-sd15: those in models_dir if they are not among
-    them"""
+    sdxl from pocket-sd3's text encoders and pocket-sd15, kolors from pocket-sdxl: those in
+    models_dir if they are not among them"""
     models_dir: Path = Path("models")
-    """folder that receives pocket-sd3, pocket-sd15, pocket-sdxl and pocket-clip"""
+    """folder that receives pocket-sd3, pocket-sd15, pocket-sdxl, pocket-kolors and pocket-clip"""
     work_dir: Path = Path("outputs/pocket_build")
     """folder of the training states; remove it to train again from nothing"""
     photos_dir: Path = Path("datas/photos")
@@ -53,6 +55,10 @@ class Args:
     """steps of 64 latents for SD1.5's UNet and its text encoder"""
     sdxl_steps: int = 1500
     """steps of 64 latents for SDXL's UNet"""
+    kolors_text_steps: int = 3000
+    """steps of 64 captions for Kolors' text encoder alone"""
+    kolors_steps: int = 300
+    """steps of 64 latents for Kolors' UNet and its text encoder"""
     clip_steps: int = 2000
     """steps of 128 pairs for pocket-clip"""
     num_scenes: int = 60_000
@@ -61,6 +67,8 @@ class Args:
     """scenes in the training set of SD1.5's UNet"""
     sdxl_scenes: int = 30_000
     """scenes in the training set of SDXL's UNet"""
+    kolors_scenes: int = 12_000
+    """scenes in the training set of Kolors"""
     report_captions: int = 500
     """captions that the report draws in each setting of each model"""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
@@ -68,8 +76,9 @@ class Args:
 
     def __post_init__(self) -> None:
         steps = "vae_steps sd3_steps vae4_steps sd15_steps sdxl_steps clip_steps"
+        steps += " kolors_text_steps kolors_steps"
         ranges.check(self, f"{steps} num_scenes sd15_scenes report_captions", least=1)
-        ranges.check(self, "sdxl_scenes", least=2)  # a whole one and another view
+        ranges.check(self, "sdxl_scenes kolors_scenes", least=2)  # a whole one and another view
 
 
 def to_tensor(pictures: np.ndarray, device: str) -> Tensor:
@@ -121,7 +130,7 @@ def optimise(
     for module in modules:
         module.to(args.device).train()
     started, average = time.monotonic(), 0.0
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5)
+    bar = Bar(range(first, steps), initial=first, total=steps, desc=name, mininterval=5)
     for step in bar:
         loss = loss_at(step)
         loss.backward()

@@ -9,6 +9,7 @@ projection is the identity, because single-file loaders tell them apart by that;
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dojo.lazy import diffusers, torch, transformers
@@ -204,6 +205,7 @@ def sd15_pipeline() -> diffusers.StableDiffusionPipeline:
 
 # ---- Stable Diffusion XL ----
 
+_EULER = {key: DDPM[key] for key in DDPM if key not in ("set_alpha_to_one", "skip_prk_steps")}
 TIME_ID_WIDTH = 32  # numbers by which the UNet is told each of the six sizes and offsets
 
 
@@ -221,8 +223,7 @@ def sdxl_unet() -> diffusers.UNet2DConditionModel:
 
 def sdxl_pipeline() -> diffusers.StableDiffusionXLPipeline:
     """An untrained pocket SDXL, with SDXL's scheduler and zeros for an empty prompt."""
-    own = {key: DDPM[key] for key in DDPM if key not in ("set_alpha_to_one", "skip_prk_steps")}
-    scheduler: Any = diffusers.EulerDiscreteScheduler(**own, timestep_spacing="leading")
+    scheduler: Any = diffusers.EulerDiscreteScheduler(**_EULER, timestep_spacing="leading")
     return diffusers.StableDiffusionXLPipeline(
         unet=sdxl_unet(),
         scheduler=scheduler,
@@ -233,6 +234,86 @@ def sdxl_pipeline() -> diffusers.StableDiffusionXLPipeline:
         tokenizer_2=text.clip_tokenizer("!"),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
+    )
+
+
+# ---- Kolors ----
+
+GLM_WIDTH = 48
+KOLORS_WIDTH = 40  # of what the UNet makes of ChatGLM's rows, which in Kolors too is narrower
+
+# The scheduler configuration of Kolors: SDXL's, with a hundred more timesteps at the noisy end.
+KOLORS: dict[str, Any] = {"beta_end": 0.014, "num_train_timesteps": 1100}
+
+
+def glm(tokenizer: Any) -> Any:
+    """ChatGLM3 in small: three layers, rotary positions, one group of keys for two heads.
+
+    Args:
+        tokenizer: of `text.glm_tokenizer`.
+    """
+    from diffusers.pipelines.kolors import ChatGLMModel
+
+    kind: Any = ChatGLMModel
+    model = kind(
+        kind.config_class(
+            num_layers=3,
+            padded_vocab_size=tokenizer.vocab_size,
+            hidden_size=GLM_WIDTH,
+            ffn_hidden_size=64,
+            kv_channels=24,
+            num_attention_heads=2,
+            seq_length=512,
+            multi_query_attention=True,
+            multi_query_group_num=1,
+            add_qkv_bias=True,
+            original_rope=True,  # asked for, though it has no default
+            architectures=["ChatGLMModel"],
+            dtype="float32",
+        ),
+        empty_init=False,
+    )
+    for name, param in model.named_parameters():  # the class leaves some as the memory was
+        if "layernorm" in name:
+            torch.nn.init.ones_(param)
+        elif param.dim() == 1:
+            torch.nn.init.zeros_(param)
+        else:
+            torch.nn.init.normal_(param, std=1.0 if "embedding" in name else param.shape[1] ** -0.5)
+    torch.nn.init.zeros_(model.output_layer.weight)  # of the next token, which nothing asks for
+    return model
+
+
+def kolors_unet() -> diffusers.UNet2DConditionModel:
+    """Kolors' UNet: SDXL's behind a projection of the text."""
+    return unet(
+        cross_attention_dim=KOLORS_WIDTH,
+        encoder_hid_dim=GLM_WIDTH,
+        encoder_hid_dim_type="text_proj",
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=GLM_WIDTH + 6 * TIME_ID_WIDTH,
+    )
+
+
+def kolors_pipeline(folder: Path) -> Any:
+    """An untrained pocket Kolors.
+
+    Args:
+        folder: receives the tokenizer's file, which its class reads from a disk.
+    """
+    from diffusers import KolorsPipeline
+
+    tokenizer = text.glm_tokenizer(folder)
+    scheduler: Any = diffusers.EulerDiscreteScheduler(**_EULER | KOLORS, timestep_spacing="leading")
+    return KolorsPipeline(
+        unet=kolors_unet(),
+        scheduler=scheduler,
+        vae=sd15_vae(),
+        text_encoder=glm(tokenizer),
+        tokenizer=tokenizer,
+        force_zeros_for_empty_prompt=False,
     )
 
 

@@ -26,7 +26,7 @@ from dojo.files import pictures
 from dojo.finetune import lora
 from dojo.lazy import diffusers, transformers
 from dojo.models import loaded
-from dojo.pocket import build, judge, scenes, score, style, verifier
+from dojo.pocket import build, chinese, judge, scenes, score, style, verifier
 
 DOG_PROMPT = "a photo of sks dog"
 CLASS_PROMPT = "a red circle"
@@ -44,7 +44,7 @@ class Args:
     """Where the trainings lie and how much is drawn."""
 
     models_dir: Path = Path("models")
-    """folder of the bases pocket-sd3, pocket-sd15 and pocket-sdxl"""
+    """folder of the bases pocket-sd3, pocket-sd15, pocket-sdxl and pocket-kolors"""
     output_dir: Path = Path("outputs/proof")
     """folder that holds the trainings, those that there are, and receives the report"""
     dog_dir: Path = Path("datas/dog")
@@ -81,6 +81,7 @@ STYLE = (
     Part(folder="lora-sd15", title="LoRA", base="sd15"),
     Part(folder="velocity-sd15", title="From noise to velocity, zero SNR", base="sd15"),
     Part(folder="lora-sdxl", title="LoRA", base="sdxl"),
+    Part(folder="lora-kolors", title="LoRA, Chinese captions", base="kolors"),
 )
 SUBJECT = (
     Part(folder="dreambooth", title="DreamBooth", base="sd3"),
@@ -88,7 +89,8 @@ SUBJECT = (
     Part(folder="dreambooth-sdxl", title="DreamBooth", base="sdxl"),
     Part(folder="dreambooth-prior-sdxl", title="DreamBooth, prior preservation", base="sdxl"),
 )
-BASES = ("sd3", "sd15", "sdxl")
+BASES = ("sd3", "sd15", "sdxl", "kolors")
+CHINESE = ("kolors",)  # bases that are asked in Chinese
 
 
 # ---- Drawing ----
@@ -194,9 +196,14 @@ def drawn(
     return found
 
 
-def drawn_scenes(model: Model, name: str, args: Args) -> np.ndarray:
+def asked(base: str, captions: Sequence[str]) -> list[str]:
+    """Captions in the language that a base is asked in; it is judged by the English ones."""
+    return [chinese.translated(one) if base in CHINESE else one for one in captions]
+
+
+def drawn_scenes(model: Model, base: str, name: str, args: Args) -> np.ndarray:
     """A picture of each of the captions that all models are compared on."""
-    captions = style.captions(args.num_captions, SEED)
+    captions = asked(base, style.captions(args.num_captions, SEED))
     path = args.output_dir / "drawn" / f"scenes, {name}.npz"
     return drawn(model, captions, GUIDANCE, path, steps=args.num_inference_steps)
 
@@ -215,14 +222,14 @@ def prove_style(args: Args, base: str, parts: Sequence[Part]) -> list[Row]:
             models[f"{part.folder}, no EMA"] = without_average(args, part)
             columns.append("without EMA")
     captions = style.captions(args.num_captions, SEED)
-    found = {name: drawn_scenes(model, name, args) for name, model in models.items()}
+    found = {name: drawn_scenes(model, base, name, args) for name, model in models.items()}
     judged = {name: judge.framed(images, captions) for name, images in found.items()}
 
     one_of_each = range(len(scenes.TASKS))
     save_grid(
         folder / f"style{suffix(base)}.png",
         [np.stack([images[i] for images in found.values()]) for i in one_of_each],
-        [captions[i] for i in one_of_each],
+        asked(base, [captions[i] for i in one_of_each]),
         columns,
     )
 
@@ -274,7 +281,7 @@ def prove_dreambooth(args: Args, base: str, parts: Sequence[Part]) -> tuple[list
             **judge.subject(dogs[name], photographs),
             **judge.content(circles[name], [CLASS_PROMPT] * args.num_pictures),
             "drift": judge.drift(circles[name], circles[own_name]),
-            "scenes": judge.framed(drawn_scenes(model, name, args), captions)["strict"],
+            "scenes": judge.framed(drawn_scenes(model, base, name, args), captions)["strict"],
         }
 
     width = len(photographs)
@@ -392,6 +399,7 @@ def main(args: Args) -> None:
         "± is one standard error; prompts and seeds are the same before and after. Scenes: "
         f"{args.num_captions} captions of the six tasks, {args.num_inference_steps} steps, "
         f"guidance {GUIDANCE:.0f}, read by the verifier, which is not shown the place of the frame."
+        " pocket-kolors learns from Chinese captions and is asked in Chinese."
         f" Dog and class: {args.num_pictures} pictures each, guidance {DOG_GUIDANCE:.0f} and "
         f"{GUIDANCE:.0f}. Likeness: mean cosine of EfficientNet-Lite0's features with those of the "
         "photographs at 64 px. Change: mean absolute difference to the base's picture of the same "

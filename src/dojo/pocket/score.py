@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from tqdm import tqdm
-
 from dojo import cli, files
+from dojo.bars import Bar
 from dojo.cli import ranges
 from dojo.finetune import lora
 from dojo.lazy import diffusers, no_grad, torch, transformers
@@ -102,7 +101,7 @@ def generate(
     size = scenes.CANVAS
     t5 = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     pictures = []
-    for start in tqdm(range(0, len(captions), batch_size), desc="drawing", leave=False):
+    for start in Bar(range(0, len(captions), batch_size), desc="drawing", leave=False):
         some = list(captions[start : start + batch_size])
         output = pipeline(
             some,

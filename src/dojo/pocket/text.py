@@ -1,5 +1,5 @@
 """Tokenizers of the pocket world: small vocabularies in which every caption of the grammar is one
-token per word and any other text still has tokens (bytes for CLIP, characters for T5).
+token per word and any other text still has tokens (bytes for CLIP and ChatGLM, characters for T5).
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import itertools
 import random
 import string
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from tokenizers import pre_tokenizers
 
 from dojo.lazy import transformers
-from dojo.pocket import scenes
+from dojo.pocket import chinese, scenes
 
 CLIP_LENGTH = 20  # tokens, start and end included; the longest caption of the grammar takes 16
 T5_LENGTH = 24  # tokens that the pocket SD3 sees most often in training
@@ -85,3 +86,42 @@ def t5_tokenizer() -> transformers.T5Tokenizer:
     pieces += [(letter, -9.0) for letter in letters]
     pieces.append(("▁a", -2.0))
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def glm_tokenizer(folder: Path) -> Any:
+    """ChatGLM's own tokenizer with a piece for each word of the grammar, English or Chinese, and
+    bytes for the rest; its `tokenizer.model` is written to `folder`."""
+    from diffusers.pipelines.kolors import ChatGLMTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ChatGLMTokenizer.vocab_files_names["vocab_file"]
+    path.write_bytes(glm_vocabulary())
+    return ChatGLMTokenizer(str(path))
+
+
+@functools.cache
+def glm_vocabulary() -> bytes:
+    """A `tokenizer.model` of sentencepiece, made by hand: a unigram model, text as it is."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2
+    kinds = proto.ModelProto.SentencePiece
+    pieces = [("<unk>", 0.0, kinds.UNKNOWN), ("<s>", 0.0, kinds.CONTROL)]
+    pieces += [("</s>", 0.0, kinds.CONTROL)]
+    pieces += [(f"<0x{byte:02X}>", -20.0, kinds.BYTE) for byte in range(256)]
+    own = ["▁", *("▁" + word for word in grammar_words()), *chinese.words()]
+    pieces += [(word, -2.0, kinds.NORMAL) for word in own]
+    model = proto.ModelProto(
+        pieces=[kinds(piece=text, score=score, type=kind) for text, score, kind in pieces],
+        trainer_spec=proto.TrainerSpec(
+            model_type=proto.TrainerSpec.UNIGRAM,
+            vocab_size=len(pieces),
+            byte_fallback=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+        ),
+        normalizer_spec=proto.NormalizerSpec(name="identity"),
+    )
+    return model.SerializeToString(deterministic=True)
