@@ -51,6 +51,8 @@ class Args:
     """a number or a word"""
     scales: tuple[float, ...] = ()
     """a list of numbers"""
+    trackers: tuple[Literal["board", "cloud", "none"], ...] = ("board",)
+    """a list of choices"""
 
 
 def parse(*words: str) -> Args:
@@ -82,6 +84,18 @@ def test_a_list_is_one_flag_with_several_values_and_the_last_one_counts(
     assert ("--lora_layers is given twice: a b counts" in capsys.readouterr().err) == (
         len(words) > 4 or "--lora-layers=c" in words
     )
+
+
+@pytest.mark.parametrize(
+    "words", [("board", "cloud"), ("board,cloud",), ("Board,", "CLOUD"), ("board,,cloud",)]
+)
+def test_choices_of_a_list_stand_apart_or_with_commas(words: tuple[str, ...]) -> None:
+    assert parse("--trackers", *words).trackers == ("board", "cloud")
+    assert parse("--prompts", "a,b").prompts == ("a,b",)  # text keeps its commas
+
+
+def test_a_wrong_choice_of_a_list_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "trackers" in refusal(capsys, "--trackers", "board,clod")
 
 
 def test_a_list_with_an_equal_sign_is_one_value() -> None:
@@ -297,7 +311,7 @@ def test_the_table_of_other_trainers_names_leads_to_flags_that_exist() -> None:
     named = {
         flag for text in foreign.ANSWERS.values() for flag in re.findall(r"--([a-z_0-9]+)", text)
     }
-    assert named - ours == {"config_file", "num_processes"}  # accelerate's
+    assert named - ours == {"config", "config_file", "num_processes"}  # dojo.cli's, accelerate's
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dojo.cli import masking
 from dojo.cli.masking import hide, secrets
 
 
@@ -47,3 +48,13 @@ def test_an_answer_that_repeats_a_secret_is_masked_too() -> None:
     assert hide("the key hidden of me:s@cret is wrong, n=1", known) == (
         "the key *** of *** is wrong, n=1"
     )
+
+
+@pytest.mark.parametrize("name", ["hub_token", "modelscope_token", "api_key", "webhook"])
+def test_an_option_that_holds_a_secret_is_known_by_its_name(name: str) -> None:
+    assert masking.is_secret(name)
+
+
+@pytest.mark.parametrize("name", ["initializer_token", "token_lr", "keep_tokens", "webhooks"])
+def test_a_word_of_a_text_is_no_secret(name: str) -> None:
+    assert not masking.is_secret(name)

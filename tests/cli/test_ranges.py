@@ -28,7 +28,9 @@ _ZERO = """
     ema_decay eval_fraction eval_seed
     blocks_on_cpu kl_beta norm_guard old_decay_flat old_decay_max old_decay_ramp
     first_step guidance_rescale input_perturbation keep_tokens logit_mean lora_dropout lora_scale
-    lr_warmup_steps margin masked_loss_weight max_invalid min_timestep mode_scale noise_offset
+    lr_warmup_steps margin
+    port scheduled_sampling scheduled_sampling_ramp
+    masked_loss_weight max_invalid min_timestep mode_scale noise_offset
     num_eval_prompts num_saved_images scales
     pretrain_weight prior_guidance_scale prior_loss_weight proportion_empty_prompts seed
     skip_guidance_layers skip_layer_guidance_scale skip_layer_guidance_start

@@ -132,6 +132,14 @@ def test_the_page_says_what_was_run_and_what_came_of_it(tmp_path: Path) -> None:
     assert "revision unset" in page.text
 
 
+def test_a_page_bears_the_name_of_its_run(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run")
+    (folder / "README.md").unlink()
+    assert "Run run" in read(folder)[1].text
+    (folder / "args.json").write_text(json.dumps({"args": {"run": {"run_name": EVIL}}}))
+    assert f"Run {EVIL}" in read(folder)[1].text
+
+
 def test_an_evaluation_in_another_way_is_shown_beside_the_plain_one(tmp_path: Path) -> None:
     folder = trained(tmp_path / "run")
     _, plain = read(folder)

@@ -10,15 +10,17 @@ import errno
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-from tqdm import tqdm
 
-from dojo.cli import foreign, help
+from dojo.bars import Bar
+from dojo.cli import config, foreign, help, masking
 from dojo.cli.masking import hide
 
 ArgsT = TypeVar("ArgsT")
@@ -94,22 +96,87 @@ def parse(args_type: type[ArgsT], doc: str | None, argv: Sequence[str] | None = 
     values. A bare flag also takes True or False, a choice is found in any case of its letters, and
     a number has to be finite. A wrong flag or value ends the process with exit code 2 and a
     suggestion, another trainer's flag with ours, and so does a `ValueError` from the dataclass's
-    own checks. What `--help` shows stands in `dojo.cli.help`.
+    own checks. What `--help` shows stands in `dojo.cli.help`, how `--config FILE` gives options in
+    `dojo.cli.config`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    masking.keep_flagged(words)
     if (topic := help.asked(words)) is not None:
         _help(args_type, doc, topic)
 
     def read(words: list[str]) -> ArgsT:
         return _read(args_type, doc, words)
 
-    return _without_secrets(read, _settled(args_type, words))
+    words = _with_config(args_type, words)
+    masking.keep_flagged(words)  # a file's secrets too
+    return _naming_origins(lambda: _without_secrets(read, _settled(args_type, words)))
 
 
 def typed(words: Sequence[str]) -> frozenset[str]:
-    """The names of the options on a command line, as fields have them."""
+    """The names of the options on a command line and in its file, as fields have them."""
+    return _flags(words) | _origins.keys()
+
+
+def options(args_type: type) -> Iterator[tuple[str, Any]]:
+    """Names and types of the options of a command, those of nested groups included."""
+    return _options(args_type)
+
+
+def _flags(words: Sequence[str]) -> frozenset[str]:
     flags = (word.partition("=")[0] for word in words if word.startswith("--"))
     return frozenset(flag.removeprefix("--").replace("-", "_") for flag in flags)
+
+
+# The options that came from a file: file and key by name, of the last command line that was parsed.
+_origins: dict[str, str] = {}
+
+
+def _with_config(args_type: type, words: list[str]) -> list[str]:
+    """The words with those of the file before them that `--config` names; what is typed wins."""
+    _origins.clear()
+    if "config" in dict(_options(args_type)):  # a command's own
+        return words
+    try:
+        path, words = config.split(words)
+        if path is None:
+            return words
+        read = config.read(path)
+        own = _flags(words)
+        given = list(read.given(args_type))
+        taken = [one for one in given if one.name not in own]
+        added = config.words_of(taken, args_type)
+    except config.ConfigError as error:
+        _end(f"error: {error}", 2)
+    _say_overridden(path, [one.name for one in given if one.name in own])
+    _origins.update((one.name, one.where) for one in taken)
+    return [*added, *words]
+
+
+def _say_overridden(path: Path, names: Sequence[str]) -> None:
+    """A launcher gives flags of its own: which options of the file do not count must be seen."""
+    if names and os.environ.get("RANK", "0") == "0":
+        flags = ", ".join(f"--{name}" for name in names)
+        print(f"{flags}: the command line counts, not {path}", file=sys.stderr)
+
+
+def _naming_origins(act: Callable[[], ArgsT]) -> ArgsT:
+    """`act()`; where it prints a refusal of options from a file, file and key are said below."""
+    if not _origins:
+        return act()
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return act()
+    finally:
+        told = printed.getvalue()
+        lines = _from_files(told) if isinstance(sys.exc_info()[1], SystemExit) else []
+        sys.stderr.write("".join([told, *(f"{line}\n" for line in lines)]))
+
+
+def _from_files(message: str) -> list[str]:
+    """A line for each option in a message that a file gave."""
+    named = dict.fromkeys(re.findall(r"--([A-Za-z0-9_]+)", message))
+    return [f"(--{name} stands in {_origins[name]})" for name in named if name in _origins]
 
 
 def _read(args_type: type[ArgsT], doc: str | None, words: list[str]) -> ArgsT:
@@ -189,10 +256,10 @@ def _interrupted() -> int:
 
 def _end(message: str, code: int) -> NoReturn:
     """Ends the process with a message on a line of its own, also behind a half-drawn bar."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+    for bar in list(getattr(Bar, "_instances", ())):
         bar.close()
     if message:
-        print(hide(message), file=sys.stderr)
+        print("\n".join([hide(message), *_from_files(message)]), file=sys.stderr)
     sys.exit(code)
 
 
@@ -261,6 +328,9 @@ def _settled(args_type: type, words: list[str]) -> list[str]:
         if hint is bool and values and values[0].lower() in _TRUTH:
             entries[place] = [*entries[place][: _TRUTH[values[0].lower()]], *values[1:]]
         choices = _choices(hint)
+        if choices and _is_list(hint):  # a,b as well as a b
+            values = [one for value in values for one in value.split(",") if one]
+            entries[place] = [entries[place][0], *values]
         for i, value in enumerate(values if choices else ()):
             entries[place][1 + i] = choices.get(value.lower(), value)
     return [word for entry in entries for word in entry]

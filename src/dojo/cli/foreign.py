@@ -32,6 +32,7 @@ RENAMED: Mapping[str, str] = {
     "flip_aug": "random_flip",
     "huggingface_repo_id": "hub_model_id",
     "huggingface_token": "hub_token",
+    "init_word": "initializer_token",
     "learning_rate_te": "text_encoder_lr",
     "learning_rate_te1": "text_encoder_lr",
     "log_tracker_name": "tracker_project_name",
@@ -48,6 +49,7 @@ RENAMED: Mapping[str, str] = {
     "network_dropout": "lora_dropout",
     "network_weights": "init_lora_weights_path",
     "optimizer_type": "optimizer",
+    "placeholder_token": "new_tokens",
     "reg_data_dir": "class_data_dir",
     "resume": "resume_from_checkpoint",
     "sample_every_n_steps": "validation_steps",
@@ -58,6 +60,8 @@ RENAMED: Mapping[str, str] = {
     "save_precision": "save_dtype",
     "t5_dropout_rate": "t5_dropout",
     "t5xxl_max_token_length": "max_sequence_length",
+    "token_abstraction": "new_tokens",
+    "token_string": "new_tokens",
     "training_shift": "flow_shift",
     "unet_lr": "learning_rate",
     "validation_split": "eval_fraction",
@@ -161,12 +165,15 @@ RENAMED: Mapping[str, str] = {
     "swanlab_project": "tracker_project_name",
     "use_gradient_checkpointing": "gradient_checkpointing",
     "wandb_project": "tracker_project_name",
+    "wandb_run_name": "run_name",
 }
 
 _ATTENTION = "attention is torch's scaled_dot_product_attention, fused where it can be, in any case"
 _CACHED = "this is so by default: latents and text embeddings are cached on disk in"
 _CACHES = f"{_CACHED} --latent_cache_dir (--no_cache_latents, --no_cache_text_embeddings)"
 _NOISY = "not here: it belongs to noise prediction, and this script's objective has no place for it"
+_TEMPLATES = "not here: captions are yours, by --instance_prompt or the data's own"
+_VECTORS = "behind the word: --new_tokens WORD:4"
 _LAUNCHER = "the launcher tells every process by itself: accelerate launch --num_processes N"
 _SAFE = "results are safetensors in any case"
 _STATE = "every checkpoint holds the state of the run, and --resume_from_checkpoint latest goes on"
@@ -196,8 +203,8 @@ ANSWERS: Mapping[str, str] = {
     "caption_extension": "not needed: .txt and .caption files beside the pictures are both found",
     "clip_g": _OWN_PARTS,
     "clip_l": _OWN_PARTS,
-    "config_file": "options stand on the command line; accelerate's own --config_file goes before "
-    "the script's name",
+    "config_file": "--config FILE takes options from a file, by our names (docs/config.md); "
+    "accelerate's own --config_file goes before the script's name",
     "fp8_base": "--base_precision fp8, in scripts that train adapters (int8 takes as much and is "
     "nearer)",
     "full_bf16": "--train_dtype bf16 (full fine-tuning); adapters stay float32",
@@ -234,7 +241,10 @@ ANSWERS: Mapping[str, str] = {
     "enable_xformers_memory_efficient_attention": _ATTENTION,
     "image_interpolation_mode": "not here: pictures are resized by Lanczos' filter, antialiased",
     "local_rank": _LAUNCHER,
+    "learnable_property": _TEMPLATES,
     "non_ema_revision": "not here: --revision is the model's",
+    "num_vectors": _VECTORS,
+    "num_vectors_per_token": _VECTORS,
     "offset_noise": "--noise_offset, in scripts that learn noise or v",
     "output_kohya_format": "--lora_format kohya",
     "pre_compute_text_embeddings": _CACHES,
@@ -244,6 +254,8 @@ ANSWERS: Mapping[str, str] = {
     "written",
     "text_encoder_use_attention_mask": "not here: padding is masked as the model's pipeline does",
     "tokenizer_name": _OWN_PARTS,
+    "train_text_encoder_ti": "--new_tokens WORD ... switches it on",
+    "train_text_encoder_ti_frac": "--token_steps N, a number of optimizer steps",
     "upcast_before_saving": "this is so: trained weights are saved in float32",
     "validation_epochs": f"{_EPOCHS} --validation_steps",
     "validation_scheduler": "not here: validation draws with the model's own scheduler",

@@ -58,6 +58,8 @@ def show(args_type: type, doc: str | None, topic: str, draw: Draw) -> None:
         draw(shown, doc)
     if groups:
         print("\n".join(_listed(args_type, groups)))
+    if topic in ("", EVERYTHING):
+        print("Options from a file, by the same names: --config run.yaml (docs/config.md)")
 
 
 _Option = tuple[type, dataclasses.Field[Any], Any]  # its class, its field, its type

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from urllib.parse import unquote
+from contextlib import suppress
+from urllib.parse import unquote, urlsplit
 
 MASK = "***"
+SECRET_FLAGS = ("--webhook",)  # whose value is a secret as a whole, its path too
+_WORDS = ("initializer_token", "new_token")  # tokens of a text
+_kept: set[str] = set()  # what `hide` masks wherever it stands
 
 # A scheme, then what may be user info, an address in brackets (IPv6), and the rest. A text may go
 # on after an address: quotes, commas, brackets and spaces end it.
@@ -30,10 +34,35 @@ def hide(text: str, known: Sequence[str] = ()) -> str:
     Args:
         known: secrets that are masked wherever they stand, as an answer may repeat them.
     """
+    for secret in sorted(_kept, key=len, reverse=True):  # addresses among them: as they are
+        text = text.replace(secret, MASK)
     masked = _ADDRESS.sub(lambda match: _masked(*_split(match)), text)
     for secret in sorted(known, key=len, reverse=True):
         masked = masked.replace(secret, MASK)
     return masked
+
+
+def keep(secret: str) -> None:
+    """From now on `hide` masks this text, and of an address its path too, in whatever is said."""
+    rest = ""
+    with suppress(ValueError):
+        parts = urlsplit(secret)
+        rest = f"{parts.path}?{parts.query}" if parts.query else parts.path
+    _kept.update(one for one in (secret, rest) if len(one) >= 8)
+
+
+def keep_flagged(words: Sequence[str]) -> None:
+    """Keeps what stands behind flags whose value is a secret."""
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag.replace("-", "_") in [one.replace("-", "_") for one in SECRET_FLAGS]:
+            keep(value if equals else "".join(words[i + 1 : i + 2]))
+
+
+def is_secret(name: str) -> bool:
+    """Whether an option of this name, such as hub_token, is neither written down nor shown."""
+    named = name.endswith(("_token", "_key", "password")) and name not in _WORDS
+    return named or f"--{name}" in SECRET_FLAGS
 
 
 def secrets(text: str) -> list[str]:

@@ -1,6 +1,7 @@
-"""Writes report.html into a run's output folder.
+"""Writes report.html into a run's output folder; of several, says how they differ.
 
 python -m dojo.report outputs/quickstart
+python -m dojo.report outputs/a outputs/b outputs/c
 """
 
 from __future__ import annotations
@@ -13,18 +14,26 @@ from pathlib import Path
 from dojo.cli import UserError, trouble_with_place
 from dojo.files import outputs
 from dojo.report.page import write
+from dojo.report.several import compared
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 when the folder holds no run."""
     parser = argparse.ArgumentParser(
-        prog="python -m dojo.report", description="Writes report.html into a run's output folder."
+        prog="python -m dojo.report",
+        description="Writes report.html into a run's output folder. Of several folders, prints a "
+        "table of what differs in their options and of how they ended.",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder of a run")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "folders", type=Path, metavar="FOLDER", nargs="+", help="output folder of a run"
+    )
+    folders: list[Path] = parser.parse_args(argv).folders
     try:
-        outputs.join(args.folder)
-        path = write(args.folder)
+        if len(folders) > 1:
+            print("\n".join(compared(folders)))
+            return 0
+        outputs.join(folders[0])
+        path = write(folders[0])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -37,16 +37,16 @@ def charts(rows: Sequence[Mapping[str, Any]]) -> str:
             if isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(key, []).append((row["step"], value))
     figures = []
-    for chart in _choose(curves):
+    for chart in choose(curves):
         there = {name: curves[key] for key, name in chart.names.items() if key in curves}
         if there:
             figures.append(_figure(chart, there))
     return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
 
 
-def _choose(keys: Iterable[str]) -> list[Chart]:
+def choose(keys: Iterable[str]) -> list[Chart]:
     """Which curves stand together; what is not known here gets a chart of its own."""
-    found = {key for key in keys if key not in ("step", "epoch") and key[:8] != "seconds_"}
+    found = {key for key in keys if key not in ("step", "epoch", "eta_s") and key[:8] != "seconds_"}
     strata = sorted((key for key in found if "_sigma_" in key), key=_last_number)
     levels = {key: f"level {_last_number(key)}" for key in strata}
     if len(strata) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image
 
 from dojo import files
 from dojo.cli import UserError
-from dojo.cli.masking import hide
+from dojo.cli.masking import hide, is_secret
 from dojo.files import outputs
 from dojo.files.pictures import contact_sheet
 from dojo.files.records import read_if_whole, read_pictures, read_rows
@@ -43,7 +43,7 @@ def write(folder: Path) -> Path:
     title = (
         re.sub(r"\\(\W)", r"\1", unescape(heading[1]))
         if heading
-        else f"Run {folder.resolve().name}"
+        else f"Run {_name(record) or folder.resolve().name}"
     )
     sections = {
         "Curves": charts(rows),
@@ -57,14 +57,27 @@ def write(folder: Path) -> Path:
     body = "\n".join(
         f"<section><h2>{name}</h2>{text}</section>" for name, text in sections.items() if text
     )
-    facts = _facts(folder, record, rows)
-    page = PAGE.format(title=escape(title), style=STYLE, facts=facts, body=body)
+    last = max((row["step"] for row in rows), default=0)
+    head = _head(facts(folder, record, last))
+    page = PAGE.format(title=escape(title), style=STYLE, facts=head, body=body)
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _facts(folder: Path, record: Row, rows: Sequence[Row]) -> str:
-    """What was run: the head of the page."""
+def _name(record: Row) -> str | None:
+    """What `--run_name` called the run."""
+    run = record.get("args", {}).get("run")
+    name = run.get("run_name") if isinstance(run, Mapping) else None
+    return str(name) if name else None
+
+
+def facts(folder: Path, record: Row, last: float) -> dict[str, Any]:
+    """What was run, by names in plain words: the head of a page.
+
+    Args:
+        record: the run's args.json.
+        last: its last step.
+    """
     options = {
         name: value
         for group in record.get("args", {}).values()
@@ -75,10 +88,10 @@ def _facts(folder: Path, record: Row, rows: Sequence[Row]) -> str:
     began = folder / "args.json"
     # The model card comes with the result, at the end of a run.
     over = any((folder / name).is_file() for name in ("finished.json", "README.md"))
-    last = max((row["step"] for row in rows), default=0)
     versions = record.get("versions", {})
-    facts = {
+    found = {
         "script": record.get("script"),
+        "name": _name(record),
         "folder": folder.resolve().name,
         "base model": options.get("pretrained_model_name_or_path"),
         "data": next((options[name] for name in data if options.get(name)), None),
@@ -91,16 +104,19 @@ def _facts(folder: Path, record: Row, rows: Sequence[Row]) -> str:
         "code": record.get("git_revision"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+    return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+def _head(found: Row) -> str:
     parts = []
-    for name, value in facts.items():
-        if value not in (None, ""):
-            wide = ' class="wide"' if name == "versions" else ""
-            parts.append(f"<div{wide}><dt>{name}</dt><dd>{escape(str(value))}</dd></div>")
+    for name, value in found.items():
+        wide = ' class="wide"' if name == "versions" else ""
+        parts.append(f"<div{wide}><dt>{name}</dt><dd>{escape(str(value))}</dd></div>")
     return "".join(parts)
 
 
 def _date(path: Path) -> str:
-    moment = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+    moment = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     return moment.strftime("%Y-%m-%d %H:%M UTC")
 
 
@@ -135,7 +151,7 @@ def _open(path: Path) -> Image.Image:
 def _data(report: Row) -> str:
     """data_report.json: its single values, then its lists of rows (buckets, what was left out)."""
     single = {name: value for name, value in report.items() if not isinstance(value, list | dict)}
-    parts = [table(["", ""], [[_words(name), _value(value)] for name, value in single.items()])]
+    parts = [table(["", ""], [[_words(name), shown(value)] for name, value in single.items()])]
     for name, value in report.items():
         if isinstance(value, Mapping):
             value = [{"name": key, "value": item} for key, item in value.items()]
@@ -188,7 +204,7 @@ def _options(groups: Row) -> str:
     parts = []
     for group, values in groups.items():
         if isinstance(values, Mapping):
-            cells = [[name, _value(value)] for name, value in values.items() if not _secret(name)]
+            cells = [[name, shown(value)] for name, value in values.items() if not is_secret(name)]
             parts.append(f"<div><h3>{escape(group)}</h3>{table(['', ''], cells)}</div>")
     tables = "".join(parts)
     return (
@@ -198,14 +214,11 @@ def _options(groups: Row) -> str:
     )
 
 
-def _value(value: Any) -> str:
+def shown(value: Any) -> str:
+    """An option's value as a text, without what is secret in its addresses."""
     if value is None:
         return "unset"
     return hide(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _secret(name: str) -> bool:
-    return name.endswith(("_token", "_key", "password"))
 
 
 def _words(name: str) -> str:
