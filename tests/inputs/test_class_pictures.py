@@ -31,7 +31,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    args = RunArgs(output_dir=tmp_path / "run", report_to="none", mixed_precision="no")
+    args = RunArgs(output_dir=tmp_path / "run", report_to=("none",), mixed_precision="no")
     return start(args, OptimArgs(max_train_steps=1))
 
 

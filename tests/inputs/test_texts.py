@@ -35,7 +35,7 @@ def same_threads() -> Iterator[None]:
 def rows(model: Path, folder: Path, threads: int, words: list[str]) -> dict[str, Tensor]:
     """The embeddings of these words that a run with so many threads reads."""
     torch.set_num_threads(threads)
-    options = training.RunArgs(output_dir=folder / "run", report_to="none", mixed_precision="no")
+    options = training.RunArgs(output_dir=folder / "run", report_to=("none",), mixed_precision="no")
     run = training.start(options, optim.OptimArgs(max_train_steps=1))
     args = sd3.ModelArgs(pretrained_model_name_or_path=str(model), max_sequence_length=24)
     config = sd3.open_model(args)
@@ -72,7 +72,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 
 def a_run(folder: Path) -> training.Run:
-    options = training.RunArgs(output_dir=folder / "run", report_to="none", mixed_precision="no")
+    options = training.RunArgs(output_dir=folder / "run", report_to=("none",), mixed_precision="no")
     return training.start(options, optim.OptimArgs(max_train_steps=1))
 
 

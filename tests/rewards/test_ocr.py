@@ -143,7 +143,7 @@ def rec(tmp_path_factory: pytest.TempPathFactory) -> Path:
         network.train()(torch.rand(2, 3, 48, 96) * 2 - 1)
         network.head.head.weight.mul_(100)
     network.save_pretrained(folder)
-    PPOCRV5ServerRecImageProcessor(character_list=CHARACTERS).save_pretrained(folder)
+    PPOCRV5ServerRecImageProcessor(character_list=CHARACTERS).save_pretrained(folder)  # pyright: ignore
     return folder
 
 
@@ -349,7 +349,7 @@ def test_what_is_no_ppocr_is_refused(rec: Path, det: Path, tmp_path: Path) -> No
     unnamed = changed("unnamed", without="preprocessor_config.json")
     AutoImageProcessor.from_pretrained(det).save_pretrained(unnamed)
     few = changed("few", without="preprocessor_config.json")
-    PPOCRV5ServerRecImageProcessor(character_list=CHARACTERS[:-1]).save_pretrained(few)
+    PPOCRV5ServerRecImageProcessor(character_list=CHARACTERS[:-1]).save_pretrained(few)  # pyright: ignore
     for options, words in [
         (f"rec={tmp_path}/nothing", "nothing cannot be read"),
         ("rec=owner/name", "owner/name cannot be read"),

@@ -211,8 +211,8 @@ def _ladder(recipe: Recipe, args: DataArgs, pixel_step: int) -> list[list[Size]]
     if not recipe.aspect_buckets:
         sizes = [(recipe.height or r, recipe.width or r) for r in recipe.resolution]
         for height, width in sizes:
-            _check_multiple("--height" if recipe.height else "--resolution", height, pixel_step)
-            _check_multiple("--width" if recipe.width else "--resolution", width, pixel_step)
+            check_multiple("--height" if recipe.height else "--resolution", height, pixel_step)
+            check_multiple("--width" if recipe.width else "--resolution", width, pixel_step)
         return [[size] for size in sizes]
     return [_buckets(resolution, args, pixel_step) for resolution in recipe.resolution]
 
@@ -220,7 +220,7 @@ def _ladder(recipe: Recipe, args: DataArgs, pixel_step: int) -> list[list[Size]]
 def _buckets(resolution: int, args: DataArgs, pixel_step: int) -> list[Size]:
     fine = resolution < 256 or DEFAULT_STEP % pixel_step
     step = args.bucket_step or (pixel_step if fine else DEFAULT_STEP)
-    _check_multiple("--bucket_step", step, pixel_step)
+    check_multiple("--bucket_step", step, pixel_step)
     low, high = args.bucket_min or resolution // 2, args.bucket_max or resolution * 2
     sizes = bucket_sizes(resolution, step, low, high)
     if not sizes:
@@ -231,7 +231,12 @@ def _buckets(resolution: int, args: DataArgs, pixel_step: int) -> list[Size]:
     return sizes
 
 
-def _check_multiple(flag: str, pixels: int, step: int) -> None:
+def check_multiple(flag: str, pixels: int, step: int) -> None:
+    """Refuses a side that the model does not take.
+
+    Raises:
+        UserError: naming the flag and the nearest side that it takes.
+    """
     if pixels % step:
         nearest_multiple = max(1, round(pixels / step)) * step
         raise UserError(

@@ -14,8 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from tqdm import tqdm
-
+from dojo.bars import Bar
 from dojo.cli import UserError, option
 from dojo.data.contents import write_json
 from dojo.data.identity import identified
@@ -430,7 +429,7 @@ def _laid_aside(
     """What an encoder says of lists of captions, each list under itself."""
     aside = Aside(folder)
     encoder = load_encoder()
-    for some in tqdm(captions, title, unit="shard", leave=False):
+    for some in Bar(captions, title, unit="shard", leave=False):
         aside.put(some, _say(encoder, some))
     del encoder
     let_go()

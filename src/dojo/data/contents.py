@@ -22,9 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from tqdm.auto import tqdm
-
 from dojo import files
+from dojo.bars import Bar
 
 MISSING = "missing"
 """Stands for the hash of what cannot be read."""
@@ -96,7 +95,7 @@ def hashes(
     changed: set[str] = set()
     with ThreadPoolExecutor(num_threads) as pool:
         made = pool.map(_hashed, (contents[place] for place in unknown))
-        bar = tqdm(made, "Reading pictures", len(unknown), disable=not (progress and unknown))
+        bar = Bar(made, "Reading pictures", len(unknown), disable=not (progress and unknown))
         for place, (value, begun) in zip(unknown, bar, strict=True):
             found[place] = value
             origin = contents[place].origin

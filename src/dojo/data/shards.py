@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from dojo import files
+from dojo.bars import Bar
 from dojo.cli import UserError
 from dojo.files import tensors
 from dojo.lazy import safetensors_torch
@@ -137,7 +137,7 @@ class Shards:
                 f"{self.folder}: {len(damaged)} damaged files are made again ({names})", flush=True
             )
         total = sum(len(self.members[k]) for k in mine)
-        bar = tqdm(total=total, desc=title, disable=process != 0 or not mine, unit="sample")
+        bar = Bar(total=total, desc=title, disable=process != 0 or not mine, unit="sample")
         with ThreadPoolExecutor(1) as writer:  # the disk is waited for while the next is made
             written: Future[None] | None = None
             for k, made in zip(mine, make_all([self.members[k] for k in mine]), strict=True):

@@ -216,15 +216,7 @@ def _num_bytes(store: object, row: int) -> int:
 
 def _of_stream(stream: data.Stream, rows: int) -> list[Part]:
     """The shards in order, each in parts."""
-    left, parts = len(stream), list[Part]()
-    for shard, count in enumerate(stream.counts):
-        used = min(count, left)
-        left -= used
-        parts += [
-            partial(stream.part, shard, range(start, min(start + rows, used)))
-            for start in range(0, used, rows)
-        ]
-    return parts
+    return [partial(stream.part, shard, some) for shard, _, some in stream.cut(rows)]
 
 
 def _begin(folder: Path, record: Mapping[str, Mapping[str, Any]], samples: str) -> None:

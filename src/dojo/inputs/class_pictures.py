@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tqdm import tqdm
-
 from dojo import data, files, rng
+from dojo.bars import Bar
 from dojo.cli import UserError, option, ranges
 from dojo.inputs import texts
 from dojo.inputs.pictures import refuse_inside
@@ -92,6 +91,11 @@ def draw(
     when it is whole: a process that is killed leaves its place to be filled the next time.
     """
     folder = args.folder
+    if model.words and (own := model.words.find(str(args.class_prompt))):
+        raise UserError(
+            f"--class_prompt has {own[0].text}, which the base model has not learned when it draws "
+            "the class pictures: name the class alone"
+        )
     refuse_inside(folder, data_args.location, "class_data_dir")
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +163,7 @@ def _draw(
     residence.Turns(networks, run.device)
     pipeline.set_progress_bar_config(disable=True)
     count = sum(name in wanted for some in batches for name in some)
-    bar = tqdm(total=count, desc="drawing class pictures", disable=not run.main)
+    bar = Bar(total=count, desc="drawing class pictures", disable=not run.main)
     for some in batches:
         pictures = pipeline(
             **given,

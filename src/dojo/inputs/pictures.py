@@ -17,6 +17,7 @@ from dojo import data, rng
 from dojo.cli import UserError
 from dojo.data.dataset import Dataset
 from dojo.finetune.adapters import TEXT_PARTS
+from dojo.finetune.tokens import check_used
 from dojo.inputs import made, texts
 from dojo.launch import interrupt
 from dojo.lazy import torch
@@ -374,7 +375,9 @@ def _live_text(model: Model, args: Groups, shards: Shards) -> list[str]:
 
 
 def _trains_text(args: Groups) -> bool:
-    return getattr(getattr(args, "text_encoder", None), "train_text_encoder", False)
+    """Whether text encoders are there in training: for their adapters, or for new words."""
+    new_words = bool(getattr(getattr(args, "tokens", None), "new_tokens", ()))
+    return new_words or getattr(getattr(args, "text_encoder", None), "train_text_encoder", False)
 
 
 def refuse_inside(folder: Path, location: str, flag: str) -> None:
@@ -524,6 +527,7 @@ def prepare(
     if not args.cache.no_cache_latents:
         vae.to(device="cpu")  # pyright: ignore  # until something is drawn
     groups = [train.texts(), others]
+    check_used(model.words, groups[0])
     text = texts.prepare(run, model, args.cache, groups, trained=train_text)
     return Inputs(train_rows, evaluation, plan, vae, text, model, args, run)
 

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dojo import files
+from dojo.bars import Bar
 from dojo.cli import TrainingStopped, UserError, ended
 from dojo.cli.masking import hide
 from dojo.lazy import torch
@@ -134,7 +134,7 @@ def _score(flags: argparse.Namespace) -> None:
         with partial.open("w", newline="", encoding="utf-8") as file, torch.no_grad():
             writer = csv.writer(file)
             writer.writerow([*_COLUMNS, *columns])
-            for row in tqdm(rows, desc="scoring", unit="picture"):
+            for row in Bar(rows, desc="scoring", unit="picture"):
                 # One at a time: sizes may differ, and a score must not hang on the others.
                 result = reward(read_picture(row.path), [row.text], [row.metadata])
                 values = {name: float(column) for name, column in result.components.items()}

@@ -70,15 +70,12 @@ class _Judge(Scorer):
             instruction: what it is told before.
             wish: how it is to answer (max_tokens, logprobs, ...).
         """
-        content = [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
-            {"type": "text", "text": text},
-        ]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if instruction is not None:
-            messages.insert(0, {"role": "system", "content": instruction})
-        body = {"model": self.model, "messages": messages, "temperature": 0, **wish}
-        return wire.request(self.url, body, token=os.environ.get(KEY), **self.limits)
+        return wire.chat(
+            *(self.url, self.model, f"data:image/png;base64,{picture}", text, instruction),
+            wish=wish,
+            token=os.environ.get(KEY),
+            **self.limits,
+        )
 
 
 _FIRST_WORD = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}

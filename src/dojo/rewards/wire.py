@@ -102,6 +102,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class Refused(UserError):
+    """A server refuses a request, and would do so again."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+        """HTTP's status"""
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the token to another host."""
 
@@ -116,6 +125,7 @@ def request(
     token: str | None = None,
     timeout: float = 60.0,
     retries: int = RETRIES,
+    flag: str = "--reward",
 ) -> Any:
     """Sends a JSON request (GET without a body) and returns the JSON of the answer.
 
@@ -124,9 +134,11 @@ def request(
 
     Args:
         url: a name and password in it go out as basic authorization, unless there is a token.
+        flag: the option that named the address, for the errors.
 
     Raises:
-        UserError: the server refuses the request, or `url` is no address.
+        Refused: the server refuses the request.
+        UserError: `url` is no address.
         TrainingStopped: it gave no answer in any try.
     """
     known = [*secrets(url), *([token] if token else [])]
@@ -137,7 +149,7 @@ def request(
         headers["Authorization"] = f"Bearer {token}" if token else _basic(user)
     data = None if body is None else json.dumps(body).encode()
     handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
-    if is_loopback(_host(url, shown)):
+    if is_loopback(_host(url, shown, flag)):
         handlers.append(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine
     opener = urllib.request.build_opener(*handlers)
     reason, asked = "", 0.0
@@ -154,10 +166,40 @@ def request(
                 reason = hide(f"HTTP {error.code}: {_told(error)}", known)
                 asked = _seconds(error.headers.get("Retry-After"))
             if error.code < 500 and error.code not in (408, 429):
-                raise UserError(f"--reward: {shown} refuses ({reason})") from None
+                raise Refused(f"{flag}: {shown} refuses ({reason})", error.code) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = hide(str(error) or type(error).__name__, known)
     raise TrainingStopped(f"{shown} gave no answer in {retries + 1} tries (the last: {reason})")
+
+
+def chat(
+    url: str,
+    model: str,
+    picture: str,
+    text: str,
+    instruction: str | None = None,
+    *,
+    wish: Mapping[str, Any],
+    **limits: Any,
+) -> Any:
+    """The answer of a server that speaks OpenAI's protocol to a text about a picture.
+
+    Args:
+        url: up to and with /chat/completions.
+        picture: a data URI.
+        instruction: what the model is told before.
+        wish: how it is to answer (max_tokens, logprobs, ...).
+        limits: what `request` takes.
+    """
+    content = [
+        {"type": "image_url", "image_url": {"url": picture}},
+        {"type": "text", "text": text},
+    ]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if instruction is not None:
+        messages.insert(0, {"role": "system", "content": instruction})
+    body = {"model": model, "messages": messages, "temperature": 0, **wish}
+    return request(url, body, **limits)
 
 
 def joined(url: str, path: str) -> str:
@@ -187,7 +229,7 @@ def _basic(user: str) -> str:
     return f"Basic {base64.b64encode(words.encode()).decode('ascii')}"
 
 
-def _host(url: str, shown: str) -> str:
+def _host(url: str, shown: str, flag: str) -> str:
     """The host of an address.
 
     Raises:
@@ -199,7 +241,7 @@ def _host(url: str, shown: str) -> str:
             return parts.hostname
     except ValueError:
         pass
-    raise UserError(f"--reward: {shown} is no address of the form http://host:port") from None
+    raise UserError(f"{flag}: {shown} is no address of the form http://host:port") from None
 
 
 def _seconds(text: str | None) -> float:

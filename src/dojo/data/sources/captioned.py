@@ -17,8 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from tqdm.auto import tqdm
-
+from dojo.bars import Bar
 from dojo.cli import UserError
 from dojo.data.contents import Origin, Remembered
 from dojo.data.images import BadSample, Decoded, Size, decode, read_alpha, read_mask
@@ -343,7 +342,7 @@ def look(source: Captioned, *, num_threads: int, progress: bool = True) -> list[
     executor = ThreadPoolExecutor(max_workers=num_threads)
     try:
         found = executor.map(lambda index: _seen_or_fault(source, index), range(len(source)))
-        bar = tqdm(found, "Checking pictures", len(source), disable=not progress, unit="picture")
+        bar = Bar(found, "Checking pictures", len(source), disable=not progress, unit="picture")
         return list(bar)
     finally:
         executor.shutdown(cancel_futures=True)  # an interrupt need not wait for the rest

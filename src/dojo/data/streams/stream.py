@@ -150,6 +150,15 @@ class Stream:
             has_masks=self.recipe.mask_from_alpha,
         )
 
+    def cut(self, rows: int) -> Iterator[tuple[int, int, range]]:
+        """The rows that are used, in order, so many at a time: shard, number of the first, rows."""
+        left = len(self)
+        for shard, (first, count) in enumerate(zip(self.starts, self.counts, strict=True)):
+            used = min(count, left)
+            left -= used
+            for start in range(0, used, rows):
+                yield shard, first + start, range(start, min(start + rows, used))
+
     def fetch(self, shard: int) -> Pack:
         """A shard, open; brought to the disk if it is not there.
 
