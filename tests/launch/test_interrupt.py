@@ -24,7 +24,7 @@ from dojo.run.learner import Learner
 from tests.conftest import ROOT, lora_flags, reset_accelerate, rl_flags
 from tests.run.test_training import metrics
 
-TIMES = ("images_per_s", "memory_gib")
+TIMES = ("images_per_s", "eta_s", "memory_gib")
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -157,6 +157,16 @@ def test_the_command_that_goes_on_resumes_and_overwrites_nothing(
     monkeypatch.setenv(launch.COMMAND, typed)
     words = shlex.split(launch.command())
     assert words == [*shlex.split(expected), "--resume_from_checkpoint", "latest"]
+
+
+def test_the_command_that_goes_on_overwrites_nothing_that_a_file_would(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    words = ["python", "train.py", "--config", str(file)]
+    file.write_text("run: {overwrite_output_dir: true}")
+    added = "--overwrite_output_dir False --resume_from_checkpoint latest"
+    assert launch.resumed(words).endswith(f"run.yaml {added}")
+    file.write_text("rank: 4")
+    assert launch.resumed(words).endswith("run.yaml --resume_from_checkpoint latest")
 
 
 def test_a_launcher_is_found_by_its_command_line(monkeypatch: pytest.MonkeyPatch) -> None:

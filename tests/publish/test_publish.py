@@ -304,7 +304,7 @@ def test_a_file_that_holds_the_token_is_not_sent(hub: FakeHub, result: Path) -> 
 
 def test_nothing_leaves_the_machine_unless_it_is_asked_for(hub: FakeHub, result: Path) -> None:
     args = PublishArgs()
-    args.check(result, "wandb")
+    args.check(result, ("wandb",))
     assert publish.upload(result, args) == []
     assert not hub.requests
 
@@ -384,7 +384,7 @@ def test_what_would_fail_later_is_refused_before_the_training(
     hub: FakeHub, tmp_path: Path, flags: dict[str, Any], report_to: str, words: str
 ) -> None:
     with pytest.raises(UserError, match=words) as caught:
-        PublishArgs(**flags).check(tmp_path / "hearts", report_to)
+        PublishArgs(**flags).check(tmp_path / "hearts", (report_to,))
     assert TOKEN not in str(caught.value)
     assert not hub.requests
 
@@ -610,6 +610,12 @@ def test_the_licence_is_that_of_a_known_base_and_no_other(
     assert "/data" not in card
     if licence is None:
         assert "follows from that of the base model" in card
+
+
+def test_the_name_of_the_run_is_the_title_of_the_card(tmp_path: Path) -> None:
+    for name, title in ((None, "A LoRA"), ("hearts, 16", "hearts, 16")):
+        write_card(tmp_path / "card", options={"run": {"run_name": name}})
+        assert f"\n# {title}\n" in (tmp_path / "card" / "README.md").read_text()
 
 
 def test_trigger_words_stand_in_header_text_and_example(tmp_path: Path) -> None:

@@ -244,12 +244,12 @@ def test_a_damaged_mark_of_the_end_is_said_and_the_end_is_made_again(
     content: str,
 ) -> None:
     marker = tmp_path / "finished.json"
-    assert folders._finished_at(marker, print) == -1
+    assert folders._finished_at(marker, print) == (-1, None)
     assert not capsys.readouterr().out
     marker.write_text(content)
-    assert folders._finished_at(marker, print) == -1
+    assert folders._finished_at(marker, print) == (-1, None)
     assert "finished.json is damaged" in capsys.readouterr().out
-    assert folders._finished_at(whole / "finished.json", print) == 3
+    assert folders._finished_at(whole / "finished.json", print) == (3, None)
 
 
 GARBAGE = ["", "\x00\x00\x00", '{"step": 2, "lo', "[1]", '{"loss": 1}', '{"step": "two"}', "null"]

@@ -10,6 +10,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -88,6 +89,10 @@ class Number:
 
     def restore(self, folder: Path) -> None:
         self.weight.data.copy_(load_file(folder / "number.safetensors")["weight"])
+
+    def save_result(self, folder: Path) -> Path:
+        self.save(folder)
+        return folder / "number.safetensors"
 
     def save_average(self, folder: Path) -> None:
         self.save(folder / "average")
@@ -353,6 +358,7 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert not [name for name in names if name.startswith(".")]
     rows = metrics(whole)
     assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[1]["eta_s"] >= rows[2]["eta_s"] == 0
     for row in rows:
         wanted = {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "memory_gib"}
         assert wanted | {"seconds_data", "seconds_train"} <= set(row)
@@ -756,8 +762,86 @@ def test_a_dry_run_refuses_a_tracker_that_is_not_installed(
     lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match="the package wandb is not installed"):
-        script.main(lora_args(tmp_path, "--dry_run", "--report_to", "wandb"))
+    with pytest.raises(UserError, match="the package wandb is not installed") as caught:
+        script.main(lora_args(tmp_path, "--dry_run", "--report_to", "wandb,tensorboard", "mlflow"))
+    for package in ("tensorboard", '-e ".[wandb]"', '-e ".[mlflow]"'):  # all at once
+        assert f"(pip install {package})" in str(caught.value)
+    assert trackers.chosen(("none",)) == trackers.chosen(("all",)) == []
+
+
+def test_several_trackers_are_taken_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name != "swanlab")
+    assert trackers.chosen(("wandb", "tensorboard", "wandb")) == ["tensorboard", "wandb"]
+    assert trackers.chosen(("wandb", "all")) == ["tensorboard", "wandb", "mlflow"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--report_to", "none", "wandb"), "--report_to must be none alone"),
+        (("--report_to", "wandb,none"), "--report_to must be none alone"),
+        (("--run_name", " "), "--run_name must be one line"),
+        (("--run_name", "a\nb"), "--run_name must be one line"),
+    ],
+)
+def test_trackers_and_names_that_make_no_sense_are_refused(
+    lora_args: MakeArgs,
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        lora_args(tmp_path, *flags)
+    assert words in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Trackers:
+    """Stands for accelerate: keeps what the trackers are started with."""
+
+    log_with: tuple[str, ...]
+    told: dict[str, Any]
+    is_main_process: bool = True
+
+    def init_trackers(self, project: str, *, config: Any, init_kwargs: dict[str, Any]) -> None:
+        assert project == "sd-dojo"
+        assert "run_name" in config
+        self.told.update(init_kwargs)
+
+
+@pytest.mark.parametrize("flags", [(), ("--run_name", "hearts, 16")])
+def test_the_trackers_are_told_the_name_of_the_run(
+    lora_args: MakeArgs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    args = lora_args(tmp_path, *flags)
+    name = args.run.name
+    assert name == (flags[1] if flags else "run")
+    fake: Any = Trackers(("wandb", "swanlab", "mlflow"), {})
+    trackers.start(fake, args, tmp_path / "logs")
+    assert fake.told["wandb"]["name"] == fake.told["mlflow"]["run_name"] == name
+    assert fake.told["swanlab"]["experiment_name"] == name
+    assert "logging_dir" not in fake.told["mlflow"]  # the server's own place
+    assert (tmp_path / "logs" / "wandb").is_dir()
+
+
+def test_mlflow_without_a_server_writes_into_the_folder(
+    lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[str] = []
+    mlflow: Any = ModuleType("mlflow")
+    mlflow.set_tracking_uri = places.append
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fake: Any = Trackers(("mlflow",), {})
+    logs = tmp_path / "logs"
+    trackers.start(fake, lora_args(tmp_path), logs)
+    assert places == [f"sqlite:///{logs / 'mlflow.db'}"]
+    assert fake.told["mlflow"]["logging_dir"] == (logs / "mlflow").as_uri()
 
 
 def test_a_dry_run_looks_at_every_size_and_for_weights(

@@ -22,8 +22,11 @@ from typing import Any
 import psutil
 import yaml
 
+from dojo.cli import config
+
 COMMAND = "SD_DOJO_COMMAND"  # in the environment: what the user's command line was
 GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun leaves its processes to end in
+_ANEW = "overwrite_output_dir"
 _LAUNCHERS = ("torchrun", "torch.distributed.run", "accelerate", "dojo.launch")
 
 
@@ -70,7 +73,16 @@ def resumed(words: Sequence[str]) -> str:
                 rest.pop(0)
         elif flag != "__overwrite_output_dir":
             kept.append(word)
-    return shlex.join([*kept, "--resume_from_checkpoint", "latest"])
+    return shlex.join([*kept, *_not_anew(kept), "--resume_from_checkpoint", "latest"])
+
+
+def _not_anew(words: Sequence[str]) -> list[str]:
+    """A flag against `overwrite_output_dir` in the file that `--config` names."""
+    with suppress(config.ConfigError):
+        path, _ = config.split(words)
+        if path and str(config.read(path).value(_ANEW)).lower() not in ("none", "false"):
+            return [f"--{_ANEW}", "False"]
+    return []
 
 
 def _short(program: str) -> str:

@@ -20,6 +20,7 @@ from dojo.files import outputs
 from dojo.files.records import read_table
 from dojo.publish.card import WEIGHTS, write_card
 from dojo.publish.hubs import PublishArgs, find_result, upload
+from dojo.publish.learned import EMBEDDINGS
 
 _ON_THE_COMMAND_LINE = "rather set {}: every user of the machine sees this command"
 
@@ -83,7 +84,8 @@ def _write_card(folder: Path, weights: str, repo_id: str | None) -> None:
     model, data = options.get("model", {}), options.get("data", {})
     state = read_table(folder / "state.json") or read_table(folder / "finished.json")
     places = ("dataset_name", "train_data_dir", "instance_data_dir", "data_config")
-    kind = {WEIGHTS: ("LoRA", "lora")}.get(weights, ("Fine-tuned model", "full-fine-tuning"))
+    kinds = {WEIGHTS: ("LoRA", "lora"), EMBEDDINGS: ("Learned words", "textual_inversion")}
+    kind = kinds.get(weights, ("Fine-tuned model", "full-fine-tuning"))
     write_card(
         folder,
         title=f"{kind[0]}: {folder.resolve().name}",

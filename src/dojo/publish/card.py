@@ -17,7 +17,8 @@ from huggingface_hub.utils import validate_repo_id
 from dojo.cli.masking import hide
 from dojo.files import tensors
 from dojo.files.records import read_pictures, read_table
-from dojo.publish import markdown
+from dojo.publish import learned, markdown
+from dojo.publish.learned import EMBEDDINGS
 from dojo.run.checkpoint import write_file
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name for a LoRA
@@ -75,10 +76,11 @@ def write_card(
         folder: where the result lies; its `scheduler/` and `validation/` are looked at.
         base_model: hub id or folder of the model that was trained; "" when it is not known.
         dataset: hub id or folder of the data; "" is left out.
-        options: the script's options by group, as `run.folders.options` gives them.
+        options: the script's options by group, as `run.folders.options` gives them; `run_name` is
+            the title instead.
         steps: optimizer steps; 0 when nothing is known of the training.
         weights: file of a LoRA, "" for a whole pipeline, "transformer" or "unet" for that part
-            of one alone.
+            of one alone, "embeddings" for new words alone.
         instance_prompt: the words that call up the subject; unset: the option of that name.
         repo_id: the repository that the card is for; unset: the folder's name, to be replaced.
         pipeline: diffusers' class of the base model, which has to be named where it is one file.
@@ -98,14 +100,16 @@ def write_card(
     ]
     base = _base(base_model)
     is_lora = weights.endswith(".safetensors")
+    adapts = is_lora or weights == EMBEDDINGS
     method = _method(folder / weights) if is_lora else None
     if method:
         title = title.replace("LoRA", method)
         tags = [*tags, "lycoris", method.lower()]
 
+    title = values.get("run_name") or title
     header: dict[str, Any] = {}
     if _is_hub_id(base):  # the hub's index accepts nothing else
-        header |= {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
+        header |= {"base_model": base, "base_model_relation": "adapter" if adapts else "finetune"}
     header |= {"library_name": "diffusers", **_licence(base), "pipeline_tag": "text-to-image"}
     if _is_hub_id(dataset):
         header["datasets"] = [dataset]
@@ -135,6 +139,8 @@ def write_card(
     prompt = (prompts or [*drawn.values(), trigger or "a photo"])[0]
     usage = _usage(folder, base, weights, prompt, values, repo_id, pipeline, method)
     body += ["## Use", "", usage, ""]
+    if words := learned.told(folder, pipeline):
+        body += [words, ""]
     if quantised := _quantised(values):
         body += [quantised, ""]
     if rows:
@@ -203,11 +209,15 @@ def _usage(
     one_file = weights != "" and base.endswith(_SINGLE_FILES) and pipeline is not None
     kind = str(pipeline) if one_file else "DiffusionPipeline"
     names = sorted(filter(None, [kind, scheduler_class, part_class]))
+    plain = not weights.endswith(".safetensors") or not _needs_help(folder / weights)
+    if not plain:
+        names = sorted([*names, "HunyuanDiT2DModel"])
     place = repo_id or folder.resolve().name
     comment = "" if repo_id else "  # this folder, or its repository"
     lines = [
         "import torch",
         f"from diffusers import {', '.join(names)}",
+        *([] if plain else ["from diffusers.loaders import PeftAdapterMixin"]),
         "",
         *([] if method and not scheduler_class else [f"result = {_quoted(place)}{comment}"]),
     ]
@@ -220,10 +230,14 @@ def _usage(
     base_text = _quoted(merged if method else base or "the base model")
     if weights == "":
         lines += [f"pipe = DiffusionPipeline.from_pretrained(result, {precise})"]
-    elif weights.endswith(".safetensors"):
-        lines += [f"pipe = {kind}.{opening}({base_text}, {of_base})"]
-        if not method:
+    elif weights.endswith(".safetensors") or weights == EMBEDDINGS:
+        if plain:
+            lines += [f"pipe = {kind}.{opening}({base_text}, {of_base})"]
+        else:
+            lines += _with_adapters(base_text, of_base, weights)
+        if plain and not method and weights != EMBEDDINGS:
             lines += [f"pipe.load_lora_weights(result, weight_name={_quoted(weights)})"]
+        lines += learned.loading(folder, pipeline)
     else:
         lines += [
             f"{weights} = {part_class}.from_pretrained(",
@@ -246,11 +260,44 @@ def _usage(
     ):
         if values.get(option) not in (None, usual):
             arguments.append(f"{argument}={values[option]}")
+    if not plain:
+        arguments += _as_trained(values)
     call = [f"image = pipe({', '.join(arguments)}).images[0]"]
     if len(call[0]) > 88:
         call = ["image = pipe(", *[f"    {argument}," for argument in arguments], ").images[0]"]
     lines += ['pipe.to("cuda")', *call, 'image.save("image.png")']
     return "\n".join([*before, markdown.block(lines, "python")])
+
+
+def _needs_help(path: Path) -> bool:
+    """Whether a LoRA is for a HunyuanDiT, whose class in diffusers can have no adapters."""
+    with suppress(OSError, ValueError):
+        return any(name.startswith("transformer.blocks.") for name in tensors.read_header(path)[0])
+    return False
+
+
+def _with_adapters(base: str, of_base: str, weights: str) -> list[str]:
+    """Python that loads a LoRA into a HunyuanDiT of diffusers."""
+    return [
+        "class WithAdapters(HunyuanDiT2DModel, PeftAdapterMixin):",
+        '    """diffusers\' own class loads no LoRA."""',
+        "",
+        "",
+        "transformer = WithAdapters.from_pretrained(",
+        f'    {base}, subfolder="transformer", {of_base}',
+        ")",
+        f"transformer.load_lora_adapter(result, weight_name={_quoted(weights)})",
+        f"pipe = DiffusionPipeline.from_pretrained({base}, transformer=transformer, {of_base})",
+    ]
+
+
+def _as_trained(values: Mapping[str, Any]) -> list[str]:
+    """The size that was trained; the pipeline would draw the nearest of ten."""
+    sizes = values.get("resolution") or ()
+    names = ("height", "width")
+    given = [values.get(name) or next(iter(sizes), None) for name in names]
+    told = [f"{name}={size}" for name, size in zip(names, given, strict=True) if size]
+    return [*told, "use_resolution_binning=False"]
 
 
 def _merging(place: str, base: str, merged: str, method: str) -> list[str]:

@@ -29,6 +29,7 @@ from huggingface_hub.utils import validate_repo_id
 from dojo.cli import UserError, incidental
 from dojo.files.records import read_table
 from dojo.publish.card import WEIGHTS, last_pictures
+from dojo.publish.learned import EMBEDDINGS
 
 RECORDERS = ("wandb", "swanlab", "all")  # trackers that store the command line
 # What is sent, by name. Anything else in the folder stays: checkpoints, logs, caches, notes.
@@ -46,6 +47,7 @@ _FILES = (
     "pytorch_lora_weights*.safetensors",
 )
 _PARTS = ("transformer", "unet")  # what may have been trained whole
+_LEARNED = (*_PARTS, EMBEDDINGS)
 _TEXTS = (".md", ".json", ".jsonl", ".html")
 # diffusers writes into a part's config.json where it was loaded from.
 _RECORDS = ("args.json", "config.json", "model_index.json")
@@ -77,7 +79,7 @@ class PublishArgs:
     modelscope_token: str | None = field(default=None, repr=False)
     """rather set MODELSCOPE_API_TOKEN, for the same reason"""
 
-    def check(self, folder: Path, report_to: str = "none") -> None:
+    def check(self, folder: Path, report_to: Sequence[str] = ("none",)) -> None:
         """Refuses before the training what would fail after it.
 
         Every process may call it; the first one alone asks the hubs whose the tokens are. A hub
@@ -85,19 +87,19 @@ class PublishArgs:
 
         Args:
             folder: the output folder, which names an unnamed repository.
-            report_to: the choice of trackers.
+            report_to: the chosen trackers.
         Raises:
             UserError: a token that a tracker would record, that is missing, wrong or may only
                 read; a malformed repository; a missing package.
         """
-        if report_to in RECORDERS:
+        if told := [name for name in report_to if name in RECORDERS]:
             for flag, variable in (
                 ("hub_token", "HF_TOKEN"),
                 ("modelscope_token", "MODELSCOPE_API_TOKEN"),
             ):
                 if getattr(self, flag):
                     raise UserError(
-                        f"--{flag}: --report_to {report_to} stores the command line, and the "
+                        f"--{flag}: --report_to {told[0]} stores the command line, and the "
                         f"token with it; set {variable} instead"
                     )
         main = os.environ.get("RANK", "0") == "0"
@@ -203,12 +205,12 @@ def find_result(folder: Path) -> str:
         return WEIGHTS
     if (folder / "model_index.json").is_file():
         return ""
-    for part in _PARTS:
+    for part in _LEARNED:
         if list((folder / part).glob("*.safetensors")):
             return part
     raise UserError(
         f"{folder} holds no result: neither {WEIGHTS} nor model_index.json nor a folder "
-        f"{' or '.join(_PARTS)} with weights (a run that is not over has them in checkpoint-N)"
+        f"{' or '.join(_LEARNED)} with weights (a run that is not over has them in checkpoint-N)"
     )
 
 
@@ -221,7 +223,7 @@ def result_files(folder: Path) -> list[str]:
     find_result(folder)
     found = [path for pattern in _FILES for path in folder.glob(pattern)]
     parts = read_table(folder / "model_index.json").keys()
-    for part in {"scheduler", *_PARTS, *(f"{part}_ema" for part in _PARTS), *parts}:
+    for part in {"scheduler", *_LEARNED, *(f"{part}_ema" for part in _PARTS), *parts}:
         found += (folder / part).rglob("*")
     found += last_pictures(folder)
     names = {path.relative_to(folder) for path in found if path.is_file()}

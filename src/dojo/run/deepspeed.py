@@ -44,6 +44,7 @@ OPTIMIZERS = ("adamw", "lion")
 # Options, and the value at which they change nothing.
 _UNTRIED: Mapping[str, object] = {
     "train_text_encoder": False,
+    "new_tokens": (),
     "train_dtype": "fp32",
     "torch_compile": False,
     "base_precision": "bf16",
@@ -188,7 +189,9 @@ class Zero(Replicas):
         if passes > 1:
             raise UserError(_METHODS)
         if len(modules) > 1:
-            raise UserError("DeepSpeed trains one network: leave --train_text_encoder out")
+            raise UserError(
+                "DeepSpeed trains one network: leave --train_text_encoder and --new_tokens out"
+            )
         network = modules[0]
         if any(p.dtype != torch.float32 for p in network.parameters() if p.requires_grad):
             raise UserError("--train_dtype bf16 does not go with DeepSpeed; --shard takes it")

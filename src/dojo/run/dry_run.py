@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 
 def print_plan(
-    run: Run, args: Any, held: Held, cost: Cost, batch_size: int, *, needs: Needs
+    run: Run,
+    args: Any,
+    held: Held,
+    cost: Cost,
+    batch_size: int,
+    *,
+    needs: Needs,
+    beside: int = 0,
 ) -> None:
     """Prints what `--dry_run` promises: options, sizes, steps, memory, operations and hours.
 
@@ -23,13 +30,15 @@ def print_plan(
         held: what training holds of the network.
         cost: of a micro-batch of `batch_size`.
         needs: what is held beside the network.
+        beside: numbers that are trained outside of it.
     Raises:
         UserError: the run would be refused: its folder, or the checkpoint that it goes on from.
     """
     params = list(held.network.parameters())
     micro_batches = run.samples_per_step / batch_size / run.accelerator.num_processes
+    trained = beside + sum(one.numel() for one in params if one.requires_grad)
     rows = [
-        f"trainable parameters: {sum(one.numel() for one in params if one.requires_grad):,}",
+        f"trainable parameters: {trained:,}",
         f"total parameters: {sum(one.numel() for one in params):,}",
         f"effective batch size: {run.samples_per_step}",
         f"optimizer steps: {run.num_steps}",

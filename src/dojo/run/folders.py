@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dojo.cli import UserError, incidental_options
+from dojo.cli import UserError, incidental_options, masking
 from dojo.cli.masking import hide
 from dojo.files import outputs, records
 from dojo.run import checkpoint, machine
@@ -109,7 +109,10 @@ def look(
     folder = args.run.output_dir
     _refuse_own_sources(folder, args)
     marker = folder / "finished.json"
-    done = _finished_at(marker, processes.say) >= num_steps
+    ended, early = _finished_at(marker, processes.say)
+    if early is not None and early == args.run.patience:
+        num_steps = min(num_steps, int(ended))
+    done = ended >= num_steps
     fresh = args.run.overwrite_output_dir
     occupied = marker.is_file() or bool(checkpoint.existing(folder))
     origin = resumed.parent if resumed else folder
@@ -120,14 +123,16 @@ def look(
     return Found(folder, origin, occupied and not fresh, changed, finished, num_steps)
 
 
-def _finished_at(marker: Path, say: Callable[[str], None]) -> float:
-    """The step at which an earlier run was finished; -1 where none was."""
+def _finished_at(marker: Path, say: Callable[[str], None]) -> tuple[float, str | None]:
+    """The step at which an earlier run was finished, -1 where none was; and, if it ended early,
+    what it was told of that."""
     if not marker.is_file():
-        return -1
+        return -1, None
     with suppress(UserError, KeyError, TypeError, ValueError):
-        return float(records.read_table(marker)["step"])
+        table = records.read_table(marker)
+        return float(table["step"]), table.get("early")
     say(f"{marker} is damaged: the run is taken for unfinished")
-    return -1
+    return -1, None
 
 
 def clear(folder: Path, say: Callable[[str], None]) -> None:
@@ -140,9 +145,14 @@ def clear(folder: Path, say: Callable[[str], None]) -> None:
         say(f"{folder}: no run wrote these files, so they stay: {shown}")
 
 
-def write_finished(folder: Path, step: int) -> None:
-    """Marks the run as over."""
-    checkpoint.write_file(folder / "finished.json", json.dumps({"step": step}))
+def write_finished(folder: Path, step: int, early: str | None = None) -> None:
+    """Marks the run as over.
+
+    Args:
+        early: if it ended before its last step, what it was told of that.
+    """
+    record = {"step": step, **({} if early is None else {"early": early})}
+    checkpoint.write_file(folder / "finished.json", json.dumps(record))
 
 
 def recorded_seed(folder: Path) -> int | None:
@@ -181,8 +191,7 @@ def options(args: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        # hub_token and its like; max_sequence_length and keep_tokens are no secrets.
-        return {k: _plain(item) for k, item in value.items() if not k.endswith("_token")}
+        return {k: _plain(item) for k, item in value.items() if not masking.is_secret(k)}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return hide(str(value)) if isinstance(value, str | Path) else value
@@ -192,7 +201,7 @@ def record(args: Any, seed: int, accelerator: accelerate.Accelerator) -> dict[st
     """What args.json says: options, seed, processes, git revision, versions."""
     return {
         "script": Path(sys.argv[0]).name,
-        "started": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "args": options(args),
         "seed": seed,
         "num_processes": accelerator.num_processes,

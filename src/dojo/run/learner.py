@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from dojo.cli import TrainingStopped
 from dojo.files import tensors
-from dojo.lazy import late, torch
-from dojo.run import checkpoint, finite
+from dojo.lazy import accelerate, late, torch
+from dojo.run import best, checkpoint, finite
 from dojo.run import optim as optimizers
 from dojo.run.averaging import Averaged
 from dojo.run.replicas import Learned, Written
@@ -60,6 +60,10 @@ class Trained(Written, Protocol):
         """The whole weights in the model, on the process that writes: a collective."""
         ...
 
+    def save_result(self, folder: Path) -> Path:
+        """Writes what the training is for, and returns the file or folder that holds it."""
+        ...
+
 
 class Part(Protocol):
     """Something else that a checkpoint keeps."""
@@ -75,6 +79,11 @@ class Part(Protocol):
 
 class Evaluation(Protocol):
     """What looks at the model from time to time."""
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """The numbers that it writes into metrics.jsonl."""
+        ...
 
     def __call__(self) -> None:
         """Looks now."""
@@ -112,6 +121,7 @@ class Learner:
         self.max_grad_norm = optim.max_grad_norm
         self._micro_loss = torch.zeros((), device=run.device)
         self._skipped = 0
+        self._kept_now = -1  # the step of the checkpoint that a new best has written
         if optim.fused_backward:
             fused.check_run(run, passes)
         if remark := optimizers.remark(optim, run.device):
@@ -242,12 +252,60 @@ class Learner:
             with self.kept_when_stopped(), self.averaged(), self.run.replicas.gathered():
                 for evaluate in evaluations:
                     evaluate()
+            self._weigh()
 
     def catch_up(self, *evaluations: Evaluation, due: bool) -> None:
         """What is due before the first step, or was left out when the run stopped."""
+        if (text := self.run.args.keep_best) is not None:
+            known = [name for evaluation in evaluations for name in evaluation.metrics]
+            best.refuse_unknown(best.read_wish(text), known)
         with self.averaged(), self.run.replicas.gathered():
             for evaluation in evaluations:
                 evaluation.catch_up(due=due)
+        self._weigh()
+
+    def _weigh(self) -> None:
+        """Keeps the weights where they are the best so far, and ends a run whose patience is at an
+        end: a collective."""
+        run = self.run
+        if run.args.keep_best is None:
+            return
+        wish = best.read_wish(run.args.keep_best)
+        read = best.read(run.output_dir, wish, run.step) if run.main else None
+        now: best.Standing | None = accelerate.utils.broadcast_object_list([read])[0]
+        if now is None:
+            return
+        if now.step == run.step and now.kept != run.step:
+            self.keep(now=True)
+            self._kept_now = run.step
+            self._keep_best(wish, now)
+        elif now.step != now.kept and run.main:
+            run.say(
+                f"{run.output_dir / best.FOLDER} does not hold the weights of step {now.step}, by "
+                f"{wish.metric} the best so far: it is written anew at the next best"
+            )
+        patience = run.args.early_stopping_patience
+        if patience is not None and now.looks >= patience:
+            run.end_early(
+                f"{wish.metric} was best at step {now.step} ({now.value:g}), {now.looks} "
+                "evaluations ago (--early_stopping_patience)"
+            )
+
+    def _keep_best(self, wish: best.Wish, now: best.Standing) -> None:
+        """Writes the weights as a result is written: a collective."""
+        run = self.run
+        folder = run.output_dir / best.FOLDER
+
+        def write(inside: Path) -> None:
+            self.trained.save_result(inside)
+            best.write_record(inside, wish, now)
+
+        with run.phase("checkpoint"):
+            with self.result() as writing:
+                if writing:
+                    checkpoint.write_whole(folder, write)
+            run.accelerator.wait_for_everyone()
+        run.say(f"step {run.step}: the best {wish.metric} so far, {now.value:g}: {folder}")
 
     # -- checkpoints --------------------------------------------------------------------------
 
@@ -294,6 +352,8 @@ class Learner:
         run = self.run
         if now:
             return run.step > 0 and not (run.output_dir / f"checkpoint-{run.step}").exists()
+        if self._kept_now == run.step:
+            return False
         every, requests = run.args.checkpointing_steps, run.stopping.requests
         asked = requests.save or bool(requests.stop)
         return run.step // every > before // every or run.step == run.num_steps or asked

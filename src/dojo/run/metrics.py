@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tqdm import tqdm
-
+from dojo.bars import Bar
 from dojo.files import records
 from dojo.lazy import torch
 from dojo.run import checkpoint, machine
+from dojo.run.pace import Pace
 
 if TYPE_CHECKING:
     import accelerate
@@ -35,7 +35,10 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         self.flops_per_sample = 0.0
         self.step_seconds = 0.0  # of the last step
-        self._bar: Any = tqdm(disable=True)  # until the loop begins
+        self.pace = Pace()
+        self._bar: Any = Bar(disable=True)  # until the loop begins
+        self._step = 0  # the last that has ended
+        self._worked = 0.0  # seconds since then that were no pauses
         self._loss = torch.zeros((), device=self.device)
         self._loss_count = 0
         self._samples = 0
@@ -55,9 +58,11 @@ class Metrics:
     @contextmanager
     def loop(self, step: int, num_steps: int) -> Iterator[None]:
         """Starts the clock of the steps, with a bar on one process."""
-        self._bar = tqdm(
+        self._step, self._worked = step, 0.0
+        self._bar = Bar(
             desc="steps",
             total=num_steps,
+            left=lambda: self.pace.seconds_left(self._step, num_steps),
             initial=step,
             disable=not self.accelerator.is_main_process,
             smoothing=0.1,
@@ -96,11 +101,17 @@ class Metrics:
         self._add_seconds("train", spent)
         self.step_seconds = spent
         self._mark_now()
+        self.pace.add_steps(step - self._step, self._worked)
+        self._step, self._worked = step, 0.0
         self._bar.update(step - self._bar.n)
 
     def _add_seconds(self, name: str, spent: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + spent
         self._phased += spent
+        if name in PAUSES:
+            self.pace.add_pause(name, self._step, spent)
+        else:
+            self._worked += spent
 
     def _mark_now(self) -> None:
         self._mark, self._marked = time.perf_counter(), self._phased
@@ -183,11 +194,12 @@ class Metrics:
 
     # -- rows ---------------------------------------------------------------------------------
 
-    def write_rest(self, step: int, epoch: float) -> None:
+    def write_rest(self, step: int, epoch: float, num_steps: int) -> None:
         """Writes a row of the steps since the last one, if there are any.
 
-        `loss` is their mean over all processes; `seconds_<phase>` are totals; `memory_gib` is the
-        peak of the GPU (of the process without one).
+        `loss` is their mean over all processes; `seconds_<phase>` are totals; `eta_s` are the
+        seconds until the run's last step is done, from its second row on; `memory_gib` is the peak
+        of the GPU (of the process without one).
         """
         if not self._loss_count:
             return
@@ -206,6 +218,8 @@ class Metrics:
             **{f"seconds_{name}": round(value, 4) for name, value in self._seconds.items()},
             "memory_gib": round(machine.peak_memory_gib(self.device), 3),
         }
+        if (left := self.pace.seconds_left(step, num_steps)) is not None:
+            row["eta_s"] = round(left, 1)
         peak = machine.device_peak_flops(self.device)
         if peak and self.flops_per_sample and spent:
             share = self._samples / self.accelerator.num_processes

@@ -206,7 +206,8 @@ def make(
     must not be handed to accelerate, which would step it once per process.
 
     Args:
-        params: weights, or groups of them with a learning rate `lr` of their own.
+        params: weights, or groups of them with a learning rate `lr` of their own, and a step
+            `until` which they are trained and then stay.
     Raises:
         UserError: the optimizer's package is missing, or it cannot train bfloat16 weights.
     """
@@ -218,7 +219,22 @@ def make(
     if not isinstance(params[0], dict):
         groups = [{"params": list(params), "lr": args.learning_rate * scale}]
     optimizer = _optimizer(groups, args, run.device)
-    return optimizer, _shape(optimizer, args, run.num_steps)
+    schedule = _shape(optimizer, args, run.num_steps)
+    schedule.lr_lambdas = _each(optimizer, schedule.lr_lambdas[0])
+    return optimizer, schedule
+
+
+def _each(
+    optimizer: torch.optim.Optimizer, factor: Callable[[int], float]
+) -> list[Callable[[int], float]]:
+    """What each group's rate is multiplied by at a step: nothing from its `until` on."""
+
+    def own(until: int | None) -> Callable[[int], float]:
+        if until is None:
+            return factor
+        return lambda step: factor(step) if step < until else 0.0
+
+    return [own(group.get("until")) for group in optimizer.param_groups]
 
 
 def _shape(
@@ -297,9 +313,11 @@ def respan(
 ) -> None:
     """Lets a schedule that was read back run over a span, from its step on."""
     assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
-    schedule.lr_lambdas = [_factor(args, span)] * len(schedule.lr_lambdas)
-    factor = schedule.lr_lambdas[0](schedule.last_epoch)
-    schedule._last_lr = [base * factor for base in schedule.base_lrs]
+    schedule.lr_lambdas = _each(optimizer, _factor(args, span))
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    schedule._last_lr = [
+        base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)
+    ]
     for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
         group["lr"] = rate
 

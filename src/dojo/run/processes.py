@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
+from dojo.bars import Bar
 from dojo.cli import UserError
 from dojo.lazy import accelerate, torch
 
@@ -51,7 +50,7 @@ class Processes:
     def say(self, text: str) -> None:
         """Prints on one process only."""
         if self.main:
-            tqdm.write(text, file=sys.stdout)
+            Bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def say_once(self, topic: str, text: str) -> None:

@@ -85,3 +85,5 @@ def _is_plain(tensor: Tensor) -> bool:
 def _give_back(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

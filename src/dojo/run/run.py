@@ -25,7 +25,18 @@ from dojo.cli import UserError, marks, option, ranges
 from dojo.files import outputs
 from dojo.launch import interrupt, launcher
 from dojo.lazy import accelerate, diffusers, late, torch, transformers
-from dojo.run import checkpoint, deepspeed, folders, machine, resuming, shardable, trackers
+from dojo.run import (
+    best,
+    checkpoint,
+    deepspeed,
+    folders,
+    machine,
+    pace,
+    resuming,
+    shardable,
+    trackers,
+    webhook,
+)
 from dojo.run import optim as optimizers
 from dojo.run.metrics import Metrics
 from dojo.run.optim import OptimArgs
@@ -42,6 +53,7 @@ else:
     sharding = late("dojo.run.sharding")
 
 Item = TypeVar("Item")
+Tracker = Literal["tensorboard", "wandb", "swanlab", "mlflow", "all", "none"]
 Key = tuple[int | str, ...]
 
 
@@ -64,6 +76,12 @@ class RunArgs:
     """minutes after which there is one besides"""
     checkpoints_total_limit: int | None = option(None, incidental=True)
     """keep only this many checkpoints, the newest"""
+    keep_best: str | None = option(None, incidental=True)
+    """a metric of the evaluations (eval_loss, eval_reward, clip_score, ...) by which the best
+    weights are kept in output_dir/best; :max or :min behind its name says what is better, where the
+    name does not. Every new best is a checkpoint too"""
+    early_stopping_patience: int | None = option(None, incidental=True)
+    """with keep_best: evaluations without a new best after which the run ends, with its result"""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, common=True)
     """precision of the frozen parts and the arithmetic; unset is what accelerate's configuration
     says; trainable weights are float32 in any case but --train_dtype bf16"""
@@ -72,12 +90,16 @@ class RunArgs:
     each machine a set of parts); for models that one GPU cannot train"""
     allow_tf32: bool = False
     """let float32 products on Ampere and newer GPUs use TensorFloat-32"""
-    report_to: Literal["tensorboard", "wandb", "swanlab", "all", "none"] = option(
-        "tensorboard", incidental=True
-    )
-    """trackers beside metrics.jsonl; all is every installed one"""
+    report_to: tuple[Tracker, ...] = option(("tensorboard",), incidental=True)
+    """trackers beside metrics.jsonl, one or several; all is every installed one"""
     tracker_project_name: str = option("sd-dojo", incidental=True)
     """project of the trackers"""
+    run_name: str | None = option(None, incidental=True)
+    """the run's name in the trackers, in messages, on its page and on its card; unset is the
+    folder's name"""
+    webhook: str | None = option(None, incidental=True)
+    """address that is told when the run begins, draws, ends or fails (JSON; Discord and Slack in
+    their own forms); a secret: rather set DOJO_WEBHOOK in the environment"""
     logging_steps: int = option(10, incidental=True)
     """optimizer steps between two logged ones, which average over them; step 1 is always logged"""
     dry_run: bool = option(False, incidental=True, common=True)
@@ -91,8 +113,30 @@ class RunArgs:
         ranges.check(self, "fit", above=0)
         ranges.check(self, "checkpointing_steps logging_steps checkpoints_total_limit", least=1)
         ranges.check_seed(self, "seed")
+        if not self.report_to or ("none" in self.report_to and len(self.report_to) > 1):
+            raise ValueError("--report_to must be none alone, or one or several trackers")
+        name = self.run_name
+        if name is not None and not (name.strip() and name.isprintable()):
+            raise ValueError("--run_name must be one line of text, not an empty one")
         if self.checkpointing_minutes is not None and not 0 < self.checkpointing_minutes < math.inf:
             raise ValueError("--checkpointing_minutes must be positive")
+        if self.webhook is not None and not webhook.is_address(self.webhook):
+            raise ValueError("--webhook must be an address that begins with https:// or http://")
+        ranges.check(self, "early_stopping_patience", least=1)
+        if self.keep_best is not None:
+            best.read_wish(self.keep_best)
+        elif self.early_stopping_patience is not None:
+            raise ValueError("--early_stopping_patience needs --keep_best, which names the metric")
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.run_name or self.output_dir.resolve().name
+
+    @property
+    def patience(self) -> str:
+        """What a run that ended early was told, as finished.json has it."""
+        return f"{self.keep_best}, {self.early_stopping_patience}"
 
 
 class Run(Processes):
@@ -106,12 +150,14 @@ class Run(Processes):
         self.resumed: Path | None = None  # the checkpoint that it goes on from
         self.step = 0  # optimizer steps done
         self.num_steps = 0
+        self.ended_early = False  # by --early_stopping_patience
         self.samples_per_step = 0
         self.epoch_length = 1.0
         self.samples = 0  # used so far, over all processes
         self.metrics = Metrics(accelerator, args.output_dir)
         self.stopping = Stopping(self, args.checkpointing_minutes)
         self.replicas = Replicas(accelerator)  # how the processes share the weights
+        self.webhook: webhook.Webhook | None = None
         self.optim = OptimArgs()
         self.span = optimizers.Span(0, 0)  # the optimizer steps that the schedule runs over
         self._samples_per_epoch = 1
@@ -191,11 +237,43 @@ class Run(Processes):
             outputs.own_pattern(folder, *trackers.files(self.args.tracker_project_name))
             outputs.own(self.metrics.path)
             record = folders.record(args, self.seed, self.accelerator)
+            record["num_steps"] = self.num_steps  # for who watches: epochs may say it
             text = json.dumps(record, indent=1, ensure_ascii=False)
             checkpoint.write_file(folder / "args.json", text)
         self.accelerator.wait_for_everyone()
+        self.metrics.pace.every.update(pace.pauses(vars(args), self.epoch_length))
         trackers.start(self.accelerator, args, folder / "logs")
+        self._tell_begin()
         return True
+
+    def _tell_begin(self) -> None:
+        """Tells the webhook, where there is one, that the run begins or goes on."""
+        url = webhook.address(self.args.webhook) if self.main else None
+        if url is None:
+            return
+        about = {
+            "run": self.args.name,
+            "script": Path(sys.argv[0]).name,
+            "num_steps": self.num_steps,
+        }
+        self.webhook = webhook.Webhook(url, about, lambda: self.step, self.say)
+        verb = f"goes on from {self.resumed.name}" if self.resumed else "begins"
+        text = f"{about['run']} {verb}: {about['script']}, {self.num_steps} steps"
+        self.webhook.tell("start", text)
+
+    def tell_validation(self, folder: Path, row: Mapping[str, float]) -> None:
+        """Tells the webhook, where there is one, what a validation found.
+
+        Args:
+            folder: of its pictures.
+            row: its numbers.
+        """
+        if self.webhook is None or not (row or any(folder.glob("*.png"))):
+            return
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+        text = f"{self.args.name}, step {self.step} of {self.num_steps}"
+        text += f": {numbers}" if numbers else ""
+        self.webhook.tell("validation", text, metrics=row, folder=folder)
 
     def check_folder(self, args: Any, result: str = "") -> bool:
         """Whether there is something to do; refuses a folder that holds another run."""
@@ -244,7 +322,11 @@ class Run(Processes):
     def finish(self) -> None:
         """Marks the run as over and closes the trackers."""
         if self.main:
-            folders.write_finished(self.output_dir, self.step)
+            early = self.args.patience if self.ended_early else None
+            folders.write_finished(self.output_dir, self.step, early)
+        if self.webhook is not None:
+            self.webhook.tell("end", f"{self.args.name} is done: {self.step} steps")
+            self.webhook.close()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         self.replicas.close()
@@ -299,6 +381,13 @@ class Run(Processes):
             left = round(self.epoch_length) - (self.step - self._began)
             self.stopping.end_within_epoch(self._began, left)
 
+    def end_early(self, reason: str) -> None:
+        """Makes this step the last one; the run then ends as ever, with its result."""
+        if self.step < self.num_steps:
+            self.say(f"step {self.step} is the last one: {reason}")
+            self.num_steps, self.ended_early = self.step, True
+            self.log_rest()
+
     def stop_if_asked(self) -> None:
         """Ends the loop where the run was asked to stop: see `Stopping.end_if_asked`."""
         self.stopping.end_if_asked()
@@ -341,7 +430,7 @@ class Run(Processes):
 
     def log_rest(self) -> None:
         """Writes a row of the steps since the last one, if there are any."""
-        self.metrics.write_rest(self.step, self.step / self.epoch_length)
+        self.metrics.write_rest(self.step, self.step / self.epoch_length, self.num_steps)
 
     def write_metrics(self, row: Mapping[str, float]) -> None:
         """Writes a row of its own at the run's step."""
@@ -396,6 +485,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
     shardable.refuse_others()
     deepspeed.check(run_args.mixed_precision, optim, shard=run_args.shard)
     names = trackers.chosen(run_args.report_to)  # a dry run refuses what is not installed, too
+    webhook.address(run_args.webhook)
     accelerator = accelerate.Accelerator(
         mixed_precision=run_args.mixed_precision,
         gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(

@@ -18,6 +18,7 @@ _ADVICE = "add --shard to the script's options and start it with scripts/acceler
 # Options, and the value at which they change nothing.
 _UNTRIED: dict[str, object] = {
     "train_text_encoder": False,
+    "new_tokens": (),
     "torch_compile": False,
     "base_precision": "bf16",
     "blocks_on_cpu": 0,

@@ -1,11 +1,13 @@
-"""The trackers that show a run's numbers: tensorboard, wandb, swanlab."""
+"""The trackers that show a run's numbers: tensorboard, wandb, swanlab, mlflow."""
 
 from __future__ import annotations
 
 import glob
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,21 +19,29 @@ from dojo.run import folders
 if TYPE_CHECKING:
     import accelerate
 
-TRACKERS = ("tensorboard", "wandb", "swanlab")
+TRACKERS = ("tensorboard", "wandb", "swanlab", "mlflow")
 
 
-def chosen(choice: str) -> list[Any]:
+def chosen(choices: Sequence[str]) -> list[Any]:
     """The trackers that `--report_to` means.
 
     Raises:
-        UserError: it is not installed.
+        UserError: one that it names is not installed.
     """
-    if choice == "none":
-        return []
-    names = [name for name in TRACKERS if choice in (name, "all") and find_spec(name)]
-    if choice != "all" and not names:
-        raise UserError(f"--report_to {choice}: the package {choice} is not installed")
-    return names
+    installed = [name for name in TRACKERS if find_spec(name)]
+    missing = [name for name in TRACKERS if name in choices and name not in installed]
+    if missing:
+        told = ", ".join(
+            f"the package {name} is not installed (pip install {_package(name)})"
+            for name in missing
+        )
+        raise UserError(f"--report_to {' '.join(choices)}: {told}")
+    return [name for name in installed if name in choices or "all" in choices]
+
+
+def _package(name: str) -> str:
+    """What pip is told to install: an extra, but for the one that comes with the requirements."""
+    return name if name == "tensorboard" else f'-e ".[{name}]"'
 
 
 def files(project: str) -> list[str]:
@@ -41,6 +51,7 @@ def files(project: str) -> list[str]:
         *(f"{board}events.out.tfevents.*", f"{board}hparams.yml"),
         *("logs/wandb/*run-*/*", "logs/wandb/*latest-run", "logs/wandb/*debug*.log"),
         *("logs/swanlab/run-*/*", "logs/swanlab/.gitignore"),
+        *("logs/mlflow.db*", "logs/mlflow/*/artifacts/*"),
     ]
 
 
@@ -63,21 +74,40 @@ def start(accelerator: accelerate.Accelerator, args: Any, logs: Path) -> None:
     Raises:
         UserError: one did not start.
     """
-    choice = args.run.report_to
-    if accelerator.is_main_process and choice in ("wandb", "all"):
+    names, name = [str(tracker) for tracker in accelerator.log_with], args.run.name
+    if accelerator.is_main_process and "wandb" in names:
         (logs / "wandb").mkdir(parents=True, exist_ok=True)  # it would go elsewhere without
-    places = {"wandb": {"dir": logs}, "swanlab": {"logdir": str(logs / "swanlab")}}
+    places: dict[str, Any] = {
+        "wandb": {"dir": logs, "name": name},
+        "swanlab": {"logdir": str(logs / "swanlab"), "experiment_name": name},
+        "mlflow": {"run_name": name},
+    }
     try:
+        if accelerator.is_main_process and "mlflow" in names:
+            places["mlflow"] |= _place_of_mlflow(logs)
         with _masked_command_line():
             accelerator.init_trackers(
                 args.run.tracker_project_name, config=_flat(args), init_kwargs=places
             )
     except Exception as error:  # each has its own kind: no key, no network
         raise UserError(
-            f"--report_to {choice}: the tracker did not start "
+            f"--report_to {' '.join(args.run.report_to)}: the tracker did not start "
             f"({str(error).strip().splitlines()[0]}); without an account or a network set "
             "WANDB_MODE=offline, SWANLAB_MODE=offline"
         ) from error
+
+
+def _place_of_mlflow(logs: Path) -> dict[str, Any]:
+    """Keeps the records in the run's folder, where no server is named; its words for accelerate.
+
+    Unset, mlflow would write into the folder that the command was started in.
+    """
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return {}
+    mlflow: Any = import_module("mlflow")
+    logs.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(f"sqlite:///{(logs / 'mlflow.db').resolve()}")
+    return {"logging_dir": (logs / "mlflow").resolve().as_uri()}
 
 
 @contextmanager

@@ -1,0 +1,187 @@
+"""--keep_best and --early_stopping_patience: the best weights, and the end of a run that learns no
+more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dojo.cli import UserError
+from dojo.run import RunArgs, best
+
+MakeArgs = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("text", "wish"),
+    [
+        ("eval_loss", best.Wish("eval_loss", False)),
+        ("eval_gap", best.Wish("eval_gap", False)),
+        ("eval_reward/hps", best.Wish("eval_reward/hps", True)),
+        ("clip_score", best.Wish("clip_score", True)),
+        ("eval_accuracy", best.Wish("eval_accuracy", True)),
+        ("eval_loss:max", best.Wish("eval_loss", True)),
+        ("mine:min", best.Wish("mine", False)),
+    ],
+)
+def test_a_name_tells_what_is_better_or_the_word_behind_it(text: str, wish: best.Wish) -> None:
+    assert best.read_wish(text) == wish
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keep_best": "mine"}, "mine:max or mine:min"),
+        ({"early_stopping_patience": 2}, "needs --keep_best"),
+        ({"keep_best": "eval_loss", "early_stopping_patience": 0}, "--early_stopping_patience"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RunArgs(output_dir=Path("out"), **options)
+
+
+def test_the_standing_is_read_from_the_rows_up_to_a_step() -> None:
+    losses = {0: 3.0, 2: 1.0, 4: 2.0, 6: 1.0, 8: 0.5}
+    rows: list[dict[str, Any]] = [{"step": s, "eval_loss": x} for s, x in losses.items()]
+    rows += [{"step": 5, "loss": 0.1}, {"step": 7, "eval_loss": float("nan")}]
+    wish = best.Wish("eval_loss", False)
+    # Of two equal ones the first is the best.
+    assert best.standing(rows, wish, 2, 6) == best.Standing(2, 1.0, 2, 2)
+    assert best.standing(rows, wish, None, 8) == best.Standing(8, 0.5, 0, None)
+    assert best.standing(rows, best.Wish("eval_loss", True), None, 8) == best.Standing(
+        0, 3.0, 4, None
+    )
+    assert best.standing(rows, best.Wish("other", True), None, 8) is None
+
+
+FLAGS = ("--max_train_steps", "8", "--validation_steps", "2", "--eval_fraction", "0.25")
+FLAGS += (
+    "--seed",
+    "3",
+    "--learning_rate",
+    "0.5",
+    "--lr_scheduler",
+    "constant",
+    "--checkpointing_steps",
+    "100",
+)
+BEST = ("--keep_best", "eval_loss", "--early_stopping_patience", "2")
+
+
+def told(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "best" / "best.json").read_text())
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def losses() -> list[float]:
+    """What the evaluations of the runs below say, by their turn; the third is the best."""
+    return [5.0, 4.0, 3.0, 3.5, 3.6]
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """The eval loss hangs on the step alone."""
+    from dojo.evaluate import validator
+
+    def eval_losses(run: Any, *more: Any) -> dict[str, float]:
+        return {"eval_loss": losses[run.step // 2]}
+
+    monkeypatch.setattr(validator, "eval_losses", eval_losses)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("scripted")
+def test_the_best_weights_are_kept_and_the_run_ends_when_its_patience_does(
+    tmp_path: Path, lora_args: MakeArgs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train_lora_sd3 as script
+
+    plain, run = tmp_path / "plain" / "run", tmp_path / "best" / "run"
+    script.main(lora_args(tmp_path / "plain", *FLAGS, "--max_train_steps", "4"))
+    args = lora_args(tmp_path / "best", *FLAGS, *BEST, "--resume_from_checkpoint", "latest")
+    script.main(args)
+    assert record(run) == {"metric": "eval_loss", "larger": False, "step": 4, "value": 3.0}
+    assert weights(run / "best") == weights(plain)  # those of step 4, as a result has them
+    assert list(told(run)) == [0, 2, 4, 6, 8]
+    assert (run / "checkpoint-4").is_dir()
+    assert weights(run) != weights(run / "best")
+
+    # A kill at any moment after step 2: the run that goes on decides and writes the same.
+    last = weights(run)
+    rows = (run / "metrics.jsonl").read_text().count("\n")
+    for name in ("finished.json", "pytorch_lora_weights.safetensors"):
+        (run / name).unlink()
+    for name in ("checkpoint-4", "checkpoint-8", "best"):
+        shutil.rmtree(run / name)
+    script.main(args)
+    assert record(run)["step"] == 4
+    assert weights(run / "best") == weights(plain)
+    assert weights(run) == last
+    assert (run / "metrics.jsonl").read_text().count("\n") == rows
+
+    capsys.readouterr()
+    script.main(args)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("scripted")
+def test_a_run_that_ended_early_is_finished_and_goes_on_with_more_patience(
+    tmp_path: Path, lora_args: MakeArgs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train_lora_sd3 as script
+
+    resume = ("--resume_from_checkpoint", "latest")
+    more = ("--early_stopping_patience", "1")
+    script.main(lora_args(tmp_path, *FLAGS, *BEST, *more, *resume))
+    run = tmp_path / "run"
+    assert "step 6 is the last one: eval_loss was best at step 4" in capsys.readouterr().out
+    assert json.loads((run / "finished.json").read_text())["step"] == 6
+    assert (run / "pytorch_lora_weights.safetensors").is_file()
+
+    script.main(lora_args(tmp_path, *FLAGS, *BEST, *more, *resume))
+    assert "nothing to do" in capsys.readouterr().out
+
+    # Killed between the last checkpoint and the result: it ends where it had ended.
+    (run / "finished.json").unlink()
+    script.main(lora_args(tmp_path, *FLAGS, *BEST, *more, *resume))
+    assert json.loads((run / "finished.json").read_text())["step"] == 6
+
+    script.main(lora_args(tmp_path, *FLAGS, *BEST, *resume))
+    assert json.loads((run / "finished.json").read_text())["step"] == 8
+    assert record(run)["step"] == 4
+
+
+def test_a_metric_that_nobody_writes_is_refused_before_the_first_step(
+    tmp_path: Path, lora_args: MakeArgs
+) -> None:
+    import train_lora_sd3 as script
+
+    words = r"--keep_best eval_reward: no evaluation .* eval_gap, eval_loss, eval_loss_sigma_1"
+    with pytest.raises(UserError, match=words):
+        script.main(lora_args(tmp_path, *FLAGS, "--keep_best", "eval_reward"))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_without_an_evaluation_there_is_no_best(tmp_path: Path, lora_args: MakeArgs) -> None:
+    import train_lora_sd3 as script
+
+    flags = (*FLAGS, "--eval_fraction", "0", "--keep_best", "eval_loss")
+    with pytest.raises(UserError, match="there is none: nothing is held out"):
+        script.main(lora_args(tmp_path, *flags))
