@@ -7,7 +7,8 @@ the class, drawn by the base model, and the loss is
     mean over the instance's half + prior_loss_weight * mean over the class's half
 
 of the flow-matching error (arXiv:2403.03206). `--train_text_encoder` puts adapters on CLIP-L and
-CLIP-G too. New tokens (pivotal tuning, textual inversion) are not here yet.
+CLIP-G too. With `--new_tokens` the CLIPs learn words of their own beside the adapter (pivotal
+tuning); T5, which learns none, reads `--initializer_token` in their place.
 
     accelerate launch train_dreambooth_lora_sd3.py \
         --pretrained_model_name_or_path models/pocket-sd3 --instance_data_dir datas/dog \
@@ -24,6 +25,7 @@ from dojo.evaluate import ValidationArgs, Validator
 from dojo.inputs import class_pictures, pictures
 from dojo.launch import interrupt
 from dojo.maths import flow
+from dojo.methods import scheduled
 from dojo.models import sd3
 from dojo.models.opening import open_model
 from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
@@ -42,7 +44,9 @@ class Args:
     prior: class_pictures.PriorArgs
     lora: finetune.LoraArgs
     text_encoder: finetune.TextEncoderArgs
+    tokens: finetune.PivotalArgs
     noise: sd3.NoiseArgs
+    scheduled: scheduled.ScheduledArgs
     optim: OptimArgs
     ema: EmaArgs
     validation: ValidationArgs
@@ -50,6 +54,7 @@ class Args:
 
     def __post_init__(self) -> None:
         self.text_encoder.check(self.optim)
+        self.tokens.check(self.optim)
 
 
 def main(args: Args) -> None:
@@ -57,10 +62,13 @@ def main(args: Args) -> None:
     # ---------------------------------------------------------------------------------- run
     run = start(args.run, args.optim)
     model = open_model(args.model, args.text)
-    trained = finetune.Adapters(run, args.lora)
+    model = args.tokens.taught(model, run.seed)
+    train_text = args.text_encoder.train_text_encoder
+    trained = finetune.Adapters(run, args.lora, model=model, tokens=args.tokens, text=train_text)
     args.validation.check(model)
     args.publish.check(args.run.output_dir, args.run.report_to)
     trained.check(args.optim)
+    args.scheduled.check(run)
     args.text_encoder.check_model(model)
     paired = args.prior.with_prior_preservation
 
@@ -84,8 +92,7 @@ def main(args: Args) -> None:
     )
     if not finetune.begin(run, args, trained, cost, needs):
         return
-    train_text = args.text_encoder.train_text_encoder
-    texts = args.validation.texts
+    texts, train_text = args.validation.texts, train_text or model.words is not None
     inputs = pictures.prepare(run, sources, model, args, texts, train_text=train_text)
 
     # -------------------------------------------------------------------------------- model
@@ -95,6 +102,7 @@ def main(args: Args) -> None:
     learner = Learner(run, trained, args.optim, args.ema)
     learner.network.train()
     clips[:] = learner.modules[1:]  # these answer for captions from here on
+    led = scheduled.Scheduled(run, args.scheduled, model, learner)
     evaluate = Validator(run, inputs, trained.network, args.noise, args.validation, size)
 
     # --------------------------------------------------------------------------------- loop
@@ -108,11 +116,10 @@ def main(args: Args) -> None:
             uniform = rng.uniform(run.keys("sigma", places))
             objective = model.objective(batch["size"][0], args.noise)
             sigma = objective.level(uniform).to(run.device)  # [B or 2 B]
-            noisy = flow.interpolate(clean, noise, sigma)
-
             conditions = inputs.conditions(batch)
+            noisy, target = led(objective, clean, noise, sigma, conditions, places)
+
             predicted = model.predict(learner.network, noisy, sigma, conditions, run.dtype)
-            target = flow.velocity(clean, noise)
             if args.noise.precondition_outputs:
                 predicted, target = flow.clean_estimate(noisy, predicted, sigma), clean
             errors = flow.squared_error(predicted, target, inputs.area(batch))

@@ -23,6 +23,7 @@ from dojo.evaluate import ValidationArgs, Validator
 from dojo.inputs import pictures
 from dojo.launch import interrupt
 from dojo.maths import flow
+from dojo.methods import scheduled
 from dojo.models import sd3
 from dojo.models.opening import open_model
 from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
@@ -40,6 +41,7 @@ class Args:
     cache: data.CacheArgs
     full: finetune.FullArgs
     noise: sd3.NoiseArgs
+    scheduled: scheduled.ScheduledArgs
     optim: OptimArgs
     ema: EmaArgs
     validation: ValidationArgs
@@ -55,6 +57,7 @@ def main(args: Args) -> None:
     args.validation.check(model)
     args.publish.check(args.run.output_dir, args.run.report_to)
     trained.check(args.optim)
+    args.scheduled.check(run)
 
     # --------------------------------------------------------------------------------- data
     sources = pictures.open_sources(run, args)
@@ -75,6 +78,7 @@ def main(args: Args) -> None:
     trained.load(model, model.objective(size, args.noise))
     learner = Learner(run, trained, args.optim, args.ema)
     learner.network.train()
+    led = scheduled.Scheduled(run, args.scheduled, model, learner)
     evaluate = Validator(run, inputs, trained.network, args.noise, args.validation, size)
 
     # --------------------------------------------------------------------------------- loop
@@ -87,11 +91,10 @@ def main(args: Args) -> None:
             uniform = rng.uniform(run.keys("sigma", places))
             objective = model.objective(batch["size"][0], args.noise)
             sigma = objective.level(uniform).to(run.device)  # [B]
-            noisy = flow.interpolate(clean, noise, sigma)
-
             conditions = inputs.conditions(batch)
+            noisy, target = led(objective, clean, noise, sigma, conditions, places)
+
             predicted = model.predict(learner.network, noisy, sigma, conditions, run.dtype)
-            target = flow.velocity(clean, noise)
             if args.noise.precondition_outputs:
                 predicted, target = flow.clean_estimate(noisy, predicted, sigma), clean
             errors = flow.squared_error(predicted, target, inputs.area(batch))  # [B]

@@ -46,6 +46,27 @@ def shift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def unshift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
+    """The inverse of `shift_sigma`: s / (a - (a - 1) s)."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def earlier_sigma(sigma: torch.Tensor, steps: int, total: int, shift: float) -> torch.Tensor:
+    """Where a sampler of `total` steps was `steps` of them before it came to `sigma`: [B].
+
+    Its steps are even before the shift, and nothing is noisier than noise.
+    """
+    return shift_sigma((unshift_sigma(sigma, shift) + steps / total).clamp(max=1.0), shift)
+
+
+def velocity_to(clean: torch.Tensor, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The velocity that leads from `noisy` straight to `clean`, (z - x0) / sigma.
+
+    On the path itself it is eps - x0; beside it, it leads back.
+    """
+    return (noisy - clean) / along(sigma, noisy)
+
+
 def draw_sigma(
     uniform: torch.Tensor,
     scheme: WeightingScheme,

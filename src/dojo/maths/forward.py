@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dojo.lazy import torch
 from dojo.maths.flow import along, squared_error
+from dojo.maths.precise import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,7 @@ def _clean_error(velocity: Tensor, target: Tensor, sigma: Tensor, adaptive: bool
     error = sigma**2 * squared_error(velocity, target)
     if not adaptive:
         return error
-    absolute = (velocity.detach() - target).double().abs().flatten(1).mean(1) * sigma.double()
+    absolute = wide(velocity.detach() - target).abs().flatten(1).mean(1) * wide(sigma)
     return error / absolute.clamp_min(LEAST_ERROR).to(error.dtype)
 
 
@@ -121,7 +122,7 @@ def awm(
 
 def _matched(velocity: Tensor, target: Tensor, sigma: Tensor, power: float) -> Tensor:
     least = 1e-10
-    error = (velocity.double() - target.double()).square().flatten(1).mean(1)
+    error = (wide(velocity) - wide(target)).square().flatten(1).mean(1)
     return (-sigma / power * ((error + least) ** power - least**power)).float()
 
 

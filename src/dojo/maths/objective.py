@@ -19,6 +19,7 @@ from dojo.lazy import torch
 from dojo.maths import ddpm, flow
 from dojo.maths.ddpm import HuberSchedule, Prediction, Schedule
 from dojo.maths.flow import WeightingScheme
+from dojo.maths.precise import wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,8 +141,9 @@ class Flow:
         return flow.loss_weight(level, self.weighting_scheme)
 
     def of_timestep(self, timestep: Tensor) -> Tensor:
-        """Sigma, float64: the network is asked at 1000 times that, which gives back the bits."""
-        return timestep.double() / 1000
+        """Sigma, float64 where there is one: the network is asked at 1000 times that, which gives
+        back the bits."""
+        return wide(timestep) / 1000
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from dojo import data, rewards
+from dojo.bars import Bar
 from dojo.finetune import cost_of
 from dojo.lazy import no_grad, torch
 from dojo.maths import preference
@@ -62,6 +61,9 @@ def needs(run: Run, model: Model, args: Any, size: tuple[int, int], *, drawn: bo
     )
 
 
+_NAMES = ("eval_loss", "eval_accuracy", "eval_winner_drift", "eval_loser_drift")
+
+
 class Judge:
     """What the network makes of the held-out pairs, with the same noise at every evaluation.
 
@@ -87,6 +89,11 @@ class Judge:
         self.run, self.inputs, self.steering = inputs.run, inputs, steering
         self.objective, self.trained = objective, trained
         self.beta, self.batch_size, self.num_levels = beta, batch_size, num_levels
+
+    @property
+    def metrics(self) -> list[str]:
+        """The numbers that it writes into metrics.jsonl."""
+        return [*_NAMES] if self.inputs.held_out is not None else []
 
     def catch_up(self, *, due: bool) -> None:
         """The look before the first step, or the one that a run did not stay for.
@@ -116,16 +123,15 @@ class Judge:
         share = run.paused(mine, len(draws), self.batch_size)
         total = -(-len(mine) // self.batch_size)
         with run.phase("validation"):
-            for part in tqdm(share, "held-out pairs", total, disable=not run.main, leave=False):
+            for part in Bar(share, "held-out pairs", total, disable=not run.main, leave=False):
                 rows = data.collate([pairs[draw] for draw in part])
                 for thousandth in middles:
                     sums += self._look(rows, thousandth)
             if run.accelerator.num_processes > 1:
                 reduced: Any = run.accelerator.reduce(sums.to(run.device), "sum")
                 sums = reduced.cpu()
-        names = ("eval_loss", "eval_accuracy", "eval_winner_drift", "eval_loser_drift")
         means = (sums[:4] / sums[4]).tolist()
-        run.write_metrics(dict(zip(names, means, strict=True)))
+        run.write_metrics(dict(zip(_NAMES, means, strict=True)))
 
     def _look(self, rows: data.Batch, thousandth: int) -> Tensor:
         """Sums over a batch, and how many pairs it has: float64 [5]."""
@@ -149,5 +155,5 @@ class Judge:
             reference = errors(before)
         found = preference.dpo(*own.chunk(2), *reference.chunk(2), beta=self.beta)
         columns = (found.loss, found.accuracy, found.winner_drift, found.loser_drift)
-        each = [column.double().sum().cpu() for column in columns]
+        each = [column.cpu().double().sum() for column in columns]
         return torch.stack([*each, torch.tensor(float(len(keys)), dtype=torch.float64)])

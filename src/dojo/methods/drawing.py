@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dojo.cli import option
-from dojo.evaluate import drawing, held_out
+from dojo.evaluate import drawing, held_out, preview
 from dojo.evaluate.held_out import Evaluator
 from dojo.finetune import Trained
 from dojo.inputs.prompts import Prompt, read_file
 from dojo.inputs.steering import Steering
 from dojo.lazy import torch
 from dojo.maths.flow import squared_error
+from dojo.models import attention
 from dojo.rewards import Reward
 from dojo.run import Run
 
@@ -103,6 +104,7 @@ def evaluator(
     model, objective = steering.model, trained.objective
     shape = model.latent_shape(*steering.size)
     scheduler = model.make_scheduler(objective)
+    shown = preview.of_run(args, run.output_dir, model, vae, main=run.main and bool(prompts))
 
     def draw(words: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         embeds = steering.embeds(words)
@@ -118,15 +120,17 @@ def evaluator(
                 moved.append(squared_error(predicted, other))
             return predicted
 
-        latents = drawing.sample(
-            watched,
-            shape,
-            seeds,
-            scheduler,
-            args.eval_sample_steps,
-            dtype=run.dtype,
-            device=run.device,
-        )
+        with attention.while_drawing(trained.network, args.validation_attention_backend):
+            latents = drawing.sample(
+                watched,
+                shape,
+                seeds,
+                scheduler,
+                args.eval_sample_steps,
+                dtype=run.dtype,
+                device=run.device,
+                look=shown,
+            )
         far = torch.stack(moved).mean(0) if moved else None
         return model.decode(vae, latents), far
 
