@@ -5,10 +5,13 @@
         --lora_weights_path outputs/quickstart --prompt "a red heart" "two hearts"
     python demo.py --pretrained_model_name_or_path models/pocket-sd3 --versus outputs/quickstart \
         --prompt_file prompts.txt --reward "clip[model=models/pocket-clip]"
+    python demo.py --pretrained_model_name_or_path models/pocket-sd3 --web \
+        --lora_weights_path outputs/quickstart
 
 Every picture has its own seed (`--seed`, `--seed` + 1, ...), so a picture does not depend on which
 others are drawn with it; `prompts.json` beside the pictures says what made each. With `--versus`
 the rewards judge who draws the same prompts and seeds better: versus.csv, versus.json, versus.png.
+`--web` opens a page to draw on, base and LoRA side by side.
 """
 
 from __future__ import annotations
@@ -20,17 +23,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tqdm import tqdm
-
-from dojo import cli, rewards
+from dojo import cli, rewards, web
+from dojo.bars import Bar
 from dojo.cli import UserError, ranges
 from dojo.cli.masking import hide
-from dojo.evaluate import pipelines, versus
+from dojo.evaluate import easel, pipelines, versus
 from dojo.evaluate.picture import DrawArgs, draw
 from dojo.files import outputs
 from dojo.files.pictures import labelled_grid
 from dojo.inputs.prompts import Prompt, read_file
 from dojo.lazy import torch
+from dojo.models import attention
 from dojo.models.precisions import dtype_of
 from dojo.rewards import RewardArgs
 
@@ -56,6 +59,9 @@ class Args:
     """LoRA files, folders or hub ids of any public trainer, all active at once"""
     lora_scale: tuple[float, ...] = cli.option((1.0,), common=True)
     """strength of each LoRA, or one for all"""
+    embeddings: tuple[str, ...] = cli.option((), common=True)
+    """files of learned words (textual inversion) of any public trainer, or folders of them; the
+    words are printed, and are used in the prompts"""
     compare: bool = cli.option(False, common=True)
     """also draw without LoRA and lay both side by side in compare.png"""
     versus: str | None = None
@@ -73,12 +79,21 @@ class Args:
     """where to compute"""
     offload: Literal["none", "model", "sequential"] = "none"
     """keep parts of the model in CPU memory while they are not needed (CUDA)"""
+    attention_backend: attention.Backend | None = None
+    """what computes the network's attention, by diffusers' names (sage, flash, ...); unset is
+    torch's own choice"""
     output_dir: Path = cli.option(Path("outputs/demo"), common=True)
     """folder of the pictures"""
+    web: bool = cli.option(False, common=True)
+    """draw on a page in your browser instead, on 127.0.0.1 alone"""
+    port: int = 7008
+    """of that page; 0 takes a free one"""
 
     def __post_init__(self) -> None:
-        if not self.prompt and self.prompt_file is None:
+        if not self.prompt and self.prompt_file is None and not self.web:
             raise ValueError("give --prompt or --prompt_file")
+        if self.web and (self.compare or self.versus is not None):
+            raise ValueError("--web goes with neither --compare nor --versus")
         if len(self.lora_scale) not in (1, len(self.lora_weights_path)):
             raise ValueError("--lora_scale takes one number, or one for each --lora_weights_path")
         if self.compare and not self.lora_weights_path:
@@ -88,11 +103,15 @@ class Args:
         if self.versus is None and self.reward != RewardArgs():
             raise ValueError("--reward and its options need --versus")
         ranges.check(self, "num_images_per_prompt", least=1)
+        ranges.check(self, "port", least=0, most=65535)
         ranges.check_seed(self, "seed")
 
 
 def main(args: Args) -> None:
     """Draws every prompt and writes pictures, prompts.json and, to compare, a grid."""
+    if args.web:
+        open_page(args)
+        return
     outputs.claim(args.output_dir, "pictures")
     try:
         write_pictures(args)
@@ -121,7 +140,7 @@ def write_pictures(args: Args) -> None:
 
     rows: list[list[Image.Image]] = []
     records: list[dict[str, Any]] = []
-    for i, prompt in enumerate(tqdm(prompts, desc="prompts")):
+    for i, prompt in enumerate(Bar(prompts, desc="prompts")):
         own = [prompt.options.get("seed", seed) + k for k in range(len(seeds))]
         columns: list[list[Image.Image]] = []
         if args.compare:
@@ -155,6 +174,34 @@ def with_options(args: Args, prompt: Prompt) -> DrawArgs:
         return replace(args.drawing, **said)
     except ValueError as error:
         raise UserError(f"--prompt_file: {prompt.text!r}: {error}") from error
+
+
+def open_page(args: Args) -> None:
+    """Lets the user draw on a page in the browser, until Ctrl-C; writes nothing."""
+    base, loras = args.pretrained_model_name_or_path, args.lora_weights_path
+    prompts = [*args.prompt, *(text for lora in loras for text in easel.prompts_of(lora))]
+    if args.prompt_file:
+        prompts += [prompt.text for prompt in read_file(args.prompt_file, "--prompt_file")]
+
+    def command(wish: easel.Wish, tuned: bool) -> str:
+        paths, scales = (loras, wish.scales) if tuned else ((), (1.0,))
+        left_out = ("web", "port", "prompt_file", "num_images_per_prompt")
+        one = replace(args, lora_weights_path=paths, lora_scale=scales, prompt=(wish.prompt,))
+        one = replace(one, seed=wish.seed, drawing=wish.drawing)
+        return easel.command("demo.py", one, leave_out=left_out)
+
+    def make() -> web.Page:
+        from dojo.evaluate.easel_page import Page  # needs Starlette
+
+        device = pipelines.choose_device(args.device, args.offload)
+        pipeline = load(args, base, device)
+        tuned_scheduler = pipelines.load_loras(pipeline, loras, args.lora_scale)
+        pipelines.place(pipeline, device, args.offload)
+        drawer = easel.Easel(pipeline, tuned_scheduler, loras, command)
+        scales = args.lora_scale * (len(loras) if len(args.lora_scale) == 1 else 1)
+        return Page(drawer, base, args.drawing, prompts, args.seed, scales)
+
+    web.open_page(f"drawing with {base}", make, port=args.port)
 
 
 def judge(
@@ -196,7 +243,12 @@ def judge(
 def load(args: Args, name: str, device: torch.device) -> Any:
     """The pipeline of a name, on the CPU, in the precision of the device."""
     dtype = pipelines.usual_dtype(device) if args.dtype == "auto" else dtype_of(args.dtype)
-    return pipelines.load_pipeline(name, dtype, args.single_file_config)
+    attention.check(args.attention_backend, attention.FLAG, device, dtype, trains=False)
+    pipeline = pipelines.load_pipeline(name, dtype, args.single_file_config)
+    network = getattr(pipeline, "transformer", None) or pipeline.unet
+    attention.install(network, args.attention_backend)
+    pipelines.load_embeddings(pipeline, args.embeddings)
+    return pipeline
 
 
 def tell_cut(pipeline: Any, args: Args, prompts: list[Prompt]) -> None:

@@ -115,8 +115,8 @@ def model_of(folder: Path) -> tuple[sd3.Model, torch.nn.Module]:
     return config, network
 
 
-def start(folder: Path, report_to: str = "none") -> training.Run:
-    args = training.RunArgs(output_dir=folder, mixed_precision="no", report_to=cast(Any, report_to))
+def start(folder: Path, report_to: training.Tracker = "none") -> training.Run:
+    args = training.RunArgs(output_dir=folder, mixed_precision="no", report_to=(report_to,))
     run = training.start(args, optim.OptimArgs(max_train_steps=1))
     folder.mkdir(parents=True, exist_ok=True)
     run.accelerator.init_trackers("sd-dojo", config={"rank": 4, "name": "x"})
@@ -711,10 +711,10 @@ def test_two_processes_give_the_same_pictures_and_numbers_as_one(
 # -- trackers ---------------------------------------------------------------------------------
 
 
-def watch_with(tracker: str, folder: Path, model: Path) -> None:
+def watch_with(tracker: training.Tracker, folder: Path, model: Path) -> None:
     """Two validations between logged steps, two sizes, a prompt in Chinese, for real."""
     config, network = model_of(model)
-    run = start(folder, tracker)
+    run = start(folder, cast(Any, tracker))
     args = args_of("a star", "一只/猫", validation_resolution=("64", "48x32"))
     sets = [eval_set("eval", [SIZE], lambda i: 0.5)]
     watch = validator(run, config, network, args, sets)
@@ -773,6 +773,17 @@ def test_two_evaluations_of_one_step_do_not_overwrite_each_others_pictures(tmp_p
         Image.new("RGB", (8, 8)).save(folder / "00-cat.png")
         log_pictures(run, folder)
     assert set(sent) == {"validation/00-cat", "validation-guided/00-cat"}
+
+
+def test_mlflow_gets_pictures_as_files(tmp_path: Path) -> None:
+    sent: list[tuple[str, str]] = []
+    tracker = SimpleNamespace(name="mlflow", log_artifact=lambda *words: sent.append(words))
+    run: Any = SimpleNamespace(accelerator=SimpleNamespace(trackers=[tracker]), step=3)
+    folder = tmp_path / "validation" / "step-3"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "00-cat.png")
+    log_pictures(run, folder)
+    assert sent == [(str(folder / "00-cat.png"), "validation/step-3")]
 
 
 def test_wandb_offline_takes_pictures_and_numbers(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dojo.cli import UserError, incidental, option, ranges
 from dojo.evaluate import clip
+from dojo.evaluate.preview import DrawnArgs
 from dojo.evaluate.prompt_file import Entry, parse_size, read_prompts
 from dojo.files.pictures import slug
 from dojo.models.family import Model
@@ -33,7 +34,7 @@ class Picture:
 
 @incidental
 @dataclass(frozen=True, kw_only=True)
-class ValidationArgs:
+class ValidationArgs(DrawnArgs):
     """Pictures and the eval loss during training: at step 0, every so often, and at the end."""
 
     validation_prompt: tuple[str, ...] = option((), common=True)
@@ -74,6 +75,7 @@ class ValidationArgs:
     """noise levels per picture of the eval loss"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         counts = "num_validation_images validation_steps validation_inference_steps eval_sigmas"
         ranges.check(self, counts, least=1)
         ranges.check_seed(self, "validation_seed")

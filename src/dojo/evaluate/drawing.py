@@ -14,6 +14,8 @@ from dojo.lazy import no_grad, torch
 
 Predict: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
 """(latents float32 [B, ...], timesteps [B]) -> what the network says of them, guided, float32"""
+Look: TypeAlias = "Callable[[Any, int, torch.Tensor], None]"
+"""(the scheduler, number of a step, latents after it): looks and changes nothing"""
 
 
 @no_grad
@@ -26,6 +28,7 @@ def sample(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    look: Look | None = None,
 ) -> torch.Tensor:
     """Latents of finished pictures, float32 [B, *shape].
 
@@ -37,6 +40,7 @@ def sample(
         scheduler: a diffusers scheduler; left as it is.
         steps: `num_inference_steps`.
         dtype: the pipeline's precision: it rounds the first noise to it.
+        look: is shown every step.
     """
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(steps, device=device)
@@ -47,10 +51,12 @@ def sample(
     own = {"generator": generators, "eta": 0.0}
     accepted = inspect.signature(scheduler.step).parameters
     further = {name: value for name, value in own.items() if name in accepted}
-    for timestep in scheduler.timesteps:
+    for step, timestep in enumerate(scheduler.timesteps):
         seen = latents
         if hasattr(scheduler, "scale_model_input"):
             seen = scheduler.scale_model_input(latents, timestep)
         predicted = predict(seen, timestep.expand(len(latents)))
         latents = scheduler.step(predicted, timestep, latents, return_dict=False, **further)[0]
+        if look is not None:
+            look(scheduler, step, latents)
     return latents

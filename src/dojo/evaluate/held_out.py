@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tqdm import tqdm
-
+from dojo.bars import Bar
 from dojo.cli import TrainingStopped, UserError, incidental, ranges
 from dojo.evaluate import log_pictures, write_prompts
+from dojo.evaluate.preview import DrawnArgs
 from dojo.files.outputs import clear, own
 from dojo.files.pictures import contact_sheet, slug, to_pil
 from dojo.inputs.prompts import Prompt
@@ -38,7 +38,7 @@ network's predictions are from the base model's [B], or None where nothing knows
 
 @incidental
 @dataclass(frozen=True, kw_only=True)
-class EvalArgs:
+class EvalArgs(DrawnArgs):
     """Held-out prompts, drawn as a user would: averaged weights, the model's own scheduler."""
 
     eval_sample_steps: int = 40
@@ -59,6 +59,7 @@ class EvalArgs:
     """pictures of an evaluation that are kept, with their scores"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("eval_sample_steps", "eval_batch_size", "num_eval_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -187,6 +188,16 @@ class Evaluator:
             "num_inference_steps": steps,
         }
 
+    @property
+    def metrics(self) -> list[str]:
+        """The numbers that it writes into metrics.jsonl; the distance from the base model only
+        where something knows it."""
+        if not self.pictures:
+            return []
+        parts = [f"reward/{name}" for reward in self.rewards for name in reward.weights]
+        scores = ["reward", *parts, "invalid_share"] if self.rewards else []
+        return [f"{self.prefix}_{name}" for name in [*scores, "kl"]]
+
     def catch_up(self, *, due: bool) -> None:
         """The evaluation before the first step, or the one that a run did not live to see.
 
@@ -215,6 +226,7 @@ class Evaluator:
             row = self._evaluate()
         if row:
             self.run.write_metrics(row)
+        self.run.tell_validation(self.folder / f"step-{self.run.step}", row)
 
     def _evaluate(self) -> dict[str, float]:
         run = self.run
@@ -236,14 +248,14 @@ class Evaluator:
         share = run.paused(mine, len(self.pictures), self.batch_size)
         total = -(-len(mine) // self.batch_size)
         with together(run) as trouble:
-            for some in tqdm(share, "evaluation", total, disable=not run.main, leave=False):
+            for some in Bar(share, "evaluation", total, disable=not run.main, leave=False):
                 if trouble.error is not None:  # comes along, as the others still go on
                     continue
                 with trouble.kept():
                     texts = [self.pictures[i][0].text for i in some]
                     images, far = self.draw(texts, [self.pictures[i][1] for i in some])
                     if far is not None:
-                        moved[some] = far.double().cpu()
+                        moved[some] = far.cpu().double()
                         knows += 1
                     if self.rewards:
                         table[some] = self._score(images, some)
@@ -275,7 +287,7 @@ class Evaluator:
         ]
         total = torch.where(outputs[0].valid, outputs[0].scores, torch.nan)
         each = [values for output in outputs for values in output.components.values()]
-        return torch.stack([total, *each], dim=1).double().cpu()
+        return torch.stack([total, *each], dim=1).cpu().double()
 
     def _sum(self, table: torch.Tensor) -> torch.Tensor:
         return self.run.accelerator.reduce(table.to(self.run.device), "sum").cpu()  # pyright: ignore

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from dojo import rng
+from dojo.bars import Bar
 from dojo.data.samples import collate
 from dojo.evaluate.args import ValidationArgs
 from dojo.inputs.pictures import EvalSet, Inputs
@@ -71,7 +70,7 @@ def _errors(
     table = torch.zeros(len(part.draws), levels)
     mine = range(process, len(part.draws), num_processes)
     share = run.paused(mine, len(part.draws))
-    for (i,) in tqdm(share, f"{part.name} loss", len(mine), disable=not run.main, leave=False):
+    for (i,) in Bar(share, f"{part.name} loss", len(mine), disable=not run.main, leave=False):
         batch = collate([part.dataset[part.draws[i]]])
         mean, std = inputs.posterior(batch)
         clean = model.scaled(mean, std, torch.zeros_like(mean)).expand(levels, -1, -1, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,10 +56,20 @@ class DrawArgs:
         ranges.check(self, shares, least=0, most=1)
 
 
-def draw(pipeline: Any, args: DrawArgs, prompt: str, seeds: list[int]) -> list[Image.Image]:
-    """One picture per seed."""
+def draw(
+    pipeline: Any,
+    args: DrawArgs,
+    prompt: str,
+    seeds: list[int],
+    on_step: Callable[[], None] | None = None,
+) -> list[Image.Image]:
+    """One picture per seed.
+
+    Args:
+        on_step: called after each sampling step, where the pipeline allows it.
+    """
     if len(seeds) > 1 and pipelines.draws_noise(pipeline):  # each under its own seed
-        return [draw(pipeline, args, prompt, [seed])[0] for seed in seeds]
+        return [draw(pipeline, args, prompt, [seed], on_step)[0] for seed in seeds]
     options: dict[str, Any] = {"height": args.height, "width": args.width}
     optional = {
         "max_sequence_length": args.max_sequence_length,
@@ -77,6 +88,8 @@ def draw(pipeline: Any, args: DrawArgs, prompt: str, seeds: list[int]) -> list[I
             option = f"skip_layer_guidance_{name}"
             optional[option] = getattr(args, option)
     accepted = inspect.signature(pipeline.__call__).parameters
+    if on_step is not None and "callback_on_step_end" in accepted:
+        options["callback_on_step_end"] = lambda *_: on_step() or {}
     texts: dict[str, Any] = {"prompt": prompt}
     if args.uncond == "zeros" or args.t5_padding == "zero":
         found = pipelines.embeddings(

@@ -14,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 
 from dojo.cli import UserError
 from dojo.finetune import lora
+from dojo.finetune.embeddings import read as read_words
 from dojo.lazy import diffusers, no_grad, torch
-from dojo.models import folders, kolors, loaded, opening, sd3, truncation
+from dojo.models import folders, hunyuandit, kolors, loaded, opening, sd3, truncation
 from dojo.models.family import ModelArgs
 from dojo.models.unet import schedule, single_file
+from dojo.models.words import known, teach_pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,18 +41,22 @@ def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None 
         pipeline: Any = family.open_model(model).load_pipeline(dtype, torch.device("cpu"))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
+    theirs = folders.tencents(folder)
+    if folder.is_dir() and theirs is None and not (folder / "model_index.json").is_file():
         is_lora = (folder / lora.WEIGHTS).is_file()
         hint = " (a LoRA folder goes to --lora_weights_path)" if is_lora else ""
         raise UserError(f"{flag}: {name} has no model_index.json{hint}")
     if not folder.is_dir() and not _may_be_on_hub(name):
         raise UserError(f"{flag}: there is no folder {name}")
-    if folder.is_dir() and folders.kind_of(folder, flag).startswith("Kolors"):
-        # Its authors' layout names classes that diffusers does not have.
+    kind = folders.kind_of(folder, flag) if folder.is_dir() else ""
+    if theirs is not None or kind.startswith("Kolors"):
+        # Its authors' layout names classes that diffusers does not have, or none.
         model = opening.open_model(ModelArgs(pretrained_model_name_or_path=name))
         pipeline = model.load_pipeline(dtype, torch.device("cpu"))
     else:
         pipeline = loaded.pipeline(name, flag=flag, dtype=dtype)
+        if type(pipeline).__name__.startswith("HunyuanDiT"):
+            pipeline = hunyuandit.drawing(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -112,15 +118,44 @@ def load_loras(pipeline: Any, paths: Sequence[str], scales: Sequence[float]) -> 
         UserError: one is missing or does not fit.
     """
     scheduler = pipeline.scheduler
-    names = [f"lora{i}" for i in range(len(paths))]
-    for name, path in zip(names, paths, strict=True):
+    for name, path in zip(_adapters(len(paths)), paths, strict=True):
         arrived = lora.load(pipeline, path, name)
         print(f"{path}: {arrived} tensors")
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         scheduler = _trained_with(scheduler, folder)
-    if names:
-        pipeline.set_adapters(names, list(scales) * (len(names) if len(scales) == 1 else 1))
+    if paths:
+        set_scales(pipeline, list(scales) * (len(paths) if len(scales) == 1 else 1))
     return scheduler
+
+
+def set_scales(pipeline: Any, scales: Sequence[float]) -> None:
+    """Gives the LoRAs that `load_loras` has loaded these strengths, one each."""
+    pipeline.set_adapters(_adapters(len(scales)), list(scales))
+
+
+def _adapters(count: int) -> list[str]:
+    """The names of so many LoRAs in a pipeline."""
+    return [f"lora{i}" for i in range(count)]
+
+
+def load_embeddings(pipeline: Any, names: Sequence[str]) -> None:
+    """Teaches a pipeline learned words, and says what they are called.
+
+    Args:
+        names: files, or folders of them.
+    Raises:
+        UserError: one is missing, is no embedding, or is another model's.
+    """
+    flag = "--embeddings"
+    words = [word for name in names for word in read_words(name, flag)]
+    if not words:
+        return
+    if "CLIP" not in type(getattr(pipeline, "text_encoder", None)).__name__:
+        raise UserError(f"{flag}: {type(pipeline).__name__} has no CLIP that could learn words")
+    teach_pipeline(pipeline, known(words))
+    for word in words:
+        several = f", {word.vectors} vectors" if word.vectors > 1 else ""
+        print(f"{flag}: write {word.text} into the prompts{several}")
 
 
 def _trained_with(scheduler: Any, folder: Path) -> Any:
@@ -161,6 +196,8 @@ def tell_cut(
     """
     default = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
     readers: list[truncation.Reader] = []
+    if type(pipeline).__name__.startswith("HunyuanDiT"):
+        readers = hunyuandit.readers([pipeline.tokenizer, pipeline.tokenizer_2])
     for part in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         tokenizer = getattr(pipeline, part, None)
         if (
@@ -168,12 +205,13 @@ def tell_cut(
             or getattr(pipeline, part.replace("tokenizer", "text_encoder"), None) is None
         ):
             continue
-        if "T5" in type(tokenizer).__name__ and default is not None:
+        kind = type(getattr(tokenizer, "inner", tokenizer)).__name__
+        if "T5" in kind and default is not None:
             limit = max_sequence_length or default.default
             readers.append(truncation.Reader("T5", tokenizer, limit, "--max_sequence_length"))
-        elif "CLIP" in type(tokenizer).__name__:
+        elif "CLIP" in kind:
             readers.append(truncation.Reader("CLIP", tokenizer, tokenizer.model_max_length))
-        elif "ChatGLM" in type(tokenizer).__name__:
+        elif "ChatGLM" in kind:
             readers.append(truncation.Reader("ChatGLM", tokenizer, kolors.TOKENS, marks_end=False))
     for line in truncation.find_cut(filter(None, texts), readers).told:
         print(line)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from dojo.bars import Bar
+from dojo.evaluate import preview
 from dojo.evaluate.args import Picture, ValidationArgs
 from dojo.evaluate.clip import ClipScore
 from dojo.evaluate.loss import eval_losses
@@ -20,6 +21,7 @@ from dojo.files.outputs import clear, own
 from dojo.files.pictures import contact_sheet, to_pil
 from dojo.inputs.pictures import Inputs
 from dojo.lazy import late, no_grad, torch
+from dojo.models import attention
 from dojo.models.family import NoiseArgs
 from dojo.run.checkpoint import write_file
 from dojo.run.run import Run
@@ -64,12 +66,27 @@ class Validator:
         self.folder = run.output_dir / "validation"
         self.pictures = args.pictures(size)
         self.mine = range(len(self.pictures))[run.share["process"] :: run.share["num_processes"]]
+        drawn = bool(self.pictures)
+        self.preview = preview.of_run(
+            args, run.output_dir, model, inputs.vae, main=run.main and drawn
+        )
         self.clip: ClipScore | None = None
         if args.validation_clip_model and self.pictures:
             with run.accelerator.main_process_first():  # a download
                 self.clip = ClipScore(args.validation_clip_model, run.device) if self.mine else None
         if self.pictures and run.main:
             write_prompts(self.folder, [asdict(picture) for picture in self.pictures])
+
+    @property
+    def metrics(self) -> list[str]:
+        """The numbers that it writes into metrics.jsonl."""
+        parts = [part.name for part in self.inputs.evaluation]
+        names = ["eval_loss" if part == "eval" else f"{part}_eval_loss" for part in parts]
+        if "eval" in parts:
+            names += [f"eval_loss_sigma_{k}" for k in range(1, self.args.eval_sigmas + 1)]
+        names += ["eval_gap"] if {"eval", "train"} <= {*parts} else []
+        clip = self.pictures and self.args.validation_clip_model
+        return [*names, "clip_score"] if clip else names
 
     def catch_up(self, *, due: bool) -> None:
         """The validation before the first step, or the one that a run did not stay for.
@@ -113,6 +130,7 @@ class Validator:
         network.train(training)
         if row:
             self.run.write_metrics(row)
+        self.run.tell_validation(self.folder / f"step-{self.run.step}", row)
 
     def finish(self) -> None:
         """Writes `contact_sheet.png`: a row per picture, a column per step. One process does."""
@@ -134,8 +152,9 @@ class Validator:
         pipeline.set_progress_bar_config(disable=True)
         drawn: list[Image.Image] = []
         share = run.paused(self.mine, len(self.pictures))
-        bar = tqdm(share, "validation", len(self.mine), disable=not run.main, leave=False)
-        latents = [self._draw(pipeline, self.pictures[i]) for (i,) in bar]
+        bar = Bar(share, "validation", len(self.mine), disable=not run.main, leave=False)
+        with attention.while_drawing(self.network, self.args.validation_attention_backend):
+            latents = [self._draw(pipeline, self.pictures[i]) for (i,) in bar]
         # For the autoencoder's activations.
         stays = run.replicas.owns_storage
         with nullcontext() if stays else residence.away(self.network, run.device):
@@ -161,6 +180,8 @@ class Validator:
                 more[option] = getattr(args, f"validation_{option}")
         if args.validation_guidance_rescale:
             more["guidance_rescale"] = args.validation_guidance_rescale
+        if self.preview is not None:
+            more["callback_on_step_end"] = self.preview.callback
         noise = self.model.step_noise(pipeline.scheduler, picture.seed)
         with self.run.replicas.autocast(), noise:
             return pipeline(
@@ -206,10 +227,12 @@ def log_pictures(run: Run, folder: Path) -> None:
     in the environment, swanlab SWANLAB_MODE=offline (or local).
     """
     for path in sorted(folder.glob("*.png")):
+        name = f"{folder.parent.name}/{path.stem}"
         with Image.open(path) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         for tracker in run.accelerator.trackers:
+            if tracker.name == "mlflow":  # accelerate sends it files alone
+                tracker.log_artifact(str(path), f"{folder.parent.name}/{folder.name}")
+                continue
             extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images(
-                {f"{folder.parent.name}/{path.stem}": pixels[None]}, step=run.step, **extra
-            )
+            tracker.log_images({name: pixels[None]}, step=run.step, **extra)

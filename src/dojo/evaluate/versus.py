@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from tqdm import tqdm
 
+from dojo.bars import Bar
 from dojo.files import outputs
 from dojo.files.pictures import labelled_grid, slug
 from dojo.inputs.prompts import Prompt
@@ -51,12 +51,14 @@ def draw(
     """Draws every prompt with every seed into a folder; what `make` has loaded is then freed."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = make()
-    for i, prompt in enumerate(tqdm(prompts, desc=f"prompts ({folder.name})")):
+    for i, prompt in enumerate(Bar(prompts, desc=f"prompts ({folder.name})")):
         for seed, picture in zip(seeds, drawn(prompt.text, seeds), strict=True):
             picture.save(outputs.own(folder / file_name(i, prompt.text, seed)))
     del drawn
     gc.collect()  # the hooks of --offload make circles
     torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def judge(
@@ -123,7 +125,7 @@ def _score(
     """The scores [N] of the pictures: the sum if it is one, and each component; NaN for none."""
     columns: dict[str, list[float]] = {}
     alone = list(reward.weights.values()) == [1.0]
-    bar = tqdm(total=len(files), desc=f"scoring ({folder.name})", unit="picture")
+    bar = Bar(total=len(files), desc=f"scoring ({folder.name})", unit="picture")
     for start in range(0, len(files), reward.batch_size):
         part = slice(start, start + reward.batch_size)
         images = torch.stack([_read(folder / file) for file in files[part]])
