@@ -14,8 +14,9 @@ def runtime_requirements() -> list[str]:
     return [line for line in stripped if line and not line.startswith("-")]
 
 
-# A wheel holds the code of src/dojo and nothing else: the scripts, the pocket models and the
-# pocket data stay in the repository, which is where the scripts are run from.
+# A wheel holds the code of src/dojo, with the font that it draws labels with, and nothing else: the
+# scripts, the pocket models and the pocket data stay in the repository, which is where the scripts
+# are run from.
 setup(
     name="sd-dojo",
     version="0.1.0",
@@ -23,11 +24,13 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    python_requires=">=3.10",
+    package_data={"dojo.web": ["static/*"], "dojo.files": ["fonts/*"]},
+    python_requires=">=3.11",
     install_requires=runtime_requirements(),
     extras_require={
         "wandb": ["wandb>=0.18"],
         "swanlab": ["swanlab>=0.4"],
+        "mlflow": ["mlflow>=3.0"],
         # 8-bit optimizers, and 4-bit weights (--base_precision nf4).
         "bitsandbytes": ["bitsandbytes>=0.50"],
         # scripts/accelerate/deepspeed_zero*.yaml.
@@ -43,6 +46,10 @@ setup(
         "ocr": ["rapidocr>=3.10", "onnxruntime>=1.20"],
         # `python -m dojo.rewards serve`.
         "serve": ["uvicorn>=0.35", "starlette>=0.47"],
+        # `python -m dojo.watch` and `demo.py --web`.
+        "web": ["uvicorn>=0.35", "starlette>=0.47"],
+        # The tests of these pages in a browser, which they find as `chromium`.
+        "browser": ["playwright>=1.50"],
         # Shards from s3:// buckets; https:// takes aiohttp, which comes with it.
         "s3": ["s3fs>=2025.3"],
         # HEIC and JPEG XL photographs.

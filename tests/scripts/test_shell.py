@@ -20,7 +20,8 @@ def bash(
     return subprocess.run(
         ["bash", *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, **(environment or {})},
+        # uv, where a developer has it, would not be the stand-in that a test has put there.
+        env={**os.environ, "INSTALLER": "pip", **(environment or {})},
         capture_output=True,
         text=True,
         timeout=300,
@@ -98,7 +99,7 @@ def test_setup_refuses_an_old_python_in_one_sentence(tmp_path: Path) -> None:
         repository / "scripts" / "setup.sh", folder=tmp_path, environment={"PYTHON": str(old)}
     )
     assert result.returncode == 1
-    assert "3.10 or newer" in result.stderr
+    assert "3.11 or newer" in result.stderr
     assert "3.9.1" in result.stderr
     assert not (repository / ".venv").exists()
 
