@@ -43,7 +43,7 @@ Kind = Literal["lora", "full", ""]
 
 # What is no result: it carries times, or follows from the other files.
 APART = ("README.md", "report.html", "checksums.json", "args.json")
-TIMES = ("images_per_s", "seconds_", "memory_gib", "mfu", "made")
+TIMES = ("images_per_s", "seconds_", "eta_s", "memory_gib", "mfu", "made")
 SHOWN = 4  # files of a run that differ and are named in the table
 PATIENCE = 300.0  # seconds after which a run hangs
 

@@ -30,9 +30,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState  # no
 from diffusers import (  # noqa: E402
     DDIMScheduler,
     EulerDiscreteScheduler,
+    HunyuanDiT2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.loaders import PeftAdapterMixin  # noqa: E402
 
 from dojo.launch import interrupt  # noqa: E402
 
@@ -124,6 +126,18 @@ def tiny_kolors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_hunyuandit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an untrained Hunyuan-DiT v1.2, in diffusers' layout."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-hunyuandit", "hunyuandit")
+
+
+@pytest.fixture(scope="session")
+def tiny_hunyuandit11(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a v1.1: it is told a style and sizes, and its schedule ends with less signal."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny-hunyuandit11", "hunyuandit11")
+
+
+@pytest.fixture(scope="session")
 def pocket_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as `tiny_sd3` in the pocket model's size, which can learn something."""
     return make_tiny(tmp_path_factory.mktemp("models") / "untrained-sd3", "sd3", {})
@@ -146,6 +160,8 @@ SMALLER: dict[str, dict[str, Any]] = {
     "sd2": _SMALLER_UNET,
     "sdxl": _SMALLER_UNET,
     "kolors": _SMALLER_UNET,
+    "hunyuandit": {},
+    "hunyuandit11": {},
 }
 
 
@@ -153,7 +169,7 @@ def make_tiny(folder: Path, family: str, smaller: dict[str, Any] | None = None) 
     """Writes an untrained model of a family, smaller than the pocket model.
 
     Args:
-        family: sd3, sd15, sd2 (made of sd15), sdxl or kolors.
+        family: sd3, sd15, sd2 (made of sd15), sdxl, kolors, hunyuandit or hunyuandit11.
         smaller: what its network has otherwise than the pocket model's; unset: `SMALLER`.
     """
     from dojo.pocket import models
@@ -167,6 +183,8 @@ def make_tiny(folder: Path, family: str, smaller: dict[str, Any] | None = None) 
         pipeline = tiny_sdxl_pipeline()
     elif family == "kolors":
         pipeline = tiny_kolors_pipeline(folder)
+    elif family.startswith("hunyuandit"):
+        pipeline = tiny_hunyuandit_pipeline(folder, told=family.endswith("11"))
     else:
         pipeline = models.sd15_pipeline()
         pipeline.vae.register_to_config(scaling_factor=0.18215)
@@ -174,12 +192,27 @@ def make_tiny(folder: Path, family: str, smaller: dict[str, Any] | None = None) 
         settings = {**pipeline.scheduler.config, "prediction_type": "v_prediction"}
         pipeline.scheduler = DDIMScheduler.from_config(settings)
         pipeline.unet = other_unet(pipeline.unet, use_linear_projection=True)
-    part = "transformer" if family == "sd3" else "unet"
+    part = "unet" if hasattr(pipeline, "unet") else "transformer"
     network = getattr(pipeline, part)
     other = SMALLER[family] if smaller is None else smaller
     setattr(pipeline, part, type(network).from_config({**network.config, **other}))
     pipeline.save_pretrained(folder)
     return folder
+
+
+def load_adapter(pipeline: Any, base: Path, folder: Path) -> None:
+    """Loads a LoRA as its model card says: by one call, or into a network that can have one.
+
+    Args:
+        base: of the pipeline.
+    """
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.unload_lora_weights()
+        pipeline.load_lora_weights(str(folder))
+        return
+    able: Any = type("Able", (HunyuanDiT2DModel, PeftAdapterMixin), {})
+    pipeline.transformer = able.from_pretrained(base, subfolder="transformer")
+    pipeline.transformer.load_lora_adapter(folder, weight_name="pytorch_lora_weights.safetensors")
 
 
 def other_unet(unet: Any, **settings: Any) -> Any:
@@ -278,6 +311,115 @@ def tiny_kolors_pipeline(folder: Path) -> Any:
     return KolorsPipeline(
         unet=unet, scheduler=scheduler, vae=small.vae, text_encoder=encoder, tokenizer=tokenizer
     )
+
+
+def tiny_hunyuandit_pipeline(folder: Path, *, told: bool) -> Any:
+    """An untrained Hunyuan-DiT of four blocks, with a BERT and an mT5 of two layers.
+
+    Args:
+        folder: where its vocabularies are written first.
+        told: whether it is told a style and sizes, as v1.1 is.
+    """
+    from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
+    from transformers import (
+        BertConfig,
+        BertModel,
+        BertTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5Tokenizer,
+    )
+
+    from dojo.pocket import models
+
+    small = models.sd15_pipeline()
+    words = folder / "tokenizer" / "vocab.txt"
+    words.parent.mkdir(parents=True, exist_ok=True)
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = dict.fromkeys([*"abcdefghijklmnopqrstuvwxyz", *sorted({*"".join(_TEXTS)} - {" "})])
+    pieces = [f"##{letter}" for letter in letters]
+    words.write_text("\n".join([*marks, *letters, *pieces]) + "\n", encoding="utf-8")
+    tokenizer: Any = BertTokenizer.from_pretrained(words.parent)
+    write_unigrams(folder / "tokenizer_2")
+    tokenizer_2: Any = T5Tokenizer.from_pretrained(folder / "tokenizer_2", extra_ids=0)
+    bert = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer_2) + 3,  # rounded up, as the real one's
+            d_model=48,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    transformer = HunyuanDiT2DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=32,
+        num_layers=4,
+        mlp_ratio=4.3637,
+        cross_attention_dim=32,
+        cross_attention_dim_t5=48,
+        pooled_projection_dim=16,
+        use_style_cond_and_image_meta_size=told,
+    )
+    small.vae.register_to_config(scaling_factor=0.13025, force_upcast=False)
+    absent: Any = None
+    return HunyuanDiTPipeline(
+        vae=small.vae,
+        text_encoder=bert.eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=t5.eval(),
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+        scheduler=DDPMScheduler(
+            beta_start=0.00085,
+            beta_end=0.03 if told else 0.018,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            clip_sample=False,
+            steps_offset=1,
+        ),
+        safety_checker=absent,
+        feature_extractor=absent,
+        requires_safety_checker=False,
+    )
+
+
+def write_unigrams(folder: Path) -> None:
+    """Writes the spiece.model of an mT5 that knows a few words of English and Chinese."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "spiece.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_TEXTS * 4),
+            model_writer=file,
+            model_type="unigram",
+            vocab_size=120,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            normalization_rule_name="identity",
+            num_threads=1,
+            minloglevel=2,
+        )
 
 
 def write_vocabulary(folder: Path) -> Path:

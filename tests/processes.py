@@ -166,9 +166,10 @@ def spawn(
     folder: Path,
     death: Death | None = None,
     processes: int = 1,
+    **environment: str,
 ) -> tuple[int, str]:
     """Runs a script or a module in new processes, as `together` does."""
-    return together(_run, (script, flags), folder, death, processes)
+    return together(_run, (script, flags), folder, death, processes, **environment)
 
 
 def together(
@@ -177,22 +178,26 @@ def together(
     folder: Path,
     death: Death | None = None,
     processes: int = 1,
+    **environment: str,
 ) -> tuple[int, str]:
     """Works in new processes: the first exit code that is not 0, and what they said.
 
     Of several processes the last one dies.
+
+    Args:
+        environment: variables that they have beside this process's.
     """
     _start_server()
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     log.write_text("")
     group: list[Any] = []
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    several |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     for rank in range(processes):
-        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        own = {**several, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         last = rank == processes - 1
-        rest = (log, own if processes > 1 else {}, death if last else None)
+        rest = (log, {**environment, **own}, death if last else None)
         group.append(_forks.Process(target=_begin, args=(work, arguments, *rest)))
         group[-1].start()
     code = 0

@@ -140,8 +140,10 @@ def test_packages_are_compared_with_the_ranges_that_are_asked_for() -> None:
         "no-such-package>=1",
         'no-such-extra>=1; extra == "shiny"',
         'torch<2; extra == "old"',
+        'no-such-python>=1; python_version < "3"',
     ]
     found = doctor.packages(asked)
+    assert "no-such-python" not in found
     assert found["pytest"]["fits"]
     assert not found["torch"]["fits"]
     assert found["torch"]["for"] == ["all", "old"]

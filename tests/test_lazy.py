@@ -24,6 +24,7 @@ BIG = (
     "datasets",
 )
 # What users start. Each reads its options in `main`; importing it is all that comes before.
+NO_SUCH = "no_such_name"
 SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
 COMMANDS = sorted(
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
@@ -92,7 +93,7 @@ def test_a_library_that_is_missing_is_missed_at_its_first_use() -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         _ = missing.anything
     with pytest.raises(AttributeError, match="no_such_name"):
-        _ = lazy.torch.no_such_name
+        _ = getattr(lazy.torch, NO_SUCH)
 
 
 def test_no_grad_is_torchs_around_each_call() -> None:

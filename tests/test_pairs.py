@@ -1,10 +1,7 @@
 """Claims about `python -m dojo.pairs`: what it writes is what is read, to the byte after a kill."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from dojo import cli, pairs
 from dojo.cli import UserError
 from dojo.data import PairArgs, check_pairs, open_pairs
 from dojo.inputs.prompts import read_file
-from tests.conftest import ROOT
+from tests.processes import spawn
 from tests.scripts.runs import one_thread
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -139,15 +136,9 @@ def test_another_margin_chooses_anew_and_draws_nothing(place: Path, tiny_sd3: Pa
 def test_a_command_that_is_killed_goes_on_to_the_same_bytes(place: Path, tiny_sd3: Path) -> None:
     whole = content(run(place, tiny_sd3, "whole"))
     (place / "mine.py.log").unlink()
-    killed = subprocess.run(
-        [sys.executable, "-m", "dojo.pairs", *words(place, tiny_sd3, "broken")],
-        env={**os.environ, "DIE_AT": "4", "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    flags = words(place, tiny_sd3, "broken")
+    code, said = spawn("dojo.pairs", flags, place / "process", DIE_AT="4")
+    assert code == -signal.SIGKILL, said
     broken = place / "broken"
     log = broken / "drawn.jsonl"
     assert len(rows(log)) == 3

@@ -45,7 +45,7 @@ _PREFIXES = (
     *("PYTORCH_", "TRITON_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "DIFFUSERS_"),
     *("DATASETS_", "MODELSCOPE_", "WANDB_", "SWANLAB_", "BITSANDBYTES_", "BNB_", "OMP_", "MKL_"),
     *("OPENBLAS_", "KMP_", "TOKENIZERS_", "AWS_", "S3_", "FSSPEC_", "SLURM_", "SD_DOJO_", "PYTHON"),
-    *("XDG_CACHE_", "LD_"),
+    *("XDG_CACHE_", "LD_", "DOJO_WEBHOOK"),
 )
 _NAMES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NUM_PROCESSES"),
@@ -233,6 +233,9 @@ def packages(asked: Iterable[str]) -> Table:
     """
     found: Table = {}
     for requirement in map(Requirement, asked):
+        marker = requirement.marker
+        if marker and "extra" not in str(marker) and not marker.evaluate():  # of another Python
+            continue
         extra = re.search(r"extra == ['\"]([^'\"]+)", str(requirement.marker or ""))
         row = found.setdefault(
             requirement.name,

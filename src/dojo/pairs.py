@@ -28,9 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from tqdm import tqdm
-
 from dojo import cli, files, rewards, rng
+from dojo.bars import Bar
 from dojo.cli import UserError, ranges
 from dojo.cli.masking import hide
 from dojo.evaluate import pipelines, versus
@@ -176,7 +175,7 @@ def _open(args: Args, asked: Sequence[Prompt], device: torch.device) -> Draws:
 def _draw(args: Args, draws: Draws, asked: Sequence[Prompt], first: int) -> list[Drawn]:
     """Draws and scores the prompts from `first` on; each is on the disk before the next begins."""
     made: list[Drawn] = []
-    rest = tqdm(range(first, len(asked)), "prompts", len(asked), initial=first)
+    rest = Bar(range(first, len(asked)), "prompts", len(asked), initial=first)
     with outputs.own(args.output_dir / DRAWN).open("ab") as log:
         for i in rest:
             made.append(draws(asked[i], i))

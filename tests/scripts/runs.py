@@ -157,6 +157,9 @@ class Script:
     """what its command adds; {inputs} and {folder} are what `make_inputs` wrote and the run's"""
     near: float = 2e-3
     """how far two runs may differ that are equal but for rounding"""
+    slow: bool = False
+    """what is claimed of it by running is left to the slow tests: its sibling runs, and its own
+    file has fast ones"""
 
     @property
     def family(self) -> str:
@@ -197,6 +200,12 @@ def family_flags(folder: Path, model: Path, data: Path | None) -> list[str]:
 def pictures(folder: Path, model: Path, inputs: Path) -> tuple[list[str], str]:
     """Learns captioned pictures."""
     return family_flags(folder, model, inputs / "scenes"), _WATCHED
+
+
+def word(folder: Path, model: Path, inputs: Path) -> tuple[list[str], str]:
+    """Learns a word from pictures that all have it in their caption."""
+    own = " --new_tokens '<thing>:2' --instance_prompt 'a <thing>' --learning_rate 1e-2"
+    return family_flags(folder, model, inputs / "scenes"), _WATCHED + own
 
 
 def subject(folder: Path, model: Path, inputs: Path) -> tuple[list[str], str]:
@@ -267,6 +276,10 @@ SCRIPTS: dict[str, Script] = {
         Script("lora_sdxl", pictures, "--rank 2 --use_ema --caption_dropout 0.3", near=1e-4),
         Script("dreambooth_lora_sdxl", subject, "--rank 2 --train_text_encoder", near=1e-3),
         Script("lora_kolors", pictures, "--rank 2 --caption_dropout 0.3", near=1e-4),
+        Script("lora_hunyuandit", pictures, "--rank 2 --caption_dropout 0.3", near=1e-4),
+        Script("textual_inversion_sd15", word, "--use_ema", near=1e-3, slow=True),
+        Script("textual_inversion_sdxl", word, "--keep_token_norm", near=1e-3, slow=True),
+        Script("textual_inversion_sd3", word, "--initializer_token star", near=1e-3, slow=True),
         Script("dpo_sdxl", pairs, "--use_ema --beta_dpo 500"),
         Script("dpo_sd3", pairs, "--use_ema --beta_dpo 500 --learning_rate 1e-2", near=1e-2),
         Script("refl_sdxl", rewards, "--finetune lora --rank 2 --guidance_scale 2"),
@@ -317,7 +330,7 @@ def counted_rows(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def timeless(folder: Path) -> list[dict[str, float]]:
     """The rows without what a clock or the memory says."""
-    apart = ("images_per_s", "seconds_", "memory_gib", "mfu")
+    apart = ("images_per_s", "seconds_", "eta_s", "memory_gib", "mfu")
     return [
         {name: value for name, value in row.items() if not name.startswith(apart)}
         for row in metrics(folder)
@@ -398,11 +411,13 @@ def _least(script: Script, name: str) -> float:
     return 1e-4 if "ratio" in name or name in ("approx_kl", "loss") else 1e-6
 
 
-def draw(pipeline: Any) -> Tensor:
+def draw(pipeline: Any, prompt: str = "a star") -> Tensor:
     """One picture, of the same seed each time."""
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
     options |= {"height": 64, "width": 64}
     if hasattr(pipeline, "text_encoder_3"):
         options["max_sequence_length"] = 24
-    return pipeline("a star", generator=torch.Generator().manual_seed(0), **options).images
+    if type(pipeline).__name__.startswith("HunyuanDiT"):
+        options["use_resolution_binning"] = False  # or it draws 1024 px
+    return pipeline(prompt, generator=torch.Generator().manual_seed(0), **options).images

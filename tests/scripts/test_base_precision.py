@@ -41,7 +41,8 @@ CASES = (
 
 def test_the_cases_are_of_every_kind_of_script() -> None:
     kinds = {SCRIPTS[case.script].kind for case in CASES}
-    assert kinds == {script.kind for script in SCRIPTS.values()}
+    # A word is learned by a network that nothing is added to.
+    assert kinds == {script.kind for script in SCRIPTS.values()} - {runs.word}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """demo.py: what it draws, what it writes beside the pictures, and how it says no."""
 
+import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import demo
-from dojo import cli
+from dojo import cli, web
 from dojo.cli import UserError
 from dojo.evaluate import pipelines as inference
 from dojo.finetune import lora
@@ -274,3 +276,58 @@ def test_pictures_are_drawn_again_into_a_folder_of_ours_and_not_into_a_users(
     with pytest.raises(UserError, match=r"is not empty.*prompts\.json"):
         demo.main(parse(*flags_for(tiny_sd3, mine, *prompt)))
     assert [path.name for path in mine.iterdir()] == ["prompts.json"]
+
+
+# -- the page ---------------------------------------------------------------------------------
+
+
+def opened(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Any:
+    """The page that demo.py would serve."""
+    pytest.importorskip("starlette")
+    found: list[Any] = []
+    monkeypatch.setattr(web, "open_page", lambda what, make, **place: found.append(make()))
+    demo.main(parse(*flags))
+    return found[0]
+
+
+def test_the_command_beside_a_picture_draws_it_again(
+    tiny_sd3: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--pretrained_model_name_or_path", str(tiny_sd3), "--max_sequence_length", "24")
+    page = opened(
+        *(monkeypatch, *flags, "--lora_weights_path", str(adapter)),
+        *("--web", "--num_inference_steps", "2", "--prompt", "a star"),
+    )
+    assert page.about["prompts"] == ["a star"]
+    odd = "--web \"it's\" 'a' $HOME\n一颗红心"
+    body = {"prompt": odd, "seed": 9, "scales": [0.4], "negative_prompt": "-x"}
+    page.easel.ask(page.wish(body))
+    page.easel._thread.shutdown(wait=True)
+    (job,) = page.easel.jobs()
+    assert job.state == "done", job.error
+    drawn: dict[str, bytes] = {}
+    for side, line in job.commands.items():
+        words = shlex.split(line)
+        assert words[:2] == ["python", "demo.py"]
+        out = tmp_path / side
+        demo.main(parse(*words[2:], "--output_dir", str(out)))
+        (record,) = json.loads((out / "prompts.json").read_text())["pictures"]
+        with Image.open(io.BytesIO(job.pictures[side])) as first:
+            drawn[side] = first.tobytes()
+        assert picture(out / record["file"]).tobytes() == drawn[side]
+    assert drawn["base"] != drawn["lora"]
+
+
+@pytest.mark.parametrize("more", [("--compare",), ("--versus", "y"), ("--port", "70000")])
+def test_flags_that_do_not_go_with_the_page_are_refused(more: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--pretrained_model_name_or_path", "x", "--web", *more)
+
+
+def test_a_taken_port_is_known_before_the_model_is_loaded() -> None:
+    site = pytest.importorskip("dojo.web.site")
+    with site.listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        flags = ["--pretrained_model_name_or_path", "nothing", "--web", "--port", port]
+        with pytest.raises(UserError, match=f"--port {port}"):
+            demo.main(parse(*flags))

@@ -21,7 +21,7 @@ from dojo import cli
 from dojo.cli import UserError
 from dojo.finetune import lora
 from dojo.rewards import loading
-from tests.conftest import ROOT, reset_accelerate
+from tests.conftest import ROOT, load_adapter, reset_accelerate
 from tests.processes import Death, spawn
 from tests.scripts import runs
 from tests.scripts.runs import SCRIPTS, Script, agree, draw, ended_with, in_process
@@ -67,7 +67,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=SCRIPTS.values(), ids=lambda script: script.name)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(script, marks=[pytest.mark.slow] if script.slow else [], id=script.name)
+        for script in SCRIPTS.values()
+    ],
+)
 def small(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, inputs: Path
 ) -> Small:
@@ -116,12 +122,16 @@ def test_result_and_checkpoint_load_in_plain_diffusers(small: Small, whole: Path
     pipeline: Any = DiffusionPipeline.from_pretrained(base, **options)
     plain, end = draw(pipeline), whole / "checkpoint-4"
     averaged = json.loads((whole / "args.json").read_text())["args"]["ema"]["use_ema"]
+    if (whole / "embeddings").exists():
+        found = [place / "embeddings" / "thing.safetensors" for place in (whole, end)]
+        found[1] = end / "ema" / "embeddings" / "thing.safetensors" if averaged else found[1]
+        assert found[0].read_bytes() == found[1].read_bytes()
+        return  # what is drawn with it: tests/scripts/test_textual_inversion.py
     if (whole / lora.WEIGHTS).exists():
         pictures = []
         for place in (whole, end / "ema" if averaged else end):
-            pipeline.load_lora_weights(str(place))
+            load_adapter(pipeline, base, place)
             pictures.append(draw(pipeline))
-            pipeline.unload_lora_weights()
     else:
         pictures = [draw(DiffusionPipeline.from_pretrained(whole, **options))]
         part = "transformer" if hasattr(pipeline, "transformer") else "unet"
@@ -174,6 +184,22 @@ def first_of_its_kind(script: Script) -> bool:
     return script is next(one for one in SCRIPTS.values() if one.kind is script.kind)
 
 
+def is_sharded_elsewhere(script: Script) -> bool:
+    """Whether scripts before it are of its kind and of its family: the library shards both."""
+    earlier = list(SCRIPTS.values())[: list(SCRIPTS).index(script.name)]
+    family = script.name.rpartition("_")[2]
+    return any(one.kind is script.kind for one in earlier) and any(
+        one.name.endswith(f"_{family}") for one in earlier
+    )
+
+
+def test_some_script_of_every_kind_and_family_is_sharded() -> None:
+    tried = [script for script in SCRIPTS.values() if not is_sharded_elsewhere(script)]
+    assert {script.kind for script in tried} == {script.kind for script in SCRIPTS.values()}
+    families = {name.rpartition("_")[2] for name in SCRIPTS}
+    assert {script.name.rpartition("_")[2] for script in tried} == families
+
+
 def _trained(found: dict[str, Any]) -> dict[str, Any]:
     """What a run ended with, without its evaluations half-way."""
     rows = [row for row in found["rows"] if row["step"] != 2 or "loss" in row]
@@ -195,8 +221,12 @@ def test_the_same_batch_in_two_parts_teaches_the_same(
             pytest.skip("the learner adds them up, as it does for the first of this kind")
     flags = whole_flags(small)
     half = ("--train_batch_size", str(int(flags["--train_batch_size"]) // 2))
-    if spread == "two shards" and "train_text_encoder" in small.script.own:
+    if spread == "two shards" and (
+        "train_text_encoder" in small.script.own or small.script.kind is runs.word
+    ):
         pytest.skip("text encoders are not sharded")
+    if spread == "two shards" and is_sharded_elsewhere(small.script):
+        pytest.skip("its kind and its family are sharded by other scripts")
     if spread == "two shards" and small.script.kind is runs.finished:
         pytest.skip("an old policy is not sharded")
     if spread != "two micro-batches":

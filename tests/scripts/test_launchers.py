@@ -383,8 +383,11 @@ def test_another_autoencoder_may_be_named_for_sdxl(launcher: Path, tmp_path: Pat
         assert args.model.vae_dtype != "fp16"  # in which SDXL's own overflows
 
 
-def test_kolors_has_the_usual_recipe_and_the_chinese_captions_of_its_data(tmp_path: Path) -> None:
-    launcher = ROOT / "scripts" / "train_lora_kolors.sh"
+@pytest.mark.parametrize("family", ["kolors", "hunyuandit"])
+def test_chinese_families_have_the_usual_recipe_and_the_captions_of_their_data(
+    tmp_path: Path, family: str
+) -> None:
+    launcher = ROOT / "scripts" / f"train_lora_{family}.sh"
     args: Any = parse(*split(record(launcher, tmp_path))[1:])
     assert (args.lora.rank, args.lora.lora_alpha) == (4, 4)
     assert (args.optim.learning_rate, args.optim.max_train_steps) == (1e-4, 500)

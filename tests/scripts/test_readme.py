@@ -23,13 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
 READMES = ("README.md", "README_zh.md")
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
-# Findings quote other programs' flags; the benchmarks have flags of their own.
-MANUAL = [page for page in PAGES if page not in ("docs/log.md", "docs/benchmarks.md")]
+# Findings and the way from other trainers quote their flags; the benchmarks have their own.
+ELSEWHERE = ("docs/log.md", "docs/benchmarks.md", "docs/coming_from.md")
+MANUAL = [page for page in PAGES if page not in ELSEWHERE]
 MOST_LINES = 260  # of a README
 # Flags that the texts may name although no script of ours has them.
 OTHERS = {
     *("--help", "--dev", "--nproc_per_node", "--quiet", "--source", "--config_file", "--multi_gpu"),
     "--nnodes",
+    *("--gpus", "--ipc", "--rm", "--install"),  # docker, wsl
+    *("--set", "--count"),  # python -m dojo.pocket.datasets
+    *("--auto", "--cpu", "--cuda", "--rocm", "--resolve"),  # scripts/setup.sh, test_floors.sh
     *("--shape", "--lora_weights_path", "--compare", "--num_processes"),
     *("--images", "--prompts", "--host", "--port"),  # python -m dojo.rewards
     *("--num_images", "--min_margin"),  # python -m dojo.pairs
@@ -40,9 +44,17 @@ OTHERS = {
     *("--table", "--long", "--short", "--only", "--seeds"),  # scripts/prove_*.sh
     *("--json", "--steps", "--pocket", "--minutes", "--work_dir", "--tolerance"),  # doctor, bench
     *("--model", "--batch_size"),
+    "--config",  # of every script, dojo.cli's
+    *("--answers", "--from_simpletuner", "--overwrite", "--launcher"),  # configure, sweep
     *("--nodes", "--requeue", "--signal"),  # Slurm's
     "--page",  # python -m dojo.bench cards
+    *("--near_bits", "--max_shown", "--thumbnail"),  # python -m dojo.look
+    *("--server", "--to", "--prompt", "--language", "--prefix"),  # python -m dojo.caption
+    *("--max_pictures", "--max_tokens", "--max_side", "--replace_captions", "--workers"),
+    *("--timeout", "--retries"),
+    "--web",  # demo.py
     "--use_lora",  # what --finetune was once
+    "--train_text_encoder_ti_frac",  # of diffusers' advanced scripts
 }
 _FENCE = re.compile(r"^ *```(?P<kind>\w*)\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _PROGRAM = re.compile(r"(?:[A-Z_]+=\S* )*(?:python|bash|accelerate|torchrun|pip|touch|source) ")
@@ -214,6 +226,8 @@ def understood(script: str, flags: Sequence[str]) -> None:
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     module = importlib.import_module(script)
+    if "--config" in flags:  # a file of the reader's
+        return
     code: object = 0
     try:
         cli.parse(module.Args, module.__doc__, flags)

@@ -361,7 +361,7 @@ def test_pictures_that_are_drawn_count_as_whole_ones(
 
 def test_the_scripts_are_these() -> None:
     assert {path.stem for path in ROOT.glob("train_*_sdxl.py")} == {
-        # DDPO's is tried beside SD1.5's, by test_train_ddpo_sd15.
+        # DDPO's is tried beside SD1.5's, by test_train_ddpo_sd15; words by test_textual_inversion.
         f"train_{name}_sdxl"
-        for name in (*SCRIPTS, "ddpo")
+        for name in (*SCRIPTS, "ddpo", "textual_inversion")
     }

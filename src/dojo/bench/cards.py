@@ -1,4 +1,4 @@
-"""Which card, which command: for six models and up to four recipes, what a run holds, computed.
+"""Which card, which command: for seven models and up to four recipes, what a run holds, computed.
 
 Every row comes from the script that it names, by the way that `--fit` takes: the script plans, as
 its dry run does, and options are tried for each size of card. No weights are needed, no network and
@@ -36,7 +36,7 @@ RECIPES: dict[Recipe, str] = {
     "dreambooth_lora": "DreamBooth LoRA",
     "preference": "preference / RL",
 }
-_FAMILIES = {"sd15": "sd15", "sdxl": "sdxl", "kolors": "kolors"}  # the others are of sd3
+_FAMILIES = {name: name for name in ("sd15", "sdxl", "kolors", "hunyuandit")}  # others: sd3
 BATCH = 4
 """Samples of an optimizer step; a card that is too small takes them in parts."""
 _GIB = 2**30
@@ -47,8 +47,12 @@ class CardArgs:
     """The tables of docs/cards.md."""
 
     model: tuple[
-        Literal["sd15", "sdxl", "kolors", "sd3-medium", "sd35-medium", "sd35-large"], ...
-    ] = (*("sd15", "sdxl", "kolors", "sd3-medium", "sd35-medium", "sd35-large"),)
+        Literal["sd15", "sdxl", "kolors", "hunyuandit", "sd3-medium", "sd35-medium", "sd35-large"],
+        ...,
+    ] = (
+        *("sd15", "sdxl", "kolors", "hunyuandit"),
+        *("sd3-medium", "sd35-medium", "sd35-large"),
+    )
     """whose tables"""
     page: Path | None = None
     """write them into this page, between its two marks, instead of printing them"""

@@ -197,7 +197,7 @@ def main(args: CommonShareArgs) -> None:
         overwrite_output_dir=True,
         seed=measure.seed,
         mixed_precision=measure.mixed_precision,
-        report_to="none",
+        report_to=("none",),
     )
     run = start(settings, OptimArgs())
     if run.accelerator.num_processes > 1:

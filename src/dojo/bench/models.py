@@ -140,7 +140,8 @@ def family_name(model: str) -> str:
 
 def native_size(model: str) -> int:
     """Height and width, in pixels, that a model was trained at."""
-    network = {**published.TRANSFORMERS, **TRANSFORMERS, **UNETS}.get(model)
+    others = {"hunyuandit": published.HUNYUANDIT}
+    network = {**published.TRANSFORMERS, **TRANSFORMERS, **UNETS, **others}.get(model)
     return _POCKET_SIZE if network is None else _PIXELS_PER_LATENT * network["sample_size"]
 
 
