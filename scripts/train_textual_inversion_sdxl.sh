@@ -10,8 +10,8 @@
 # The word is learned from pictures that are all called "a photo of <my-dog>"; INSTANCE_PROMPT="" takes
 # the folder's own captions, which must have the word.
 #
-# Settings: those of diffusers' textual_inversion/README_sdxl.md (1024 px, 5e-4 with --scale_lr, batch
-#   1 x 4, 500 steps), whose script trains CLIP-L's vectors alone.
+# Settings: those of diffusers' textual_inversion/README_sdxl.md (5e-4 with --scale_lr, batch 1 x 4,
+#   500 steps), at 1024 px in place of its 768.
 # Hardware: one GPU; nothing but the vectors is trained, and the network's activations are kept all
 #   the same. Memory, speed and quality: not measured; --dry_run estimates the first two.
 # What one should see: validation pictures in OUTPUT_DIR/validation/ that come to look like the

@@ -291,3 +291,15 @@ def test_a_word_of_another_model_is_refused(tiny_sd15: Path) -> None:
     learned = Word(text="<dog>", rows={"text_encoder": torch.ones(1, 5)})
     with pytest.raises(UserError, match="<dog> was learned for another model"):
         encoders(tiny_sd15, Words(words=(learned,)))
+
+
+def test_a_word_within_another_is_not_found_there() -> None:
+    both = words("dogx", "dogx-toy:2")
+    assert [word.text for word in both.find("a dogx-toy")] == ["dogx-toy"]
+    assert [word.text for word in both.find("A DogX beside a dogx-toy")] == ["dogx", "dogx-toy"]
+    assert not both.find("a dog")
+
+
+def test_letters_that_unicode_folds_together_are_told_apart() -> None:
+    assert words("sks").spelled("a \u017fks") == "a \u017fks"
+    assert words("kid").spelled("a k\u0131d") == "a k\u0131d"

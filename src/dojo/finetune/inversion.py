@@ -13,6 +13,7 @@ from dojo.finetune.contract import Trained
 from dojo.finetune.offload import keep_activations_on_cpu
 from dojo.finetune.tokens import Vectors, numbers_of
 from dojo.lazy import torch
+from dojo.models import attention
 from dojo.run import averaging
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Inversion(Trained):
         assert model.words is not None, "the model has been taught the words"
         self.model, self.objective = model, objective
         self.network = model.load_network(self.run.dtype, self.run.replicas.home)
+        attention.install(self.network, model.args.attention_backend)
         if model.args.activations_on_cpu:
             keep_activations_on_cpu(self.network)
         self.modules = [self.network, *text_encoders]

@@ -109,7 +109,9 @@ class Words:
 
     def find(self, text: str) -> list[Word]:
         """The words that a text has."""
-        return [word for word in self.words if word.text in text.lower()]
+        forms = self._forms()
+        said = {forms[found[0].lower()] for found in self._pattern(forms).finditer(text)}
+        return [word for word in self.words if word.text in said]
 
     def spelled(self, text: str) -> str:
         """A text in which every word has all its tokens; one that is spelled already stays."""
@@ -121,13 +123,24 @@ class Words:
         return " ".join(said.split()) if said != text else text
 
     def _said(self, text: str, instead: Mapping[str, str]) -> str:
+        forms = self._forms()
+        return self._pattern(forms).sub(lambda found: instead[forms[found[0].lower()]], text)
+
+    def _forms(self) -> dict[str, str]:
+        """The words by what stands for them in a text: themselves, or all their tokens."""
         forms = {" ".join(word.pieces): word.text for word in self.words}
-        forms |= {word.text: word.text for word in self.words}
+        return forms | {word.text: word.text for word in self.words}
+
+    @staticmethod
+    def _pattern(forms: Mapping[str, str]) -> re.Pattern[str]:
+        """Finds them, the longest first, so that a word that is part of another is not found in it.
+
+        Words are ASCII. Of all letters that Unicode folds together `lower` knows fewer: a long s
+        would be found as an s and not be known then.
+        """
         longest_first = sorted(forms, key=len, reverse=True)
-        pattern = "|".join(rf"{re.escape(form)}(?!_\d)" for form in longest_first)
-        return re.sub(
-            pattern, lambda found: instead[forms[found[0].lower()]], text, flags=re.IGNORECASE
-        )
+        text = "|".join(rf"{re.escape(form)}(?!_\d)" for form in longest_first)
+        return re.compile(text, re.IGNORECASE | re.ASCII)
 
     @property
     def settings(self) -> dict[str, object]:
