@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,3 +119,23 @@ def test_no_grad_is_torchs_around_each_call() -> None:
     with pytest.raises(KeyError):
         fails()
     assert torch.is_grad_enabled()
+
+
+def test_a_second_thread_waits_for_the_import_that_a_first_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_module.py").write_text(
+        "import gate\ngate.begun.set()\ngate.go.wait(60)\nvalue = 7\n"
+    )
+    gate: Any = types.ModuleType("gate")
+    gate.begun, gate.go = threading.Event(), threading.Event()
+    monkeypatch.setitem(sys.modules, "gate", gate)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = late("slow_module")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(lambda: module.value)
+        assert gate.begun.wait(60)
+        second = pool.submit(lambda: module.value)
+        gate.go.set()
+        assert (first.result(60), second.result(60)) == (7, 7)
+    sys.modules.pop("slow_module")

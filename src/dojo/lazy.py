@@ -29,8 +29,12 @@ R = TypeVar("R")
 
 
 def _real(name: str) -> ModuleType:
-    # The dictionary first: importlib's own way there costs ten times as much, at every use.
-    return sys.modules.get(name) or importlib.import_module(name)
+    # The dictionary first: importlib's own way there costs ten times as much, at every use. It is
+    # the one that waits where another thread is at the import.
+    found = sys.modules.get(name)
+    if found is None or getattr(found.__spec__, "_initializing", False):
+        return importlib.import_module(name)
+    return found
 
 
 class _Late(ModuleType):
