@@ -159,7 +159,7 @@ ENTRIES = (
     ),
     Entry(
         name="hunyuandit",
-        what="Hunyuan-DiT v1.2, diffusers layout; from ModelScope in Tencent's layout (t2i/)",
+        what="Hunyuan-DiT v1.2, diffusers' layout; from ModelScope an earlier one, Tencent's",
         kind="model",
         repo="Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",
         folder="models/HunyuanDiT",

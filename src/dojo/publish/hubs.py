@@ -45,6 +45,8 @@ _FILES = (
     "model_index.json",
     "model.safetensors",
     "pytorch_lora_weights*.safetensors",
+    "comfyui/adapter_model.safetensors",
+    "comfyui/adapter_config.json",
 )
 _PARTS = ("transformer", "unet")  # what may have been trained whole
 _LEARNED = (*_PARTS, EMBEDDINGS)
