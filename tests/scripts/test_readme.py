@@ -38,6 +38,7 @@ OTHERS = {
     *("--images", "--prompts", "--host", "--port"),  # python -m dojo.rewards
     *("--num_images", "--min_margin"),  # python -m dojo.pairs
     *("--compositional", "--num_captions"),  # python -m dojo.pocket.score
+    *("--set", "--language", "--count"),  # python -m dojo.pocket.datasets
     "--rows_per_file",  # python -m dojo.data
     *("--partial", "--base", "--scales", "--dynamic", "--input", "--output"),  # python -m dojo.lora
     *("--n", "--w", "--h", "--d", "--s", "--l"),  # behind a prompt in a text file
