@@ -134,17 +134,15 @@ case "$installer" in
     *) die 2 "INSTALLER is '$installer' (known: uv, pip)" ;;
 esac
 
-# install ARGUMENTS...: warnings go into the log alone, errors to the screen too.
+# install ARGUMENTS...: what the installer says goes into the log, and its end to the screen where it
+# fails. (pip's own --log would bring its warnings and bars back to the screen.)
 install() {
-    if [[ "$installer" == uv ]]; then
-        uv pip install --quiet --python .venv/bin/python "$@" 2>>"$log" || {
-            tail -n 20 "$log" >&2
-            die 1 "uv could not install $* (its words: $log; INSTALLER=pip takes pip)"
-        }
-    else
-        .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check --log "$log" "$@" ||
-            die 1 "pip could not install $* (its words: $log)"
-    fi
+    local words=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+    [[ "$installer" == pip ]] || words=(uv pip install --quiet --python .venv/bin/python)
+    "${words[@]}" "$@" >>"$log" 2>&1 || {
+        tail -n 20 "$log" >&2
+        die 1 "$installer could not install $* (its words: $log; INSTALLER=pip|uv chooses another)"
+    }
 }
 
 reachable() {

@@ -49,7 +49,11 @@ class Machine:
             f'if [[ "$1 $2" == "-m pip" ]]; then\n'
             f'    [[ "$3" != install ]] || echo "pip $*" >>"{self.log}"\n'
             f'    [[ "$3" != config ]] || echo "https://mirror.invalid/simple"\n'
-            f"    exit 0\n"
+            # Words of a mirror, as pip has them for every package.
+            f'    [[ "$3" != install ]] || echo "WARNING: Location is ignored" >&2\n'
+            f'    [[ "$3" == install && -n "${{PIP_FAILS:-}}" ]] || exit 0\n'
+            f'    echo "no such version" >&2\n'
+            f"    exit 1\n"
             f"fi\n"
             f'exec "{sys.executable}" -I -S "$@"',
         )
@@ -90,6 +94,8 @@ def test_without_a_flag_torch_comes_from_where_everything_comes_from(
     result = machine.setup(TORCH_INDEX=torch_index)
     assert result.returncode == 0, result.stderr
     [only] = machine.installed()
+    assert "WARNING" not in result.stdout + result.stderr
+    assert "WARNING" in (machine.repository / ".venv" / "dojo-install.log").read_text()
     assert only.endswith("-r requirements.txt")
     assert "--index-url" not in only
     assert "3.2 GB to download (a rough figure" in result.stdout
@@ -186,9 +192,12 @@ def test_uv_installs_where_it_is_from_pips_mirror_and_counts_the_bytes(machine: 
     assert "-e .[dev]" in tools
 
 
-def test_an_installation_that_fails_says_where_its_words_are(machine: Machine) -> None:
+@pytest.mark.parametrize("installer", ["uv", "pip"])
+def test_an_installation_that_fails_says_where_its_words_are(
+    machine: Machine, installer: str
+) -> None:
     machine.has("uv", "echo 'no such version' >&2; exit 1")
-    result = machine.setup(INSTALLER="uv")
+    result = machine.setup(INSTALLER=installer, PIP_FAILS="1")
     assert result.returncode == 1
     assert "no such version" in result.stderr
     assert "dojo-install.log" in result.stderr
