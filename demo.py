@@ -21,7 +21,7 @@ import secrets
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dojo import cli, rewards, web
 from dojo.bars import Bar
@@ -29,15 +29,16 @@ from dojo.cli import UserError, ranges
 from dojo.cli.masking import hide
 from dojo.evaluate import easel, pipelines, versus
 from dojo.evaluate.picture import DrawArgs, draw
+from dojo.evaluate.placing import PlaceArgs
 from dojo.files import outputs
 from dojo.files.pictures import labelled_grid
 from dojo.inputs.prompts import Prompt, read_file
 from dojo.lazy import torch
-from dojo.models import attention
-from dojo.models.precisions import dtype_of
 from dojo.rewards import RewardArgs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL import Image
 
 
@@ -47,8 +48,6 @@ class Args:
 
     pretrained_model_name_or_path: str
     """folder or hub id of a text-to-image pipeline, or one .safetensors file of SD3"""
-    single_file_config: str | None = None
-    """folder or hub id with the configurations and tokenizers that a single file lacks"""
     prompt: tuple[str, ...] = cli.option((), common=True)
     """one or more prompts"""
     prompt_file: Path | None = cli.option(None, common=True)
@@ -73,15 +72,7 @@ class Args:
     """pictures per prompt"""
     seed: int | None = cli.option(None, common=True)
     """seed of the first picture of each prompt; unset is drawn and written to prompts.json"""
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """precision; auto is bf16 on CUDA, fp16 on MPS, fp32 on a CPU"""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """where to compute"""
-    offload: Literal["none", "model", "sequential"] = "none"
-    """keep parts of the model in CPU memory while they are not needed (CUDA)"""
-    attention_backend: attention.Backend | None = None
-    """what computes the network's attention, by diffusers' names (sage, flash, ...); unset is
-    torch's own choice"""
+    place: PlaceArgs = field(default_factory=PlaceArgs)
     output_dir: Path = cli.option(Path("outputs/demo"), common=True)
     """folder of the pictures"""
     web: bool = cli.option(False, common=True)
@@ -125,18 +116,16 @@ def write_pictures(args: Args) -> None:
     if args.prompt_file:  # pictures that are to be compared are drawn alike
         alike = args.versus is not None
         prompts += read_file(args.prompt_file, "--prompt_file", with_options=not alike)
-    wishes = [with_options(args, prompt) for prompt in prompts]
-    device = pipelines.choose_device(args.device, args.offload)
+    wishes = [args.drawing.said_with(prompt) for prompt in prompts]
+    device = args.place.find_device()
     seed = secrets.randbits(31) if args.seed is None else args.seed
     seeds = [seed + k for k in range(args.num_images_per_prompt)]
     if args.versus is not None:
         judge(args, args.versus, prompts, seeds, device)
         return
-    pipeline = load(args, args.pretrained_model_name_or_path, device)
-    base_scheduler = pipeline.scheduler
-    tuned_scheduler = pipelines.load_loras(pipeline, args.lora_weights_path, args.lora_scale)
-    pipelines.place(pipeline, device, args.offload)
-    tell_cut(pipeline, args, prompts)
+    base, loras = args.pretrained_model_name_or_path, args.lora_weights_path
+    pipeline, base_scheduler, tuned_scheduler = load(args, base, loras, device)
+    args.drawing.tell_cut(pipeline, prompts)
 
     rows: list[list[Image.Image]] = []
     records: list[dict[str, Any]] = []
@@ -166,16 +155,6 @@ def write_pictures(args: Args) -> None:
     print(f"{len(records)} pictures in {args.output_dir}")
 
 
-def with_options(args: Args, prompt: Prompt) -> DrawArgs:
-    """How a prompt is drawn, as its line says; its seed is not among that."""
-    names = {"negative": "negative_prompt"}
-    said = {names.get(key, key): value for key, value in prompt.options.items() if key != "seed"}
-    try:
-        return replace(args.drawing, **said)
-    except ValueError as error:
-        raise UserError(f"--prompt_file: {prompt.text!r}: {error}") from error
-
-
 def open_page(args: Args) -> None:
     """Lets the user draw on a page in the browser, until Ctrl-C; writes nothing."""
     base, loras = args.pretrained_model_name_or_path, args.lora_weights_path
@@ -193,10 +172,8 @@ def open_page(args: Args) -> None:
     def make() -> web.Page:
         from dojo.evaluate.easel_page import Page  # needs Starlette
 
-        device = pipelines.choose_device(args.device, args.offload)
-        pipeline = load(args, base, device)
-        tuned_scheduler = pipelines.load_loras(pipeline, loras, args.lora_scale)
-        pipelines.place(pipeline, device, args.offload)
+        device = args.place.find_device()
+        pipeline, _, tuned_scheduler = load(args, base, loras, device)
         drawer = easel.Easel(pipeline, tuned_scheduler, loras, command)
         scales = args.lora_scale * (len(loras) if len(args.lora_scale) == 1 else 1)
         return Page(drawer, base, args.drawing, prompts, args.seed, scales)
@@ -218,10 +195,9 @@ def judge(
     del reward
 
     def opened(model: str, loras: tuple[str, ...]) -> versus.Draw:
-        pipeline = load(args, model, device)
-        pipeline.scheduler = pipelines.load_loras(pipeline, loras, args.lora_scale)
-        pipelines.place(pipeline, device, args.offload)
-        tell_cut(pipeline, args, prompts)
+        pipeline, _, tuned_scheduler = load(args, model, loras, device)
+        pipeline.scheduler = tuned_scheduler
+        args.drawing.tell_cut(pipeline, prompts)
         return partial(draw, pipeline, args.drawing)
 
     # The tuned model first: a LoRA that does not fit is known at once.
@@ -240,27 +216,19 @@ def judge(
     print(f"{len(prompts) * len(seeds)} pairs in {args.output_dir}")
 
 
-def load(args: Args, name: str, device: torch.device) -> Any:
-    """The pipeline of a name, on the CPU, in the precision of the device."""
-    dtype = pipelines.usual_dtype(device) if args.dtype == "auto" else dtype_of(args.dtype)
-    attention.check(args.attention_backend, attention.FLAG, device, dtype, trains=False)
-    pipeline = pipelines.load_pipeline(name, dtype, args.single_file_config)
-    network = getattr(pipeline, "transformer", None) or pipeline.unet
-    attention.install(network, args.attention_backend)
+def load(args: Args, name: str, loras: Sequence[str], device: torch.device) -> tuple[Any, Any, Any]:
+    """A pipeline where it draws, its own scheduler, and the one to draw with its LoRAs by."""
+    pipeline = args.place.load(name, device)
+    own = pipeline.scheduler
     pipelines.load_embeddings(pipeline, args.embeddings)
-    return pipeline
-
-
-def tell_cut(pipeline: Any, args: Args, prompts: list[Prompt]) -> None:
-    """Says which prompts are longer than the model reads."""
-    drawing = args.drawing
-    texts = [*(prompt.text for prompt in prompts), drawing.negative_prompt]
-    pipelines.tell_cut(pipeline, texts, drawing.max_sequence_length)
+    tuned = pipelines.load_loras(pipeline, loras, args.lora_scale)
+    args.place.put(pipeline, device)
+    return pipeline, own, tuned
 
 
 def options_of(args: Args) -> dict[str, str]:
     """What was set, as it is written down; the rewards' options where they have a part in it."""
-    options = vars(args) | vars(args.drawing) | {"drawing": None}
+    options = vars(args) | vars(args.drawing) | vars(args.place) | {"drawing": None, "place": None}
     options |= vars(args.reward) if args.versus else {"reward": None}
     return {name: hide(str(value)) for name, value in options.items() if value not in (None, ())}
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dojo import cli, files, rewards, rng
 from dojo.bars import Bar
@@ -34,13 +34,13 @@ from dojo.cli import UserError, ranges
 from dojo.cli.masking import hide
 from dojo.evaluate import pipelines, versus
 from dojo.evaluate.picture import DrawArgs, draw
+from dojo.evaluate.placing import PlaceArgs
 from dojo.files import outputs
 from dojo.files.records import read_table
 from dojo.inputs import prompts
 from dojo.inputs.prompts import Prompt, Prompts
 from dojo.lazy import TF, no_grad, torch
 from dojo.models import folders, loaded
-from dojo.models.precisions import dtype_of
 from dojo.rewards import Reward, spec, weights
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ class Args:
 
     pretrained_model_name_or_path: str
     """folder or hub id of the pipeline that draws, or one .safetensors file"""
-    single_file_config: str | None = None
-    """folder or hub id with the configurations and tokenizers that a single file lacks"""
     lora_weights_path: tuple[str, ...] = cli.option((), common=True)
     """LoRA files, folders or hub ids that draw with it, all active at once"""
     lora_scale: tuple[float, ...] = (1.0,)
@@ -78,12 +76,7 @@ class Args:
     seed: int = cli.option(0, common=True)
     """seed of all pictures; each has its own, which stands in its name. Another round takes
     another"""
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """precision; auto is bf16 on CUDA, fp16 on MPS, fp32 on a CPU"""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """where to compute"""
-    offload: Literal["none", "model", "sequential"] = "none"
-    """keep parts of the model in CPU memory while they are not needed (CUDA)"""
+    place: PlaceArgs = field(default_factory=PlaceArgs)
     output_dir: Path = cli.option(Path("outputs/pairs"), common=True)
     """folder of the pairs"""
 
@@ -138,7 +131,7 @@ def make(args: Args) -> None:
     folder = args.output_dir
     source = prompts.open_prompts(args.prompts)
     print(source.description)
-    device = pipelines.choose_device(args.device, args.offload)
+    device = args.place.find_device()
     settings = _settings(args, source, device)
     _check(folder, settings)
     done = _read(folder / DRAWN)
@@ -162,13 +155,10 @@ def _open(args: Args, asked: Sequence[Prompt], device: torch.device) -> Draws:
     """
     (reward,) = args.reward.load(device)
     rewards.check_prompts(print, reward, asked)
-    pipeline = pipelines.load_pipeline(
-        args.pretrained_model_name_or_path, _dtype(args, device), args.single_file_config
-    )
+    pipeline = args.place.load(args.pretrained_model_name_or_path, device)
     pipeline.scheduler = pipelines.load_loras(pipeline, args.lora_weights_path, args.lora_scale)
-    pipelines.place(pipeline, device, args.offload)
-    texts = [*(one.text for one in asked), args.drawing.negative_prompt]
-    pipelines.tell_cut(pipeline, texts, args.drawing.max_sequence_length)
+    args.place.put(pipeline, device)
+    args.drawing.tell_cut(pipeline, asked)
     return partial(_one, args, pipeline, reward)
 
 
@@ -212,10 +202,6 @@ def _scores(reward: Reward, pictures: Sequence[Image.Image], prompt: Prompt) -> 
     return [float(f"{score:.9g}") if valid else None for score, valid in found]
 
 
-def _dtype(args: Args, device: torch.device) -> torch.dtype:
-    return pipelines.usual_dtype(device) if args.dtype == "auto" else dtype_of(args.dtype)
-
-
 # -- what was drawn before ------------------------------------------------------------------------
 
 
@@ -228,7 +214,7 @@ def _settings(args: Args, source: Prompts, device: torch.device) -> dict[str, An
         "lora_weights_path": [*loras],
         "files of lora_weights_path": [_lora_files(Path(path)) for path in loras],
         "lora_scale": [*args.lora_scale] if loras else [],
-        "single_file_config": args.single_file_config,
+        "single_file_config": args.place.single_file_config,
         "prompts": source.fingerprint,
         **asdict(args.drawing, dict_factory=_plain),
         "reward": hide(reward.reward),
@@ -237,7 +223,7 @@ def _settings(args: Args, source: Prompts, device: torch.device) -> dict[str, An
         "num_images": args.num_images,
         "seed": args.seed,
         "device": device.type,
-        "dtype": str(_dtype(args, device)).removeprefix("torch."),
+        "dtype": str(args.place.dtype_on(device)).removeprefix("torch."),
     }
 
 

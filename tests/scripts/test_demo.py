@@ -216,7 +216,7 @@ def test_skip_layer_guidance_that_would_change_nothing_is_refused(
 ) -> None:
     layers = () if "--skip_guidance_layers" in flags else ("--skip_guidance_layers", "1")
     args = parse(*flags_for(tiny_sd3, tmp_path), "--prompt", "x", *layers, *flags)
-    pipeline = demo.load(args, str(tiny_sd3), torch.device("cpu"))
+    pipeline = demo.load(args, str(tiny_sd3), (), torch.device("cpu"))[0]
     with pytest.raises(UserError, match="--skip_guidance_layers") as refused:
         demo.draw(pipeline, args.drawing, "x", [0])
     assert message in str(refused.value)
@@ -229,7 +229,8 @@ def drawn(pipeline: Any, flags: list[str], seeds: list[int]) -> list[bytes]:
 
 def test_the_seed_fixes_a_picture_whose_steps_add_noise(tiny_sd3: Path, tmp_path: Path) -> None:
     flags = flags_for(tiny_sd3, tmp_path)
-    pipeline = demo.load(parse(*flags, "--prompt", "x"), str(tiny_sd3), torch.device("cpu"))
+    args = parse(*flags, "--prompt", "x")
+    pipeline, _, _ = demo.load(args, str(tiny_sd3), (), torch.device("cpu"))
     plain = drawn(pipeline, flags, [4])
     pipeline.scheduler.register_to_config(stochastic_sampling=True)
     torch.manual_seed(1)

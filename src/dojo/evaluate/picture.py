@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dojo.cli import UserError, option, ranges
@@ -13,6 +13,8 @@ from dojo.lazy import torch
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from dojo.inputs.prompts import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,25 @@ class DrawArgs:
         ranges.check(self, f"guidance_scale {layers}", least=0)
         shares = "guidance_rescale skip_layer_guidance_start skip_layer_guidance_stop"
         ranges.check(self, shares, least=0, most=1)
+
+    def said_with(self, prompt: Prompt) -> DrawArgs:
+        """How a prompt is drawn, as its line of a file says; its seed is not among that.
+
+        Raises:
+            UserError: the line asks for what there is not.
+        """
+        names = {"negative": "negative_prompt"}
+        said = {names.get(key, key): value for key, value in prompt.options.items()}
+        said.pop("seed", None)
+        try:
+            return replace(self, **said)
+        except ValueError as error:
+            raise UserError(f"--prompt_file: {prompt.text!r}: {error}") from error
+
+    def tell_cut(self, pipeline: Any, prompts: Sequence[Prompt]) -> None:
+        """Says which prompts are longer than the pipeline reads."""
+        texts = [*(prompt.text for prompt in prompts), self.negative_prompt]
+        pipelines.tell_cut(pipeline, texts, self.max_sequence_length)
 
 
 def draw(

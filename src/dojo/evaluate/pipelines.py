@@ -217,27 +217,6 @@ def tell_cut(
         print(line)
 
 
-def usual_dtype(device: torch.device) -> torch.dtype:
-    """The precision of a pipeline where nobody names one."""
-    return {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
-
-
-def choose_device(name: str, offload: str) -> torch.device:
-    """The device that `--device` names, or for auto the best that there is.
-
-    Raises:
-        UserError: there is none, or `--offload` needs another.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next((kind for kind, usable in there.items() if usable), "cpu")
-    elif not there.get(name, True):
-        raise UserError(f"--device {name}: this machine has none")
-    if offload != "none" and name != "cuda":
-        raise UserError(f"--offload {offload} needs a CUDA device")
-    return torch.device(name)
-
-
 def draws_noise(pipeline: Any) -> bool:
     """Whether the steps add noise that the pipeline's generators do not give: so do SD3's."""
     is_sd3 = isinstance(pipeline, diffusers.StableDiffusion3Pipeline)
@@ -264,16 +243,6 @@ def why_no_skipping(pipeline: Any, layers: Sequence[int], **options: Any) -> str
 def step_noise(pipeline: Any, seeds: Sequence[int]) -> AbstractContextManager[None]:
     """For a while such noise hangs on the first seed; draw one picture at a time."""
     return sd3.step_noise(seeds[0]) if draws_noise(pipeline) else nullcontext()
-
-
-def place(pipeline: Any, device: torch.device, offload: str) -> None:
-    """Brings a pipeline to a device, or its parts when they are needed, as `--offload` says."""
-    if offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    elif offload == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=device)
-    else:
-        pipeline.to(device)
 
 
 @no_grad
