@@ -212,6 +212,34 @@ def together(
     return code or next((one.exitcode for one in group if one.exitcode), 0), log.read_text()
 
 
+class Forked:
+    """What a script is to whoever started it and watches: a Popen of one that was forked."""
+
+    def __init__(self, words: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
+        """Starts `python SCRIPT FLAG ...`."""
+        _start_server()
+        self._log = folder / "log.txt"
+        self._log.write_text("")
+        python, script, *flags = words
+        assert python == sys.executable
+        arguments = (_run, (script, flags), self._log, environment, None)
+        self._process = _forks.Process(target=_begin, args=arguments)
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        if self._process.exitcode not in (None, 0):
+            print(self._log.read_text(), file=sys.stderr)
+        return self._process.exitcode
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
 @contextmanager
 def served(reward: str, port: int, folder: Path) -> Iterator[Any]:
     """A reward server that answers: its process."""

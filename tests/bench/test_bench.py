@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ import train_grpo_sd3
 from dojo import cli, finetune
 from dojo.bench import __main__ as command_line
 from dojo.bench import caches, limits, models, rl, sharded, supervised
+from dojo.bench import processes as bench_processes
 from dojo.bench.rl import RlArgs
 from dojo.bench.supervised import SupervisedArgs, Trace
 from dojo.bench.table import markdown
@@ -33,6 +36,7 @@ from dojo.methods import rl as learning
 from dojo.models import family, opening, sd3
 from dojo.run import folders
 from dojo.run.cost import Cost
+from tests.processes import Forked
 
 
 def count(config: dict[str, Any]) -> float:
@@ -349,7 +353,22 @@ def test_the_script_of_the_family_gets_options_that_it_knows(
 # -- the command --------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.fixture
+def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts are forked from a process that has imported all: one test starts the real command."""
+
+    @contextmanager
+    def started(words: list[str], *, env: dict[str, str], **_: object) -> Iterator[Forked]:
+        process = Forked(words, tmp_path, env)
+        try:
+            yield process
+        finally:
+            process.end()
+
+    monkeypatch.setattr(bench_processes, "started", started)
+
+
+@pytest.mark.usefixtures("narrow", "forked")
 @pytest.mark.parametrize(("size", "method"), [("sd15", "full"), ("sdxl", "lora")])
 def test_a_made_model_is_timed_by_the_script_of_its_family(
     size: str, method: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -682,6 +701,7 @@ def test_a_case_that_fails_leaves_the_table_of_the_others(
     assert [result["case"]["beta"] for result in json.loads(out.read_text())] == [0, 0, 0.001]
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_phases_are_read_from_the_real_script_which_evaluates_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
