@@ -93,9 +93,11 @@ def main(args: Args) -> None:
             uniform = rng.uniform(run.keys("sigma", places))
             objective = model.objective(batch["size"][0], args.noise)
             sigma = objective.level(uniform).to(run.device)  # [B]
-            conditions = inputs.conditions(batch)
-            noisy, target = led(objective, clean, noise, sigma, conditions, places)
+            noisy, target = flow.interpolate(clean, noise, sigma), flow.velocity(clean, noise)
 
+            conditions = inputs.conditions(batch)
+            if args.scheduled.scheduled_sampling:  # inputs that the network's own steps lead to
+                noisy, target = led(objective, clean, noise, sigma, conditions, places)
             predicted = model.predict(learner.network, noisy, sigma, conditions, run.dtype)
             if args.noise.precondition_outputs:
                 predicted, target = flow.clean_estimate(noisy, predicted, sigma), clean

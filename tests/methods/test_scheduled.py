@@ -159,13 +159,15 @@ def loop(share: float) -> tuple[scheduled.Scheduled, Asked, dict[str, Tensor]]:
     )
 
 
-def test_without_a_share_nothing_is_asked_drawn_or_noted(pair: tuple[Tensor, Tensor]) -> None:
+def test_without_a_share_nothing_is_asked_and_inputs_are_those_of_the_path(
+    pair: tuple[Tensor, Tensor],
+) -> None:
     step, network, noted = loop(0.0)
     noisy, target = step(SimpleNamespace(shift=SHIFT), *pair, SIGMA, {}, range(4))
     assert torch.equal(noisy, flow.interpolate(*pair, SIGMA))
     assert torch.equal(target, flow.velocity(*pair))
     assert not network.asked
-    assert not noted
+    assert noted["scheduled_share"].tolist() == [0, 0, 0, 0]
 
 
 def test_the_network_is_asked_without_gradient_and_dropout_and_left_as_it_was(

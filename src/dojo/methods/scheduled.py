@@ -123,14 +123,9 @@ def led(
 
 
 class Scheduled:
-    """What a script's loop asks for its noisy inputs.
-
-    Raises:
-        UserError: see `ScheduledArgs.check`.
-    """
+    """What a script's loop asks for noisy inputs in place of those of the path."""
 
     def __init__(self, run: Run, args: ScheduledArgs, model: Model, learner: Learner) -> None:
-        args.check(run)
         self.run, self.args, self.model, self.learner = run, args, model, learner
 
     def __call__(
@@ -149,8 +144,6 @@ class Scheduled:
             places: of the samples in the run.
         """
         noisy, target = flow.interpolate(clean, noise, sigma), flow.velocity(clean, noise)
-        if not self.args.scheduled_sampling:
-            return noisy, target
         uniform = rng.uniform(self.run.keys("scheduled sampling", places))
         counts = self.args.counts(uniform, self.run.step)
         # A sampler's last step ends at 0, not nearer to it than one step: there the target, which
