@@ -60,6 +60,19 @@ def test_the_standing_is_read_from_the_rows_up_to_a_step() -> None:
     assert best.standing(rows, best.Wish("other", True), None, 8) is None
 
 
+def test_weights_of_a_branch_that_was_left_are_not_taken_for_those_of_this_one(
+    tmp_path: Path,
+) -> None:
+    wish = best.Wish("eval_loss", False)
+    rows = [{"step": 4, "eval_loss": 1.80}, {"step": 8, "eval_loss": 1.7588}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / best.FOLDER).mkdir()
+    for value, kept in ((1.7588, 8), (1.7383, None)):
+        now = best.Standing(8, value, 0, None)
+        best.write_record(tmp_path / best.FOLDER, wish, now)
+        assert best.read(tmp_path, wish, 8) == best.Standing(8, 1.7588, 0, kept)
+
+
 FLAGS = ("--max_train_steps", "8", "--validation_steps", "2", "--eval_fraction", "0.25")
 FLAGS += (
     "--seed",

@@ -157,7 +157,10 @@ class Evaluator:
         draw: Draw,
         batch_size: int,
         name: str = "",
+        *,
+        knows_reference: bool = True,
     ) -> None:
+        self.knows_reference = knows_reference
         self.run, self.args, self.rewards, self.draw = run, args, rewards, draw
         for reward in rewards:
             check_prompts(run.say, reward, prompts)
@@ -190,13 +193,13 @@ class Evaluator:
 
     @property
     def metrics(self) -> list[str]:
-        """The numbers that it writes into metrics.jsonl; the distance from the base model only
-        where something knows it."""
+        """The numbers that it writes into metrics.jsonl."""
         if not self.pictures:
             return []
         parts = [f"reward/{name}" for reward in self.rewards for name in reward.weights]
         scores = ["reward", *parts, "invalid_share"] if self.rewards else []
-        return [f"{self.prefix}_{name}" for name in [*scores, "kl"]]
+        distance = ["kl"] if self.knows_reference else []
+        return [f"{self.prefix}_{name}" for name in [*scores, *distance]]
 
     def catch_up(self, *, due: bool) -> None:
         """The evaluation before the first step, or the one that a run did not live to see.

@@ -134,4 +134,5 @@ def evaluator(
         far = torch.stack(moved).mean(0) if moved else None
         return model.decode(vae, latents), far
 
-    return Evaluator(run, args, prompts, rewards, draw, batch_size, name)
+    knows = trained.has_reference
+    return Evaluator(run, args, prompts, rewards, draw, batch_size, name, knows_reference=knows)

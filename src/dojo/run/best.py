@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,10 @@ def read(folder: Path, wish: Wish, step: int) -> Standing | None:
     rows, _ = records.read_rows(folder / "metrics.jsonl")
     record = records.read_if_whole(folder / FOLDER / RECORD)
     kept = record.get("step") if record.get("metric") == wish.metric else None
-    return standing(rows, wish, kept if isinstance(kept, int) else None, step)
+    found = standing(rows, wish, kept if isinstance(kept, int) else None, step)
+    if found and found.kept == found.step and record.get("value") != found.value:
+        return replace(found, kept=None)  # of a branch that was left, whose best was at this step
+    return found
 
 
 def write_record(folder: Path, wish: Wish, now: Standing) -> None:
