@@ -85,6 +85,10 @@ class Args:
             raise ValueError("give --prompt or --prompt_file")
         if self.web and (self.compare or self.versus is not None):
             raise ValueError("--web goes with neither --compare nor --versus")
+        if self.web and self.num_images_per_prompt != 1:
+            raise ValueError("--web draws one picture at a time: leave --num_images_per_prompt out")
+        if not self.web and self.port != 7008:
+            raise ValueError("--port is that of --web")
         if len(self.lora_scale) not in (1, len(self.lora_weights_path)):
             raise ValueError("--lora_scale takes one number, or one for each --lora_weights_path")
         if self.compare and not self.lora_weights_path:

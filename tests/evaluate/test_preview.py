@@ -148,6 +148,34 @@ def test_every_preview_of_a_network_that_knows_the_picture_is_that_picture(name:
         torch.testing.assert_close(heading, clean, rtol=0, atol=6e-2 if "PNDM" in name else 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "draws"),
+    [
+        ("DDPMScheduler", {}, True),
+        ("EulerAncestralDiscreteScheduler", {}, True),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, True),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, True),
+        ("DPMSolverMultistepScheduler", {}, False),
+        ("FlowMatchEulerDiscreteScheduler", {}, False),
+        ("DDIMScheduler", {}, False),
+    ],
+)
+def test_latents_with_noise_of_their_own_are_shown_as_they_are(
+    name: str, options: dict[str, Any], draws: bool, tmp_path: Path
+) -> None:
+    scheduler = getattr(diffusers, name)(**options)
+    scheduler.set_timesteps(8)
+    shown: list[Tensor] = []
+    looker = preview.Preview(
+        tmp_path / "preview.png", 1, lambda latents: shown.append(latents) or torch.zeros(3, 4, 4)
+    )
+    given = [torch.randn(1, 4, 4, 4) for _ in range(3)]
+    for step, latents in enumerate(given):
+        looker(scheduler, step, latents)
+    as_they_are = [torch.equal(a, b[0]) for a, b in zip(shown, given, strict=True)]
+    assert as_they_are == [True, draws, draws]
+
+
 def shares(scheduler: Any, timestep: float) -> tuple[float, float]:
     """What the latents at a timestep are made of, by the schedulers' own tables."""
     if scheduler.config.get("prediction_type") is None:

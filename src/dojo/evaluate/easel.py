@@ -28,6 +28,7 @@ KEPT = 60  # wishes
 WAITING = 8  # wishes that are not drawn yet
 
 Side = Literal["base", "lora"]
+State = Literal["waiting", "drawing", "done", "failed", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Job:
     steps: int
     """of all sides that have to be drawn"""
     done: int = 0
-    state: Literal["waiting", "drawing", "done", "failed", "cancelled"] = "waiting"
+    state: State = "waiting"
     error: str = ""
     seconds: float = 0.0
     pictures: dict[Side, bytes] = field(default_factory=dict)
@@ -137,8 +138,16 @@ class Easel:
     def cancel(self, number: int) -> None:
         """Gives up a wish that is not done yet."""
         job = self.job(number)
-        if job is not None and job.state in ("waiting", "drawing"):
-            job.state = "cancelled"
+        if job is not None:
+            self._move(job, ("waiting", "drawing"), "cancelled")
+
+    def _move(self, job: Job, before: Collection[State], after: State) -> bool:
+        """Changes a job's state, unless it is another one by now."""
+        with self._lock:
+            found = job.state in before
+            if found:
+                job.state = after
+        return found
 
     def close(self) -> None:
         """Gives up everything, and waits for the step that is being taken."""
@@ -149,14 +158,14 @@ class Easel:
     # -- in the drawing thread ------------------------------------------------------------------
 
     def _work(self, job: Job) -> None:
-        if job.state == "cancelled":
+        if not self._move(job, ("waiting",), "drawing"):
             return
-        job.state, began = "drawing", time.monotonic()
+        began = time.monotonic()
         try:
             for side in self.sides:
                 if side not in job.pictures:
                     job.pictures[side] = self._draw(job, side)
-            job.state = "done"
+            self._move(job, ("drawing",), "done")
         except _Cancelled:
             pass
         except UserError as error:

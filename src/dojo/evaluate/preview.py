@@ -81,7 +81,7 @@ class Preview:
         done = step + 1
         if done % self.every == 0:
             before, after = self._before, latents[0].detach().float().cpu()
-            if before is not None and done > 1:
+            if before is not None and done > 1 and not draws_noise(scheduler):
                 pair = level(scheduler, step), level(scheduler, done)
                 after = heading(before, after, *pair)
             with suppress(OSError):  # a full disk ends the run where something is lost by it
@@ -135,6 +135,13 @@ def level(scheduler: Any, step: int) -> tuple[float, float]:
         return 1.0, 0.0
     abar = float(scheduler.alphas_cumprod[int(timesteps[step])])
     return abar**0.5, (1 - abar) ** 0.5
+
+
+def draws_noise(scheduler: Any) -> bool:
+    """Whether steps add noise of their own: then two latents have no path in common."""
+    kind, settings = type(scheduler).__name__, scheduler.config
+    stochastic = settings.get("stochastic_sampling") or "sde" in settings.get("algorithm_type", "")
+    return bool(stochastic) or any(word in kind for word in ("DDPM", "Ancestral", "SDE", "LCM"))
 
 
 def heading(
