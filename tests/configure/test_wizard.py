@@ -13,6 +13,7 @@ from PIL import Image
 
 from dojo import cli
 from dojo.cli import UserError
+from dojo.configure import wizard
 from dojo.configure.__main__ import ConfigureArgs, main
 from dojo.configure.questions import Asking, Question
 from tests.conftest import ROOT
@@ -128,6 +129,12 @@ def test_a_wrong_answer_is_named_and_nothing_is_written(
     with pytest.raises(UserError, match=told):
         configured(out, {**STYLE, **changed})
     assert not out.exists()
+
+
+def test_tencents_folder_reads_chinese(tmp_path: Path) -> None:
+    (tmp_path / "t2i" / "model").mkdir(parents=True)
+    (tmp_path / "t2i" / "model" / "pytorch_model_ema.pt").write_bytes(b"")
+    assert not wizard._check_language("chinese", {"model": str(tmp_path)})
 
 
 def test_a_file_that_is_there_is_left_alone(out: Path) -> None:

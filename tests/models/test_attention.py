@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 DRAWN_WITH = ("--validation_attention_backend", "_native_math")
 
 
-@pytest.fixture(params=["sd3", "sd15", "sdxl"])
+@pytest.fixture(params=["sd3", "sd15", "sdxl", "hunyuandit"])
 def asked(request: pytest.FixtureRequest) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     """A tiny network of a family, and a pass through it."""
     folder = request.getfixturevalue(f"tiny_{request.param}")

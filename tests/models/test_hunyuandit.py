@@ -185,6 +185,29 @@ def test_a_half_downloaded_folder_of_tencents_is_refused(
         opened(theirs)
 
 
+@pytest.mark.parametrize("part", ["model", "mt5"])
+def test_what_is_wrong_with_tencents_folder_is_said_of_that_folder(
+    tmp_path: Path, tiny_hunyuandit: Path, part: str
+) -> None:
+    theirs = tencents_layout(tiny_hunyuandit, tmp_path / "HunyuanDiT")
+    if part == "mt5":
+        settings = theirs / "t2i" / "mt5" / "config.json"
+        settings.write_text('{"d_model": "wide"}')
+    else:
+        (weights,) = (theirs / "t2i" / "model").glob("*.pt")
+        weights.write_bytes(b"PK no archive")
+
+    def read() -> None:
+        model = opened(theirs)
+        model.check_weights(model.needed)
+        model.load_text(torch.float32, torch.device("cpu"))
+
+    with pytest.raises(UserError) as refused:
+        read()
+    assert str(theirs) in str(refused.value)
+    assert "dojo-hunyuandit-" not in str(refused.value)
+
+
 def test_tencents_names_differ_as_its_code_does() -> None:
     """Of both codes, read: which norm is before which layer, and where the halves lie."""
     assert keys.diffusers_modules("blocks.3.norm3") == ("blocks.3.norm2",)  # before attn2

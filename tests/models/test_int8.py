@@ -27,6 +27,17 @@ def opened(folder: Path, **options: Any) -> Model:
     return open_model(ModelArgs(pretrained_model_name_or_path=str(folder), **options))
 
 
+def test_every_encoder_has_blocks_that_are_known(tiny_hunyuandit: Path, tiny_kolors: Path) -> None:
+    for folder in (tiny_hunyuandit, tiny_kolors):
+        model: Any = opened(folder)
+        for part in model.text_encoders:
+            encoders = model.load_text(torch.float32, CPU, only=part).encoders
+            (encoder,) = [one for one in encoders if one is not None]
+            inside = {name for name, _ in quantised.linears(encoder, int8.inside)}
+            assert len(inside) >= 4, part
+            assert not any(name.endswith((".wo", "pooler.dense")) for name in inside)
+
+
 def test_int8_moves_the_embeddings_by_little(folder: Path) -> None:
     plain = opened(folder).load_text(torch.bfloat16, CPU)(CAPTIONS)
     found = opened(folder, text_encoder_precision="int8").load_text(torch.bfloat16, CPU)(CAPTIONS)

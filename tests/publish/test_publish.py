@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from dojo import cli, publish
 from dojo.cli import UserError
 from dojo.finetune import lora
-from dojo.publish import PublishArgs
+from dojo.publish import PublishArgs, learned
 from dojo.publish.__main__ import main
 from dojo.publish.hubs import find_result
 from tests.fake_hub import USER, FakeHub, serve
@@ -616,6 +616,26 @@ def test_the_name_of_the_run_is_the_title_of_the_card(tmp_path: Path) -> None:
     for name, title in ((None, "A LoRA"), ("hearts, 16", "hearts, 16")):
         write_card(tmp_path / "card", options={"run": {"run_name": name}})
         assert f"\n# {title}\n" in (tmp_path / "card" / "README.md").read_text()
+
+
+def test_over_a_base_that_diffusers_does_not_open_the_demo_draws(tmp_path: Path) -> None:
+    write_card(tmp_path / "card", opens=False, base_model="models/HunyuanDiT")
+    card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
+    assert "from_pretrained" not in card
+    assert "python demo.py --pretrained_model_name_or_path" in card
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "loads"),
+    [("StableDiffusionXLPipeline", True), ("StableDiffusion3Pipeline", False), (None, False)],
+)
+def test_words_for_two_encoders_are_loaded_where_a_pipeline_does_it(
+    tmp_path: Path, pipeline: str | None, loads: bool
+) -> None:
+    (tmp_path / learned.EMBEDDINGS).mkdir()
+    rows = {"clip_l": torch.ones(1, 4), "clip_g": torch.ones(1, 6)}
+    save_file(rows, tmp_path / learned.EMBEDDINGS / "dog.safetensors", {"token": "<dog>"})
+    assert any("load_textual" in line for line in learned.loading(tmp_path, pipeline)) == loads
 
 
 def test_trigger_words_stand_in_header_text_and_example(tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def _languages(text: str) -> set[str]:
     folder = Path(name)
     if not folder.is_dir() and (known := published.find(name)) is not None:
         folder = published.open_folder(known.name)
+    if folders.tencents(folder) is not None:  # whose encoders have other names
+        return {"bert", "t5"}
     found: set[str] = set()
     for path in folder.glob("text_encoder*/config.json"):
         found.add(str(json.loads(path.read_text(encoding="utf-8")).get("model_type")))

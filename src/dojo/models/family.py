@@ -177,6 +177,11 @@ class Model(ABC):
         return FLAG
 
     @property
+    def opens_in_diffusers(self) -> bool:
+        """Whether diffusers' `from_pretrained` reads what the user named."""
+        return True
+
+    @property
     def title(self) -> str:
         """How a result calls this model: the family, or which of its models it is."""
         return self.name

@@ -21,7 +21,7 @@ else:
 
 Encoder = TypeVar("Encoder", bound="nn.Module")
 
-_INSIDE = re.compile(r"(.*\.)?(layers|block)\.\d+\.(?!.*\bwo$).*")  # CLIP's blocks, T5's
+_INSIDE = re.compile(r"(.*\.)?(layers?|block)\.\d+\.(?!.*\bwo$).*")  # CLIP's blocks, BERT's, T5's
 
 
 def inside(name: str) -> bool:

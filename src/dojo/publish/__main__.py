@@ -21,6 +21,7 @@ from dojo.files.records import read_table
 from dojo.publish.card import WEIGHTS, write_card
 from dojo.publish.hubs import PublishArgs, find_result, upload
 from dojo.publish.learned import EMBEDDINGS
+from dojo.publish.result import class_of
 
 _ON_THE_COMMAND_LINE = "rather set {}: every user of the machine sees this command"
 
@@ -82,6 +83,7 @@ def _write_card(folder: Path, weights: str, repo_id: str | None) -> None:
     run = folder.resolve().parent if is_checkpoint else folder
     options = read_table(run / "args.json").get("args", {})
     model, data = options.get("model", {}), options.get("data", {})
+    base = model.get("pretrained_model_name_or_path") or ""
     state = read_table(folder / "state.json") or read_table(folder / "finished.json")
     places = ("dataset_name", "train_data_dir", "instance_data_dir", "data_config")
     kinds = {WEIGHTS: ("LoRA", "lora"), EMBEDDINGS: ("Learned words", "textual_inversion")}
@@ -89,13 +91,14 @@ def _write_card(folder: Path, weights: str, repo_id: str | None) -> None:
     write_card(
         folder,
         title=f"{kind[0]}: {folder.resolve().name}",
-        base_model=model.get("pretrained_model_name_or_path") or "",
+        base_model=base,
         dataset=next((data[place] for place in places if data.get(place)), ""),
         options=options,
         steps=state.get("step", 0),
         tags=(kind[1], "text-to-image"),
         weights=weights,
         repo_id=repo_id,
+        pipeline=class_of(Path(base)),
     )
 
 

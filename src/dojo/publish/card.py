@@ -69,6 +69,7 @@ def write_card(
     instance_prompt: str | None = None,
     repo_id: str | None = None,
     pipeline: str | None = None,
+    opens: bool = True,
 ) -> None:
     """Writes the model card `README.md` in the hubs' form, with the last validation pictures.
 
@@ -84,6 +85,7 @@ def write_card(
         instance_prompt: the words that call up the subject; unset: the option of that name.
         repo_id: the repository that the card is for; unset: the folder's name, to be replaced.
         pipeline: diffusers' class of the base model, which has to be named where it is one file.
+        opens: whether diffusers opens the base as it is laid out.
     """
     values = {
         name: hide(value) if isinstance(value, str) else value  # of an older run's record
@@ -137,7 +139,10 @@ def write_card(
     if trigger:
         body += ["## Trigger words", "", f"Use {markdown.code(trigger)} in the prompt.", ""]
     prompt = (prompts or [*drawn.values(), trigger or "a photo"])[0]
-    usage = _usage(folder, base, weights, prompt, values, repo_id, pipeline, method)
+    if opens:
+        usage = _usage(folder, base, weights, prompt, values, repo_id, pipeline, method)
+    else:
+        usage = _by_demo(repo_id or folder.resolve().name, base, prompt)
     body += ["## Use", "", usage, ""]
     if words := learned.told(folder, pipeline):
         body += [words, ""]
@@ -267,6 +272,16 @@ def _usage(
         call = ["image = pipe(", *[f"    {argument}," for argument in arguments], ").images[0]"]
     lines += ['pipe.to("cuda")', *call, 'image.save("image.png")']
     return "\n".join([*before, markdown.block(lines, "python")])
+
+
+def _by_demo(place: str, base: str, prompt: str) -> str:
+    """What draws with an adapter over a base in its authors' layout."""
+    words = ["python", "demo.py", "--pretrained_model_name_or_path", base]
+    words += ["--lora_weights_path", place, "--prompt", prompt]
+    return (
+        "It was trained on files in the layout of the model's authors, which diffusers does not "
+        f"open. SD Dojo draws with both:\n\n{markdown.block([shlex.join(words)], 'bash')}"
+    )
 
 
 def _needs_help(path: Path) -> bool:

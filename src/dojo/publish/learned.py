@@ -32,7 +32,9 @@ def loading(folder: Path, pipeline: str | None) -> list[str]:
     Args:
         pipeline: diffusers' class of the base model.
     """
-    if _cannot_load(pipeline):
+    several = any(_TWO_CLIPS in keys for _, keys in _files(folder).values())
+    # SDXL's pipeline has a loader of words and SD3's has none: of which a file is, it does not say.
+    if _cannot_load(pipeline) or (several and pipeline is None):
         return []
     lines: list[str] = []
     for name, (word, keys) in _files(folder).items():
@@ -50,7 +52,7 @@ def loading(folder: Path, pipeline: str | None) -> list[str]:
                 f"    text_encoder=pipe.{encoder}, tokenizer=pipe.{tokenizer},",
                 ")",
             ]
-    if any(_TWO_CLIPS in keys for _, keys in _files(folder).values()):
+    if several:
         lines += [
             "# Published SDXLs have a wrong end of the text in their configurations, for which",
             "# transformers would take the new words.",

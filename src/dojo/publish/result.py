@@ -26,6 +26,11 @@ class Base(Protocol):
         """Of its configurations."""
         ...
 
+    @property
+    def opens_in_diffusers(self) -> bool:
+        """Whether diffusers' `from_pretrained` reads what the user named."""
+        ...
+
 
 class Result(Protocol):
     """What was trained."""
@@ -88,7 +93,8 @@ def finish(
             steps=run.step,
             repo_id=args.publish.hub_model_id,
             weights=trained.card_weights,
-            pipeline=_class_of(trained.model.folder),
+            pipeline=class_of(trained.model.folder),
+            opens=trained.model.opens_in_diffusers,
             **vars(card),
         )
         report.write(folder)
@@ -98,6 +104,6 @@ def finish(
         upload(folder, args.publish)
 
 
-def _class_of(folder: Path) -> str | None:
-    """diffusers' class of a model."""
+def class_of(folder: Path) -> str | None:
+    """diffusers' class of a model's folder, or None where it does not say it."""
     return read_if_whole(folder / "model_index.json").get("_class_name")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from dojo.cli import UserError
@@ -81,6 +83,11 @@ class Config(family.Model):
     def is_told_sizes(self) -> bool:
         """Whether the network reads a style and sizes: v1.0 and v1.1 do, v1.2 does not."""
         return bool(self.transformer.get("use_style_cond_and_image_meta_size", True))
+
+    @property
+    def opens_in_diffusers(self) -> bool:
+        """Not in Tencent's layout."""
+        return self.original is None
 
     @property
     def title(self) -> str:
@@ -207,6 +214,14 @@ def read(kind: type[ConfigT], args: ModelArgs, text: TextArgs) -> ConfigT:
             f"{WEIGHTS_FLAG} {args.tencent_weights} is for Tencent's own folder (t2i), and "
             f"{folder} has diffusers' layout"
         )
+    with nullcontext() if found is None else found.named():
+        return _read(kind, args, text, folder, found)
+
+
+def _read(
+    kind: type[ConfigT], args: ModelArgs, text: TextArgs, folder: Path, found: Original | None
+) -> ConfigT:
+    """The configurations of a folder in diffusers' layout, checked."""
     config = kind(
         args=args,
         text=text,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,8 @@ class Model(Config):
         """A tokenizer, held against the encoder that reads its tokens, if that is there."""
         kinds = (transformers.BertTokenizer, transformers.T5Tokenizer)
         kind = kinds[TOKENIZERS.index(part)]
-        return loaded.tokenizer(kind, self.folder, part, flag=self.flag, encoder=encoder)
+        with self.named():
+            return loaded.tokenizer(kind, self.folder, part, flag=self.flag, encoder=encoder)
 
     def load_text(
         self,
@@ -108,7 +109,12 @@ class Model(Config):
         if self.original is not None and part == TRANSFORMER:
             return self.original.load(dtype)
         settings = {"dtype": dtype, "variant": self.args.variant, **options}
-        return loaded.network(kind, self.folder, part, flag=self.flag, **settings)
+        with self.named():
+            return loaded.network(kind, self.folder, part, flag=self.flag, **settings)
+
+    def named(self) -> AbstractContextManager[None]:
+        """While a part is read: what is wrong with it is said of the user's folder."""
+        return nullcontext() if self.original is None else self.original.named()
 
     def load_network(
         self, dtype: torch.dtype, device: torch.device, *, prepare: Prepare | None = None

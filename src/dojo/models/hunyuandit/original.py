@@ -16,7 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -64,8 +65,21 @@ class Original:
     """of the network"""
     keys: tuple[str, ...]
     """under which of these its tensors may lie in the file; the first that is there counts"""
+    places: Mapping[str, Path] = field(default_factory=dict)
+    """where Tencent has what is at a path of these"""
     room: Any = field(repr=False, compare=False, default=None)
     """keeps the folder of links"""
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Sentences about the folder of links name Tencent's."""
+        try:
+            yield
+        except UserError as error:
+            text = str(error)
+            for path, place in self.places.items():
+                text = text.replace(path, str(place))
+            raise UserError(text) from error
 
     def load(self, dtype: torch.dtype) -> Any:
         """The network in `dtype`.
@@ -119,8 +133,10 @@ def _linked(folder: Path, weights: Path, kind: str) -> Original:
     (into / TRANSFORMER / "diffusion_pytorch_model.bin").symlink_to(weights)
     scheduler = {**known.parts["scheduler"], "beta_end": end}
     _write(into / "scheduler" / "scheduler_config.json", scheduler)
+    told = {str(into / TRANSFORMER): weights}
     for part, places in _PLACES.items():
         source = _place(folder, part, places)
+        told[str(into / part)] = source
         (into / part).mkdir()
         for path in sorted(source.iterdir()):
             of_weights = path.name.endswith(_SUFFIXES)
@@ -130,9 +146,11 @@ def _linked(folder: Path, weights: Path, kind: str) -> Original:
         if not part.startswith("tokenizer"):
             own = source / "config.json"
             found = loaded.read_json(own, f"{FLAG}: {source}") if own.is_file() else {}
-            told = found or dict(known.parts[part])
-            _write(into / part / "config.json", {**told, **_CLASSES.get(part, {})})
-    return Original(into, weights, inside, room)
+            settings = found or dict(known.parts[part])
+            _write(into / part / "config.json", {**settings, **_CLASSES.get(part, {})})
+    # The longest first: some begin like others.
+    told = dict(sorted(told.items(), reverse=True)) | {str(into): folder}
+    return Original(into, weights, inside, told, room)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

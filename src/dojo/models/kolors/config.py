@@ -98,6 +98,13 @@ class Config(sized.Config):
         """A result is diffusers', whatever its base was."""
         return {"_class_name": "KolorsPipeline", **_CLASSES, **_NO_CAPTION}
 
+    @property
+    def opens_in_diffusers(self) -> bool:
+        """Not in the layout of its authors, whose index names modules that diffusers has not."""
+        index = loaded.read_index(self.folder, FLAG)
+        encoder = index.get(TEXT_ENCODER) or [""]
+        return str(index.get("_class_name")).startswith("Kolors") and encoder[0] == "kolors"
+
     def tokenizer_folder(self, part: str) -> str:
         """`tokenizer`, or the encoder's own folder, where the authors' layout has it."""
         own = (self.folder / TOKENIZER).is_dir() or not (
