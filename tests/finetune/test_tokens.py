@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dojo.cli import UserError
 from dojo.finetune import InversionArgs, PivotalArgs, embeddings, tokens
+from dojo.finetune.lora import info
 from dojo.models import sd3, sd15, sdxl
 from dojo.models.table import NewRows
 from dojo.models.words import Word, Words
@@ -274,6 +275,23 @@ def test_files_of_other_programs_are_read(tmp_path: Path) -> None:
     assert read("both.safetensors").rows.keys() == {"text_encoder", "text_encoder_2"}
     torch.save({"string_to_param": {"*": vector}, "name": "old-dog", "step": 3}, tmp_path / "a.pt")
     assert read("a.pt").text == "old-dog"
+
+
+def test_what_a_file_or_a_result_holds_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vector = torch.randn(2, 4)
+    torch.save({"string_to_param": {"*": vector}, "name": "old-dog", "step": 3}, tmp_path / "a.pt")
+    result = tmp_path / "result" / embeddings.FOLDER
+    result.mkdir(parents=True)
+    for name in ("one", "two"):
+        save_file({f"<{name}>": vector[0]}, result / f"{name}.safetensors")
+    info.main(info.Args(input=str(tmp_path / "a.pt")))
+    assert "old-dog" in capsys.readouterr().out
+    info.main(info.Args(input=str(tmp_path / "result")))
+    said = capsys.readouterr().out
+    assert "<one>" in said
+    assert "<two>" in said
 
 
 def test_a_file_that_holds_something_else_is_refused_by_name(tmp_path: Path) -> None:

@@ -62,6 +62,13 @@ def read(name: str, flag: str) -> list[Word]:
     return [_read_file(one, flag) for one in files]
 
 
+def found(path: Path) -> list[Path]:
+    """What may be files of words: a file, or those of a result's folder."""
+    if path.is_dir():
+        return sorted((path / FOLDER).glob("*.safetensors"))
+    return [path] if path.is_file() else []
+
+
 def describe(path: Path, flag: str) -> list[str]:
     """What a file of a learned word is, one fact a line; nothing of any other file.
 
@@ -69,9 +76,10 @@ def describe(path: Path, flag: str) -> list[str]:
         UserError: it is damaged.
     """
     try:
-        names = tensors.read_header(path)[0]
-    except (OSError, ValueError):
-        return []
+        pickled = path.suffix in _PICKLES
+        names = _loaded(path, flag)[0] if pickled else tensors.read_header(path)[0]
+    except (OSError, ValueError, UserError):
+        return []  # who reads a LoRA says what is wrong
     if len(names) != 1 and not names.keys() <= {*_BY_CLIP.values()}:
         return []  # a LoRA has several tensors
     word = _read_file(path, flag)

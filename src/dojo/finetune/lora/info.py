@@ -15,7 +15,7 @@ from typing import Any
 from dojo.files import tensors
 from dojo.finetune import embeddings
 from dojo.finetune.lora import bases, reading
-from dojo.finetune.lora.files import find, together
+from dojo.finetune.lora.files import WEIGHTS, find, together
 from dojo.finetune.lora.layers import Factors
 from dojo.lazy import torch
 
@@ -52,11 +52,13 @@ class Args:
 
 def main(args: Args) -> None:
     """Prints one fact a line."""
-    path = find(args.input, "--input")
-    for line in (words := embeddings.describe(path, "--input")):
+    place = Path(args.input)
+    words = [embeddings.describe(one, "--input") for one in embeddings.found(place)]
+    for line in (line for lines in words for line in lines):
         print(line)
-    if words:
+    if any(words) and not (place / WEIGHTS).is_file():
         return
+    path = find(args.input, "--input")
     file = reading.read_any(path, f"--input: {args.input}", partial=True)
     for line in describe(path, file):
         print(line)
