@@ -179,9 +179,18 @@ def _from_files(message: str) -> list[str]:
     return [f"(--{name} stands in {_origins[name]})" for name in named if name in _origins]
 
 
+def _program() -> str | None:
+    """What a usage line calls a module that was started with `python -m`; unset is the file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or not spec.name.startswith("dojo."):
+        return None
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 def _read(args_type: type[ArgsT], doc: str | None, words: list[str]) -> ArgsT:
     return tyro.cli(
         args_type,
+        prog=_program(),
         description=doc,
         args=words,
         use_underscores=True,

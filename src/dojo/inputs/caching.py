@@ -107,6 +107,8 @@ def args_type(argv: Sequence[str]) -> type[Any]:
 def run() -> None:
     """The command, with its options in `sys.argv`."""
     try:
+        if any(word.partition("=")[0] == "--config" for word in sys.argv[1:]):
+            raise UserError("--config: this command's options hang on the model: it takes flags")
         kind = args_type(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

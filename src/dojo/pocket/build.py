@@ -15,6 +15,7 @@ import platform
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -491,6 +492,8 @@ def machine(device: str) -> str:
 
 def main(args: Args) -> None:
     """Runs the stages that are not done yet, then saves and reports."""
+    if args.device == "auto":
+        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     files.check_output(
         args.models_dir / "README.md", "--models_dir", is_ours=lambda text: text.startswith(_TITLE)
     )

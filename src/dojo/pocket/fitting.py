@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -71,8 +71,8 @@ class Args:
     """scenes in the training set of Kolors"""
     report_captions: int = 500
     """captions that the report draws in each setting of each model"""
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """where to train"""
+    device: str = "auto"
+    """where to train; auto is a GPU where there is one"""
 
     def __post_init__(self) -> None:
         steps = "vae_steps sd3_steps vae4_steps sd15_steps sdxl_steps clip_steps"

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code; a user's mistake is 2."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("reward", metavar="SPEC", help='scorers, as "aesthetic=0.5,pickscore"')
-    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_argument("--device", help="by default a GPU where there is one")
     common.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights"
     )
@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load(flags: argparse.Namespace, batch_size: int = 1) -> Reward:
     try:
-        device = torch.device(flags.device)
+        usual = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(flags.device or usual)
     except RuntimeError:
         raise UserError(f"--device: {flags.device} is no device") from None
     if batch_size < 1:
