@@ -80,6 +80,8 @@ def make(kind: Any, name: str, value: object) -> object:
     some = {field.name: REQUIRED[field.name] for field in fields(kind) if field.name in REQUIRED}
     if kind.__name__ == "PromptArgs":
         some["prompt_set"] = "pocket"
+    if name == "port" and "web" in {field.name for field in fields(kind)}:
+        some["web"] = True  # without a page no port is taken
     return kind(**{**needed, **some, name: value})
 
 
