@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, lora_flags
+from tests.processes import spawn
 from tests.scripts.test_shell import stub
 
 JOB = ROOT / "scripts" / "slurm" / "train.sbatch"
@@ -89,9 +90,14 @@ def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(
     [kept] = run.glob("checkpoint-*")
     step = json.loads((kept / "state.json").read_text())["step"]
     assert 0 < step < 40
+    # The job that was put back; what it starts is seen, and then started without its seconds.
+    stub(tmp_path / "bin", "python", 'printf "%s\\n" "$@"')
     again = submit(tmp_path, "train_lora_sd3.py", *flags)
     assert again.returncode == 0, again.stderr
-    assert f"resuming from {kept} at step {step}" in again.stdout
+    words = again.stdout.splitlines()
+    code, said = spawn("train_lora_sd3.py", words[words.index("train_lora_sd3.py") + 1 :], tmp_path)
+    assert code == 0, said
+    assert f"resuming from {kept} at step {step}" in said
     assert json.loads((run / "finished.json").read_text()) == {"step": 40}
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n", "once"
 

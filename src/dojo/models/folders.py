@@ -208,7 +208,7 @@ def fingerprint(folder: Path, parts: Sequence[str]) -> str:
     """Identifies the model files of some sub-folders: names, sizes and samples of their contents.
 
     64 blocks of 64 KiB spread over each file are read, so that 10 GB take no longer than 10 MB;
-    training changes every block of a weight file.
+    training changes every block of a weight file. A file that is not larger than these is read once.
     """
     return fingerprint_of(
         {
@@ -226,11 +226,12 @@ def fingerprint_of(files: Mapping[str, Path]) -> str:
         size = path.stat().st_size
         digest.update(f"{name}:{size}".encode())
         with path.open("rb") as file:
+            if size <= 64 * 65_536:
+                digest.update(file.read())
+                continue
             for i in range(64):
-                file.seek(max(0, size - 65_536) * i // 63)
+                file.seek((size - 65_536) * i // 63)
                 digest.update(file.read(65_536))
-                if size <= 65_536:
-                    break
     return digest.hexdigest()
 
 

@@ -56,7 +56,7 @@ def picture(title: str, image: Image.Image) -> str:
     factor = min(MAX_WIDTH / image.width, MAX_HEIGHT / image.height)
     if factor < 1:
         image = _scaled(image, factor)
-    kind, content = "png", _encoded(image, "PNG", optimize=True)
+    kind, content = "png", _encoded(image, "PNG")
     while len(content) > MAX_BYTES:
         kind, content = "jpeg", _encoded(image, "JPEG", quality=85)
         if len(content) > MAX_BYTES:

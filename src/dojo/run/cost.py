@@ -83,6 +83,59 @@ def _fused_attention(autocast: Autocast | None = None) -> Iterator[None]:
         F.scaled_dot_product_attention = original
 
 
+class _Done:
+    """What an operation made of nothing but shapes, and the operations of its product.
+
+    Args:
+        made: one new tensor, or a list or tuple of some.
+    """
+
+    def __init__(self, made: Any, flops: int) -> None:
+        alone = isinstance(made, Tensor)
+        self.flops = flops
+        self._kind = None if alone else type(made)
+        self._forms = [
+            (tensor.shape, tensor.stride(), tensor.dtype) for tensor in ([made] if alone else made)
+        ]
+
+    def again(self) -> Any:
+        """New tensors of the same shapes, strides and precisions."""
+        made = [
+            torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            for shape, stride, dtype in self._forms
+        ]
+        return made[0] if self._kind is None else self._kind(made)
+
+
+def _described(value: Any) -> Any:
+    """What an operation's result on the meta device hangs on, as a key."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.device, value.shape, value.stride()
+    if isinstance(value, tuple | list):
+        return tuple(map(_described, value))  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(value, dict):
+        return tuple((name, _described(one)) for name, one in value.items())
+    return type(value), value  # 1 and 1.0 promote an integer to two precisions
+
+
+def _is_new(made: Any, given: list[Tensor]) -> bool:
+    """Whether an operation made tensors without values that share nothing with its inputs."""
+    tensors = [made] if isinstance(made, Tensor) else made
+    if not isinstance(tensors, tuple | list) or not all(isinstance(t, Tensor) for t in tensors):
+        return False
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+    shared = {tensor.untyped_storage()._cdata for tensor in given}
+    whole = all(
+        tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes() for tensor in tensors
+    )
+    return (
+        whole
+        and all(tensor.is_meta for tensor in tensors)
+        and len({*storages}) == len(storages)
+        and not shared & {*storages}
+    )
+
+
 class _Live(TorchDispatchMode):
     """Counts the bytes of tensors that are alive at a time, made inside, and operations.
 
@@ -95,18 +148,35 @@ class _Live(TorchDispatchMode):
         self.now = self.peak = self.flops = 0
         self.blind = False
         self._known: dict[int, int] = {}
+        self._done: dict[Any, _Done | None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in _tensors(args, kwargs):  # those that were there before, such as weights
+        given = list(_tensors(args, kwargs))
+        for tensor in given:  # those that were there before, such as weights
             self._meet(tensor, counts=False)
-        made = func(*args, **kwargs)
+        made, flops = self._compute(func, given, args, kwargs)
         for tensor in _tensors(made):
             self._meet(tensor, counts=not self.blind)
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            self.flops += count(*args, **kwargs, out_val=made)
+        self.flops += flops
         return made
+
+    def _compute(self, func: Any, given: list[Tensor], args: Any, kwargs: Any) -> tuple[Any, int]:
+        """What an operation makes, and the operations of its product.
+
+        A network repeats its blocks, and the meta device finds out shapes in Python: where an
+        operation has made new tensors of such inputs before, the same ones are made at once.
+        """
+        key = (func, _described(args), _described(kwargs))
+        done = self._done.get(key)
+        if done is not None:
+            return done.again(), done.flops
+        made = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        flops = 0 if count is None else count(*args, **kwargs, out_val=made)
+        if key not in self._done:
+            self._done[key] = _Done(made, flops) if _is_new(made, given) else None
+        return made, flops
 
     def _meet(self, tensor: Tensor, *, counts: bool) -> None:
         storage = tensor.untyped_storage()
