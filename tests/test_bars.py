@@ -1,8 +1,11 @@
 """Claims about bars: drawn on a terminal, lines in a log."""
 
 import io
+import sys
 
+import diffusers
 import pytest
+import transformers
 from tqdm import tqdm
 
 from dojo import bars
@@ -99,3 +102,22 @@ def test_a_disabled_bar_writes_nothing() -> None:
         bar.clear()
     assert log.getvalue() == ""
     assert isinstance(bar, tqdm)
+
+
+@pytest.mark.parametrize(("stream", "drawn"), [(Terminal(), True), (io.StringIO(), False)])
+def test_bars_of_the_libraries_are_drawn_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, drawn: bool
+) -> None:
+    libraries = (transformers, diffusers)
+    before = [library.utils.logging.is_progress_bar_enabled() for library in libraries]
+    try:
+        for library in libraries:
+            library.utils.logging.enable_progress_bar()
+        monkeypatch.setattr(sys, "stderr", stream)
+        bars.leave_out_others_in_logs()
+        for library in libraries:
+            assert library.utils.logging.is_progress_bar_enabled() == drawn
+    finally:
+        for library, shown in zip(libraries, before, strict=True):
+            if not shown:
+                library.utils.logging.disable_progress_bar()

@@ -6,11 +6,14 @@ stays: a file has no carriage returns, and a short bar that does not stay leaves
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
+
+from dojo.lazy import diffusers, transformers
 
 if TYPE_CHECKING:
     _Base = tqdm
@@ -90,3 +93,18 @@ class Bar(_Base[T]):
             self.fp.write("\n")
             self.fp.flush()
         return True
+
+
+def leave_out_others() -> None:
+    """Lets diffusers and transformers draw no bars of their own from here on.
+
+    They draw one for every part that they load, a second long, and into a log too.
+    """
+    for library in (transformers, diffusers):
+        library.utils.logging.disable_progress_bar()
+
+
+def leave_out_others_in_logs() -> None:
+    """The same where standard error is no terminal."""
+    if not sys.stderr.isatty():
+        leave_out_others()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
+from dojo import bars
 from dojo.cli import UserError
 from dojo.finetune import lora
 from dojo.finetune.embeddings import read as read_words
@@ -31,6 +32,7 @@ def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None 
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
+    bars.leave_out_others_in_logs()
     flag = "--pretrained_model_name_or_path"
     folder = Path(name)
     if folder.is_file():

@@ -208,7 +208,7 @@ def fingerprint(folder: Path, parts: Sequence[str]) -> str:
     """Identifies the model files of some sub-folders: names, sizes and samples of their contents.
 
     64 blocks of 64 KiB spread over each file are read, so that 10 GB take no longer than 10 MB;
-    training changes every block of a weight file. A file that is not larger than these is read once.
+    training changes every block of a weight file. A file no larger than these blocks is read once.
     """
     return fingerprint_of(
         {

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dojo import cli
+from dojo import bars, cli
 from dojo.cli import UserError, ranges
-from dojo.lazy import diffusers, torch, transformers
+from dojo.lazy import torch
 from dojo.models import loaded
 from dojo.pocket import scenes, score, verifier
 from dojo.run.checkpoint import write_whole
@@ -103,8 +103,7 @@ def _make(args: Args, folder: Path) -> None:
     for name, some in (("train", train), ("held_out", held_out)):
         (folder / f"{name}.txt").write_text("".join(f"{text}\n" for text in some))
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    bars.leave_out_others()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = loaded.pipeline(
         args.pretrained_model_name_or_path, flag="--pretrained_model_name_or_path"

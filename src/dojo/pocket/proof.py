@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dojo import cli
+from dojo import bars, cli
 from dojo.cli import UserError, ranges
 from dojo.files import pictures
 from dojo.finetune import lora
-from dojo.lazy import diffusers, transformers
 from dojo.models import loaded
 from dojo.pocket import build, chinese, judge, scenes, score, style, verifier
 
@@ -379,8 +378,7 @@ def prove(args: Args, base: str, there: Sequence[Part]) -> tuple[list[Row], str]
 
 def main(args: Args) -> None:
     """Draws, judges, and writes what the methods did."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    bars.leave_out_others()
     finished = [
         part
         for part in (*STYLE, *SUBJECT)

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from dojo import cli, files
+from dojo import bars, cli, files
 from dojo.cli import UserError, ranges
 from dojo.files import pictures
 from dojo.finetune import lora
-from dojo.lazy import diffusers, late, no_grad, transformers
+from dojo.lazy import late, no_grad, transformers
 from dojo.models import loaded
 from dojo.pocket import judge, scenes, score, verifier
 from dojo.report.statistics import Comparison, Estimate, compare
@@ -332,8 +332,7 @@ def save_pictures(
 
 def main(args: Args) -> None:
     """Draws what is new, compares, writes the report, and judges the goals."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    bars.leave_out_others()
     folder = args.output_dir
     listed = folder / "pairs" / "held_out.txt"
     if not listed.is_file():

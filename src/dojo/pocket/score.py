@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from dojo import cli, files
+from dojo import bars, cli, files
 from dojo.bars import Bar
 from dojo.cli import ranges
 from dojo.finetune import lora
-from dojo.lazy import diffusers, no_grad, torch, transformers
+from dojo.lazy import no_grad, torch
 from dojo.models import loaded
 from dojo.pocket import atoms, compositions, scenes, verifier
 
@@ -143,8 +143,7 @@ def main(args: Args) -> None:
     if args.output is not None:
         files.check_output(args.output, "--output", is_ours=lambda text: text.startswith(_HEAD))
     captions = args.captions()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    bars.leave_out_others()
     pipeline = loaded.pipeline(
         args.pretrained_model_name_or_path, flag="--pretrained_model_name_or_path"
     )

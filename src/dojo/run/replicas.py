@@ -6,6 +6,7 @@ what is trained ask these methods, and need not know which of them a run has.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -131,9 +132,12 @@ class Replicas:
         # accelerate would move the whole state of one to the device that steps as it goes.
         in_backward = isinstance(optimizer, fused.FusedOptimizer)
         placed = [None, False, *[None] * len(others)] if in_backward else None
-        prepared: Any = self.accelerator.prepare(
-            network, optimizer, *others, device_placement=placed
-        )
+        with warnings.catch_warnings():
+            # torch 2.14 has a new name for an option that accelerate gives under its old one.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            prepared: Any = self.accelerator.prepare(
+                network, optimizer, *others, device_placement=placed
+            )
         return [prepared[0], *prepared[2:]], prepared[1]
 
     def accumulate(self, modules: Sequence[nn.Module]) -> AbstractContextManager[Any]:

@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from dojo import launch
+from dojo import bars, launch
 from dojo.cli import UserError, marks, option, ranges
 from dojo.files import outputs
 from dojo.launch import interrupt, launcher
@@ -514,10 +514,11 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
             f"{started} processes were started that know nothing of each other; without a GPU, "
             f"{_together_on_cpu(started)}"
         )
+    bars.leave_out_others_in_logs()
     if not accelerator.is_main_process:
+        bars.leave_out_others()
         for library in (transformers, diffusers):
             library.utils.logging.set_verbosity_error()
-            library.utils.logging.disable_progress_bar()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = run_args.allow_tf32
     torch.backends.cudnn.allow_tf32 = run_args.allow_tf32
