@@ -23,7 +23,6 @@ from dojo.finetune.adapters import Adapters
 from dojo.models import opening, published, sd3
 from dojo.run import OptimArgs, phases
 from dojo.run.cost import Cost
-from dojo.run.run import Run
 from tests.conftest import reset_accelerate, run_flags
 
 GIB = 2**30
@@ -46,7 +45,6 @@ def stand_in(args: Any, *, processes: int = 1, zero: bool = False) -> Any:
     joined = SimpleNamespace(mixed_precision="bf16", num_processes=processes, distributed_type=kind)
     made: Any = SimpleNamespace(dtype=torch.bfloat16, args=args, accelerator=joined)
     made.replicas = SimpleNamespace(owns_storage=args.shard or zero)
-    made.check_sharing = lambda options: Run.check_sharing(made, options)
     return made
 
 

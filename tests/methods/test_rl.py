@@ -59,7 +59,7 @@ class Team:
             seed=3,
             device=torch.device("cpu"),
             accelerator=SimpleNamespace(num_processes=self.size, gather=gather),
-            stop_if_asked=lambda: None,
+            stopping=SimpleNamespace(end_if_asked=lambda: None),
         )
 
 

@@ -229,7 +229,7 @@ class Evaluator:
             row = self._evaluate()
         if row:
             self.run.write_metrics(row)
-        self.run.tell_validation(self.folder / f"step-{self.run.step}", row)
+        self.run.teller.validation(self.folder / f"step-{self.run.step}", row)
 
     def _evaluate(self) -> dict[str, float]:
         run = self.run
@@ -248,7 +248,7 @@ class Evaluator:
         table = torch.zeros(len(self.pictures), len(columns), dtype=torch.float64)
         moved = torch.zeros(len(self.pictures), dtype=torch.float64)
         knows = torch.zeros(1, dtype=torch.float64)
-        share = run.paused(mine, len(self.pictures), self.batch_size)
+        share = run.stopping.paused(mine, len(self.pictures), self.batch_size)
         total = -(-len(mine) // self.batch_size)
         with together(run) as trouble:
             for some in Bar(share, "evaluation", total, disable=not run.main, leave=False):

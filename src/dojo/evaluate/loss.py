@@ -69,7 +69,7 @@ def _errors(
     process, num_processes = run.share["process"], run.share["num_processes"]
     table = torch.zeros(len(part.draws), levels)
     mine = range(process, len(part.draws), num_processes)
-    share = run.paused(mine, len(part.draws))
+    share = run.stopping.paused(mine, len(part.draws))
     for (i,) in Bar(share, f"{part.name} loss", len(mine), disable=not run.main, leave=False):
         batch = collate([part.dataset[part.draws[i]]])
         mean, std = inputs.posterior(batch)

@@ -130,7 +130,7 @@ class Validator:
         network.train(training)
         if row:
             self.run.write_metrics(row)
-        self.run.tell_validation(self.folder / f"step-{self.run.step}", row)
+        self.run.teller.validation(self.folder / f"step-{self.run.step}", row)
 
     def finish(self) -> None:
         """Writes `contact_sheet.png`: a row per picture, a column per step. One process does."""
@@ -151,7 +151,7 @@ class Validator:
         pipeline = self.model.pipeline(self.network, self.inputs.vae, self.objective)
         pipeline.set_progress_bar_config(disable=True)
         drawn: list[Image.Image] = []
-        share = run.paused(self.mine, len(self.pictures))
+        share = run.stopping.paused(self.mine, len(self.pictures))
         bar = Bar(share, "validation", len(self.mine), disable=not run.main, leave=False)
         with attention.while_drawing(self.network, self.args.validation_attention_backend):
             latents = [self._draw(pipeline, self.pictures[i]) for (i,) in bar]

@@ -31,6 +31,7 @@ from dojo.models import published
 from dojo.models.family import needs_of
 from dojo.run import checkpoint, phases, webhook
 from dojo.run.phases import Held, Needs, Phase
+from dojo.run.run import check_sharing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -299,7 +300,7 @@ class Tried:
         trained = self._trained(args)
         trained.check(args.optim)
         trained.check_model(args.model)
-        trained.run.check_sharing(args)
+        check_sharing(args, trained.run.accelerator)
         self._held(change)
 
     def phases(self, change: Change) -> list[Phase]:

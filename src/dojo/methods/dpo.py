@@ -120,7 +120,7 @@ class Judge:
         draws = pairs.draws()
         mine = draws[run.share["process"] :: run.share["num_processes"]]
         sums = torch.zeros(5, dtype=torch.float64)
-        share = run.paused(mine, len(draws), self.batch_size)
+        share = run.stopping.paused(mine, len(draws), self.batch_size)
         total = -(-len(mine) // self.batch_size)
         with run.phase("validation"):
             for part in Bar(share, "held-out pairs", total, disable=not run.main, leave=False):

@@ -197,8 +197,20 @@ def _plain(value: Any) -> Any:
     return hide(str(value)) if isinstance(value, str | Path) else value
 
 
+def write_record(
+    folder: Path, args: Any, seed: int, num_steps: int, accelerator: accelerate.Accelerator
+) -> None:
+    """Writes args.json: options, seed, processes, git revision, versions.
+
+    Args:
+        num_steps: for who watches; the options may say epochs.
+    """
+    found = record(args, seed, accelerator) | {"num_steps": num_steps}
+    checkpoint.write_file(folder / "args.json", json.dumps(found, indent=1, ensure_ascii=False))
+
+
 def record(args: Any, seed: int, accelerator: accelerate.Accelerator) -> dict[str, Any]:
-    """What args.json says: options, seed, processes, git revision, versions."""
+    """What a run is known by: options, seed, processes, git revision, versions."""
     return {
         "script": Path(sys.argv[0]).name,
         "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

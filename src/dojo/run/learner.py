@@ -248,7 +248,7 @@ class Learner:
     def look(self, *evaluations: Callable[[], None], due: bool) -> None:
         """Looks at the averaged model when it is due or was asked for; keeps what was learned when
         something outside ends the run meanwhile."""
-        if self.run.pictures_due(due):
+        if self.run.stopping.pictures_due(due):
             with self.kept_when_stopped(), self.averaged(), self.run.replicas.gathered():
                 for evaluate in evaluations:
                     evaluate()

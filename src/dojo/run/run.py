@@ -7,7 +7,6 @@ the step; its `metrics` know the numbers, its `stopping` what is asked of it fro
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -157,7 +156,7 @@ class Run(Processes):
         self.metrics = Metrics(accelerator, args.output_dir)
         self.stopping = Stopping(self, args.checkpointing_minutes)
         self.replicas = Replicas(accelerator)  # how the processes share the weights
-        self.webhook: webhook.Webhook | None = None
+        self.teller = webhook.Teller(self, webhook.address(args.webhook))
         self.optim = OptimArgs()
         self.span = optimizers.Span(0, 0)  # the optimizer steps that the schedule runs over
         self._samples_per_epoch = 1
@@ -236,48 +235,16 @@ class Run(Processes):
                 folders.clear(folder, self.say)
             outputs.own_pattern(folder, *trackers.files(self.args.tracker_project_name))
             outputs.own(self.metrics.path)
-            record = folders.record(args, self.seed, self.accelerator)
-            record["num_steps"] = self.num_steps  # for who watches: epochs may say it
-            text = json.dumps(record, indent=1, ensure_ascii=False)
-            checkpoint.write_file(folder / "args.json", text)
+            folders.write_record(folder, args, self.seed, self.num_steps, self.accelerator)
         self.accelerator.wait_for_everyone()
         self.metrics.pace.every.update(pace.pauses(vars(args), self.epoch_length))
         trackers.start(self.accelerator, args, folder / "logs")
-        self._tell_begin()
+        self.teller.begin()
         return True
-
-    def _tell_begin(self) -> None:
-        """Tells the webhook, where there is one, that the run begins or goes on."""
-        url = webhook.address(self.args.webhook) if self.main else None
-        if url is None:
-            return
-        about = {
-            "run": self.args.name,
-            "script": Path(sys.argv[0]).name,
-            "num_steps": self.num_steps,
-        }
-        self.webhook = webhook.Webhook(url, about, lambda: self.step, self.say)
-        verb = f"goes on from {self.resumed.name}" if self.resumed else "begins"
-        text = f"{about['run']} {verb}: {about['script']}, {self.num_steps} steps"
-        self.webhook.tell("start", text)
-
-    def tell_validation(self, folder: Path, row: Mapping[str, float]) -> None:
-        """Tells the webhook, where there is one, what a validation found.
-
-        Args:
-            folder: of its pictures.
-            row: its numbers.
-        """
-        if self.webhook is None or not (row or any(folder.glob("*.png"))):
-            return
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-        text = f"{self.args.name}, step {self.step} of {self.num_steps}"
-        text += f": {numbers}" if numbers else ""
-        self.webhook.tell("validation", text, metrics=row, folder=folder)
 
     def check_folder(self, args: Any, result: str = "") -> bool:
         """Whether there is something to do; refuses a folder that holds another run."""
-        self.check_sharing(args)
+        check_sharing(args, self.accelerator)
         found = folders.look(args, result, self.resumed, self.num_steps, self)
         if self.args.resume_from_checkpoint is not None:
             found.refuse_changed()
@@ -291,15 +258,6 @@ class Run(Processes):
         if self.args.resume_from_checkpoint is None:
             found.refuse_occupied()
         return True
-
-    def check_sharing(self, args: Any) -> None:
-        """Refuses options of a script that do not go with how the processes share the work.
-
-        Raises:
-            UserError: naming the option.
-        """
-        shardable.check(args, self.accelerator.mixed_precision)
-        deepspeed.check_script(args, self.accelerator)
 
     def _here(self) -> checkpoint.State:
         """Where the run stands, without its numbers."""
@@ -324,9 +282,7 @@ class Run(Processes):
         if self.main:
             early = self.args.patience if self.ended_early else None
             folders.write_finished(self.output_dir, self.step, early)
-        if self.webhook is not None:
-            self.webhook.tell("end", f"{self.args.name} is done: {self.step} steps")
-            self.webhook.close()
+        self.teller.end()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         self.replicas.close()
@@ -388,22 +344,6 @@ class Run(Processes):
             self.num_steps, self.ended_early = self.step, True
             self.log_rest()
 
-    def stop_if_asked(self) -> None:
-        """Ends the loop where the run was asked to stop: see `Stopping.end_if_asked`."""
-        self.stopping.end_if_asked()
-
-    def paused(self, mine: Sequence[Item], total: int, size: int = 1) -> Iterator[Sequence[Item]]:
-        """This process's share of `total` items, `size` at a time: see `Stopping.paused`."""
-        return self.stopping.paused(mine, total, size)
-
-    def pictures_due(self, due: bool) -> bool:
-        """Whether a validation comes now: it is its turn or was asked for, and nobody waits.
-
-        One whose turn it is when the run stops is made up for when it goes on.
-        """
-        wanted = self.stopping.take_sample() or due
-        return wanted and not self.stopping.requests.stop
-
     # -- numbers: see `Metrics` ---------------------------------------------------------------
 
     def phase(self, name: str, *, wait: bool = False) -> AbstractContextManager[None]:
@@ -444,6 +384,16 @@ class Run(Processes):
         """Logs the utilisation of a known GPU from here on; `cost` is that of a micro-batch."""
         if machine.device_peak_flops(self.device):
             self.metrics.flops_per_sample = cost().flops / batch_size
+
+
+def check_sharing(args: Any, accelerator: accelerate.Accelerator) -> None:
+    """Refuses options of a script that do not go with how the processes share the work.
+
+    Raises:
+        UserError: naming the option.
+    """
+    shardable.check(args, accelerator.mixed_precision)
+    deepspeed.check_script(args, accelerator)
 
 
 def _whole_epochs(optim: OptimArgs, num_steps: int, steps: int, say: Callable[[str], None]) -> int:

@@ -72,7 +72,7 @@ class Stopping:
         if self.requests.stop:
             raise self._interrupted()
 
-    def paused(self, mine: Sequence[Item], total: int, size: int) -> Iterator[Sequence[Item]]:
+    def paused(self, mine: Sequence[Item], total: int, size: int = 1) -> Iterator[Sequence[Item]]:
         """This process's share of `total` items, `size` at a time; the run may stop before each.
 
         A collective, and as often on every process: see `end_if_asked`.
@@ -107,10 +107,13 @@ class Stopping:
                 "signal ends the run at once"
             )
 
-    def take_sample(self) -> bool:
-        """Whether pictures were asked for since the last time."""
+    def pictures_due(self, due: bool) -> bool:
+        """Whether a validation comes now: it is its turn or was asked for, and nobody waits.
+
+        One whose turn it is when the run stops is made up for when it goes on.
+        """
         asked, self.requests.sample = self.requests.sample, False
-        return asked
+        return (asked or due) and not self.requests.stop
 
     def _kept(self, step: int) -> bool:
         return (self.run.output_dir / f"checkpoint-{step}").exists()

@@ -22,6 +22,7 @@ import math
 import os
 import queue
 import secrets
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -30,7 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -174,6 +175,68 @@ class Webhook:
             self._told = True
             with suppress(Exception):
                 self.say(_clean(f"--webhook {self.host}: {why} (said once; the run goes on)"))
+
+
+class Going(Protocol):
+    """The run that is told of."""
+
+    args: Any
+    """with the run's `name`"""
+    step: int
+    num_steps: int
+    resumed: Path | None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process prints and writes."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Prints on one process only."""
+        ...
+
+
+class Teller:
+    """Tells the server of a run, where there is one, how the run goes.
+
+    Args:
+        url: of the server; None is none.
+    """
+
+    def __init__(self, run: Going, url: str | None) -> None:
+        self.run, self._url = run, url
+        self._webhook: Webhook | None = None
+
+    def begin(self) -> None:
+        """The run begins or goes on."""
+        run = self.run
+        if self._url is None or not run.main:
+            return
+        script = Path(sys.argv[0]).name
+        about = {"run": run.args.name, "script": script, "num_steps": run.num_steps}
+        self._webhook = Webhook(self._url, about, lambda: run.step, run.say)
+        verb = f"goes on from {run.resumed.name}" if run.resumed else "begins"
+        self._webhook.tell("start", f"{run.args.name} {verb}: {script}, {run.num_steps} steps")
+
+    def validation(self, folder: Path, row: Mapping[str, float]) -> None:
+        """What a validation found.
+
+        Args:
+            folder: of its pictures.
+            row: its numbers.
+        """
+        if self._webhook is None or not (row or any(folder.glob("*.png"))):
+            return
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+        text = f"{self.run.args.name}, step {self.run.step} of {self.run.num_steps}"
+        text += f": {numbers}" if numbers else ""
+        self._webhook.tell("validation", text, metrics=row, folder=folder)
+
+    def end(self) -> None:
+        """The run is done."""
+        if self._webhook is not None:
+            self._webhook.tell("end", f"{self.run.args.name} is done: {self.run.step} steps")
+            self._webhook.close()
 
 
 _open: list[Webhook] = []  # of this process's run, while it goes

@@ -227,7 +227,7 @@ class Scoring:
     def _pause(self) -> None:
         """All processes have equally many batches, and come here equally often."""
         try:
-            self.run.stop_if_asked()
+            self.run.stopping.end_if_asked()
         except TrainingStopped:
             for _, future, _ in self.pending:
                 future.cancel()  # the process would not end before they are scored
