@@ -19,6 +19,7 @@ SOURCE = ROOT / "src" / "dojo"
 TABLE = """
 lazy:
 bars:
+tables:
 rng:
 cli:
 launch: cli
@@ -62,8 +63,8 @@ def read_table(text: str) -> dict[str, set[str]]:
 
 
 ALLOWED = read_table(TABLE)
-# What stands for a big library may be asked for it everywhere, and so may a bar.
-ANYWHERE = {"lazy", "bars"}
+# What stands for a big library may be asked for it everywhere, and so may a bar or a table.
+ANYWHERE = {"lazy", "bars", "tables"}
 # What the modules may import of others, where lightness is the point.
 THIRD_PARTY = {
     **{"rng": {"torch"}, "maths": {"torch"}},

@@ -231,7 +231,7 @@ def test_the_largest_phase_decides_which_cards_are_large_enough() -> None:
             phases.Phase("training", {"weights": 4 * gib, "activations": round(0.7 * gib)}),
         ]
     )
-    assert "  training           4.70  weights 4.00 + activations 0.70" in said
+    assert "training     4.70  weights 4.00 + activations 0.70" in said[1].splitlines()
     assert "largest phase: text cache, 10.40 GiB" in said
     # 1.1 times 10.4 GiB and one for the context: 12.4.
     assert said[-1].startswith(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from dojo import tables
 from dojo.cli import UserError
 from dojo.data.images import Size
 from dojo.data.options import DataArgs
@@ -79,16 +80,15 @@ class Plan:
 
     def table(self, batch_size: int) -> str:
         """The buckets for a person to read; see `rows`."""
-        lines = ["height  width  aspect  pictures  uses/epoch  batches/epoch"]
+        head = ("height", "width", "aspect", "pictures", "uses/epoch", "batches/epoch", "")
+        cells: list[tuple[str, ...]] = []
         for row in self.rows(batch_size):
-            batches = row["batches_per_epoch"]
-            line = (
-                f"{row['height']:6}  {row['width']:5}  {row['aspect']:6.2f}  {row['pictures']:8}  "
-                f"{row['uses_per_epoch']:10.1f}  {batches:13.2f}"
-            )
-            if batches < 1:
-                line += f"  one batch in {1 / batches:.1f} epochs: its pictures always meet"
-            lines.append(line)
+            batches, sides = row["batches_per_epoch"], (row["height"], row["width"])
+            counts = (f"{row['aspect']:.2f}", str(row["pictures"]), f"{row['uses_per_epoch']:.1f}")
+            rare = f"one batch in {1 / batches:.1f} epochs: its pictures always meet"
+            told = rare if batches < 1 else ""
+            cells.append((*map(str, sides), *counts, f"{batches:.2f}", told))
+        lines = [tables.told(head, cells, right=range(6))]
         if self.partners:
             lines.append(f"beside each sample, one of {len(set(self.partners))} class pictures")
         if self.left_out:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from dojo import tables
 from dojo.bars import Bar
 from dojo.files import outputs
 from dojo.files.pictures import labelled_grid, slug
@@ -181,13 +182,13 @@ def _save_grid(
 
 
 def table(found: Mapping[str, Comparison]) -> str:
-    """The comparisons as a table in plain text, one line each."""
+    """The comparisons as a table, one line each."""
     head = (
         *("reward", "prompts", "pairs", "left out", "wins", "ties", "losses"),
         *("win rate, 95 % interval", "base", "tuned", "difference, 95 % interval"),
         "the tuned model",
     )
-    lines: list[tuple[str, ...]] = [head]
+    lines: list[tuple[str, ...]] = []
     for name, one in found.items():
         counts = (one.clusters, one.pairs, one.left_out, one.wins, one.ties, one.losses)
         lines.append(
@@ -197,11 +198,7 @@ def table(found: Mapping[str, Comparison]) -> str:
                 *(_words(one.difference, 1, "+.3g", ""), one.verdict),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return tables.told(head, lines)
 
 
 def _words(one: Estimate, factor: float, form: str, unit: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dojo import tables
 from dojo.cli import UserError, option
 from dojo.lazy import nn, torch
 from dojo.models.precisions import dtype_of
@@ -184,23 +185,11 @@ def scorer_class(source: str) -> Callable[..., Scorer]:
 
 
 def table() -> str:
-    """The scorers as a table in plain text, for --list_rewards."""
-    head: tuple[str, ...] = (
-        "name",
-        "gradient",
-        "usual range",
-        "size",
-        "licence of the weights",
-        "checkpoint",
-    )
-    rows: list[tuple[str, ...]] = [head]
+    """The scorers as a table, for --list_rewards."""
+    head = ("name", "gradient", "usual range", "size", "licence of the weights", "checkpoint")
+    rows: list[tuple[str, ...]] = []
     for name in SCORERS:
         one: Any = scorer_class(name)
         gradient = "yes" if one.differentiable else "no"
         rows.append((name, gradient, one.range, one.size, one.licence, one.checkpoint))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return tables.told(head, rows)

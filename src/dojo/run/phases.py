@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
+from dojo import tables
 from dojo.lazy import diffusers, late, torch
 
 if TYPE_CHECKING:
@@ -189,11 +190,12 @@ def table(found: Sequence[Phase]) -> list[str]:
     """The phases as the dry run prints them, and which cards hold the largest."""
     largest = max(found, key=lambda phase: phase.size)
     most = largest.size / _GIB
+    head = ("phase", "GiB", "of it")
+    rows = [(phase.name, f"{phase.size / _GIB:.2f}", phase.told) for phase in found]
     fits = ", ".join(f"{card} {'yes' if wanted(most) <= card else 'no'}" for card in CARDS)
     return [
         "memory on the device by phase, computed, not measured:",
-        f"  {'phase':<14}  {'GiB':>7}  of it",
-        *(f"  {phase.name:<14}  {phase.size / _GIB:>7.2f}  {phase.told}" for phase in found),
+        tables.told(head, rows, right=[1]),
         f"largest phase: {largest.name}, {most:.2f} GiB",
         f"fits on a card of so many GB: {fits} (with {MARGIN - 1:.0%} and {CONTEXT:g} GiB on top "
         "for allocator and context: assumed)",
