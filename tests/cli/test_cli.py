@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -450,3 +451,25 @@ def test_a_mistake_of_ours_keeps_its_traceback(
     monkeypatch.setattr(cli, "parse", lambda *_: None)
     with pytest.raises(FileNotFoundError):
         cli.run(main, object, None)
+
+
+@pytest.mark.parametrize("words", [["--list"], ["--help"]])
+def test_a_text_that_nobody_reads_to_its_end_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` leaves it
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda args: None, Args, None, {"--list": lambda: "a long table"})
+    assert ended.value.code == 141
+    sys.stdout.close()  # what was left has gone somewhere
+
+
+def test_another_broken_pipe_is_told() -> None:
+    def main() -> int:
+        raise BrokenPipeError(32, "a worker has gone")
+
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        cli.ended(main)

@@ -11,8 +11,9 @@ import io
 import math
 import os
 import re
+import select
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -23,6 +24,7 @@ from dojo.bars import Bar
 from dojo.cli import config, foreign, help, masking
 from dojo.cli.masking import hide
 
+_UNREAD = 128 + 13  # what shells say of a process that SIGPIPE ended
 ArgsT = TypeVar("ArgsT")
 DefaultT = TypeVar("DefaultT")
 
@@ -223,11 +225,12 @@ def run(
     Args:
         instead: flags that print a text and do nothing else, whatever else is missing.
     """
-    for flag, text in (instead or {}).items():
-        if flag in sys.argv[1:]:
-            print(text())
-            return
-    args = parse(args_type, doc)
+    with _while_read():
+        for flag, text in (instead or {}).items():
+            if flag in sys.argv[1:]:
+                print(text())
+                return
+        args = parse(args_type, doc)
     try:
         main(args)
     except UserError as error:
@@ -253,9 +256,35 @@ def trouble_with_place(error: OSError) -> str | None:
 def ended(main: Callable[[], int | None]) -> int:
     """The exit code of a command with a parser of its own, that of Ctrl-C without a traceback."""
     try:
-        return main() or 0
+        with _while_read():
+            return main() or 0
     except KeyboardInterrupt:
         return _interrupted()
+
+
+@contextlib.contextmanager
+def _while_read() -> Generator[None]:
+    """Ends the process without a word when whoever read its output has gone, as `| head` does."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _has_lost_its_reader():  # another pipe broke
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the rest
+        sys.exit(_UNREAD)
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether nobody is there to read standard output."""
+    try:
+        asked = select.poll()
+        asked.register(sys.stdout.fileno(), select.POLLOUT)
+    except (AttributeError, OSError):  # Windows; no file
+        return False
+    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def _interrupted() -> int:
