@@ -32,7 +32,8 @@ stage "ruff check" ruff check .
 stage "ruff format" ruff format --check .
 stage "pyright" pyright
 stage "shellcheck" shellcheck -x scripts/*.sh scripts/lib/*.sh .ci/run
-# A process per core, up to four: each loads torch, and the tests are small.
-workers="$(python -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')"
+# A process per core, and one more for the time in which tests wait for processes of their own; up
+# to four, since each loads torch and the tests are small.
+workers="$(python -c 'import os; print(min(4, len(os.sched_getaffinity(0)) + 1))')"
 stage "pytest" pytest -n "$workers" --dist worksteal "$@"
 echo "All stages passed in $SECONDS s."
