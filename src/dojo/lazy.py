@@ -15,11 +15,12 @@ as they always do.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from functools import wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from dojo.loading import load, loading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +34,7 @@ def _real(name: str) -> ModuleType:
     # the one that waits where another thread is at the import.
     found = sys.modules.get(name)
     if found is None or getattr(found.__spec__, "_initializing", False):
-        return importlib.import_module(name)
+        return load(name)
     return found
 
 
@@ -48,7 +49,12 @@ class _Late(ModuleType):
         return dir(_real(self.__name__))
 
     def __getattr__(self, name: str) -> object:
-        return getattr(_real(self.__name__), name)
+        real = _real(self.__name__)
+        try:
+            return vars(real)[name]
+        except KeyError:
+            with loading():  # diffusers and transformers import a class when it is asked for
+                return getattr(real, name)
 
     def __setattr__(self, name: str, value: object) -> None:
         setattr(_real(self.__name__), name, value)

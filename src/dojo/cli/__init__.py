@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import tyro
 
+from dojo import loading
 from dojo.bars import Bar
 from dojo.cli import config, foreign, help, masking
 from dojo.cli.masking import hide
@@ -231,6 +232,7 @@ def run(
                 print(text())
                 return
         args = parse(args_type, doc)
+    loading.end_quickly()
     try:
         main(args)
     except UserError as error:

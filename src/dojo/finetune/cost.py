@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from dojo import loading
 from dojo.cli import UserError
 from dojo.finetune import fit
 from dojo.lazy import torch
@@ -99,6 +100,7 @@ def begin(
         return False
     if not run.begin(args, trained.result_name):
         return False
+    loading.settle()
     run.watch_flops(lambda: cost(checkpointing=False)[1], batch_size)
     return True
 

@@ -22,7 +22,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dojo import cli
+from dojo import cli, loading
 from dojo.cli import UserError
 from dojo.files import records
 from dojo.finetune.contract import Trained
@@ -76,12 +76,19 @@ def planned(main: Callable[[ArgsT], None]) -> Callable[[ArgsT], None]:
     """
 
     def run(args: Any) -> None:
+        loading.begin(bitsandbytes=args.run.fit is not None or uses_bitsandbytes(args))
         if args.run.fit is not None:
             args = _fitted(main, args, cli.typed(sys.argv[1:]))
         with published.planning(args.run.dry_run), webhook.failure_told():
             main(args)
 
     return run
+
+
+def uses_bitsandbytes(args: Any) -> bool:
+    """Whether a run computes with it; what `--fit` may choose is not looked at."""
+    packed = any(getattr(group, "base_precision", "") == "nf4" for group in vars(args).values())
+    return packed or args.optim.kind.endswith("8bit")
 
 
 def _fitted(main: Callable[[Any], None], args: Any, typed: frozenset[str]) -> Any:

@@ -37,7 +37,7 @@ def check_flow(config: Mapping[str, Any], where: str) -> None:
         UserError: naming its class.
     """
     kind = str(config.get("_class_name", _DEFAULT))
-    if shift_name(config) is None or not hasattr(diffusers, kind):
+    if shift_name(config) is None or kind not in dir(diffusers):
         raise UserError(
             f"{where}: its scheduler, a {kind}, follows no rectified flow (a FlowMatch... does, or "
             "one with use_flow_sigmas true and prediction_type flow_prediction)"

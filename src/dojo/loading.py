@@ -1,0 +1,108 @@
+"""The seconds that importing big libraries takes, and those that a process takes to end.
+
+A run imports some five thousand modules, a million objects that stay until the process ends. Python
+looks for circles among its objects each time they have become a quarter more, and once more when it
+ends: that is a fifth of the time before a small run's first step and nearly all of that after its
+last one. So nothing is looked for while libraries are imported, and what they made is then taken
+out of later searches.
+
+That is done only until a run has its libraries: it would keep a network that is in a circle just
+then (accelerate's hooks make such) for ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
+
+# What every training script needs: all networks of diffusers, adapters, tokenizers.
+LIBRARIES = ("diffusers.models.autoencoders", "peft")
+
+
+@dataclass
+class _State:
+    starting: bool = False
+    """whether a run is at its beginning, before there is a network"""
+    compiled: bool = True
+    """whether bitsandbytes is imported as it comes"""
+
+
+_state = _State()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """While something big is imported: no search for circles of objects."""
+    if not gc.isenabled():  # within another such import, or somebody wants it so
+        yield
+        return
+    starting = _state.starting
+    if starting:
+        gc.collect()  # what is garbage by now is not kept
+    gc.disable()
+    try:
+        yield
+    finally:
+        if starting:
+            gc.freeze()
+        gc.enable()
+
+
+def load(name: str) -> ModuleType:
+    """Imports a module of a big library.
+
+    Raises:
+        ImportError: it is not there.
+    """
+    with loading():
+        if not _state.compiled and name.partition(".")[0] in ("diffusers", "peft"):
+            _import_uncompiled("bitsandbytes")
+        return importlib.import_module(name)
+
+
+def _import_uncompiled(name: str) -> None:
+    """Imports a library, if there is one, whose functions are not to be compiled."""
+    if name in sys.modules or find_spec(name) is None:
+        return
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module(name)
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+def begin(*, bitsandbytes: bool) -> None:
+    """A run begins: what is imported from here to `settle` stays until the process ends.
+
+    Args:
+        bitsandbytes: whether the run computes with this library, which diffusers and peft import
+            wherever it is installed. It then has torch's compiler in wait for some of its
+            functions, whose import takes longer than all of diffusers'; a run that calls none of
+            them gets it without.
+    """
+    _state.starting, _state.compiled = True, bitsandbytes
+
+
+def settle() -> None:
+    """The run will train: imports the libraries for it, the last that are there to stay."""
+    for name in LIBRARIES:
+        if name not in sys.modules:
+            load(name)
+    _state.starting = False
+
+
+def end_quickly() -> None:
+    """Lets the process end without a last search for circles, whose memory ends with it anyway."""
+    atexit.register(gc.freeze)
