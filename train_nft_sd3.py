@@ -27,7 +27,7 @@ from dojo import cli, data, finetune, publish, rewards, rng
 from dojo.inputs import prompts, texts
 from dojo.launch import interrupt
 from dojo.lazy import torch
-from dojo.maths import forward, rollout
+from dojo.maths import denoising, forward
 from dojo.maths.advantages import decoupled_advantages, group_advantages
 from dojo.maths.flow import squared_error
 from dojo.methods import rl
@@ -102,7 +102,7 @@ def main(args: Args) -> None:
     evaluate = rl.evaluators(
         run, args.evaluation, source.held_out, scorers, drawing, trained, vae, batch_size
     )
-    plan = rollout.ode_plan(args.levels.sample_steps, objective.shift)
+    way = args.levels.way(objective.shift)
     as_it_is = partial(nullcontext, trained.network)
     policies = {"old": old.applied, "reference": trained.reference, "sampled": as_it_is}
 
@@ -120,7 +120,7 @@ def main(args: Args) -> None:
                 with run.phase("sample", wait=True), policy() as network:
                     velocity = drawing(network, batch.texts)
                     noise = rng.normal(shape, batch.keys(run, "noise"), run.device)
-                    made.append((batch, rollout.sample(velocity, noise, plan).final))
+                    made.append((batch, denoising.sample(velocity, noise, way)))
                 with run.phase("decode", wait=True), torch.no_grad():
                     images = model.decode(vae, made[-1][1])  # [B, 3, H, W]
                 scoring.submit(batch, images)
@@ -135,7 +135,7 @@ def main(args: Args) -> None:
         run.note({**scores.row(), **advantages.row()})
 
         with run.phase("reference", wait=True):
-            at = (made, train_batch_size, plan.sigmas, objective, shared)
+            at = (made, train_batch_size, way.sigmas, objective, shared)
             chunks = rl.noised(run, args.levels, *at)
             rl.ask(run, chunks, steering, policies, asked)
         for chunk in rl.shuffled(chunks, run, epoch, passes):

@@ -18,7 +18,7 @@ import train_nft_sd3
 from dojo import rng
 from dojo.cli import UserError
 from dojo.finetune import Lagged
-from dojo.maths import flow, forward, rollout
+from dojo.maths import denoising, flow, forward
 from dojo.methods import rl
 from dojo.methods.rl import nft
 from tests.conftest import rl_flags
@@ -118,7 +118,7 @@ def test_the_old_policy_draws_for_all_but_awm_and_the_current_one_for_awm(
     policies: list[Lagged] = []
     kept: list[dict[str, list[Tensor]]] = []  # what both are at an epoch's end
     drew: list[list[Tensor]] = []  # the network's weights as it draws
-    init, follow, sample = Lagged.__init__, Lagged.follow, rollout.sample
+    init, follow, sample = Lagged.__init__, Lagged.follow, denoising.sample
 
     def made(self: Lagged, *given: Any) -> None:
         init(self, *given)
@@ -128,13 +128,13 @@ def test_the_old_policy_draws_for_all_but_awm_and_the_current_one_for_awm(
         follow(self, decay)
         kept.append({"old": copied(self.values), "current": copied(self.params)})
 
-    def sampled(*given: Any, **more: Any) -> rollout.Trajectory:
+    def sampled(*given: Any, **more: Any) -> Tensor:
         drew.append(copied(policies[0].params))
         return sample(*given, **more)
 
     monkeypatch.setattr(Lagged, "__init__", made)
     monkeypatch.setattr(Lagged, "follow", followed)
-    monkeypatch.setattr(rollout, "sample", sampled)
+    monkeypatch.setattr(denoising, "sample", sampled)
     late = ("--old_decay_ramp", "0.5", "--old_decay_max", "0.9", "--train_batch_size", "8")
     train(tmp_path, tiny_sd3, *NO_EVALUATION, *late, "--objective", objective)
     assert len(drew) == len(kept) == 4  # a batch an epoch
@@ -185,7 +185,7 @@ def test_pictures_are_drawn_with_guidance_and_learned_from_without(
 ) -> None:
     rows: dict[str, set[int]] = {"drawn": set(), "asked": set(), "trained": set()}
     drawing: list[bool] = []
-    forward_of, sample = SD3Transformer2DModel.forward, rollout.sample
+    forward_of, sample = SD3Transformer2DModel.forward, denoising.sample
 
     def seen(self: Any, hidden_states: Tensor, *given: Any, **more: Any) -> Any:
         if hidden_states.device.type != "meta":  # where the cost is counted
@@ -193,7 +193,7 @@ def test_pictures_are_drawn_with_guidance_and_learned_from_without(
             rows["drawn" if drawing else learning].add(len(hidden_states))
         return forward_of(self, hidden_states, *given, **more)
 
-    def sampled(*given: Any, **more: Any) -> rollout.Trajectory:
+    def sampled(*given: Any, **more: Any) -> Tensor:
         drawing.append(True)
         try:
             return sample(*given, **more)
@@ -201,7 +201,7 @@ def test_pictures_are_drawn_with_guidance_and_learned_from_without(
             drawing.clear()
 
     monkeypatch.setattr(SD3Transformer2DModel, "forward", seen)
-    monkeypatch.setattr(rollout, "sample", sampled)
+    monkeypatch.setattr(denoising, "sample", sampled)
     train(tmp_path, tiny_sd3, *NO_EVALUATION, "--guidance_scale", "3", "--max_train_steps", "2")
     # Four pictures a batch; guidance asks for each of them twice.
     assert rows == {"drawn": {8}, "asked": {4}, "trained": {4}}
@@ -259,8 +259,8 @@ def batch(count: int) -> rl.Batch:
 def test_levels_are_stratified_over_the_noisier_share(strategy: Any) -> None:
     args = rl.LevelArgs(time_sampling_strategy=strategy, timestep_range=0.5)
     run: Any = Seeded()
-    plan = rollout.ode_plan(args.sample_steps, 3.0)
-    sigma = args.levels(run, batch(200), plan.sigmas, 3.0)
+    way = args.way(3.0)
+    sigma = args.levels(run, batch(200), way.sigmas, 3.0)
     assert sigma.shape == (4, 200)
     edges = torch.tensor([1.0, 0.875, 0.75, 0.625, 0.5])
     if strategy == "uniform":
@@ -282,9 +282,9 @@ def test_discrete_levels_are_different_steps_of_the_pictures_own_way() -> None:
         num_train_timesteps=4,
     )
     run: Any = Seeded()
-    plan = rollout.ode_plan(10, 3.0)
-    sigma = args.levels(run, batch(50), plan.sigmas, 3.0)
-    first = torch.tensor(plan.sigmas[:9])
+    way = args.way(3.0)
+    sigma = args.levels(run, batch(50), way.sigmas, 3.0)
+    first = torch.tensor(way.sigmas[:9])
     for column in sigma.T:
         assert len(column.unique()) == 4
         assert torch.isin(column, first).all()
@@ -305,10 +305,10 @@ def test_the_noise_of_a_level_is_the_same_whenever_it_is_asked() -> None:
 
 def test_the_pictures_of_a_group_are_noised_alike_where_they_share() -> None:
     run: Any = Seeded()
-    plan = rollout.ode_plan(8, 1.0)
+    way = rl.LevelArgs(sample_steps=8).way(1.0)
     for strategy in ("uniform", "discrete"):
         args = rl.LevelArgs(time_sampling_strategy=strategy, num_train_timesteps=2)
-        sigma = args.levels(run, batch(8), plan.sigmas, 1.0, shared=4)
+        sigma = args.levels(run, batch(8), way.sigmas, 1.0, shared=4)
         assert torch.equal(sigma, sigma[:, ::4].repeat_interleave(4, 1))
         assert not torch.equal(sigma[:, 0], sigma[:, 4])
     clean = rng.normal((3, 2, 2), [("clean", i) for i in range(8)])

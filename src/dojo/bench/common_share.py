@@ -31,7 +31,7 @@ from dojo.files import outputs
 from dojo.inputs import prompts, texts
 from dojo.inputs.steering import Steering
 from dojo.lazy import torch
-from dojo.maths import passes, rollout
+from dojo.maths import denoising, passes, rollout
 from dojo.maths.advantages import Spread, group_advantages
 from dojo.maths.objective import Flow
 from dojo.maths.surrogate import log_ratio
@@ -130,7 +130,8 @@ class MeasureArgs:
             trained = self.rollout().trained_steps(0, 0)
             return passes.of_way(self.sample_steps, trained, copies=self.group_size)
         asked = sum(nft_args(kind).asked(self.num_train_timesteps, 1).values())
-        return passes.of_finished(self.sample_steps, self.num_train_timesteps, asked)
+        drawn = self.levels().way(1.0).predictions
+        return passes.of_finished(drawn, self.num_train_timesteps, asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,15 +266,11 @@ class World:
         """What the policy says of these prompts."""
         return self.steering(self.trained.network, words)
 
-    def drawn(
-        self, plan: rollout.Plan, copies: int
-    ) -> Iterator[tuple[rl.Batch, rollout.Trajectory]]:
-        """The groups' pictures."""
+    def starts(self, copies: int) -> Iterator[tuple[rl.Batch, Tensor]]:
+        """The groups' pictures as noise, `copies` of them from the same."""
         shape = self.steering.model.latent_shape(*self.args.sample.size)
         for batch in self.batches():
-            noise = rng.normal(shape, batch.noise_keys(self.run, copies), self.run.device)
-            ask, keys = self.velocity(batch.texts), batch.keys(self.run, "way")
-            yield batch, rollout.sample(ask, noise, plan, keys, copies=copies)
+            yield batch, rng.normal(shape, batch.noise_keys(self.run, copies), self.run.device)
 
     def scored(self, made: Sequence[tuple[rl.Batch, Tensor]]) -> Advantages:
         """How much better than its group each picture is, by its latents."""
@@ -327,7 +324,10 @@ def of_way(world: World) -> Tensor:
     args = world.args
     plan = args.rollout().plan(world.shift, world.run.seed, 0)
     (number,) = plan.trained
-    made = list(world.drawn(plan, args.group_size))
+    made: list[tuple[rl.Batch, rollout.Trajectory]] = []
+    for batch, noise in world.starts(args.group_size):
+        ask, keys = world.velocity(batch.texts), batch.keys(world.run, "way")
+        made.append((batch, rollout.sample(ask, noise, plan, keys, copies=args.group_size)))
     advantages = world.scored([(batch, way.final) for batch, way in made])
     found: list[Tensor] = []
     for batch, way in made:
@@ -343,14 +343,17 @@ def of_way(world: World) -> Tensor:
 
 def of_finished(world: World, kinds: Sequence[Kind]) -> dict[Kind, Tensor]:
     """The gradients [N, P] of objectives that learn from finished pictures: the same pictures."""
-    plan = rollout.ode_plan(world.args.sample_steps, world.shift)
-    made = [(batch, way.final) for batch, way in world.drawn(plan, 1)]
+    way = world.args.levels().way(world.shift)
+    made = [
+        (batch, denoising.sample(world.velocity(batch.texts), noise, way))
+        for batch, noise in world.starts(1)
+    ]
     advantages = world.scored(made)
     found: dict[Kind, list[Tensor]] = {kind: [] for kind in kinds}
     for shared in (1, world.args.group_size):
         some: list[Kind] = [kind for kind in kinds if (kind == "dgpo") == (shared > 1)]
         for batch, latents in made if some else ():
-            for chunk in _groups(world, batch, latents, plan, shared):
+            for chunk in _groups(world, batch, latents, way, shared):
                 gradients = _gradients(world, chunk, some, advantages)
                 for kind, gradient in zip(some, gradients, strict=True):
                     found[kind].append(gradient)
@@ -358,16 +361,14 @@ def of_finished(world: World, kinds: Sequence[Kind]) -> dict[Kind, Tensor]:
 
 
 def _groups(
-    world: World, batch: rl.Batch, latents: Tensor, plan: rollout.FlowPlan, shared: int
+    world: World, batch: rl.Batch, latents: Tensor, way: denoising.FlowWay, shared: int
 ) -> list[rl.Finished]:
     """A batch's groups, noised anew."""
     args = world.args
     objective = world.trained.objective
     assert isinstance(objective, Flow)
     made = [(batch, latents)]
-    return rl.noised(
-        world.run, args.levels(), made, args.group_size, plan.sigmas, objective, shared
-    )
+    return rl.noised(world.run, args.levels(), made, args.group_size, way.sigmas, objective, shared)
 
 
 def _gradients(

@@ -8,6 +8,7 @@ points to, with gradients through the last few steps: what a reward is back-prop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,14 +19,18 @@ from dojo import rng
 from dojo.lazy import no_grad, torch
 from dojo.maths import ddpm, flow
 from dojo.maths.ddpm import Prediction, Schedule
+from dojo.maths.flow import Grid
 from dojo.maths.transitions import transition
 
 Predict: TypeAlias = "Callable[[torch.Tensor, torch.Tensor], torch.Tensor]"
 """(latents float32 [B, ...], level [B]) -> what the network says of them [B, ...]; a level is an
 int64 timestep on a `Way`, a float32 sigma on a `FlowWay`"""
 
-Grid = Literal["even", "pipeline"]
-"""where the sigmas of a flow's steps lie, see `FlowWay.of`"""
+Move: TypeAlias = "Callable[[torch.Tensor, int], torch.Tensor]"
+"""(latents [B, ...], number of a step) -> the latents after it; called for step after step"""
+
+Solver = Literal["euler", "heun", "ab2", "dpm2m"]
+"""how a flow's ODE is solved, see `FlowWay`"""
 
 
 class Course(Protocol):
@@ -36,14 +41,8 @@ class Course(Protocol):
         """How many there are."""
         ...
 
-    def step(
-        self,
-        predict: Predict,
-        latents: torch.Tensor,
-        number: int,
-        keys: Sequence[tuple[rng.Key, ...]],
-    ) -> torch.Tensor:
-        """The latents after step `number`."""
+    def mover(self, predict: Predict, keys: Sequence[tuple[rng.Key, ...]]) -> Move:
+        """What goes this way once, from its first step on; it may remember what it passed."""
         ...
 
     def clean(self, predict: Predict, latents: torch.Tensor, number: int) -> torch.Tensor:
@@ -104,6 +103,14 @@ class Way:
         own = [(*key, number) for key in keys]
         return gaussian.sample(rng.normal(latents.shape[1:], own, latents.device))
 
+    def mover(self, predict: Predict, keys: Sequence[tuple[rng.Key, ...]]) -> Move:
+        """What goes this way once; see `Course`. Nothing is remembered."""
+
+        def move(latents: torch.Tensor, number: int) -> torch.Tensor:
+            return self.step(predict, latents, number, keys)
+
+        return move
+
     def clean(self, predict: Predict, latents: torch.Tensor, number: int) -> torch.Tensor:
         """The clean latents that the prediction of step `number` points to."""
         timestep = _all(self.timesteps[number], latents)
@@ -115,12 +122,23 @@ class Way:
 class FlowWay:
     """The same along the ODE of a rectified flow, where the first noise is all there is.
 
+    Every solver's step is Euler's with a velocity of its own:
+
+        euler  v(z, sigma), one prediction a step, first order
+        heun   the mean of v at both ends, two predictions but for the last step, second order
+        ab2    Adams and Bashforth's, one prediction, second order: v is taken to go on, in sigma,
+               as it went in the step before
+        dpm2m  DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, Algorithm 2), the same of the
+               clean estimate in lambda = log((1 - sigma) / sigma). Where lambda has no number, in
+               the first two steps and the last one, it is Euler's.
+
     Raises:
         ValueError: the sigmas do not fall from 1 to 0.
     """
 
     sigmas: tuple[float, ...]
     """T + 1 numbers from 1 to 0"""
+    solver: Solver = "euler"
 
     def __post_init__(self) -> None:
         falling = all(one > other for one, other in pairwise(self.sigmas))
@@ -128,36 +146,60 @@ class FlowWay:
             raise ValueError(f"sigmas have to fall from 1 to 0: {self.sigmas}")
 
     @classmethod
-    def of(cls, steps: int, shift: float, grid: Grid = "even") -> FlowWay:
-        """So many steps on a schedule with this shift.
+    def of(cls, steps: int, shift: float, grid: Grid = "even", solver: Solver = "euler") -> FlowWay:
+        """So many steps on a schedule with this shift: see `flow.sigmas`.
 
         A change of the velocity moves the clean estimate by sigma times as much, and so the last
-        step decides what a chain to the picture's end can teach. On the even grid, 1, 1 - 1/T, ..,
-        1/T shifted, it begins at shift / (T - 1 + shift). diffusers' pipeline has the other one,
-        whose last step begins at 0.009 at SD3's shift of 3, however many there are.
+        step decides what a chain to the picture's end can teach: next to nothing on the pipeline's
+        grid.
         """
-        if grid == "pipeline":
-            return cls(sigmas=flow.sigma_schedule(steps, shift))
-        even = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
-        shifted = flow.shift_sigma(even, shift).float()
-        return cls(sigmas=(*(float(sigma) for sigma in shifted), 0.0))
+        return cls(sigmas=flow.sigmas(steps, shift, grid), solver=solver)
 
     @property
     def num_steps(self) -> int:
         """One from each sigma above 0."""
         return len(self.sigmas) - 1
 
-    def step(
-        self,
-        predict: Predict,
-        latents: torch.Tensor,
-        number: int,
-        keys: Sequence[tuple[rng.Key, ...]],
-    ) -> torch.Tensor:
-        """The latents after step `number`, an Euler step; nothing is drawn."""
-        sigma, sigma_next = self.sigmas[number : number + 2]
-        velocity = predict(latents, _all(sigma, latents))
-        return transition("ode", latents, velocity, sigma, sigma_next, 0.0).mean
+    @property
+    def predictions(self) -> int:
+        """How often the network is asked on the whole way."""
+        return 2 * self.num_steps - 1 if self.solver == "heun" else self.num_steps
+
+    def mover(self, predict: Predict, keys: Sequence[tuple[rng.Key, ...]]) -> Move:
+        """What goes this way once; see `Course`. Nothing is drawn."""
+        before: torch.Tensor | None = None  # what is carried on, as it was in the step before
+
+        def move(latents: torch.Tensor, number: int) -> torch.Tensor:
+            nonlocal before
+            ends = sigma, sigma_next = self.sigmas[number], self.sigmas[number + 1]
+            level = _all(sigma, latents)
+            velocity = predict(latents, level).float()
+            if self.solver == "heun" and sigma_next > 0:
+                there = transition("ode", latents, velocity, *ends, 0.0).mean
+                velocity = (velocity + predict(there, _all(sigma_next, latents)).float()) / 2
+            elif self.solver in ("ab2", "dpm2m"):
+                clean = flow.clean_estimate(latents, velocity, level)
+                now = velocity if self.solver == "ab2" else clean
+                if before is not None:
+                    velocity = velocity + self._ahead(number) * (now - before)
+                before = now
+            return transition("ode", latents, velocity, *ends, 0.0).mean
+
+        return move
+
+    def _ahead(self, number: int) -> float:
+        """What a step from the second on adds to its velocity, per change since the step before.
+
+        Half the step's length over that of the step before: of velocities in sigma (ab2), of clean
+        estimates in lambda (dpm2m), where it is 0 as long as one of the two is infinite.
+        """
+        sigmas = first, now, then = self.sigmas[number - 1 : number + 2]
+        if self.solver == "ab2":
+            return (then - now) / (now - first) / 2
+        if first == 1 or then == 0:
+            return 0.0
+        first, _, then = (math.log((1 - s) / s) - math.log((1 - now) / now) for s in sigmas)
+        return then / first / 2 / now  # x0 = z - sigma v: the sign of `first` turns it round
 
     def clean(self, predict: Predict, latents: torch.Tensor, number: int) -> torch.Tensor:
         """The clean latents that the velocity of step `number` points to."""
@@ -180,9 +222,9 @@ def sample(
         keys: one per picture; the noise of a step is drawn from the key and the step's number, so
             that a picture does not depend on its batch. Not needed at eta 0, nor along an ODE.
     """
-    latents = noise.float()
+    latents, move = noise.float(), way.mover(predict, keys)
     for number in range(way.num_steps):
-        latents = way.step(predict, latents, number, keys)
+        latents = move(latents, number)
     return latents
 
 
@@ -213,8 +255,8 @@ def estimate(
         raise ValueError(f"step {last} of {way.num_steps}")
     if not 1 <= grad_steps <= last + 1:
         raise ValueError(f"{grad_steps} steps with gradient, of {last + 1}")
-    latents = noise.float()
+    latents, move = noise.float(), way.mover(predict, keys)
     for number in range(last):
         with nullcontext() if number > last - grad_steps else torch.no_grad():
-            latents = way.step(predict, latents, number, keys)
+            latents = move(latents, number)
     return way.clean(predict, latents, last)

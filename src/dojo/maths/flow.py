@@ -12,6 +12,8 @@ from typing import Literal, cast, get_args
 from dojo.lazy import torch
 
 WeightingScheme = Literal["logit_normal", "mode", "cosmap", "sigma_sqrt", "none"]
+Grid = Literal["even", "pipeline"]
+"""where the sigmas of a sampler's steps lie, see `sigmas`"""
 
 # The finest sigma that SD3 was trained on: 1/1000 of the path. Below it the x0 form loses its
 # digits (sigma * velocity drowns in the rounding of `noisy`).
@@ -145,4 +147,17 @@ def sigma_schedule(steps: int, shift: float) -> tuple[float, ...]:
     """
     smallest = float(shift_sigma(torch.tensor(MIN_SIGMA), shift))
     even = torch.linspace(1, smallest, steps, dtype=torch.float64)
+    return (*(float(sigma) for sigma in shift_sigma(even, shift).float()), 0.0)
+
+
+def sigmas(steps: int, shift: float, grid: Grid) -> tuple[float, ...]:
+    """The sigmas of so many steps: `steps` + 1 float32 numbers from 1 to 0.
+
+    On the even grid, 1, 1 - 1/T, .., 1/T shifted, the last step begins at shift / (T - 1 + shift).
+    On the pipeline's (`sigma_schedule`) it begins at 0.009 at SD3's shift of 3, however many there
+    are: hardly anything happens in it, and T steps go as far as T - 1 of the even grid.
+    """
+    if grid == "pipeline":
+        return sigma_schedule(steps, shift)
+    even = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
     return (*(float(sigma) for sigma in shift_sigma(even, shift).float()), 0.0)

@@ -46,15 +46,14 @@ def of_way(
     return branches * (drawn + asked * at_trained)
 
 
-def of_finished(
-    sample_steps: int, levels: int, asked: int, *, branches: int = 1, uses: int = 1
-) -> float:
+def of_finished(drawn: int, levels: int, asked: int, *, branches: int = 1, uses: int = 1) -> float:
     """Where finished pictures are noised anew and learned from (NFT and its siblings).
 
     Args:
+        drawn: times that the network is asked on a picture's way.
         levels: at which each is.
         asked: times that a frozen policy is asked about a picture.
         branches: 2 with guidance, which the sampling alone has.
         uses: passes over the pictures of an epoch.
     """
-    return branches * sample_steps + asked + uses * TRAINED * levels
+    return branches * drawn + asked + uses * TRAINED * levels

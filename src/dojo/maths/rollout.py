@@ -130,9 +130,14 @@ class RolloutArgs(StepArgs):
     left in the picture), dance (DanceGRPO)"""
     noise_level: float | None = None
     """strength of that noise; unset: 0.7 for sde, 0.8 for cps, 0.3 for dance"""
+    sigma_grid: flow.Grid = "pipeline"
+    """where the steps begin: pipeline is diffusers' table, whose last step, from a sigma of 0.009
+    or less, moves next to nothing; even is 1, 1 - 1/T, .., 1/T, shifted: as good with one step
+    less"""
     train_timesteps: Literal["all", "fraction", "window"] = "window"
-    """which steps are trained: all but the last (two with cps, which hardly has noise there), the
-    first --timestep_fraction, or a window of a few; the others are ODE steps without noise"""
+    """which steps are trained: all but the last (two with cps on the pipeline's grid, which hardly
+    has noise there), the first --timestep_fraction, or a window of a few; the others are ODE steps
+    without noise"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,11 +155,12 @@ class RolloutArgs(StepArgs):
     def trainable(self) -> int:
         """How many steps can be trained.
 
-        The noise of CPS goes with the sigma that a step reaches, and the last one above 0 is 0.009:
-        a change of the policy would move the ratio of that step a hundred times as far as the
-        ratio of the step before.
+        The noise of CPS goes with the sigma that a step reaches, and on the pipeline's grid the
+        last one above 0 is 0.009: a change of the policy would move the ratio of that step a
+        hundred times as far as the ratio of the step before.
         """
-        return self.sample_steps - (2 if self.sampler == "cps" else 1)
+        faint = self.sampler == "cps" and self.sigma_grid == "pipeline"
+        return self.sample_steps - (2 if faint else 1)
 
     @property
     def _least(self) -> str:
@@ -163,7 +169,7 @@ class RolloutArgs(StepArgs):
     def plan(self, shift: float, seed: int, epoch: int) -> FlowPlan:
         """The plan of an epoch's rollouts on the pipeline's schedule with this `shift`."""
         return FlowPlan(
-            sigmas=flow.sigma_schedule(self.sample_steps, shift),
+            sigmas=flow.sigmas(self.sample_steps, shift, self.sigma_grid),
             trained=self.trained_steps(seed, epoch),
             sampler=self.sampler,
             noise_level=self.level,
@@ -212,13 +218,6 @@ class DiffusionRolloutArgs(StepArgs):
             trained=self.trained_steps(seed, epoch),
             step_weighting=self.step_weighting,
         )
-
-
-def ode_plan(steps: int, shift: float) -> FlowPlan:
-    """A rollout without noise on its way, of which nothing but the picture is kept."""
-    return FlowPlan(
-        sigmas=flow.sigma_schedule(steps, shift), trained=range(0), sampler="ode", noise_level=0.0
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from dojo.cli import UserError, option
 from dojo.finetune import cost_of
 from dojo.inputs.pictures import posterior_of
 from dojo.lazy import torch
-from dojo.maths.denoising import FlowWay, Grid
+from dojo.maths.denoising import FlowWay
+from dojo.maths.flow import Grid
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -101,7 +101,8 @@ def finished_cost(
     """
     levels: LevelArgs = args.levels
     branches = 2 if args.sample.guidance_scale > 1 else 1
-    forward = (branches * levels.sample_steps + asked) / passes
+    drawn = levels.way(1.0).predictions  # whatever the shift
+    forward = (branches * drawn + asked) / passes
     backward = levels.num_train_timesteps
     return _batch_cost(
         *(run, trained, model, args, backward, forward), rows=1, checkpointing=checkpointing
@@ -127,7 +128,8 @@ def passes_of(record: Mapping[str, Any]) -> float:
         pictures = sample["num_prompts_per_epoch"] * sample["group_size"]
         steps = uses * pictures / (at_once * record["num_processes"])
         asked = sum(nft.asked(number, steps).values())
-        return counted.of_finished(levels.sample_steps, number, asked, branches=branches, uses=uses)
+        drawn = levels.way(1.0).predictions
+        return counted.of_finished(drawn, number, asked, branches=branches, uses=uses)
     policy = options.get("grpo") or options["ddpo"]
     diffusion = "eta" in options["rollout"]
     way = (DiffusionRolloutArgs if diffusion else RolloutArgs)(**options["rollout"])

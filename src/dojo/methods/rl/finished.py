@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from dojo import rng
 from dojo.lazy import nn, no_grad, torch
 from dojo.maths import flow
+from dojo.maths.denoising import FlowWay, Solver
 from dojo.methods.rl.episodes import Batch
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ class LevelArgs:
 
     sample_steps: int = 14
     """denoising steps of a picture that is learned from, along the ODE, without noise"""
+    solver: Solver = "euler"
+    """how a step is taken: euler; heun, which asks the network twice but for the last step; ab2 or
+    dpm2m (DPM-Solver++ 2M), which go on from the step before and ask once"""
+    sigma_grid: flow.Grid = "pipeline"
+    """where the steps begin: pipeline is diffusers' table, whose last step, from a sigma of 0.009
+    or less, moves next to nothing; even is 1, 1 - 1/T, .., 1/T, shifted: as good with one step
+    less"""
     num_train_timesteps: int = 4
     """levels at which each picture is noised anew and learned from, a backward pass each"""
     time_sampling_strategy: Strategy = "uniform"
@@ -46,6 +54,10 @@ class LevelArgs:
                 f"--num_train_timesteps {self.num_train_timesteps}: --timestep_range leaves "
                 f"{self._own} of {self.sample_steps} steps"
             )
+
+    def way(self, shift: float) -> FlowWay:
+        """The sampling on a schedule with this shift."""
+        return FlowWay.of(self.sample_steps, shift, self.sigma_grid, self.solver)
 
     @property
     def _own(self) -> int:
