@@ -89,6 +89,8 @@ class Args:
             raise ValueError("--web draws one picture at a time: leave --num_images_per_prompt out")
         if not self.web and self.port != 7008:
             raise ValueError("--port is that of --web")
+        if not (self.lora_weights_path or self.versus or self.web):
+            ranges.check_unread(self, "lora_scale", "without --lora_weights_path")
         if len(self.lora_scale) not in (1, len(self.lora_weights_path)):
             raise ValueError("--lora_scale takes one number, or one for each --lora_weights_path")
         if self.compare and not self.lora_weights_path:

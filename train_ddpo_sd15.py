@@ -47,7 +47,7 @@ class Args:
     cache: data.TextCacheArgs
     reward: rewards.RewardArgs
     sample: rl.DiffusionDdpoSampleArgs
-    rollout: rollout.DiffusionRolloutArgs
+    rollout: rl.DiffusionRolloutArgs
     ddpo: rl.DdpoArgs
     finetune: finetune.FinetuneArgs
     lora: rl.PolicyLoraArgs

@@ -45,7 +45,7 @@ class Args:
     cache: data.TextCacheArgs
     reward: rewards.RewardArgs
     sample: rl.DdpoSampleArgs
-    rollout: rollout.RolloutArgs
+    rollout: rl.RolloutArgs
     ddpo: rl.DdpoArgs
     finetune: finetune.FinetuneArgs
     lora: rl.PolicyLoraArgs

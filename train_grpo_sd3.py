@@ -21,6 +21,7 @@ from functools import partial
 from typing import Literal
 
 from dojo import cli, data, finetune, publish, rewards, rng
+from dojo.cli import ranges
 from dojo.inputs import prompts, texts
 from dojo.launch import interrupt
 from dojo.lazy import torch
@@ -54,6 +55,8 @@ class GrpoArgs(rl.PolicyArgs):
         super().__post_init__()
         if self.beta < 0:
             raise ValueError("--beta must not be negative")
+        if not self.beta:
+            ranges.check_unread(self, "kl", "without --beta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class Args:
     cache: data.TextCacheArgs
     reward: rewards.RewardArgs
     sample: rl.WaySampleArgs
-    rollout: rollout.RolloutArgs
+    rollout: rl.RolloutArgs
     grpo: GrpoArgs
     finetune: finetune.FinetuneArgs
     lora: rl.PolicyLoraArgs

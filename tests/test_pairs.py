@@ -204,7 +204,8 @@ def test_how_many_are_drawn_at_a_time_changes_no_picture_but_by_rounding(
     [
         (("--num_images", "1"), "--num_images must be at least 2"),
         (("--min_margin", "-1"), "--min_margin"),
-        (("--lora_scale", "1", "2"), "--lora_scale takes one number"),
+        (("--lora_weights_path", "x", "--lora_scale", "1", "2"), "--lora_scale takes one number"),
+        (("--lora_scale", "0.5"), "--lora_scale does nothing without --lora_weights_path"),
         (("--sample_batch_size", "0"), "--sample_batch_size"),
         (("--prompt_set", "pocket"), "give one of them"),
     ],

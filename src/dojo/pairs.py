@@ -83,6 +83,8 @@ class Args:
     def __post_init__(self) -> None:
         if self.num_images < 2:
             raise ValueError("--num_images must be at least 2: one picture makes no pair")
+        if not self.lora_weights_path:
+            ranges.check_unread(self, "lora_scale", "without --lora_weights_path")
         if len(self.lora_scale) not in (1, len(self.lora_weights_path)):
             raise ValueError("--lora_scale takes one number, or one for each --lora_weights_path")
         ranges.check(self, "sample_batch_size", least=1)

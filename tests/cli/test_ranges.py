@@ -20,6 +20,13 @@ REQUIRED: dict[str, Any] = {
     **{"output": Path("x.safetensors"), "input": ("x", "y"), "model": "sd35-medium"},
     "rank": 1,
 }
+# What some options are only read with; without it they are refused for that.
+READ_WITH: dict[str, dict[str, Any]] = {
+    "port": {"web": True},
+    "pretrain_weight": {"pretrain_data_dir": "x"},
+    "mode_scale": {"weighting_scheme": "mode"},
+    "lora_scale": {"lora_weights_path": ("x",)},
+}
 # Options that may be zero; all others are refused there.
 _ZERO = """
     Args.guidance_scale Args.min_margin DrawArgs.guidance_scale MeasureArgs.trained_step
@@ -80,8 +87,8 @@ def make(kind: Any, name: str, value: object) -> object:
     some = {field.name: REQUIRED[field.name] for field in fields(kind) if field.name in REQUIRED}
     if kind.__name__ == "PromptArgs":
         some["prompt_set"] = "pocket"
-    if name == "port" and "web" in {field.name for field in fields(kind)}:
-        some["web"] = True  # without a page no port is taken
+    if {*READ_WITH.get(name, ())} <= {field.name for field in fields(kind)}:
+        some |= READ_WITH.get(name, {})
     return kind(**{**needed, **some, name: value})
 
 
@@ -117,6 +124,57 @@ def test_numbers_out_of_range_are_refused_by_name(
     whole_name = f"{kind.__name__}.{name}"
     assert outside(0.0 if real else 0) == (name not in ZERO and whole_name not in ZERO)
     outside(1e30 if real else 10**15)  # refused by name or taken, and nothing else
+
+
+UNREAD: list[tuple[str, str, dict[str, Any], str]] = [
+    ("dojo.pairs", "Args", {"lora_scale": (0.5,)}, "without --lora_weights_path"),
+    ("demo", "Args", {"lora_scale": (0.5,), "prompt": ("x",)}, "without --lora_weights_path"),
+    ("dojo.inputs.pretraining_pictures", "PretrainArgs", {"pretrain_weight": 2.0}, "pictures"),
+    ("dojo.methods.rl", "NftArgs", {"old_decay_flat": 3, "old_decay_max": 0.0}, "_max 0: the"),
+    ("dojo.methods.rl", "NftArgs", {"old_decay_flat": 3, "old_decay_ramp": 0.0}, "_ramp 0: the"),
+    ("dojo.methods.rl", "NftArgs", {"old_decay_ramp": 0.1, "old_decay_max": 0.0}, "not lag"),
+    ("dojo.methods.rl", "NftArgs", {"old_decay_max": 0.5, "old_decay_ramp": 0.0}, "not lag"),
+    ("dojo.methods.rl", "RolloutArgs", {"window_every": 5}, "for sliding"),
+    ("dojo.methods.rl", "RolloutArgs", {"timestep_fraction": 0.3}, "for fraction"),
+    ("dojo.methods.rl", "RolloutArgs", {"window_size": 2, "train_timesteps": "all"}, "for window"),
+    ("dojo.methods.rl", "RolloutArgs", {"window_first": 1, "train_timesteps": "all"}, "for window"),
+    ("dojo.methods.rl", "DiffusionRolloutArgs", {"window_range": 0.3}, "for window"),
+    ("dojo.methods.refl", "FlowReflArgs", {"negative_prompt": "dark"}, "--guidance_scale above 1"),
+    ("dojo.methods.refl", "ReflArgs", {"negative_prompt": "dark"}, "--guidance_scale above 1"),
+    (
+        "dojo.methods.drawing",
+        "FlowEvalArgs",
+        {"eval_negative_prompt": "dark", "eval_guidance_scale": 1.0},
+        "--eval_guidance_scale above 1",
+    ),
+    ("train_grpo_sd3", "GrpoArgs", {"kl": "transition"}, "without --beta"),
+    ("dojo.models.sd3", "NoiseArgs", {"mode_scale": 0.3}, "for mode"),
+    (
+        "dojo.models.sd3",
+        "NoiseArgs",
+        {"logit_mean": 0.3, "weighting_scheme": "mode"},
+        "for logit_normal",
+    ),
+    ("dojo.bench.rl", "RlArgs", {"window_size": 2, "train_timesteps": "all"}, "for window"),
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "group", "given", "why"),
+    [
+        pytest.param(*case, id=f"{case[1]}-{next(iter(case[2]))}-{n}")
+        for n, case in enumerate(UNREAD)
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused_by_name(
+    module: str, group: str, given: dict[str, Any], why: str
+) -> None:
+    kind = getattr(importlib.import_module(module), group)
+    needed = {"pretrained_model_name_or_path": "x", "prompts": None, "prompt": ("x",), "model": "x"}
+    there = {field.name for field in fields(kind) if field.default is MISSING}
+    needed = {name: value for name, value in (needed | REQUIRED).items() if name in there}
+    with pytest.raises(ValueError, match=f"--{next(iter(given))} does nothing .*{why}.*; leave it"):
+        kind(**needed, **given)
 
 
 def test_a_refusal_says_the_range() -> None:

@@ -17,9 +17,10 @@ from dojo.maths import advantages as policy
 from dojo.maths import rollout
 from dojo.maths.flow import sigma_schedule, squared_error
 from dojo.maths.gaussian import Gaussian
-from dojo.maths.rollout import FlowPlan, Plan, RolloutArgs, Trajectory, Velocity
+from dojo.maths.rollout import FlowPlan, Plan, Trajectory, Velocity
 from dojo.maths.surrogate import Ratio, clipped_surrogate, log_ratio
-from dojo.maths.transitions import Sampler, guided
+from dojo.maths.transitions import NOISE_LEVELS, Sampler, guided
+from dojo.methods.rl import RolloutArgs
 
 NOISY: tuple[Sampler, ...] = ("sde", "cps", "dance")
 SHAPE = (4, 4, 4)
@@ -91,7 +92,7 @@ def plan(sampler: Sampler = "cps", trained: range = range(1, 4), steps: int = 6)
         sigmas=sigma_schedule(steps, 3.0),
         trained=trained,
         sampler=sampler,
-        noise_level=rollout.NOISE_LEVELS[sampler],
+        noise_level=NOISE_LEVELS[sampler],
     )
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dojo import rewards, rng
 from dojo.maths import ddpm, denoising, rollout
 from dojo.maths.advantages import PromptBuffer, group_advantages
-from dojo.maths.rollout import DiffusionPlan, DiffusionRolloutArgs
+from dojo.maths.rollout import DiffusionPlan
 from dojo.maths.surrogate import clipped_surrogate, log_ratio, masked_surrogate
+from dojo.methods.rl import DiffusionRolloutArgs, RolloutArgs
 from dojo.pocket.models import DDPM
 from tests.maths.test_rollout import SHAPE, Network, keys, start, velocity_of
 
@@ -161,7 +162,7 @@ def test_the_steps_are_chosen_as_those_of_a_flow() -> None:
     assert [every.level(step) for step in range(10)] == list(way.timesteps)
     some = {"sample_steps": 10, "train_timesteps": "window", "window_size": 2, "window_first": 1}
     args = DiffusionRolloutArgs(**some)  # pyright: ignore[reportArgumentType]
-    flow = rollout.RolloutArgs(**some, sampler="sde")  # pyright: ignore[reportArgumentType]
+    flow = RolloutArgs(**some, sampler="sde")  # pyright: ignore[reportArgumentType]
     for epoch in range(20):
         assert args.trained_steps(3, epoch) == flow.trained_steps(3, epoch)
     with pytest.raises(ValueError, match="--sample_steps must be at least 2"):

@@ -13,8 +13,7 @@ from torch.distributions import Normal
 from dojo.maths import transitions as samplers
 from dojo.maths.flow import sigma_schedule
 from dojo.maths.gaussian import Gaussian
-from dojo.maths.rollout import NOISE_LEVELS
-from dojo.maths.transitions import Sampler
+from dojo.maths.transitions import NOISE_LEVELS, Sampler
 
 NOISY: tuple[Sampler, ...] = ("sde", "cps", "dance")
 SIGMAS = sigma_schedule(10, 3.0)

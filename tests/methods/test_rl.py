@@ -411,7 +411,7 @@ def way(network: SD3Transformer2DModel) -> tuple[rl.Batch, rollout.Trajectory]:
     """A batch of four pictures and how they were sampled."""
     args = rl.SampleArgs(num_prompts_per_epoch=2, group_size=2)
     (batch,) = rl.batches(alone(), args, PROMPTS, [3, 1], 0, 4)
-    plan = rollout.RolloutArgs(sample_steps=4, train_timesteps="all", sampler="sde").plan(3.0, 0, 0)
+    plan = rl.RolloutArgs(sample_steps=4, train_timesteps="all", sampler="sde").plan(3.0, 0, 0)
     velocity = steering(1.0)(network, batch.texts)
     return batch, rollout.sample(velocity, latents(), plan, batch.keys(alone(), "way"))
 
@@ -527,7 +527,7 @@ def test_the_reference_stays_where_the_policy_began(
     with torch.no_grad():
         for param in trained.params:
             param.add_(0.1 * torch.randn_like(param))
-    plan = rollout.RolloutArgs(sample_steps=4, window_size=1).plan(3.0, 0, 0)
+    plan = rl.RolloutArgs(sample_steps=4, window_size=1).plan(3.0, 0, 0)
     embeds = steering(2.0).embeds(CAPTIONS)
     now, predicted = rollout.predict(
         steering(2.0).predictor(trained.network, embeds), latents(), 0, plan

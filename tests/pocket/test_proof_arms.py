@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dojo.cli import UserError
-from dojo.maths import passes, rollout
+from dojo.maths import passes
 from dojo.methods import rl
 from dojo.pocket import control, proof_arms, scenes, verifier
 from tests.pocket.test_proof_rl import BEFORE, LIFTED, first_of_ten, graded, write_run
@@ -129,7 +129,7 @@ def test_the_cost_of_a_record_is_that_of_its_options() -> None:
         },
     }
     assert rl.passes_of(record) == 2 * (10 + 3 + 2 * 3 * 4)
-    assert len(rollout.RolloutArgs(**way).trained_steps(3, 0)) == 3
+    assert len(rl.RolloutArgs(**way).trained_steps(3, 0)) == 3
 
 
 # ---- The control ----

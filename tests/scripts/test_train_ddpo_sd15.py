@@ -16,7 +16,6 @@ import train_ddpo_sd15
 import train_ddpo_sdxl
 from dojo import cli, finetune
 from dojo.cli import UserError, foreign
-from dojo.maths import rollout
 from dojo.maths.advantages import PromptBuffer, group_advantages
 from dojo.methods import rl
 from dojo.models import sd15, sdxl
@@ -201,15 +200,15 @@ def test_the_names_of_trl_and_ddpo_pytorch_are_answered_with_ours(
     ("options", "message"),
     [
         ({"timestep_fraction": 0.3}, "--timestep_fraction does nothing with --train_timesteps all"),
-        ({"window_size": 2}, "--window_size does nothing .*: it is for --train_timesteps window"),
+        ({"window_size": 2}, "--window_size does nothing .*: it is for window"),
         ({"train_timesteps": "fraction", "window_first": 3}, "--window_first does nothing"),
-        ({"train_timesteps": "window", "timestep_fraction": 0.3}, "it is for .* fraction"),
+        ({"train_timesteps": "window", "timestep_fraction": 0.3}, "it is for fraction"),
     ],
     ids=str,
 )
 def test_an_option_of_other_trained_steps_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        rollout.DiffusionRolloutArgs(**options)
+        rl.DiffusionRolloutArgs(**options)
 
 
 def test_a_step_without_noise_is_refused_by_its_flag(

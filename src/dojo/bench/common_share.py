@@ -31,7 +31,7 @@ from dojo.files import outputs
 from dojo.inputs import prompts, texts
 from dojo.inputs.steering import Steering
 from dojo.lazy import torch
-from dojo.maths import denoising, passes, rollout
+from dojo.maths import denoising, forward, passes, rollout
 from dojo.maths.advantages import Spread, group_advantages
 from dojo.maths.objective import Flow
 from dojo.maths.surrogate import log_ratio
@@ -114,9 +114,9 @@ class MeasureArgs:
             timestep_range=self.timestep_range,
         )
 
-    def rollout(self) -> rollout.RolloutArgs:
+    def rollout(self) -> rl.RolloutArgs:
         """As the scripts' options."""
-        return rollout.RolloutArgs(
+        return rl.RolloutArgs(
             noise_level=self.noise_level,
             sample_steps=self.sample_steps,
             window_size=1,
@@ -387,6 +387,6 @@ def _gradients(
         said = {"old": now, "sampled": now, "reference": now}
         for kind, kept in zip(kinds, losses, strict=True):
             dealt = own[order] if kind == "shuffled" else own
-            loss = nft_args(kind).loss(chunk.shared, predicted, target, sigma, dealt, said)
-            kept.append(loss.mean() / levels)
+            loss = forward.Loss(objective=nft_args(kind).objective)
+            kept.append(loss(chunk.shared, predicted, target, sigma, dealt, said).mean() / levels)
     return [world.gradient(torch.stack(kept).sum()) for kept in losses]

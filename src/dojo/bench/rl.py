@@ -29,7 +29,7 @@ from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, ranges
 from dojo.files import outputs
 from dojo.files.records import read_table
-from dojo.maths import rollout
+from dojo.methods import rl
 
 if TYPE_CHECKING:
     from dojo.bench.supervised import Rows, Trace
@@ -102,6 +102,7 @@ class RlArgs(supervised.CaseArgs):
             raise ValueError(
                 f"--method {self.method}: there is no such script for {self.model} (--method ddpo)"
             )
+        ranges.check_choice(self, "train_timesteps", {"window": "window_size"})
         if self.beta and self.method == "ddpo":
             raise ValueError("--beta needs --method grpo: DDPO has no such term")
         for name, plain in (("train_timesteps", "window"), ("guidance_scale", 1.0), ("beta", 0.0)):
@@ -209,7 +210,7 @@ def command(args: RlArgs, model: Path, run: Path, extra: Sequence[str]) -> list[
         **({"sample_batch_size": args.sample_batch_size} if args.sample_batch_size else {}),
         "sample_steps": args.chosen("sample_steps"),
         "train_timesteps": args.train_timesteps,
-        "window_size": args.window_size,
+        **({"window_size": args.window_size} if args.train_timesteps == "window" else {}),
         "guidance_scale": args.guidance_scale,
         **({"beta": args.beta} if args.method == "grpo" else {}),
         "num_train_epochs": args.warmup_epochs + args.num_epochs + _SPARE_EPOCHS,
@@ -315,7 +316,7 @@ def forward_passes(record: Mapping[str, Any], trained: float) -> dict[str, float
 
 def _num_trained(record: Mapping[str, Any]) -> int:
     options = supervised.group(record, "rollout")
-    kind = rollout.DiffusionRolloutArgs if "eta" in options else rollout.RolloutArgs
+    kind = rl.DiffusionRolloutArgs if "eta" in options else rl.RolloutArgs
     return len(kind(**options).trained_steps(0, 0))
 
 

@@ -59,11 +59,22 @@ def check_choice(args: Any, choice: str, own: Mapping[str, str]) -> None:
         ValueError: naming the flag, and the choice that it is for.
     """
     taken = getattr(args, choice)
-    defaults = {field.name: field.default for field in fields(args)}
     for value, names in own.items():
-        for name in names.split() if value != taken else ():
-            if getattr(args, name) != defaults[name]:
-                raise ValueError(
-                    f"--{name} does nothing with --{choice} {taken}: it is for {value}; leave it "
-                    "out"
-                )
+        if value != taken:
+            check_unread(args, names, f"with --{choice} {taken}: it is for {value}")
+
+
+def check_unread(args: Any, names: str, why: str) -> None:
+    """Refuses options that were changed though nothing reads them.
+
+    Args:
+        args: a dataclass that holds the options.
+        names: of the options, separated by spaces.
+        why: ends the sentence "--option does nothing ..".
+    Raises:
+        ValueError: naming the flag.
+    """
+    defaults = {field.name: field.default for field in fields(args)}
+    for name in names.split():
+        if getattr(args, name) != defaults[name]:
+            raise ValueError(f"--{name} does nothing {why}; leave it out")

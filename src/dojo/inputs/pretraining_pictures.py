@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dojo import data
-from dojo.cli import UserError, option
+from dojo.cli import UserError, option, ranges
 from dojo.inputs.pictures import latents_of, refuse_inside
 from dojo.lazy import torch
 from dojo.models.family import Model
@@ -39,8 +39,9 @@ class PretrainArgs:
             raise ValueError("--pretrain_weight must not be negative")
         if self.pretrain_data_dir and self.pretrain_dataset_name:
             raise ValueError("--pretrain_data_dir and --pretrain_dataset_name: give one of them")
-        if self.pretrain_caption_column and not self.location:
-            raise ValueError("--pretrain_caption_column needs --pretrain_data_dir")
+        if not self.location:
+            names = "pretrain_caption_column pretrain_weight"
+            ranges.check_unread(self, names, "without pictures (--pretrain_data_dir)")
 
     @property
     def location(self) -> str:

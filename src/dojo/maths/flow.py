@@ -7,6 +7,7 @@ Pure functions of tensors. B is the batch; `clean`, `noise`, `noisy` and velocit
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from dojo.lazy import torch
@@ -18,6 +19,19 @@ Grid = Literal["even", "pipeline"]
 # The finest sigma that SD3 was trained on: 1/1000 of the path. Below it the x0 form loses its
 # digits (sigma * velocity drowns in the rounding of `noisy`).
 MIN_SIGMA = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftArgs:
+    """The schedule of a rectified flow."""
+
+    flow_shift: float | Literal["auto"] | None = None
+    """shift of sigma: unset is the scheduler's own, auto is that times sqrt(latent tokens / the
+    model's native tokens); also used in validation and saved with the result"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.flow_shift, float) and self.flow_shift <= 0:
+            raise ValueError("--flow_shift must be positive")
 
 
 def along(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

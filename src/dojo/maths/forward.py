@@ -13,6 +13,7 @@ towards the pictures of a sampler that takes few steps.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dojo.lazy import torch
@@ -20,6 +21,8 @@ from dojo.maths.flow import along, squared_error
 from dojo.maths.precise import wide
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 Objective = Literal["nft", "ram", "awm", "dgpo"]
@@ -174,3 +177,57 @@ def norm_ratio(velocity: Tensor, reference: Tensor) -> Tensor:
 def norm_excess(ratio: Tensor) -> Tensor:
     """A hinge on `norm_ratio`, after NormGuard (2026, arXiv:2606.27771): zero up to 1."""
     return (ratio - 1).clamp_min(0).square()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """An objective with its numbers: one loss for whoever learns from finished pictures, or asks
+    what could be learned."""
+
+    objective: Objective
+    limit: float = 5.0
+    """advantages are clamped to it"""
+    beta: float = 1.0
+    """nft"""
+    adaptive: bool = True
+    """nft"""
+    multiplier: float = 100.0
+    """ram"""
+    power: float = 0.25
+    """awm"""
+    clip_range: float = 1.0
+    """awm"""
+    tie: float = 1.0
+    """awm: weight of the squared distance from the old policy"""
+    group_beta: float = 100.0
+    """dgpo"""
+    group_clip: float = 1e-2
+    """dgpo"""
+
+    def __call__(
+        self,
+        group: int,
+        velocity: Tensor,
+        target: Tensor,
+        sigma: Tensor,
+        advantages: Tensor,
+        said: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The loss [B] at one level.
+
+        Args:
+            group: pictures side by side that are of one prompt and noised alike (dgpo).
+            said: what the policies `old`, `reference` (ram, dgpo) and `sampled` (awm) say there.
+        """
+        v, old, u, a = velocity, said["old"], target, advantages
+        if self.objective == "nft":
+            own = {"beta": self.beta, "limit": self.limit, "adaptive": self.adaptive}
+            return nft(v, old, u, sigma, a, **own)
+        if self.objective == "ram":
+            return ram(v, old, said["reference"], u, a, multiplier=self.multiplier)
+        if self.objective == "dgpo":
+            # Who drew is the old policy.
+            bounds = {"beta": self.group_beta, "clip_range": self.group_clip}
+            return dgpo(v, old, said["reference"], u, a, group=group, **bounds)
+        own = {"power": self.power, "limit": self.limit, "clip_range": self.clip_range}
+        return awm(v, said["sampled"], u, sigma, a, **own) + self.tie * squared_error(v, old)

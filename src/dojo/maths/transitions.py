@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 Sampler = Literal["ode", "sde", "cps", "dance"]
 
+NOISE_LEVELS: dict[Sampler, float] = {"sde": 0.7, "cps": 0.8, "dance": 0.3}
+"""The noise levels of the samplers' authors."""
+
 
 def transition(
     sampler: Sampler,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dojo.cli import option
+from dojo.cli import option, ranges
 from dojo.evaluate import drawing, held_out, preview
 from dojo.evaluate.held_out import Evaluator
 from dojo.finetune import Trained
@@ -34,6 +34,12 @@ class EvalArgs(held_out.StepEvalArgs):
     """classifier-free guidance; 1 switches it off"""
     eval_negative_prompt: str = ""
     """what guidance leads away from"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.eval_guidance_scale or 1) == 1:
+            why = "without --eval_guidance_scale above 1"
+            ranges.check_unread(self, "eval_negative_prompt", why)
 
     def steered(self, steering: Steering) -> Steering:
         """The same with the evaluation's guidance."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dojo import data, rewards, rng
-from dojo.cli import UserError, option
+from dojo.cli import UserError, option, ranges
 from dojo.finetune import cost_of
 from dojo.inputs.pictures import posterior_of
 from dojo.lazy import torch
+from dojo.maths import flow
 from dojo.maths.denoising import FlowWay
-from dojo.maths.flow import Grid
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -62,6 +62,8 @@ class EstimateArgs:
                 raise ValueError(f"--{name} must be at least 1")
         if self.guidance_scale < 1:
             raise ValueError("--guidance_scale must be at least 1, which is no guidance")
+        if self.guidance_scale == 1:
+            ranges.check_unread(self, "negative_prompt", "without --guidance_scale above 1")
         if self.grad_scale <= 0:
             raise ValueError("--grad_scale must be positive")
         first, last = self.steps
@@ -102,7 +104,7 @@ class ReflArgs(EstimateArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowReflArgs(EstimateArgs):
+class FlowReflArgs(flow.ShiftArgs, EstimateArgs):
     """The same along the ODE of a rectified flow."""
 
     sample_steps: int = 20
@@ -112,18 +114,15 @@ class FlowReflArgs(EstimateArgs):
     20"""
     last_step: int | None = None
     """latest one; unset is the last, 19 of 20, or with --sigma_grid pipeline the one before"""
-    sigma_grid: Grid = "even"
+    sigma_grid: flow.Grid = "even"
     """where the steps begin: even is 1, 1 - 1/T, .., 1/T, shifted; pipeline is diffusers' table,
     whose last step, from a sigma of 0.009, teaches nothing and is never scored"""
-    flow_shift: float | Literal["auto"] | None = None
-    """shift of sigma: unset is the scheduler's own, auto follows the size; saved with the result"""
 
     def __post_init__(self) -> None:
-        if isinstance(self.flow_shift, float) and self.flow_shift <= 0:
-            raise ValueError("--flow_shift must be positive")
+        flow.ShiftArgs.__post_init__(self)
         if self.sigma_grid == "pipeline" and self.sample_steps == 1:
             raise ValueError("--sigma_grid pipeline needs --sample_steps of at least 2")
-        super().__post_init__()
+        EstimateArgs.__post_init__(self)
 
     @property
     def final(self) -> int:

@@ -29,6 +29,7 @@ from dojo.methods.rl.episodes import (
 from dojo.methods.rl.finished import Finished, LevelArgs, ask, noised
 from dojo.methods.rl.nft import NftArgs, NftEvalArgs, evaluators
 from dojo.methods.rl.reference import reference
+from dojo.methods.rl.steps import DiffusionRolloutArgs, RolloutArgs, StepArgs
 
 __all__ = [
     "BUFFER",
@@ -37,6 +38,7 @@ __all__ = [
     "DdpoArgs",
     "DdpoSampleArgs",
     "DiffusionDdpoSampleArgs",
+    "DiffusionRolloutArgs",
     "EvalArgs",
     "Finished",
     "LevelArgs",
@@ -44,9 +46,11 @@ __all__ = [
     "NftEvalArgs",
     "PolicyArgs",
     "PolicyLoraArgs",
+    "RolloutArgs",
     "SampleArgs",
     "Scores",
     "Scoring",
+    "StepArgs",
     "WayArgs",
     "WaySampleArgs",
     "ask",

@@ -9,6 +9,7 @@ from dojo.cli import UserError, option, ranges
 from dojo.evaluate import held_out
 from dojo.finetune import lora
 from dojo.inputs.steering import Steering
+from dojo.maths import flow
 from dojo.maths.advantages import check_sizes
 from dojo.maths.surrogate import Ratio, clipped_surrogate, masked_surrogate
 
@@ -113,16 +114,12 @@ class EpochArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleArgs(EpochArgs):
+class SampleArgs(flow.ShiftArgs, EpochArgs):
     """The same of a rectified flow."""
 
-    flow_shift: float | Literal["auto"] | None = None
-    """shift of sigma: unset is the scheduler's own, auto follows the size; saved with the result"""
-
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.flow_shift, float) and self.flow_shift <= 0:
-            raise ValueError("--flow_shift must be positive")
+        flow.ShiftArgs.__post_init__(self)
+        EpochArgs.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)

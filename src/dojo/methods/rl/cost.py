@@ -10,14 +10,14 @@ from dojo import rewards
 from dojo.finetune import cost_of
 from dojo.lazy import torch
 from dojo.maths import passes as counted
-from dojo.maths.rollout import DiffusionRolloutArgs, RolloutArgs
 from dojo.methods.rl.finished import LevelArgs
 from dojo.methods.rl.nft import NftArgs
+from dojo.methods.rl.steps import DiffusionRolloutArgs, RolloutArgs
 
 if TYPE_CHECKING:
     from dojo.finetune import Trained
-    from dojo.maths.rollout import StepArgs
     from dojo.methods.rl.args import EpochArgs
+    from dojo.methods.rl.steps import StepArgs
     from dojo.models.family import Model
     from dojo.run.cost import Cost
     from dojo.run.phases import Needs

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from dojo.cli import UserError, ranges
 from dojo.maths import forward
 from dojo.maths.advantages import Spread
-from dojo.maths.flow import squared_error
 from dojo.methods.drawing import evaluator
 from dojo.methods.rl.args import EvalArgs
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-    from torch import Tensor
 
     from dojo.evaluate.held_out import Evaluator
     from dojo.finetune import Trained
@@ -92,6 +90,12 @@ class NftArgs:
         for name in ("old_decay_ramp", "old_decay_max"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"--{name} must lie in [0, 1)")
+        if not self.lags:
+            zero, other = "old_decay_max", "old_decay_ramp"
+            if self.old_decay_max != 0:
+                zero, other = other, zero
+            why = f"with --{zero} 0: the old policy does not lag"
+            ranges.check_unread(self, f"old_decay_flat {other}", why)
 
     @property
     def name(self) -> str:
@@ -130,34 +134,21 @@ class NftArgs:
         found |= {"reference": levels if tied else 1}
         return found | ({"sampled": levels} if self.objective == "awm" and steps > 1 else {})
 
-    def loss(
-        self,
-        group: int,
-        velocity: Tensor,
-        target: Tensor,
-        sigma: Tensor,
-        advantages: Tensor,
-        said: Mapping[str, Tensor],
-    ) -> Tensor:
-        """The objective's loss [B] at one level, with what the frozen policies say there.
-
-        Args:
-            group: pictures side by side that are of one prompt and noised alike; see `shared`.
-        """
-        v, old, u, a = velocity, said["old"], target, advantages
-        limit, power = self.adv_clip_max, self.ghuber_power
-        if self.objective == "nft":
-            beta, adaptive = self.nft_beta, not self.no_adaptive_weight
-            return forward.nft(v, old, u, sigma, a, beta=beta, limit=limit, adaptive=adaptive)
-        if self.objective == "ram":
-            return forward.ram(v, old, said["reference"], u, a, multiplier=self.reward_multiplier)
-        if self.objective == "dgpo":
-            beta, far = self.dgpo_beta, self.clip_dsm
-            reference = said["reference"]
-            return forward.dgpo(v, old, reference, u, a, group=group, beta=beta, clip_range=far)
-        own = {"power": power, "limit": limit, "clip_range": self.clip_range}
-        loss = forward.awm(v, said["sampled"], u, sigma, a, **own)
-        return loss + self.ema_kl_beta * squared_error(v, old)
+    @property
+    def loss(self) -> forward.Loss:
+        """The objective's loss, with its numbers."""
+        return forward.Loss(
+            objective=self.objective,
+            limit=self.adv_clip_max,
+            beta=self.nft_beta,
+            adaptive=not self.no_adaptive_weight,
+            multiplier=self.reward_multiplier,
+            power=self.ghuber_power,
+            clip_range=self.clip_range,
+            tie=self.ema_kl_beta,
+            group_beta=self.dgpo_beta,
+            group_clip=self.clip_dsm,
+        )
 
     def shared(self, sample: SampleArgs, optim: OptimArgs) -> int:
         """How many pictures, side by side, are noised alike: with dgpo those of a prompt.

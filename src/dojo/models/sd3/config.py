@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from dojo.cli import UserError, option
+from dojo.cli import UserError, option, ranges
 from dojo.maths import flow
 from dojo.models import family, folders, loaded, published
 from dojo.models.folders import FLAG
@@ -70,7 +70,7 @@ class ModelArgs(family.ModelArgs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseArgs(family.NoiseArgs):
+class NoiseArgs(flow.ShiftArgs, family.NoiseArgs):
     """The flow-matching objective: which noise levels are trained, and how they weigh."""
 
     weighting_scheme: flow.WeightingScheme = "logit_normal"
@@ -83,18 +83,16 @@ class NoiseArgs(family.NoiseArgs):
     """mode: positive puts more weight on the middle of the path"""
     precondition_outputs: bool = False
     """compare clean estimates instead of velocities (diffusers' form: sigma^2 times the error)"""
-    flow_shift: float | Literal["auto"] | None = None
-    """shift of sigma: unset is the scheduler's own, auto is that times sqrt(latent tokens / the
-    model's native tokens); also used in validation and saved with the result"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        own = {"logit_normal": "logit_mean logit_std", "mode": "mode_scale"}
+        ranges.check_choice(self, "weighting_scheme", own)
         if self.weighting_scheme == "sigma_sqrt" and not self.precondition_outputs:
             raise ValueError(
                 "--weighting_scheme sigma_sqrt weighs by sigma^-2, which is unbounded on velocity "
                 "errors: add --precondition_outputs"
             )
-        if isinstance(self.flow_shift, float) and self.flow_shift <= 0:
-            raise ValueError("--flow_shift must be positive")
         if self.logit_std <= 0:
             raise ValueError("--logit_std must be positive")
         if not -1 <= self.mode_scale <= 2 / (math.pi - 2):
