@@ -1,18 +1,30 @@
 """Claims about `python -m dojo.pairs`: what it writes is what is read, to the byte after a kill."""
 
+import itertools
 import json
 import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from PIL import Image
+from torch import Tensor
 
-from dojo import cli, pairs
+from dojo import cli, pairs, rewards
 from dojo.cli import UserError
 from dojo.data import PairArgs, check_pairs, open_pairs
 from dojo.inputs.prompts import read_file
+from dojo.models import folders
+from dojo.rewards import wire
+from dojo.rewards.reward import Component
+from dojo.rewards.scorer import Metadata, Place, Scorer
+from dojo.rewards.server import Limits, Server
 from tests.processes import spawn
 from tests.scripts.runs import one_thread
 
@@ -174,6 +186,78 @@ def test_pictures_of_other_options_are_not_mixed(place: Path, tiny_sd3: Path) ->
     assert found == ["a held-out star", "a green diamond"]
     other = run(place, tiny_sd3, "other", "--seed", "1")
     assert rows(other / "drawn.jsonl")[0]["seeds"] != rows(folder / "drawn.jsonl")[0]["seeds"]
+
+
+class Brightness(Scorer):
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+
+@contextmanager
+def serving(port: int = 0) -> Iterator[Server]:
+    """A server of brightness in this process; it may be ended before."""
+    reward = rewards.Reward(
+        [Component(name="bright", scorer=Brightness(Place()), weight=1.0)], batch_size=4
+    )
+    server = Server(reward, ("127.0.0.1", port), Limits())
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_a_command_whose_server_is_lost_stops_and_goes_on_when_it_is_back(
+    place: Path, tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "time", SimpleNamespace(sleep=lambda seconds: None))
+    whole, one = pairs._scores, itertools.count(1)
+    with serving() as server:
+        port = server.server_address[1]
+        reward = ("--reward", f"http://127.0.0.1:{port}#bright", "--max_prompts", "4")
+        expected = content(run(place, tiny_sd3, "whole", *reward))
+
+        def scored(*given: Any) -> Any:
+            if next(one) == 3:
+                server.shutdown()
+                server.server_close()
+            return whole(*given)
+
+        monkeypatch.setattr(pairs, "_scores", scored)
+        with pytest.raises((UserError, cli.TrainingStopped), match=rf"127\.0\.0\.1:{port}"):
+            run(place, tiny_sd3, "broken", *reward)
+    kept = rows(place / "broken" / "drawn.jsonl")
+    assert len(kept) == 2
+    assert not (place / "broken" / pairs.PAIRS).exists()
+    with serving(port):
+        found = content(run(place, tiny_sd3, "broken", *reward))
+    # The picture that had no score yet was not kept, and is drawn again.
+    assert found == expected
+
+
+def test_what_the_hub_holds_by_now_is_another_model(
+    place: Path, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ref = tmp_path / "hub" / "models--openai--clip-vit-large-patch14" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = run(place, tiny_sd3, "out")
+    read = [f"{place}/mine.py", "openai/clip-vit-large-patch14"]
+    monkeypatch.setattr(rewards, "places", lambda text: read)
+    run(place, tiny_sd3, "out")  # a commit that is not known says nothing
+    ref.write_text("a" * 40 + "\n")
+    run(place, tiny_sd3, "out")
+    made = json.loads((folder / "pairs.json").read_text())["made_with"]
+    assert made["commits of the hub"] == {"openai/clip-vit-large-patch14": "a" * 40}
+    ref.write_text("b" * 40)
+    with pytest.raises(UserError, match="commits of the hub changed"):
+        run(place, tiny_sd3, "out")
+    for name in ("openai/clip-vit-large-patch14/model.pt", "openai/other", "/openai/x", "clip"):
+        found = folders.hub_commit(name)
+        assert found == ("b" * 40 if name.endswith("model.pt") else "")
 
 
 def test_a_folder_of_somebody_elses_is_left_alone(place: Path, tiny_sd3: Path) -> None:

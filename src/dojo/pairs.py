@@ -41,16 +41,14 @@ from dojo.inputs import prompts
 from dojo.inputs.prompts import Prompt, Prompts
 from dojo.lazy import TF, no_grad, torch
 from dojo.models import folders, loaded
-from dojo.rewards import Reward, spec, weights
+from dojo.rewards import Reward, weights
 
 if TYPE_CHECKING:
     from PIL import Image
 
 PAIRS, DRAWN, SUMMARY, HELD_OUT = "metadata.jsonl", "drawn.jsonl", "pairs.json", "held_out.jsonl"
 _MODEL = "--pretrained_model_name_or_path"
-# Options of rewards that may name a folder or a file. Of an address its masked form is compared:
-# a query may choose what is served, and may be a secret.
-_PLACES = frozenset(["base", "clip", "det", "head", "model", "rec", "template", "tokenizer"])
+_COMMITS = "commits of the hub"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +137,8 @@ def make(args: Args) -> None:
     done = _read(folder / DRAWN)
     if len(done) < len(source.train):
         draws = _open(args, source.train, device)
+        settings = _settings(args, source, device)  # what was missing has been fetched now
+        _check(folder, settings)
         _write_json(folder / SUMMARY, {"made_with": settings})
         done += _draw(args, draws, source.train, len(done))
     rows = ({**one.metadata, "prompt": one.text} for one in source.held_out)
@@ -219,8 +219,10 @@ def _settings(args: Args, source: Prompts, device: torch.device) -> dict[str, An
         "single_file_config": args.place.single_file_config,
         "prompts": source.fingerprint,
         **asdict(args.drawing, dict_factory=_plain),
+        # Of an address the masked form: a query may choose what is served, and may be a secret.
         "reward": hide(reward.reward),
         "files of reward": _reward_files(reward.reward),
+        _COMMITS: _commits([model, *loras, *rewards.places(reward.reward)]),
         "reward_dtype": reward.reward_dtype,
         "num_images": args.num_images,
         "seed": args.seed,
@@ -249,18 +251,15 @@ def _lora_files(place: Path) -> str:
 
 
 def _reward_files(text: str) -> str:
-    """Of a reward's own functions, and of the models here that its options name."""
-    terms = spec.parse(text)
-    options = [option for term in terms for option in term.options.items()]
-    named = [weights.locate(value) for name, value in options if name in _PLACES]
-    own = [term.source.rpartition(":")[0] for term in terms]
-    found = {
-        str(path): path
-        for place in map(Path, [*named, *(file for file in own if file.endswith(".py"))])
-        for path in ([place] if place.is_file() else sorted(place.rglob("*.*")))
-        if path.is_file()
-    }
-    return folders.fingerprint_of(found)
+    """Of a reward's own functions, and of the models here that it reads."""
+    here = (path for name in rewards.places(text) for path in weights.files_here(name))
+    return folders.fingerprint_of({str(path): path for path in here})
+
+
+def _commits(names: Sequence[str]) -> dict[str, str]:
+    """Of the names that stand for a repository of the hub, what was fetched of it."""
+    found = {name: folders.hub_commit(name) for name in names if not Path(name).exists()}
+    return {name: commit for name, commit in sorted(found.items()) if commit}
 
 
 def _check(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -270,11 +269,11 @@ def _check(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     before = read_table(folder / SUMMARY, ": remove it, or choose another folder")
     before = before.get("made_with", settings)
-    other = [name for name, value in settings.items() if before.get(name) != value]
+    other = [name for name, value in settings.items() if _differs(before.get(name), value)]
     if other:
         changes = ", ".join(
             f"{name} changed"
-            if "files" in name or name == "prompts"
+            if "files" in name or name in ("prompts", _COMMITS)
             else f"{name} was {before.get(name)}, now {settings[name]}"
             for name in other
         )
@@ -282,6 +281,14 @@ def _check(folder: Path, settings: Mapping[str, Any]) -> None:
             f"--output_dir {folder} holds pairs that were drawn otherwise ({changes}): choose "
             "another folder"
         )
+
+
+def _differs(before: Any, now: Any) -> bool:
+    """Of a commit that is not known, before or now, nothing can be said."""
+    if isinstance(now, dict):
+        known: dict[str, str] = before or {}
+        return any(known.get(name, commit) != commit for name, commit in now.items())
+    return before != now
 
 
 def _read(path: Path) -> list[Drawn]:

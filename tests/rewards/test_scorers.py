@@ -1,5 +1,6 @@
 """The scorers with networks, on small random weights, each against a computation of its own."""
 
+import inspect
 import json
 import math
 import shutil
@@ -682,3 +683,25 @@ def test_the_aesthetic_predictors_give_their_published_scores(
         pytest.skip(str(error))
     score = float(reward(tensor([picture]), [""]).scores)
     assert score == pytest.approx(PUBLISHED[text], abs=0.1)
+
+
+def test_every_scorer_says_which_of_its_options_are_places() -> None:
+    def is_a_place(value: object) -> bool:
+        return isinstance(value, str) and ("/" in value or Path(value).suffix != "")
+
+    for name in loading.SCORERS:
+        kind: Any = loading.scorer_class(name)
+        options = inspect.signature(kind).parameters
+        assert set(kind.places) <= set(options), name
+        for option, parameter in options.items():
+            if is_a_place(parameter.default):
+                assert option in kind.places, (name, option)
+        found = loading.places(name)
+        if is_a_place(kind.checkpoint.split()[0]) and kind.places:
+            assert found[0] == kind.checkpoint.split()[0], name
+    assert loading.places("clip[model=a]=1,hpsv2,my/own.py:fn=0,http://host#x=2,pocket") == [
+        *("a", hps.HpsV2.checkpoint, "my/own.py")
+    ]
+    assert loading.places("vlm[url=http://host,model=docs]") == []  # what the server calls it
+    with pytest.raises(UserError, match="no scorer"):
+        loading.places("no_such_scorer")

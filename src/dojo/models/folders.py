@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 
 from dojo.cli import TrainingStopped, UserError
 from dojo.files import outputs
@@ -233,6 +233,16 @@ def fingerprint_of(files: Mapping[str, Path]) -> str:
                 file.seek((size - 65_536) * i // 63)
                 digest.update(file.read(65_536))
     return digest.hexdigest()
+
+
+def hub_commit(name: str) -> str:
+    """Which commit of "owner/name", or of "owner/name/file", the hub's cache holds here.
+
+    It stands for all of its files. "" is none: nothing was fetched, or it is no id.
+    """
+    owner, _, rest = name.partition("/")
+    ref = Path(constants.HF_HUB_CACHE) / f"models--{owner}--{rest.partition('/')[0]}/refs/main"
+    return ref.read_text().strip() if owner and rest and ref.is_file() else ""
 
 
 # ---- copying ----

@@ -1,7 +1,7 @@
 """Scores of pictures: the rewards of reinforcement learning, and a way to measure results."""
 
 from dojo.rewards.checking import check_prompts
-from dojo.rewards.loading import RewardArgs, ScorerArgs, load, networks, table
+from dojo.rewards.loading import RewardArgs, ScorerArgs, load, networks, places, table
 from dojo.rewards.reward import Reward, RewardOutput
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "check_prompts",
     "load",
     "networks",
+    "places",
     "table",
 ]

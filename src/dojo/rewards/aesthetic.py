@@ -88,6 +88,7 @@ class Aesthetic(Scorer):
     differentiable = True
     range = "5 to 6.5"
     checkpoint = "sac+logos+ava1-l14-linearMSE"
+    places = ("head", "clip")
     size = "4 MB and CLIP-L"
     licence = "Apache-2.0 (head)"
 

@@ -119,6 +119,7 @@ class Clip(Scorer):
     differentiable = True
     range = "0.2 to 0.35"
     checkpoint = CLIP_L
+    places = ("model",)
     size = "1.7 GB"
     licence = "MIT (code; the card says research)"
     crop: preprocess.Crop = "transformers"

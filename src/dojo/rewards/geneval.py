@@ -286,6 +286,7 @@ class GenEval(Scorer):
 
     range = "0 or 1"
     checkpoint = f"{DETECTOR} and CLIP-L; never compared with mmdetection's own results"
+    places = ("model", "clip")
     size = "0.3 and 1.7 GB"
     licence = "Apache-2.0; MIT (code of CLIP)"
     dense = False

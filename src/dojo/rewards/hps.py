@@ -52,6 +52,7 @@ class HpsV2(Scorer):
     differentiable = True
     range = "0.23 to 0.28"
     checkpoint = "xswu/HPSv2/HPS_v2_compressed.pt"
+    places = ("model",)
     size = "986 M weights"
     licence = "Apache-2.0"
 

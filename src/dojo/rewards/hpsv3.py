@@ -90,6 +90,7 @@ class HpsV3(Scorer):
 
     range = "-1 to 11"
     checkpoint = "MizzenAI/HPSv3/HPSv3.safetensors"
+    places = ("model", "base", "template")
     size = "16 GB, with dtype=bf16"
     licence = "MIT; Apache-2.0 (Qwen2-VL)"
 

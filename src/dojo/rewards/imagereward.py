@@ -99,6 +99,7 @@ class ImageReward(Scorer):
     range = "-2.3 to 2"
     good_enough = 2.0  # the margin of ReFL (arXiv:2304.05977)
     checkpoint = "THUDM/ImageReward/ImageReward.pt"
+    places = ("model", "tokenizer")
     size = "1.8 GB"
     licence = "Apache-2.0"
 

@@ -184,6 +184,29 @@ def scorer_class(source: str) -> Callable[..., Scorer]:
     return lambda place: Function(place, source)
 
 
+def places(text: str) -> list[str]:
+    """What a reward reads, by the names of paths or of the hub: weights, files, functions.
+
+    Raises:
+        UserError: there is no such scorer.
+    """
+    found: list[str] = []
+    for term in spec.parse(text):
+        if spec.is_address(term.source):
+            continue
+        if term.source not in SCORERS and ":" in term.source:
+            found.append(term.source.rpartition(":")[0])
+            continue
+        make: Any = scorer_class(term.source)
+        known = inspect.signature(make).parameters
+        for number, name in enumerate(make.places):
+            value = term.options.get(name, known[name].default)
+            if value is None and number == 0:
+                value = make.checkpoint
+            found += [value] if value else []
+    return found
+
+
 def table() -> str:
     """The scorers as a table, for --list_rewards."""
     head = ("name", "gradient", "usual range", "size", "licence of the weights", "checkpoint")

@@ -40,6 +40,7 @@ class Ocr(Scorer):
     range = "0 to 1"
     checkpoint = "in the wheel of rapidocr; or det, rec: PaddlePaddle/PP-OCRv5_*_safetensors"
     size = "32 MB"
+    places = ("rec", "det")
     licence = "Apache-2.0"
 
     def __init__(self, place: Place, *, det: str | None = None, rec: str | None = None) -> None:

@@ -73,6 +73,9 @@ class Scorer:
     """of the checkpoint"""
     licence: ClassVar[str] = "-"
     """of the weights"""
+    places: ClassVar[tuple[str, ...]] = ()
+    """the options that name weights or other files, by a path or an id of the hub; the first is
+    `checkpoint` where it is unset"""
 
     def __init__(self, place: Place) -> None:
         self.place = place

@@ -275,6 +275,7 @@ class UnifiedReward(_Judge):
 
     kind = "unifiedreward"
     checkpoint = "of the server: CodeGoat24/UnifiedReward-2.0-qwen3vl-*"
+    places = ("template",)
     licence = "MIT (code)"
 
     def __init__(

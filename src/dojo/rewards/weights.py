@@ -52,16 +52,28 @@ def file(name: str) -> Path:
     Raises:
         UserError: it is neither here nor on the hub.
     """
+    if (path := _file_here(name)) is not None:
+        return path
     parts = Path(name).parts
-    for path in (Path(name), MODELS.joinpath(*parts[-2:]), MODELS / parts[-1]):
-        if path.is_file():
-            return path
     if len(parts) < 3 or Path(name).is_absolute():
         raise UserError(f"--reward: there is no file {name}, nor one of this name in {MODELS}/")
     try:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except (OSError, ValueError) as error:
         raise missing(name, error) from error
+
+
+def _file_here(name: str) -> Path | None:
+    parts = Path(name).parts
+    places = (Path(name), MODELS.joinpath(*parts[-2:]), MODELS / parts[-1])
+    return next((path for path in places if path.is_file()), None)
+
+
+def files_here(name: str) -> list[Path]:
+    """The files that a name stands for on this machine, those of the hub's cache left out."""
+    if (path := _file_here(name)) is not None:
+        return [path]
+    return [path for path in sorted(Path(locate(name)).rglob("*.*")) if path.is_file()]
 
 
 def missing(name: str, error: Exception) -> UserError:
