@@ -234,7 +234,9 @@ for part in "${parts[@]}"; do
             train grpo table/1-as-above "${same[@]}"
             train grpo table/2-sde "${same[@]}" --sampler sde --noise_level 0.7
             train grpo table/3-dance "${same[@]}" --sampler dance --noise_level 0.3
-            train grpo table/4-all-steps "${same[@]}" --train_timesteps all
+            # The window's options as if they were not given: nothing reads them here.
+            train grpo table/4-all-steps "${same[@]}" --train_timesteps all \
+                --window_size 3 --window_first 0
             train grpo table/5-guidance "${same[@]}" --guidance_scale 4
             ;;
         compare)

@@ -70,6 +70,7 @@ def train(folder: Path, model: Path, *flags: str, script: ModuleType = train_grp
         (
             *("--sampler", "sde", "--guidance_scale", "3", "--negative_prompt", "a star"),
             *("--gradient_checkpointing", "--train_timesteps", "all", "--ratio", "guard"),
+            *("--window_size", "3"),  # as if not given
             *("--sample_batch_size", "4", "--beta", "0.01", "--kl", "transition", "--branch"),
         ),
         (
@@ -85,7 +86,7 @@ def train(folder: Path, model: Path, *flags: str, script: ModuleType = train_grp
         (
             *("--sampler", "cps", "--finetune", "full", "--gradient_checkpointing"),
             *("--beta", "0.01", "--kl", "transition", "--learning_rate", "1e-4"),
-            *("--train_timesteps", "fraction", "--timestep_fraction", "0.25"),
+            *("--train_timesteps", "fraction", "--timestep_fraction", "0.25", "--window_size", "3"),
         ),
         (
             *("--sampler", "dance", "--lora_layers", "all-linear", "--beta", "0.001"),
