@@ -22,7 +22,12 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import train_ddpo_sd3
 import train_ddpo_sd15
+import train_ddpo_sdxl
+import train_dpo_sd3
 import train_grpo_sd3
+import train_nft_sd3
+import train_refl_sd3
+import train_refl_sd15
 from dojo import cli, finetune
 from dojo.bench import __main__ as command_line
 from dojo.bench import caches, limits, models, rl, sharded, supervised
@@ -31,6 +36,7 @@ from dojo.bench.rl import RlArgs
 from dojo.bench.supervised import SupervisedArgs, Trace
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError
+from dojo.data import PairArgs, open_pairs
 from dojo.finetune import whole as full
 from dojo.methods import rl as learning
 from dojo.models import family, opening, sd3
@@ -551,7 +557,8 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 def said(words: list[str]) -> dict[str, Any]:
     """args.json of the run that a command line starts, as the script itself reads it."""
     place = next(i for i, word in enumerate(words) if Path(word).name.startswith("train_"))
-    scripts = (train_grpo_sd3, train_ddpo_sd3, train_ddpo_sd15)
+    scripts = (train_grpo_sd3, train_ddpo_sd3, train_ddpo_sd15, train_ddpo_sdxl)
+    scripts += (train_nft_sd3, train_refl_sd3, train_refl_sd15, train_dpo_sd3)
     script: Any = {one.__name__: one for one in scripts}[Path(words[place]).stem]
     options = cli.parse(script.Args, None, words[place + 1 :])
     return {
@@ -618,14 +625,60 @@ def test_the_seconds_of_an_epoch_are_shared_by_its_pictures() -> None:
             {"model": "pocket-sd15", "method": "ddpo", "guidance_scale": 5.0},
             *("--train_timesteps all", (20, 2 * 3 * 9, 0)),
         ),
+        ({"model": "pocket-sdxl", "method": "ddpo", "train_timesteps": "all"}, "", (10, 27, 0)),
+        ({"method": "nft"}, "--num_train_timesteps 3", (10, 9, 3 + 3)),
+        (
+            {"method": "nft", "guidance_scale": 2.0},
+            *("--solver heun --kl_beta 0 --old_decay_max 0", (2 * 19, 12, 4 + 1)),
+        ),
+        # ReFL's scored step lies in the last quarter: 7 to 9 of 0 .. 9.
+        ({"method": "refl"}, "", (8, 3, 0)),
+        ({"method": "refl", "guidance_scale": 3.0}, "--grad_steps 2", (2 * 7, 2 * 2 * 3, 0)),
+        ({"model": "pocket-sd15", "method": "refl"}, "", (8, 3, 0)),
     ],
 )
 def test_the_passes_of_a_picture_are_those_of_the_rule(
     flags: dict[str, Any], extra: str, passes: tuple[int, ...]
 ) -> None:
-    args = RlArgs(**{"model": "pocket", "sample_steps": 10, **flags})
+    args = RlArgs(**{"model": "pocket", "sample_steps": 10, **flags})  # pyright: ignore[reportArgumentType]
     words = rl.command(args, models.POCKETS[args.model], Path("work/runs/run"), extra.split())
     assert tuple(rl.forward_passes(said(words), 3).values()) == passes
+
+
+def test_a_pair_costs_eight_passes_and_its_pictures_are_there(tmp_path: Path) -> None:
+    args = RlArgs(model="pocket", method="dpo", batch_size=2, work_dir=tmp_path)
+    words = rl.command(args, models.POCKET, tmp_path / "run", [])
+    record = said(words)
+    assert tuple(rl.forward_passes(record, 3).values()) == (0, 3, 1)
+    assert rl.facts(record).pictures == 4
+    pairs = open_pairs(PairArgs(dataset_name=record["args"]["data"]["dataset_name"], resolution=64))
+    assert len(pairs.pairs) == 4
+    result = rl.summarise(args, _steps(record, 5), record)
+    assert result["seconds_per_image"]["train"] == 0.5
+    assert (result["images_per_s"], result["images_per_hour"]) == (2.0, 7200.0)
+    row = rl.table_row(result)
+    assert (row["pictures"], row["trained steps"], row["images/hour"]) == ("4", "1", "7,200")
+
+
+def _steps(record: dict[str, Any], count: int) -> Trace:
+    """A row per step of two seconds."""
+    rows = [
+        {"step": i, "epoch": i / 9, "loss": 0.0, "seconds_train": 2.0, "memory_gib": 1}
+        for i in range(1, count)
+    ]
+    assert rl.steps_done(rows) == count - 1
+    return Trace(rows, [2.0 * i for i in range(1, count)])
+
+
+def test_the_standard_cases_of_a_method_without_trained_steps_are_with_and_without_guidance() -> (
+    None
+):
+    def guided(method: rl.Method) -> list[float]:
+        args = RlArgs(model="pocket", cases="standard", method=method)
+        return [case.guidance_scale for case in rl.cases(args)]
+
+    assert guided("nft") == guided("refl") == [1.0, rl.GUIDANCE]
+    assert guided("dpo") == [1.0]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -734,6 +787,9 @@ def test_the_phases_are_read_from_the_real_script_which_evaluates_nothing(
         ("--num_processes 0", "--num_processes must be at least 1"),
         ("--method ddpo --beta 0.1", "--beta needs --method grpo"),
         ("--model sd15", "--method grpo: there is no such script for sd15"),
+        ("--method nft --window_size 2", "--window_size does nothing with --method nft"),
+        ("--method dpo --sample_steps 4", "--sample_steps does nothing with --method dpo"),
+        ("--method refl --group_size 4", "--group_size does nothing with --method refl"),
         ("--cases standard --guidance_scale 2", "--cases standard chooses --guidance_scale"),
         ("--cases standard --train_timesteps all", "--cases standard chooses --train_timesteps"),
         ("--prompt_set animals", "--reward pocket needs --prompt_set pocket"),

@@ -282,13 +282,17 @@ def make_data(args: SupervisedArgs, parent: Path) -> Path:
         rng = random.Random(0)
         rows = []
         for i in range(2 * args.batch_size):
-            noise = Image.frombytes("RGB", (16, 16), rng.randbytes(16 * 16 * 3))
-            noise.resize((args.size, args.size)).save(partial / f"{i:03d}.png")
+            random_picture(rng, args.size).save(partial / f"{i:03d}.png")
             rows.append(json.dumps({"file_name": f"{i:03d}.png", "text": f"random colours {i}"}))
         (partial / "metadata.jsonl").write_text("\n".join(rows) + "\n")
 
     checkpoint.write_whole(folder, write)
     return folder
+
+
+def random_picture(source: random.Random, size: int) -> Image.Image:
+    """Colours of chance, square, in pixels."""
+    return Image.frombytes("RGB", (16, 16), source.randbytes(16 * 16 * 3)).resize((size, size))
 
 
 def follow(
