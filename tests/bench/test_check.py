@@ -275,7 +275,7 @@ def test_a_measurement_is_a_row_of_the_page(model: Any, method: Any, table: str)
 def test_a_measurement_of_learning_from_rewards_is_a_row_of_the_page() -> None:
     args = rl.RlArgs(model="sd35-medium", guidance_scale=4.5)
     result = {
-        "options": {"rollout": {"sample_steps": 10}},
+        "sample_steps": 10,
         "forward_passes_by_rule": {"sample": 20, "train": 18.0, "reference": 0},
         "seconds_per_image": dict.fromkeys(rl.PHASES, 0.1),
         "trained_steps": 3,

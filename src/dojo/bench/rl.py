@@ -136,6 +136,7 @@ class RlArgs(supervised.CaseArgs):
         why = f"with --method {self.method}"
         if self.method not in OF_A_WAY:
             ranges.check_unread(self, "train_timesteps window_size", why)
+        ranges.check_choice(self, "train_timesteps", {"window": "window_size"})
         if self.method in BY_STEP:
             ranges.check_unread(self, "num_prompts group_size sample_batch_size", why)
         if not self.prompted:
