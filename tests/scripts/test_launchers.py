@@ -447,7 +447,7 @@ def test_the_demo_runs_without_a_lora(tmp_path: Path) -> None:
     assert "--compare" not in words
 
 
-ZERO = ["deepspeed_zero1", "deepspeed_zero2"]
+ZERO = ["deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]
 
 
 def test_the_expected_configurations_exist() -> None:

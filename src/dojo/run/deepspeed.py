@@ -9,19 +9,25 @@ ZeRO-1 shards the optimizer's state and ZeRO-2 the gradients too: each process h
 that all but the optimizer is as with plain data parallelism. A checkpoint has what each process
 keeps of the optimizer in `deepspeed/`; DeepSpeed writes the trained weights there too, and has no
 switch for leaving them out (its `exclude_frozen_parameters` is of frozen ones alone).
+
+ZeRO-3 shards the weights as well, frozen ones too. The average is then one of each process's parts,
+and a checkpoint has nothing but what is in `deepspeed/`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from dojo.cli import UserError
-from dojo.lazy import accelerate, torch
+from dojo.files import tensors
+from dojo.lazy import accelerate, nn, safetensors_torch, torch
 from dojo.run import checkpoint, finite
 from dojo.run.optim import OptimArgs
 from dojo.run.replicas import (
@@ -34,9 +40,6 @@ from dojo.run.replicas import (
     check_options,
     made_by,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _TAG = "zero"
 # Those whose step is the same on a flat part of all weights as on each by itself.
@@ -107,10 +110,10 @@ def _check_settings() -> None:
                 "scripts/accelerate/deepspeed_zero2.yaml as it is, or for less memory --shard"
             )
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if stage not in ("1", "2"):
+    if stage not in ("1", "2", "3"):
         raise UserError(
-            f"DeepSpeed: zero_stage {stage} is not supported, 1 and 2 are "
-            "(scripts/accelerate/deepspeed_zero2.yaml); --shard shards the weights too"
+            f"DeepSpeed: zero_stage {stage} is not supported, 1, 2 and 3 are "
+            "(scripts/accelerate/deepspeed_zero2.yaml)"
         )
 
 
@@ -144,9 +147,26 @@ def check_script(args: Any, accelerator: Any) -> None:
     """
     if not of(accelerator):
         return
-    if any(hasattr(group, _POLICY) for group in vars(args).values()):
+    groups = vars(args)
+    if any(hasattr(group, _POLICY) for group in groups.values()):
         raise UserError(_METHODS)
     check_options(args, _UNTRIED, "DeepSpeed")
+    if _stage(accelerator) == 3 and "validation" not in groups:  # as scripts for captions have it
+        raise UserError(
+            "DeepSpeed ZeRO-3 is for training on captioned pictures; DPO and ReFL start with "
+            "scripts/accelerate/deepspeed_zero2.yaml, or with --shard on multi_gpu.yaml"
+        )
+
+
+def _stage(accelerator: Any) -> int:
+    plugin: Any = accelerator.state.deepspeed_plugin
+    return plugin.zero_stage
+
+
+def make(accelerator: Any, optim: OptimArgs) -> Zero:
+    """How the processes of a run that DeepSpeed takes part in share the work."""
+    kind = ZeroThree if _stage(accelerator) == 3 else Zero
+    return kind(accelerator, optim)
 
 
 class Zero(Replicas):
@@ -159,6 +179,7 @@ class Zero(Replicas):
     """
 
     owns_storage = True  # each weight is a view of one row of numbers
+    zero_settings: ClassVar[Mapping[str, object]] = {}
 
     def __init__(self, accelerator: Any, optim: OptimArgs) -> None:
         check_optimizer(optim)
@@ -202,6 +223,7 @@ class Zero(Replicas):
         plugin: Any = accelerator.state.deepspeed_plugin
         config = plugin.deepspeed_config
         config.update(self._settings)
+        config["zero_optimization"].update(self.zero_settings)
         config["bf16"] = {"enabled": False}
         try:
             self.engine, wrapped = accelerator.prepare(network, optimizer)
@@ -250,20 +272,21 @@ class Zero(Replicas):
     def write(self, folder: Path, learned: Learned, rest: Callable[[Path], None]) -> None:
         """Every process writes its part; the first one writes the rest and gives the name."""
 
-        def own(inside: Path) -> list[Path]:
-            self.engine.save_checkpoint(
-                str(inside / ZERO), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
-            )
-            mine = f"*zero_pp_rank_{self.accelerator.process_index}_*.pt"
-            return sorted((inside / ZERO / _TAG).glob(mine))
-
         def others(inside: Path) -> None:
             self.write_weights(inside, learned)
             text = json.dumps(self._made_by)
             (inside / ZERO / MADE_BY).write_text(text, encoding="utf-8")
             rest(inside)
 
-        self.write_together(folder, own, others)
+        self.write_together(folder, lambda inside: self.write_own(inside, learned), others)
+
+    def write_own(self, folder: Path, learned: Learned) -> list[Path]:
+        """Writes this process's files, and returns which they are: a collective."""
+        self.engine.save_checkpoint(
+            str(folder / ZERO), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
+        )
+        mine = f"*zero_pp_rank_{self.accelerator.process_index}_*.pt"
+        return sorted((folder / ZERO / _TAG).glob(mine))
 
     def read(self, folder: Path, learned: Learned) -> None:
         """Puts back weights and average; the optimizer follows when there is an engine."""
@@ -285,6 +308,126 @@ class Zero(Replicas):
         groups = {"the optimizer's state": self.state(self.engine.optimizer)}
         if broken := self.anywhere(finite.not_finite(groups)):
             raise checkpoint.damaged(folder, f"NaN or infinite numbers in {', '.join(broken)}")
+
+
+class ZeroThree(Zero):
+    """The same where each process has a part of every weight.
+
+    DeepSpeed's hooks gather the weights of a layer when its turn comes. What is averaged, checked
+    and swapped for the average are the parts.
+    """
+
+    sharded = True
+    # A weight that stays gathered would not see the average in its part.
+    zero_settings: ClassVar[Mapping[str, object]] = {"stage3_param_persistence_threshold": 0}
+
+    def __init__(self, accelerator: Any, optim: OptimArgs) -> None:
+        super().__init__(accelerator, optim)
+        # Or transformers and diffusers would deal out every model that they read, text encoders
+        # too, whatever accelerate's zero3_init_flag says.
+        import_module("transformers.integrations").unset_hf_deepspeed_config()
+        self._shared: list[Any] = []  # every weight, trained or not
+        self._trained: list[tuple[Any, nn.Parameter]] = []  # a weight, and this process's part
+
+    # -- the weights --------------------------------------------------------------------------
+
+    @property
+    def home(self) -> torch.device:
+        """The CPU: a weight at a time goes to the device, and its part stays there."""
+        return torch.device("cpu")
+
+    def spread(
+        self, modules: Sequence[nn.Module], groups: list[dict[str, Any]]
+    ) -> list[nn.Parameter]:
+        """See `Replicas`."""
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3, **self.zero_settings},
+        }
+        for module in modules:
+            import_module("deepspeed").zero.Init(module=module, config_dict_or_path=config)
+            for one in module.modules():
+                for name, buffer in one.named_buffers(recurse=False):
+                    one.register_buffer(
+                        name,
+                        buffer.to(self.accelerator.device),
+                        persistent=name not in one._non_persistent_buffers_set,
+                    )
+            self._shared += module.parameters()
+        for group in groups:
+            self._trained += [(one, nn.Parameter(one.ds_tensor)) for one in group["params"]]
+        return [part for _, part in self._trained]
+
+    def _find_parts(self) -> None:
+        """The parts, where the engine has moved them to."""
+        for one, part in self._trained:
+            part.data = one.ds_tensor.data
+
+    def whole(self, network: nn.Module, *, frozen: bool) -> dict[str, torch.Tensor]:
+        """See `Replicas`; on the CPU, and one weight at a time on the device."""
+        main, found = self.accelerator.is_main_process, dict[str, torch.Tensor]()
+        own = dict(network.named_parameters())
+        for name, value in network.state_dict(keep_vars=True).items():
+            if not (frozen or (name in own and value.requires_grad)):
+                continue
+            with _gathered([value] if name in own else []):
+                if main:
+                    found[name] = value.detach().to("cpu", copy=True)
+        return found
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All weights on every process."""
+        with _gathered(self._shared):
+            for one in self._shared:
+                one.ds_active_sub_modules.add(_HELD)  # or a layer's hook lets go of its weights
+            try:
+                yield
+            finally:
+                for one in self._shared:
+                    one.ds_active_sub_modules.discard(_HELD)
+
+    # -- training and checkpoints -------------------------------------------------------------
+
+    def prepare(
+        self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, passes: int = 1
+    ) -> tuple[list[nn.Module], Any]:
+        """See `Zero`."""
+        prepared = super().prepare(modules, optimizer, passes)
+        self._find_parts()
+        return prepared
+
+    def write_weights(self, folder: Path, learned: Learned) -> None:
+        """Nothing but how far the average is: the weights are in the processes' parts."""
+        learned.averaged.save_progress(folder)
+
+    def write_own(self, folder: Path, learned: Learned) -> list[Path]:
+        """See `Zero`; and the part of the average."""
+        shadows = {str(i): value for i, value in enumerate(learned.averaged.shadows())}
+        if shadows:
+            tensors.save(self._average(folder), shadows)
+        return [*super().write_own(folder, learned), *([self._average(folder)] if shadows else [])]
+
+    def read_weights(self, folder: Path, learned: Learned) -> None:
+        """The average alone; weights come with the optimizer."""
+        learned.averaged.restore_progress(folder)
+        if shadows := learned.averaged.shadows():
+            with checkpoint.reading(folder):
+                saved = safetensors_torch.load_file(self._average(folder))
+                for i, shadow in enumerate(shadows):
+                    shadow.copy_(saved[str(i)])
+
+    def _average(self, folder: Path) -> Path:
+        return folder / ZERO / f"average_{self.accelerator.process_index}.safetensors"
+
+
+_HELD = -1  # DeepSpeed counts layers from 0
+
+
+def _gathered(weights: list[Any]) -> AbstractContextManager[None]:
+    if not weights:
+        return nullcontext()
+    return import_module("deepspeed").zero.GatheredParameters(weights)
 
 
 def _is_set(name: str) -> bool:

@@ -225,15 +225,13 @@ class Replicas:
         if main:
             checkpoint.seal(inside, folder)
 
-    @staticmethod
-    def write_weights(folder: Path, learned: Learned) -> None:
+    def write_weights(self, folder: Path, learned: Learned) -> None:
         """Writes the weights and their average."""
         trained = learned.trained
         trained.save(folder)
         learned.averaged.save(folder, lambda: trained.save_average(folder))
 
-    @staticmethod
-    def read_weights(folder: Path, learned: Learned) -> None:
+    def read_weights(self, folder: Path, learned: Learned) -> None:
         """Puts them back."""
         trained = learned.trained
         learned.averaged.restore(folder, lambda: trained.restore_average(folder))

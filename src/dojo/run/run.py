@@ -493,7 +493,7 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         prodigy = optim.kind == "prodigy"  # which adds up over all weights
         run.replicas = sharding.Shards(accelerator, run.dtype, summing=prodigy)
     elif deepspeed.of(accelerator):
-        run.replicas = deepspeed.Zero(accelerator, optim)
+        run.replicas = deepspeed.make(accelerator, optim)
     asked, processes = launch.asked_processes() or 1, accelerator.num_processes
     if asked > processes:
         run.say(
