@@ -52,9 +52,9 @@ from dojo.data import (
     open_source,
 )
 from dojo.data import shards as disk
-from dojo.data.images import READER
+from dojo.data.images import READER, Seen
 from dojo.data.shards import Shards
-from dojo.data.sources.captioned import Seen, look
+from dojo.data.sources.captioned import look
 from dojo.models import sd3
 
 SETTINGS: dict[str, object] = {"vae": "v1", "dtype": "no"}

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 
 from dojo.data import BadSample, cover_box, fit, fit_mask, images, read_image
-from dojo.data.images import has_alpha, read_alpha, read_mask
+from dojo.data.colour import BAD_PROFILE
+from dojo.data.images import Seen, decode, examine, has_alpha, read_alpha, read_mask
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -173,6 +174,61 @@ def test_a_truncated_file_is_a_bad_sample(form: str, kept: float) -> None:
     data = encoded(noise(), form)
     with pytest.raises(BadSample, match=r"^cut\.bin: .+"):
         read_image(data[: int(len(data) * kept)], "cut.bin")
+
+
+def verdict(data: bytes, *, examined: bool) -> Seen | str:
+    """The size and the notes, or what is wrong with a picture, by one of two ways."""
+    try:
+        if examined:
+            return examine(data, "x")
+        found = decode(data, "x")
+    except BadSample as error:
+        return str(error)
+    return (found.image.height, found.image.width), found.notes
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"subsampling": 0, "restart_marker_blocks": 3}],
+    ids=["plain", "progressive", "restarts"],
+)
+def test_a_jpeg_is_examined_by_less_and_found_the_same(mode: str, options: dict[str, int]) -> None:
+    picture = noise(96).crop((0, 0, 91, 62)).convert(mode)
+    data = encoded(picture, "JPEG", **options)
+    assert verdict(data, examined=True) == ((62, 91), ())
+    places = np.random.default_rng(0)
+    found: list[Seen | str] = []
+    for case in range(60):
+        spoilt = bytearray(data)
+        if case % 3 == 0:
+            del spoilt[places.integers(1, len(data)) :]
+        elif case % 3 == 1:
+            del spoilt[len(data) - 1 - case // 6 :]  # the end, of which a decoder may miss nothing
+        else:
+            for place in places.integers(0, len(data), 20):
+                spoilt[place] = places.integers(0, 256)
+        found.append(verdict(bytes(spoilt), examined=True))
+        assert found[-1] == verdict(bytes(spoilt), examined=False)
+    assert {type(one) for one in found} == {str, tuple}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_examined_picture_has_the_size_that_it_is_read_at(orientation: int) -> None:
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    for form in ("JPEG", "PNG"):
+        data = encoded(quarters(33, 15), form, exif=tag)
+        assert examine(data, "x")[0] == ((33, 15) if orientation > 4 else (15, 33))
+
+
+def test_an_examined_profile_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(quarters(), "JPEG", icc_profile=b"no profile")
+    assert examine(data, "x") == ((16, 32), decode(data, "x").notes)
+    assert examine(data, "x")[1] == (BAD_PROFILE,)
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)  # as it is, not as it is examined
+    with pytest.raises(BadSample, match="more than 99 pixels"):
+        examine(data, "x")
 
 
 def test_files_that_are_no_pictures_are_bad_samples(tmp_path: Path) -> None:

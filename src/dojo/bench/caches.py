@@ -30,7 +30,7 @@ from dojo.lazy import no_grad, safetensors_torch, torch
 from dojo.models.family import ModelArgs
 from dojo.models.folders import posterior
 from dojo.models.opening import open_model
-from dojo.run import checkpoint
+from dojo.run import checkpoint, heap
 from dojo.run.machine import peak_memory_gib
 
 if TYPE_CHECKING:
@@ -142,14 +142,15 @@ def _round(args: CacheBenchArgs, model: Model, folder: Path) -> dict[str, float 
     pictures = data.Pictures(
         *(source, options, data.CaptionArgs()), seed=0, latent_step=model.pixels_per_latent
     )
-    data.cache_latents(
-        pictures,
-        plan.needed(),
-        lambda pixels: posterior(vae, pixels),
-        root,
-        {"vae": args.model},
-        latent_channels=model.vae["latent_channels"],
-    )
+    with heap.kept(torch.device(args.device)):
+        data.cache_latents(
+            pictures,
+            plan.needed(),
+            lambda pixels: posterior(vae, pixels),
+            root,
+            {"vae": args.model},
+            latent_channels=model.vae["latent_channels"],
+        )
     times.append(time.perf_counter())
     seconds = (end - begin for begin, end in itertools.pairwise(times))
     found: dict[str, float | str] = dict(zip(_SECONDS, seconds, strict=True))

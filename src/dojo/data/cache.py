@@ -18,11 +18,11 @@ from dojo.bars import Bar
 from dojo.cli import UserError, option
 from dojo.data.contents import write_json
 from dojo.data.identity import identified
-from dojo.data.images import READER, Size
+from dojo.data.images import READER, Seen, Size
 from dojo.data.options import DataArgs
 from dojo.data.samples import Latents, Pictures, Posterior
 from dojo.data.shards import Aside, Shards, announce, cache_folder, describe, digest
-from dojo.data.sources.captioned import BadReport, Captioned, Seen, judged, look, noted
+from dojo.data.sources.captioned import BadReport, Captioned, judged, look, noted
 from dojo.lazy import torch
 
 S = TypeVar("S")

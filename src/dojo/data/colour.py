@@ -106,15 +106,20 @@ class _Conversion(NamedTuple):
 
 
 def _managed(image: Image.Image, flat: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    """The colours of a picture in mode RGB, its profile applied."""
+    """The colours of a picture in mode RGB, its profile applied; `flat` if it has them already."""
     if "icc_profile" not in image.info or image.mode == "LAB":
-        return flat.convert("RGB"), ()
+        return _in_rgb(flat), ()
     profile = image.info["icc_profile"]  # None where Pillow found it damaged
     kind = "GRAY" if image.mode in _GREY_MODES else flat.mode
     mode, transform = _conversion(bytes(profile or b""), kind)
     if transform is None:
-        return flat.convert("RGB"), () if mode else (BAD_PROFILE,)
+        return _in_rgb(flat), () if mode else (BAD_PROFILE,)
     return transform.apply(flat.convert(mode)), (CONVERTED,)
+
+
+def _in_rgb(flat: Image.Image) -> Image.Image:
+    # Pillow's convert copies what is in the mode already.
+    return flat if flat.mode == "RGB" else flat.convert("RGB")
 
 
 @lru_cache(maxsize=32)

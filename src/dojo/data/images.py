@@ -5,9 +5,10 @@ A mask goes the same way, down to the latent's cells: white is trained on, black
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+T = TypeVar("T")
+
 Size = tuple[int, int]
 """(height, width) in pixels."""
+
+Seen = tuple[Size, tuple[str, ...]]
+"""The size of a good picture, upright, and the notes on it."""
 
 MAX_PIXELS = 89_478_485
 """Pictures with more pixels are refused (0.25 GiB as RGB; where Pillow begins to warn)."""
@@ -43,6 +49,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = frozenset(_UPRIGHT[code] for code in (5, 6, 7, 8))
 
 
 class BadSample(UserError):
@@ -259,24 +266,65 @@ def decode(source: Path | bytes | Image.Image, name: str) -> Decoded:
         BadSample: the file is missing, empty, truncated, not a picture that can be read here, of
             a depth that cannot be known, or larger than ``MAX_PIXELS``.
     """
+    return _read(source, name, _decoded)
+
+
+def examine(source: Path | bytes, name: str) -> Seen:
+    """The size of a picture, upright, and the notes on it, as ``decode`` would find them.
+
+    All of a file is read, so a truncated one is noticed here too. Of a JPEG all coefficients are
+    decoded, but no pixel is computed of them beyond the mean of each 8 x 8 block.
+
+    Args:
+        source: a path, or the bytes of a file.
+        name: what an error message calls the sample.
+
+    Raises:
+        BadSample: as ``decode``.
+    """
+    return _read(source, name, _examined)
+
+
+def _read(source: Path | bytes | Image.Image, name: str, look: Callable[[Image.Image], T]) -> T:
+    """What `look` says of a picture.
+
+    Raises:
+        BadSample: as ``decode``.
+    """
     try:
         if isinstance(source, Image.Image):
-            return _decoded(source)
+            return look(source)
         with open_picture(source, MAX_PIXELS) as image:
-            return _decoded(image)
+            return look(image)
     except Exception as error:  # Pillow's decoders raise anything, from OSError to struct.error
         raise BadSample(f"{name}: {_reason(error)}") from error
 
 
+def _examined(image: Image.Image) -> Seen:
+    if image.format != "JPEG":
+        found = _decoded(image)
+        return (found.image.height, found.image.width), found.notes
+    _refuse_huge(image)  # before it is made small
+    width, height = image.size
+    image.draft(None, (1, 1))  # an eighth is as small as it becomes
+    found = _decoded(image)
+    lies = _UPRIGHT.get(_orientation(image)) in _SIDEWAYS
+    return (width, height) if lies else (height, width), found.notes
+
+
 def _decoded(image: Image.Image) -> Decoded:
-    # Checked before any pixel is decoded. Pillow itself only warns up to twice this size, and
-    # turning its warning into an error would need a filter that all threads share.
-    if image.width * image.height > MAX_PIXELS:
-        raise Image.DecompressionBombError
+    _refuse_huge(image)  # before any pixel is decoded
     converted, notes = to_srgb(image)
     turn = _UPRIGHT.get(_orientation(image))
     upright = converted if turn is None else converted.transpose(turn)
     return Decoded(upright, (FIRST_FRAME, *notes) if _has_frames(image) else notes)
+
+
+def _refuse_huge(image: Image.Image) -> None:
+    # Pillow itself only warns up to twice this size, and turning its warning into an error would
+    # need a filter that all threads share.
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
 
 
 def _has_frames(image: Image.Image) -> bool:

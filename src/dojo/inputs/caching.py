@@ -33,6 +33,7 @@ from dojo.models import family
 from dojo.models.folders import posterior
 from dojo.models.opening import family_of, open_model
 from dojo.models.precisions import dtype_of
+from dojo.run import heap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -422,7 +423,8 @@ class _Maker:
         words = sorted({*pictures.texts(), ""})
         here = list(range(len(some)))
         vae = self.vae()
-        latents = data.encoded_views(pictures, lambda x: posterior(vae, x), size, here)
+        with heap.kept(self.device):
+            latents = data.encoded_views(pictures, lambda x: posterior(vae, x), size, here)
         rows = [
             folders.MadeRow(name=name, id=one, captions=list(captions), original=original)
             for name, one, captions, original in zip(

@@ -19,7 +19,7 @@ from dojo.lazy import no_grad, torch
 from dojo.models.family import Model
 from dojo.models.folders import posterior
 from dojo.rewards import spec, weights
-from dojo.run import checkpoint
+from dojo.run import checkpoint, heap
 from dojo.run.machine import arithmetic
 from dojo.run.run import Key, Run
 
@@ -203,7 +203,7 @@ def prepare(
             **run.share,
         )
 
-    with run.phase("cache"):
+    with run.phase("cache"), heap.kept(run.device):
         train = cached(sources.train, still=False)
         held_out = None
         if with_held_out and sources.held_out is not None:

@@ -23,7 +23,7 @@ from dojo.launch import interrupt
 from dojo.lazy import torch
 from dojo.models.family import Model
 from dojo.models.folders import Embeds, posterior
-from dojo.run import checkpoint, phases
+from dojo.run import checkpoint, heap, phases
 from dojo.run.machine import arithmetic
 from dojo.run.optim import OptimArgs
 from dojo.run.processes import ABOUT_SIZE
@@ -598,15 +598,16 @@ def latents_of(
     """
     if cache.no_cache_latents:
         return pictures
-    return data.cache_latents(
-        pictures,
-        plan.needed(),
-        lambda pixels: posterior(vae, pixels),
-        cache.latent_cache_dir,
-        latent_settings(run, model),
-        latent_channels=model.vae["latent_channels"],
-        **run.share,
-    )
+    with heap.kept(run.device):
+        return data.cache_latents(
+            pictures,
+            plan.needed(),
+            lambda pixels: posterior(vae, pixels),
+            cache.latent_cache_dir,
+            latent_settings(run, model),
+            latent_channels=model.vae["latent_channels"],
+            **run.share,
+        )
 
 
 def latent_settings(run: Run, model: Model) -> dict[str, str]:

@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from dojo.bars import Bar
 from dojo.cli import UserError
 from dojo.data.contents import Origin, Remembered
-from dojo.data.images import BadSample, Decoded, Size, decode, read_alpha, read_mask
+from dojo.data.images import (
+    BadSample,
+    Decoded,
+    Seen,
+    Size,
+    decode,
+    examine,
+    read_alpha,
+    read_mask,
+)
 from dojo.data.options import DataArgs
 
 if TYPE_CHECKING:
@@ -158,11 +167,25 @@ class Captioned:
         Raises:
             BadSample: as ``read``.
         """
-        if self.problems[index]:
-            raise BadSample(f"{self.names[index]}: {self.problems[index]}")
+        self._refuse_fault(index)
         if (at_hand := self.decoded.get(self.rows[index])) is not None:
             return at_hand
         return decode(self.store(self.rows[index]), self.names[index])
+
+    def examine(self, index: int) -> Seen:
+        """The size of one sample's picture and the notes on it, for less than ``decode`` takes.
+
+        Raises:
+            BadSample: as ``read``.
+        """
+        self._refuse_fault(index)
+        if (at_hand := self.decoded.get(self.rows[index])) is not None:
+            return (at_hand.image.height, at_hand.image.width), at_hand.notes
+        return examine(self.store(self.rows[index]), self.names[index])
+
+    def _refuse_fault(self, index: int) -> None:
+        if self.problems[index]:
+            raise BadSample(f"{self.names[index]}: {self.problems[index]}")
 
     def read_mask(self, index: int, size: Size | None = None) -> Image.Image | None:
         """The mask of one sample, as large as its picture.
@@ -295,10 +318,6 @@ class BadReport:
     reason: str
 
 
-Seen = tuple[Size, tuple[str, ...]]
-"""The size of a good picture, and the notes on it."""
-
-
 def verify(
     source: Captioned,
     *,
@@ -332,7 +351,7 @@ def verify(
 
 
 def look(source: Captioned, *, num_threads: int, progress: bool = True) -> list[Seen | str]:
-    """Decodes every picture and mask: its size and notes, or what is wrong with the sample.
+    """Examines every picture and mask: its size and notes, or what is wrong with the sample.
 
     Args:
         source: what to look at.
@@ -420,15 +439,14 @@ def _draw(seed: int, sample_id: str) -> bytes:
     return sha256(f"{seed}|{key}".encode("utf-8", "surrogateescape")).digest()
 
 
-def _seen_or_fault(source: Captioned, index: int) -> tuple[Size, tuple[str, ...]] | str:
+def _seen_or_fault(source: Captioned, index: int) -> Seen | str:
     """The size of a picture and the notes on it, or what is wrong with the sample."""
     try:
-        picture = source.decode(index)
-        size = picture.image.height, picture.image.width
+        size, notes = source.examine(index)
         source.read_mask(index, size)
     except BadSample as error:
         return str(error).removeprefix(f"{source.names[index]}: ")
-    return size, picture.notes
+    return size, notes
 
 
 def told_notes(*sources: Captioned) -> list[str]:
