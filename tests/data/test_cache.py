@@ -302,7 +302,7 @@ def test_a_large_data_set_is_ids_and_captions_only(tmp_path: Path) -> None:
     )
     pictures, plan = pictures_of(source)
     (indices,) = plan.needed().values()
-    shards = Shards(tmp_path, source.ids, views=1)
+    shards = Shards(tmp_path, source.ids, views=(1, 1))
     latents = Latents(pictures, {(64, 64): (shards, {i: row for row, i in enumerate(indices)})})
     text = CachedText()
     text.add(pictures.texts(), Shards(tmp_path, pictures.texts()))

@@ -53,7 +53,7 @@ def test_shards_divide_the_samples_and_stay_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int
 ) -> None:
     monkeypatch.undo()
-    shards = Shards(tmp_path, MANY, views=views)
+    shards = Shards(tmp_path, MANY, views=(views, 1))
     assert [i for members in shards.members for i in members] == list(range(2000))
     lengths = [len(members) for members in shards.members]
     assert max(lengths) <= max(1, disk.SHARD_SIZE // views)
@@ -266,6 +266,50 @@ def test_a_shard_that_is_damaged_meanwhile_is_named(tmp_path: Path) -> None:
     spoil(shards.path(1), "cut off")
     with pytest.raises(UserError, match=f"{shards.names[1]}.*--resume_from_checkpoint latest"):
         shards.read(shards.members[1][0])
+
+
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def two_views(members: Sequence[int]) -> dict[str, Tensor]:
+    rows = [[[i + 0.25, -i], [i + 0.5, i]] for i in members]
+    return {"value": torch.tensor(rows), "half": torch.tensor(rows).bfloat16()}
+
+
+def test_a_view_of_which_a_byte_changed_is_not_read_and_its_shard_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "SHARD_SIZE", 8)
+    shards = Shards(tmp_path, IDS, views=(2,))
+    shards.fill(two_views, title="test")
+    k = max(range(len(shards.names)), key=lambda k: len(shards.members[k]))
+    path, (first, *_, last) = shards.path(k), shards.members[k]
+    flip_last_byte(path)  # of the last sample's second view
+    assert Shards(tmp_path, IDS, views=(2,)).missing() == []  # its header is as ever
+    assert shards.read(first)["value"].tolist() == two_views([first])["value"][0].tolist()
+    assert shards.read(last, 0)["value"].tolist() == [last + 0.25, -last]
+    assert shards.read(last, 0, 1)["value"].item() == -last
+    for view in ((), (1,), (1, 0)):
+        content = path.read_bytes()
+        with pytest.raises(UserError, match="numbers are not those that were written"):
+            shards.read(last, *view)
+        assert Shards(tmp_path, IDS, views=(2,)).missing() == [k]
+        path.write_bytes(content)
+    path.unlink()
+    again = Shards(tmp_path, IDS, views=(2,))
+    again.fill(two_views, title="test")
+    assert again.read(last, 1)["value"].tolist() == [last + 0.5, last]
+
+
+def test_shards_from_before_there_were_checksums_are_read(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, IDS)
+    for k, members in enumerate(shards.members):
+        disk.tensors.save(shards.path(k), make(members))
+    assert shards.missing() == []
+    assert values(shards) == list(range(10))
 
 
 def test_other_settings_lie_in_another_folder(

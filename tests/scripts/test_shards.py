@@ -405,7 +405,7 @@ def test_data_made_from_other_pictures_are_no_continuation(made: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["made.json", "00001.json", "00001-64x64.safetensors", TEXTS])
-@pytest.mark.parametrize("how", ["gone", "cut", "empty"])
+@pytest.mark.parametrize("how", ["gone", "cut", "empty", "a byte of"])
 def test_what_is_damaged_in_a_made_folder_is_made_again(
     made: Path, tmp_path: Path, tiny_sd3: Path, scene_data: Path, name: str, how: str
 ) -> None:
@@ -415,7 +415,8 @@ def test_what_is_damaged_in_a_made_folder_is_made_again(
     content = path.read_bytes()
     path.unlink()
     if how != "gone":
-        path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+        flipped = bytes([*content[:-1], content[-1] ^ 1])
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(how, flipped))
     flags = ("--random_flip", "--crop_variants", "2", "--prompts", "a star")
     if name == "made.json":  # nobody knows then what the rest is
         with pytest.raises(UserError, match=r"is not empty|begun otherwise: its format"):
@@ -669,10 +670,12 @@ def test_a_fetched_file_that_is_damaged_is_fetched_again(made: Path, tmp_path: P
     before = rows[Draw(0, 0, (64, 64))]["mean"]
     (kept,) = tmp_path.glob("00000-*.shard")
     content = kept.read_bytes()
-    kept.unlink()  # mapped into memory: cut off in place, its reader would die of it
-    kept.write_bytes(content[:300])
-    rows = data.MadeRows(folder_of(args), args, data.CaptionArgs(), seed=0)
-    assert torch.equal(rows[Draw(0, 0, (64, 64))]["mean"], before)
+    for damaged in (content[:300], bytes([*content[:-1], content[-1] ^ 1])):
+        kept.unlink()  # mapped into memory: cut off in place, its reader would die of it
+        kept.write_bytes(damaged)
+        rows = data.MadeRows(folder_of(args), args, data.CaptionArgs(), seed=0)
+        assert torch.equal(rows[Draw(0, 0, (64, 64))]["mean"], before)
+        assert kept.read_bytes() == content
 
 
 def folder_of(args: data.DataArgs) -> data.Made:
@@ -686,6 +689,26 @@ def test_a_damaged_file_of_a_made_folder_is_named(made: Path, tmp_path: Path) ->
     path.write_bytes((made / path.name).read_bytes()[:500])
     with pytest.raises(UserError, match=r"00000-64x64.safetensors, a file of a folder"):
         Opened(path)
+
+
+@pytest.mark.parametrize("name", ["00000-64x64.safetensors", TEXTS])
+def test_a_byte_that_changed_in_a_made_folder_is_noticed(
+    made: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "made"
+    shutil.copytree(made, folder)
+    args = data.DataArgs(dataset_name=str(folder), data_cache_dir=tmp_path / "kept")
+
+    def read() -> None:
+        found = folder_of(args)
+        _ = found.texts() if name == TEXTS else found.fetch(0)
+
+    read()
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    (folder / name).write_bytes(bytes([*content[:-1], content[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"{name}.*not what was written.*makes it anew"):
+        read()
 
 
 @pytest.mark.parametrize(

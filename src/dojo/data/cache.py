@@ -171,7 +171,7 @@ def cache_latents(
         if source.has_masks:
             here["masks"] = pictures.latent_step
         folder = cache_folder(root, "latents", here)
-        shards[size] = Shards(folder, [source.ids[i] for i in indices], views=crops * flips)
+        shards[size] = Shards(folder, [source.ids[i] for i in indices], views=views[size])
         if count := shards[size].num_missing():
             num_missing += count
             numbers = 2 * latent_channels + source.has_masks  # mean, std and mask, in float32

@@ -4,7 +4,8 @@ A cache is a folder named by a fingerprint of everything its numbers depend on; 
 safetensors file named by the samples in it. A shard appears under its name only when it is whole,
 so a process that is killed loses at most the shard in its hands, and a sample that changed has
 another id and thereby another shard. What stays the same is shared by later runs. A shard that is
-damaged is made again.
+damaged is made again: at the start one that is not whole, and after it was read one whose numbers
+are not those that were written, which a checksum of every view in its header tells.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,6 +21,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,13 +32,15 @@ from dojo import files
 from dojo.bars import Bar
 from dojo.cli import UserError
 from dojo.files import tensors
-from dojo.lazy import safetensors_torch
+from dojo.lazy import safetensors_torch, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 2  # to be raised when the same settings would give other numbers
 SHARD_SIZE = 32  # samples at most; the most work that a kill can lose
+
+_CHECKSUMS = "crc32"  # in a header; shards from before there were any are read without
 
 
 class Shards:
@@ -46,13 +51,15 @@ class Shards:
     to pickle; holds no tensors.
     """
 
-    def __init__(self, folder: Path, ids: Sequence[str], *, views: int = 1) -> None:
+    def __init__(self, folder: Path, ids: Sequence[str], *, views: Sequence[int] = ()) -> None:
         """
         Args:
-            views: how often each sample is encoded; the more views, the fewer samples in a shard.
+            views: lengths of the axes after the sample's along which it is encoded several times;
+                the more views, the fewer samples in a shard.
         """
         self.folder = folder
-        self.starts = _starts(ids, max(1, SHARD_SIZE // views))
+        self.views = tuple(views)
+        self.starts = _starts(ids, max(1, SHARD_SIZE // math.prod(views)))
         self.members = [range(*pair) for pair in itertools.pairwise([*self.starts, len(ids)])]
         self.names = [digest([ids[i] for i in members]) for members in self.members]
         self._whole: set[int] = set()  # shards that were looked at and are
@@ -143,7 +150,7 @@ class Shards:
             for k, made in zip(mine, make_all([self.members[k] for k in mine]), strict=True):
                 if written is not None:
                     written.result()
-                written = writer.submit(tensors.save, self.path(k), made)
+                written = writer.submit(self._save, k, made)
                 bar.update(len(self.members[k]))
             if written is not None:
                 written.result()
@@ -156,15 +163,48 @@ class Shards:
             UserError: the shard was removed or damaged since the run began.
         """
         shard = bisect_right(self.starts, index) - 1
-        row = index - self.starts[shard]
+        view, rest = view[: len(self.views)], view[len(self.views) :]
+        place = (index - self.starts[shard], *view)
         try:
             with safe_open(self.path(shard), framework="pt") as file:
-                return {name: file.get_slice(name)[(row, *view)] for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, IndexError) as error:
+                found = {name: file.get_slice(name)[place] for name in file.keys()}  # noqa: SIM118
+                told = (file.metadata() or {}).get(_CHECKSUMS)
+            if told is not None:
+                self._compare(found, torch.tensor(json.loads(told))[place], len(view))
+            return {name: one[rest] for name, one in found.items()}
+        except (OSError, SafetensorError, IndexError, ValueError) as error:
+            if isinstance(error, ValueError):  # its header looks whole: nobody would make it again
+                with suppress(OSError):
+                    self.path(shard).unlink()
             raise UserError(
                 f"{self.path(shard)}, a file of the cache, cannot be read any more ({error}): "
                 "the same command with --resume_from_checkpoint latest makes it again"
             ) from error
+
+    def _save(self, shard: int, made: Mapping[str, Tensor]) -> None:
+        shape = (len(self.members[shard]), *self.views)
+        told = json.dumps(checksums(made, math.prod(shape)).view(shape).tolist())
+        tensors.save(self.path(shard), made, {_CHECKSUMS: told})
+
+    def _compare(self, found: Mapping[str, Tensor], told: Tensor, depth: int) -> None:
+        """
+        Args:
+            found: what lies at `depth` views of a sample.
+            told: checksums of the views in it.
+        Raises:
+            ValueError: they are others.
+        """
+        if not torch.equal(checksums(found, math.prod(self.views[depth:])), told.flatten()):
+            raise ValueError("its numbers are not those that were written")
+
+
+def checksums(tensors: Mapping[str, Tensor], count: int) -> Tensor:
+    """The crc32 of each of `count` equal parts of some tensors, over all by their names: int64."""
+    sums = [0] * count
+    for _, values in sorted(tensors.items()):
+        parts = values.cpu().reshape(count, values.numel() // count).view(torch.uint8)
+        sums = [zlib.crc32(part, sum_) for part, sum_ in zip(parts.numpy(), sums, strict=True)]
+    return torch.tensor(sums)
 
 
 class Aside:

@@ -131,7 +131,7 @@ def main(args: Args) -> None:
     for wait in (False, True):  # then those that others had in their hands, if they were killed
         _once(folder, "texts", maker.has_texts, maker.texts, wait=wait)
         for name, part in zip(names, work.parts, strict=True):
-            done = partial(_is_done, folder, name)
+            done = partial(_is_done, folder, name, args.data.data_cache_dir)
             _once(folder, name, done, partial(maker.rows, name, part), wait=wait)
     with files.turn(folder / ".end.lock"):
         _end(folder, work.source, names)
@@ -296,19 +296,25 @@ def _once(
             work()
 
 
-def _is_done(folder: Path, name: str) -> bool:
-    """Whether a part was made and its files are as they were written, as far as headers tell."""
+def _is_done(folder: Path, name: str, records: Path) -> bool:
+    """Whether a part was made and its files are as they were written.
+
+    Args:
+        records: folder in which it is remembered what they contain.
+    """
     job = _read(folder / f"{name}.json")
-    return "files" in job and all(_is_whole(folder, one) for one in job["files"])
+    return "files" in job and all(_is_whole(folder, one, records) for one in job["files"])
 
 
-def _is_whole(folder: Path, file: Mapping[str, Any]) -> bool:
+def _is_whole(folder: Path, file: Mapping[str, Any], records: Path) -> bool:
     path = folder / file["name"]
     try:
-        same_size = path.stat().st_size == file["num_bytes"]
-        return same_size and len(folders.Opened(path).rows) == file["rows"]
+        if path.stat().st_size != file["num_bytes"]:
+            return False
+        same_rows = len(folders.Opened(path).rows) == file["rows"]
     except (OSError, UserError):
         return False
+    return same_rows and data.file_hashes([path], records) == [file["digest"]]
 
 
 def _end(folder: Path, source: str, names: Sequence[str]) -> None:
@@ -352,14 +358,23 @@ class _Maker:
             return set(folders.Opened(self.folder / folders.TEXTS).texts)
         return set()
 
+    def _ended(self) -> dict[str, Any]:
+        """What was said of the file of texts when the folder was last whole, if it was."""
+        return _read(self.folder / folders.INDEX).get("texts", {"texts": []})
+
     def has_texts(self) -> bool:
-        """Whether the file of texts is there and holds those that were asked for."""
-        return {"", *self.args.make.prompts} <= self._known()
+        """Whether the file of texts is as it was written and holds those that were asked for."""
+        known, ended = self._known(), self._ended()
+        if known == set(ended["texts"]):  # else it was written anew since, with more of them
+            path = self.folder / folders.TEXTS
+            if data.file_hashes([path], self.args.data.data_cache_dir) != [ended["digest"]]:
+                return False
+        return {"", *self.args.make.prompts, *ended["texts"]} <= known
 
     @no_grad
     def texts(self) -> None:
         """Writes the empty caption and the prompts, those of earlier commands too."""
-        words = sorted({"", *self.args.make.prompts, *self._known()})
+        words = sorted({"", *self.args.make.prompts, *self._known(), *self._ended()["texts"]})
         tensors.save(self.folder / folders.TEXTS, self._embeds(words), folders.header([], words))
 
     @no_grad

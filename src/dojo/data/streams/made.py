@@ -10,7 +10,8 @@
 - `texts.safetensors`: embeddings of the empty caption and of prompts;
 - `JOB.json`: a part of the work that is done; `index.json`: all of it, when nothing is missing.
 
-A file is known by a hash of its content: one that was made anew elsewhere is fetched anew.
+A file is known by a hash of its content: one that was made anew elsewhere is fetched anew, and
+one that has another content is not read. What was found right is read once and remembered.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from dojo.cli import UserError
+from dojo.data.contents import file_hashes
 from dojo.data.dataset import Dataset
 from dojo.data.images import Size
 from dojo.data.options import DataArgs
@@ -262,12 +264,23 @@ class Made:
 
     def _opened(self, place: Place) -> Opened:
         try:
-            return Opened(self._at_hand(place))
+            return self._whole(place)
         except UserError:
             if not place.is_remote:
                 raise
         self.disk.drop(self._key(place))  # damaged on our disk, or gone again
-        return Opened(self._at_hand(place))
+        return self._whole(place)
+
+    def _whole(self, place: Place) -> Opened:
+        """A file, open, with the content that was written.
+
+        Raises:
+            UserError: it has another.
+        """
+        opened = Opened(self._at_hand(place))
+        if file_hashes([opened.path], self.disk.folder) != [place.version]:
+            raise _damaged(opened.path, ValueError("its content is not what was written"))
+        return opened
 
     def _at_hand(self, place: Place) -> Path:
         if not place.is_remote:
