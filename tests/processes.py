@@ -235,6 +235,10 @@ class Forked:
             print(self._log.read_text(), file=sys.stderr)
         return self._process.exitcode
 
+    def wait(self) -> int | None:
+        self._process.join()
+        return self.poll()
+
     def end(self) -> None:
         self._process.kill()
         self._process.join()

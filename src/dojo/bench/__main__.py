@@ -2,6 +2,7 @@
 
 python -m dojo.bench supervised --help     times a training script
 python -m dojo.bench rl --help             times one that learns from rewards
+python -m dojo.bench step --help           where the time of a training step goes
 python -m dojo.bench caches --help         times the work before training: pictures to latents
 python -m dojo.bench limits --help         what arithmetic alone allows
 python -m dojo.bench check --help          what tests can only claim on a CPU, on a GPU
@@ -25,6 +26,7 @@ from dojo import cli
 COMMANDS = {
     "supervised": "SupervisedArgs",
     "rl": "RlArgs",
+    "step": "StepArgs",
     "caches": "CacheBenchArgs",
     "limits": "LimitArgs",
     "check": "CheckArgs",
@@ -35,7 +37,7 @@ COMMANDS = {
     "common_share": "CommonShareArgs",
 }
 # These hand on what follows `--` to the training script.
-_HAND_ON = ("supervised", "rl", "memory")
+_HAND_ON = ("supervised", "rl", "step", "memory")
 
 
 def main(argv: Sequence[str]) -> None:
