@@ -10,6 +10,7 @@ python -m dojo.bench memory --help         predicted against measured memory
 python -m dojo.bench cards --help          which card holds which run, and with which options
 python -m dojo.bench sharded --help        --shard and plain data parallelism side by side
 python -m dojo.bench peers --help          our scripts and diffusers' examples side by side
+python -m dojo.bench starts --help         start, end and --help of two checkouts side by side
 python -m dojo.bench common_share --help   what the groups' gradients have in common, by objective
 """
 
@@ -34,6 +35,7 @@ COMMANDS = {
     "cards": "CardArgs",
     "sharded": "ShardArgs",
     "peers": "PeerArgs",
+    "starts": "StartArgs",
     "common_share": "CommonShareArgs",
 }
 # These hand on what follows `--` to the training script.
