@@ -25,7 +25,7 @@ _COMMANDS = "python python3 accelerate torchrun bash"
 _FUNCTION = """\
 _sd_dojo() {
     local word script="" before="${COMP_WORDS[COMP_CWORD-1]}" now="${COMP_WORDS[COMP_CWORD]}"
-    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+    for word in "${COMP_WORDS[@]:1:$((COMP_CWORD - 1))}"; do
         case "${word##*/}" in
             train_*.py | train_*.sh | demo.py | demo.sh) script="${word##*/}" ;;
         esac
@@ -44,6 +44,12 @@ CHOICES
 }
 complete -o default -F _sd_dojo COMMANDS"""
 
+# zsh's emulation of bash's completion, and its own beneath, where ~/.zshrc has not begun it.
+_ZSH = """\
+(( ${+functions[compdef]} )) || { autoload -Uz compinit && compinit; }
+autoload -Uz bashcompinit && bashcompinit
+"""
+
 
 def text(shell: str) -> str:
     """What a shell has to read.
@@ -59,8 +65,7 @@ def text(shell: str) -> str:
     choices = "\n".join(_case(what, words) for what, words in offered.items())
     body = _FUNCTION.replace("FLAGS", flags).replace("CHOICES", choices)
     body = body.replace("COMMANDS", _COMMANDS)
-    before = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
-    return before + body
+    return (_ZSH if shell == "zsh" else "") + body
 
 
 def _options(script: Path) -> Iterator[tuple[str, list[str]]]:
