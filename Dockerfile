@@ -6,11 +6,12 @@
 #       -v "$PWD/outputs:/home/ubuntu/sd-dojo/outputs" sd-dojo
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
-# gcc and Python's headers are what --torch_compile compiles with.
+# g++, with gcc, and Python's headers are what --torch_compile compiles with: gcc for Triton on a
+# GPU, g++ on a CPU.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        ca-certificates gcc git libc6-dev python3 python3-dev python3-venv \
+        ca-certificates g++ git python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # Ubuntu's image has this user, number 1000: the owner of mounted folders on most machines.

@@ -56,5 +56,6 @@ fi
     --constraint "$floors" -e '.[dev]'
 export HF_HUB_OFFLINE=1
 export PATH="$PWD/.venv-floors/bin:$PATH"
-workers="$(python -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')"
-pytest -n "$workers" --dist worksteal "$@"
+# macOS does not say which cores a process may use.
+cores="$(python -c 'import os; print(len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)))')"
+pytest -n "$((cores < 4 ? cores : 4))" --dist worksteal "$@"
