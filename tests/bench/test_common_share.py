@@ -47,6 +47,13 @@ def test_the_work_until_the_signal_is_as_large_as_the_noise_follows_from_the_sha
     assert unknown["forward passes until then"] == "not known"
 
 
+def test_the_even_grid_trains_a_step_more() -> None:
+    even = MeasureArgs(sigma_grid="even", sample_steps=3, trained_step=1)
+    assert even.passes("grpo") == 1.625
+    with pytest.raises(ValueError, match=r"--trained_step 1 must lie in 0 \.\. 0"):
+        MeasureArgs(sample_steps=3, trained_step=1)
+
+
 def test_groups_without_a_gradient_or_too_few_are_refused() -> None:
     with pytest.raises(ValueError, match="at least three"):
         common_share.share_of(torch.ones(2, 3))

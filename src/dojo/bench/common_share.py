@@ -31,7 +31,7 @@ from dojo.files import outputs
 from dojo.inputs import prompts, texts
 from dojo.inputs.steering import Steering
 from dojo.lazy import torch
-from dojo.maths import denoising, forward, passes, rollout
+from dojo.maths import denoising, flow, forward, passes, rollout
 from dojo.maths.advantages import Spread, group_advantages
 from dojo.maths.objective import Flow
 from dojo.maths.surrogate import log_ratio
@@ -66,6 +66,10 @@ class MeasureArgs:
     """height and width in pixels"""
     sample_steps: int = 4
     """denoising steps of a picture"""
+    sigma_grid: flow.Grid = "pipeline"
+    """where they begin: the pipeline's table, or even, as good with one step less"""
+    flow_shift: float | None = None
+    """shift of sigma; unset is the model's own"""
     num_train_timesteps: int = 2
     """levels at which a finished picture is noised anew"""
     timestep_range: float = 0.5
@@ -85,13 +89,16 @@ class MeasureArgs:
         ranges.check(self, "group_size", least=2)
         ranges.check(self, "num_groups", least=3)
         ranges.check(self, "groups_at_once resolution", least=1)
-        # The last two steps of coefficients-preserving sampling have no noise to speak of.
-        room = self.sample_steps - 2
+        # Of coefficients-preserving sampling: on the pipeline's grid the last two steps have no
+        # noise to speak of, on the even one the last.
+        room = self.sample_steps - (2 if self.sigma_grid == "pipeline" else 1)
         if not 0 <= self.trained_step < room:
             raise ValueError(
                 f"--trained_step {self.trained_step} must lie in 0 .. {room - 1} (--sample_steps)"
             )
         ranges.check_seed(self, "seed")
+        if self.flow_shift is not None and self.flow_shift <= 0:
+            raise ValueError("--flow_shift must be positive")
         if self.num_groups % self.groups_at_once:
             raise ValueError("--num_groups must be a multiple of --groups_at_once")
         self.levels()  # checks itself, as the next does
@@ -104,12 +111,14 @@ class MeasureArgs:
             resolution=self.resolution,
             num_prompts_per_epoch=self.num_groups,
             group_size=self.group_size,
+            flow_shift=self.flow_shift,
         )
 
     def levels(self) -> rl.LevelArgs:
         """As the scripts' options."""
         return rl.LevelArgs(
             sample_steps=self.sample_steps,
+            sigma_grid=self.sigma_grid,
             num_train_timesteps=self.num_train_timesteps,
             timestep_range=self.timestep_range,
         )
@@ -119,6 +128,7 @@ class MeasureArgs:
         return rl.RolloutArgs(
             noise_level=self.noise_level,
             sample_steps=self.sample_steps,
+            sigma_grid=self.sigma_grid,
             window_size=1,
             window_first=self.trained_step,
             window_range=(self.trained_step + 1) / self.sample_steps,
