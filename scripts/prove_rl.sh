@@ -7,7 +7,7 @@
 #   bash scripts/prove_rl.sh --compare      GRPO with the clip and with the bound, NFT, RAM, AWM and a
 #                                           control, each with half of the work of the GRPO above;
 #                                           the whole was not run yet: hours on a busy machine
-#   bash scripts/prove_rl.sh --seeds        NFT and AWM of the comparison with another seed
+#   bash scripts/prove_rl.sh --seeds        the best two of the comparison with another seed
 #   bash scripts/prove_rl.sh --short        a handful of steps of each, to see the script through;
 #                                           makes no claim (OUTPUT_DIR is outputs/proof-rl-short)
 #   OUTPUT_DIR=outputs/again bash scripts/prove_rl.sh
@@ -204,11 +204,26 @@ make_base() {
     finished+=(--pretrained_model_name_or_path "$OUTPUT_DIR/base")
 }
 
-# arms FOLDER_END FLAGS... runs NFT and AWM of the comparison.
-arms() {
-    local nft=("${finished[@]}" "${current[@]}" "${@:2}")
-    train nft "compare/nft$1" "${arm_steps[1]}" "${nft[@]}"
-    train nft "compare/awm$1" "${arm_steps[3]}" "${finished[@]}" --objective awm "${@:2}"
+# arm NAME FOLDER_END FLAGS... runs an arm of the comparison.
+arm() {
+    local folder="compare/$1$2"
+    local nft=("${finished[@]}" "${current[@]}" "${@:3}")
+    case "$1" in
+        grpo)
+            train grpo "$folder" "${arm_steps[0]}" "${way[@]}" "${grpo[@]}" "${clip[@]}" "${@:3}"
+            ;;
+        grpo-divergence)
+            train grpo "$folder" "${arm_steps[0]}" "${way[@]}" "${grpo[@]}" \
+                --trust_region divergence "${@:3}"
+            ;;
+        nft) train nft "$folder" "${arm_steps[1]}" "${nft[@]}" ;;
+        ram) train nft "$folder" "${arm_steps[2]}" "${nft[@]}" --objective ram ;;
+        awm) train nft "$folder" "${arm_steps[3]}" "${finished[@]}" --objective awm "${@:3}" ;;
+        control)
+            train nft "$folder" "${arm_steps[1]}" "${nft[@]}" \
+                --reward dojo.pocket.control:shuffled
+            ;;
+    esac
 }
 
 rest=no compared=no # which reports there will be
@@ -241,18 +256,16 @@ for part in "${parts[@]}"; do
             ;;
         compare)
             make_base
-            train grpo compare/grpo "${arm_steps[0]}" "${way[@]}" "${grpo[@]}" "${clip[@]}"
-            train grpo compare/grpo-divergence "${arm_steps[0]}" "${way[@]}" "${grpo[@]}" \
-                --trust_region divergence
-            arms ""
-            train nft compare/ram "${arm_steps[2]}" "${finished[@]}" "${current[@]}" \
-                --objective ram
-            train nft compare/control "${arm_steps[1]}" "${finished[@]}" "${current[@]}" \
-                --reward dojo.pocket.control:shuffled
+            for name in grpo grpo-divergence nft awm ram control; do
+                arm "$name" ""
+            done
             ;;
         seeds)
             make_base
-            arms -seed1 --seed 1
+            best="$(python -m dojo.pocket.proof_arms --output_dir "$OUTPUT_DIR" --best 2)"
+            for name in $best; do
+                arm "$name" -seed1 --seed 1
+            done
             ;;
     esac
 done

@@ -18,15 +18,22 @@ def bash(script: Path, *arguments: str, **environment: str) -> subprocess.Comple
     )
 
 
-def recorded(script: Path, folder: Path, *arguments: str) -> list[list[str]]:
-    """What a copy of the script in `folder` would have started, as lists of words."""
+def recorded(script: Path, folder: Path, *arguments: str, best: str = "") -> list[list[str]]:
+    """What a copy of the script in `folder` would have started, as lists of words.
+
+    Args:
+        best: what a command with --best answers.
+    """
     copy, log = folder / "copy", folder / "log"
     shutil.copytree(script.parent / "lib", copy / "scripts" / "lib", dirs_exist_ok=True)
     shutil.copy(script, copy / "scripts")
     (copy / "scripts" / "setup.sh").write_text("")
     program = copy / ".venv" / "bin" / "python"
     program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text(f'#!/usr/bin/env bash\n(printf "%s\\n" "$@"; echo "==") >>"{log}"\n')
+    program.write_text(
+        f'#!/usr/bin/env bash\n(printf "%s\\n" "$@"; echo "==") >>"{log}"\n'
+        f'[[ " $* " != *" --best "* ]] || printf "{best}"\n'
+    )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     log.write_text("")
     result = bash(copy / "scripts" / script.name, *arguments)

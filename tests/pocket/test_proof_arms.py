@@ -106,6 +106,41 @@ def test_the_target_is_the_proofs_own_end_in_half_of_the_work_and_the_time(
     assert "Nothing is claimed" in (tmp_path / "arms.md").read_text()
 
 
+def test_the_target_is_judged_by_the_arm_that_gained_most(tmp_path: Path) -> None:
+    write_grpo(tmp_path / "grpo", BEFORE, *[LIFTED] * 9, minutes=5.0)
+    write_nft(tmp_path / "compare" / "nft", BEFORE, HALF)
+    write_grpo(tmp_path / "compare" / "grpo-divergence", BEFORE, LIFTED)
+    write_nft(tmp_path / "compare" / "control", BEFORE, BEFORE)
+    assert report(tmp_path) == 0
+    goal = json.loads((tmp_path / "arms.json").read_text())["goals"][-1]
+    assert "the best arm, GRPO, bound on the divergence, reaches" in goal["claim"]
+    assert "+0.000 [+0.000, +0.000]" in goal["found"]
+    assert "11% of the forward passes and 20% of the minutes" in goal["found"]
+
+
+def test_the_target_is_not_judged_by_other_pictures(tmp_path: Path) -> None:
+    write_grpo(tmp_path / "grpo", BEFORE, LIFTED)
+    write_nft(tmp_path / "compare" / "nft", BEFORE, LIFTED)
+    for path in (tmp_path / "compare" / "nft" / "validation").glob("*/scores.csv"):
+        first, *rows = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([first, *reversed(rows)]))
+    with pytest.raises(UserError, match="show other prompts"):
+        report(tmp_path)
+
+
+def test_the_best_arms_are_named_for_other_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_nft(tmp_path / "compare" / "nft", BEFORE, HALF)
+    write_grpo(tmp_path / "compare" / "grpo", BEFORE, LIFTED)
+    for name in ("control", "nft-seed1"):
+        write_nft(tmp_path / "compare" / name, BEFORE, LIFTED)
+    proof_arms.main(proof_arms.Args(output_dir=tmp_path, best=2))
+    assert capsys.readouterr().out.split() == ["grpo", "nft"]
+    with pytest.raises(UserError, match="2 of the arms are over"):
+        proof_arms.main(proof_arms.Args(output_dir=tmp_path, best=3))
+
+
 def test_a_control_that_gains_is_a_missed_goal(tmp_path: Path) -> None:
     write_nft(tmp_path / "a" / "compare" / "control", BEFORE, BEFORE)
     write_nft(tmp_path / "b" / "compare" / "control", BEFORE, LIFTED)

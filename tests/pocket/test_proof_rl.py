@@ -392,7 +392,7 @@ def test_the_script_refuses_what_it_does_not_know(arguments: tuple[str, ...]) ->
         (("--short",), ["outputs/proof-rl-short/grpo", "outputs/proof-rl-short/ddpo"]),
         (("--short", "--table", "--long"), ["outputs/proof-rl-short/table/1-"]),
         (("--compare",), [f"outputs/proof-rl/compare/{name}" for name in proof_arms.TITLES]),
-        (("--seeds",), [f"outputs/proof-rl/compare/{name}-seed1" for name in ("nft", "awm")]),
+        (("--seeds",), [f"outputs/proof-rl/compare/{name}-seed1" for name in ("grpo", "awm")]),
         (("--short", "--compare"), ["outputs/proof-rl-short/compare/control"]),
     ],
     ids=["proof", "long", "table", "short", "all short", "compare", "seeds", "short compare"],
@@ -407,11 +407,14 @@ def test_the_scripts_understand_the_flags_and_the_epochs_come_out_even(
 
     scripts = (train_grpo_sd3, train_ddpo_sd3, train_nft_sd3)
     policies: dict[str, Any] = {f"{one.__name__}.py": one for one in scripts}
-    *before, last = commands(*arguments)
+    *before, last = commands(*arguments, best="awm\\ngrpo\\n")
     started, made = [], set[str]()
     for words in before:
         if words[:2] == ["-m", "dojo.pocket.datasets"]:
             cli.parse(datasets.Args, None, words[2:])
+            continue
+        if words[:2] == ["-m", "dojo.pocket.proof_arms"]:
+            assert cli.parse(proof_arms.Args, None, words[2:]).best == 2
             continue
         processes, (script, *flags) = unspread(words)
         if script == "train_full_sd3.py":

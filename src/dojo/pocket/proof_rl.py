@@ -258,6 +258,11 @@ def change(run: Run, column: str, task: str | None = None) -> Change:
     first, last = (run.evaluations[i].by_task(column) for i in (0, -1))
     if task is not None:
         first, last = {task: first[task]}, {task: last[task]}
+    return paired(first, last)
+
+
+def paired(first: Mapping[str, np.ndarray], last: Mapping[str, np.ndarray]) -> Change:
+    """From one to the other, by task the scores [N] of the same pictures in the same order."""
     differences = {name: last[name] - first[name] for name in first}
     low, high = interval(differences)
     return Change(
