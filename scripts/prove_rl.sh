@@ -68,7 +68,7 @@ common=(
 )
 way=(
     --window_size 1
-    --window_first 1 # from sigma 0.90 to 0.75, where the layout is decided
+    --window_first 1 # from sigma 0.77 to 0.46; of pocket-sd3 itself 0.86 to 0.60
     --window_range 0.5
 )
 clip=(--clip_range 1e-3)
