@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 PROMPT, SIZE, STEPS = "a red circle", (64, 64), 2
 
 
-@pytest.fixture(params=["sd15", "sd3", "sdxl"])
+@pytest.fixture(params=["sd15", "sd3", "sdxl", "kolors", "hunyuandit11"])
 def model(request: pytest.FixtureRequest) -> Model:
     """An untrained model of a family."""
     folder = str(request.getfixturevalue(f"tiny_{request.param}"))

@@ -277,6 +277,8 @@ SCRIPTS: dict[str, Script] = {
         Script("dreambooth_lora_sdxl", subject, "--rank 2 --train_text_encoder", near=1e-3),
         Script("lora_kolors", pictures, "--rank 2 --caption_dropout 0.3", near=1e-4),
         Script("lora_hunyuandit", pictures, "--rank 2 --caption_dropout 0.3", near=1e-4),
+        Script("dreambooth_lora_kolors", subject, "--rank 2", near=1e-3, slow=True),
+        Script("dreambooth_lora_hunyuandit", subject, "--rank 2", near=1e-3, slow=True),
         Script("textual_inversion_sd15", word, "--use_ema", near=1e-3, slow=True),
         Script("textual_inversion_sdxl", word, "--keep_token_norm", near=1e-3, slow=True),
         Script("textual_inversion_sd3", word, "--initializer_token star", near=1e-3, slow=True),

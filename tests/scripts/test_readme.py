@@ -25,6 +25,7 @@ READMES = ("README.md", "README_zh.md")
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 # Findings and the way from other trainers quote their flags; the benchmarks have their own.
 ELSEWHERE = ("docs/log.md", "docs/benchmarks.md", "docs/coming_from.md")
+CHINESE = [page for page in PAGES if page.endswith("_zh.md")]
 MANUAL = [page for page in PAGES if page not in ELSEWHERE]
 MOST_LINES = 260  # of a README
 # Flags that the texts may name although no script of ours has them.
@@ -127,7 +128,7 @@ def skeleton(readme: str) -> dict[str, list[str]]:
             for row in re.findall(r"^\|.*", prose, flags=re.MULTILINE)
         ],
         "pictures": re.findall(r"\(docs/images/[^)]*\)", text),
-        "pages": [link for link in links(text) if link.startswith("docs/")],
+        "pages": [_english(link) for link in links(text) if link.startswith("docs/")],
         "list entries": re.findall(r"^(?:- |\d+\. )", prose, flags=re.MULTILINE),
         "flags": sorted(named_in(text)),
         "code spans": sorted(re.findall(r"`[^`\n]+`", prose)),
@@ -136,10 +137,31 @@ def skeleton(readme: str) -> dict[str, list[str]]:
     }
 
 
+def _english(link: str) -> str:
+    """What a link of a Chinese page leads to, in English; where that is too, without the anchor."""
+    return re.sub(r"_zh\.md(#.*)?$", ".md", link)
+
+
 def test_the_two_readmes_are_in_step() -> None:
     english, chinese = (skeleton(readme) for readme in READMES)
     for part, expected in english.items():
         assert chinese[part] == expected, part
+
+
+@pytest.mark.parametrize("page", CHINESE)
+def test_a_chinese_page_is_in_step_with_the_english_one(page: str) -> None:
+    pair = (_english(page), page)
+    english, chinese = (skeleton(one) for one in pair)
+    for part, expected in english.items():
+        assert chinese[part] == expected, part
+    for one, other in (pair, pair[::-1]):
+        assert Path(other).name in links(text_of(one))
+    there, here = (
+        sorted(link for link in map(_english, links(text_of(one))) if link != Path(pair[0]).name)
+        for one in pair
+    )
+    assert there == here
+    assert page in links(text_of("README_zh.md"))
 
 
 def test_every_page_is_in_the_index() -> None:

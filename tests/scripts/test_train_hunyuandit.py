@@ -11,15 +11,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import demo
+import train_dreambooth_lora_hunyuandit
 import train_lora_hunyuandit
 from dojo import cli
 from dojo.cli import UserError
 from dojo.evaluate import pipelines
 from dojo.files.records import read_pictures
 from dojo.finetune import lora
+from dojo.models import hunyuandit
 from tests.conftest import run_flags
 from tests.models.test_hunyuandit import WRAPS, tencents_layout
 from tests.scripts.runs import family_flags, in_process, metrics
+from tests.scripts.test_train_kolors import check_subject, subject_flags, texts_of_batches
 from tests.scripts.test_train_kolors import pictures as pictures
 
 PROMPT = "一颗红色的星星"
@@ -143,6 +146,15 @@ def test_the_file_for_other_programs_is_drawn_with_as_the_own_one(
     assert torch.equal(*latents)
 
 
+def test_a_subject_is_learned_beside_its_class_in_chinese(
+    tiny_hunyuandit11: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = texts_of_batches(monkeypatch, hunyuandit.Model)
+    flags = subject_flags(tmp_path, tiny_hunyuandit11, pictures)
+    in_process(train_dreambooth_lora_hunyuandit, flags)
+    check_subject(tmp_path / "run", texts)
+
+
 def test_the_text_encoders_are_not_trained_and_other_families_refused(
     tiny_hunyuandit: Path,
     tiny_sdxl: Path,
@@ -151,8 +163,9 @@ def test_the_text_encoders_are_not_trained_and_other_families_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = run_flags(tmp_path, tiny_hunyuandit, pictures)
-    with pytest.raises(SystemExit):
-        cli.parse(train_lora_hunyuandit.Args, None, [*words, "--train_text_encoder"])
-    assert "stay as they are" in " ".join(capsys.readouterr().err.split())
+    for script in (train_lora_hunyuandit, train_dreambooth_lora_hunyuandit):
+        with pytest.raises(SystemExit):
+            cli.parse(script.Args, None, [*words, "--train_text_encoder"])
+        assert "stay as they are" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match=r"its scripts are train_\*_sdxl\.py"):
         train(tmp_path, tiny_sdxl, pictures)

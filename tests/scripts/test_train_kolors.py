@@ -10,13 +10,16 @@ import torch
 from diffusers import KolorsPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 import demo
+import train_dreambooth_lora_kolors
 import train_lora_kolors
 from dojo import cli
 from dojo.cli import UserError
 from dojo.files.records import read_pictures
 from dojo.finetune import lora, planned
+from dojo.models import kolors
 from tests.conftest import run_flags
 from tests.models.test_kolors import INDICES, authors_layout
 from tests.scripts.runs import family_flags, in_process, metrics
@@ -28,6 +31,7 @@ CAPTIONS = [
     "一只猫的照片，高质量",
 ]
 PROMPT = "一颗红色的星星"
+SUBJECT = "一颗sks星星的照片"
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +135,70 @@ def test_a_file_for_other_programs_has_names_that_the_pipeline_reads(
     assert pipeline.get_active_adapters()
 
 
+def subject_flags(folder: Path, model: Path, data: Path) -> list[str]:
+    """The command line of a short DreamBooth with two class pictures and a Chinese subject."""
+    words = [*family_flags(folder, model, None), "--instance_data_dir", str(data), "--rank", "2"]
+    words += ["--caption_strategy", "instance", "--instance_prompt", SUBJECT, "--seed", "0"]
+    words += ["--with_prior_preservation", "--class_data_dir", str(folder / "class")]
+    words += ["--class_prompt", PROMPT, "--num_class_images", "2", "--sample_batch_size", "2"]
+    words += ["--prior_inference_steps", "2", "--max_train_steps", "2", "--learning_rate", "1e-2"]
+    return [*words, "--validation_prompt", SUBJECT, "--validation_inference_steps", "2"]
+
+
+def texts_of_batches(monkeypatch: pytest.MonkeyPatch, kind: Any) -> list[Tensor]:
+    """The embeddings of every batch that a model is trained with from now on, [2 B, T, D]."""
+    given: list[Tensor] = []
+    ask = kind.conditions
+
+    def conditions(self: Any, embeds: Any, geometry: Any) -> Any:
+        if torch.is_grad_enabled():
+            given.append(embeds["prompt_embeds"])
+        return ask(self, embeds, geometry)
+
+    monkeypatch.setattr(kind, "conditions", conditions)
+    return given
+
+
+def check_subject(run: Path, texts: list[Tensor]) -> None:
+    """A subject was learned beside two pictures of its class, each half with its own text."""
+    assert sorted(path.name for path in (run.parent / "class").iterdir()) == [
+        "class-00000.png",
+        "class-00001.png",
+    ]
+    assert [row["step"] for row in metrics(run) if "loss" in row] == [1, 2]
+    assert len(texts) == 2
+    for batch in texts:
+        assert len(batch) == 4  # two pictures of the subject, and as many of the class
+        different = {bytes(row.numpy().tobytes()) for row in batch}
+        assert len(different) == 2
+        assert torch.equal(batch[0], batch[1])
+        assert torch.equal(batch[2], batch[3])
+    assert f"Use `{SUBJECT}` in the prompt." in (run / "README.md").read_text(encoding="utf-8")
+    assert any(SUBJECT in path.name for path in (run / "validation" / "step-2").glob("*.png"))
+    up = {name: value for name, value in load_file(run / lora.WEIGHTS).items() if "lora_B" in name}
+    assert up
+    assert all(value.any() for value in up.values())
+
+
+def test_a_subject_is_learned_beside_its_class_in_chinese(
+    tiny_kolors: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = texts_of_batches(monkeypatch, kolors.Model)
+    in_process(train_dreambooth_lora_kolors, subject_flags(tmp_path, tiny_kolors, pictures))
+    check_subject(tmp_path / "run", texts)
+
+
+@pytest.mark.parametrize("script", [train_lora_kolors, train_dreambooth_lora_kolors])
 def test_the_text_encoder_is_not_trained(
-    tiny_kolors: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: Any,
+    tiny_kolors: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = run_flags(tmp_path, tiny_kolors, pictures)
     with pytest.raises(SystemExit):
-        cli.parse(train_lora_kolors.Args, None, [*words, "--train_text_encoder"])
+        cli.parse(script.Args, None, [*words, "--train_text_encoder"])
     said = " ".join(capsys.readouterr().err.split())
     assert "--train_text_encoder" in said
     assert "stay as they are" in said

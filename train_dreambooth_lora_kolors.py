@@ -1,0 +1,136 @@
+"""DreamBooth with LoRA on Kolors: one subject from a few pictures.
+
+A rare word in `--instance_prompt` ("一张sks狗的照片") learns to mean the subject of the pictures
+(Ruiz et al. 2022, arXiv:2208.12242). With prior preservation every batch holds as many pictures of
+the class, drawn by the base model, and the loss is
+
+    mean over the instance's half + prior_loss_weight * mean over the class's half
+
+of the error of the predicted noise or velocity (arXiv:2006.11239, Equation 14; arXiv:2202.00512,
+Appendix D). The UNet is SDXL's, which is told sizes and crops (arXiv:2307.01952, Section 2.2); it
+reads ChatGLM3, in Chinese or English, and the schedule has 1,100 timesteps. ChatGLM3 stays as it is
+and learns no words of its own: no plain call of diffusers would load them.
+
+    accelerate launch train_dreambooth_lora_kolors.py \
+        --pretrained_model_name_or_path models/Kolors --instance_data_dir datas/dog \
+        --instance_prompt "一张sks狗的照片" --resolution 1024 --output_dir outputs/dog-kolors
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from dojo import cli, data, finetune, publish, rng
+from dojo.evaluate import ValidationArgs, Validator
+from dojo.inputs import class_pictures, pictures
+from dojo.launch import interrupt
+from dojo.maths import ddpm
+from dojo.models import kolors
+from dojo.run import EmaArgs, Learner, OptimArgs, RunArgs, start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Options by group; every group is documented where its code is."""
+
+    model: kolors.ModelArgs
+    run: RunArgs
+    data: data.DataArgs
+    captions: data.CaptionArgs
+    cache: data.CacheArgs
+    prior: class_pictures.PriorArgs
+    lora: finetune.LoraArgs
+    noise: kolors.NoiseArgs
+    optim: OptimArgs
+    ema: EmaArgs
+    validation: ValidationArgs
+    publish: publish.PublishArgs
+
+
+def main(args: Args) -> None:
+    """Trains from the options to the saved adapter."""
+    # ---------------------------------------------------------------------------------- run
+    run = start(args.run, args.optim)
+    model = kolors.open_model(args.model)
+    trained = finetune.Adapters(run, args.lora)
+    args.validation.check(model)
+    args.publish.check(args.run.output_dir, args.run.report_to)
+    trained.check(args.optim)
+    paired = args.prior.with_prior_preservation
+
+    # --------------------------------------------------------------------------------- data
+    sources = pictures.open_sources(run, args)
+    size, batch_size = sources.size, args.optim.train_batch_size
+    objective = model.objective(size, args.noise)
+    if not args.run.dry_run:
+        if paired:
+            class_pictures.draw(run, args.prior, model, args.data, size)
+            own = class_pictures.open_class(args.prior, args.data)
+            sources.train = data.join([sources.train, own])
+        sources = pictures.check_samples(run, sources, model, args, pair_regularisation=paired)
+    pictures.plan(run, sources, args.optim)
+    args.ema.check(args.optim.kind, run.num_steps)
+    shape = finetune.shape_of(run, model, size)
+    cost = partial(finetune.cost_of, run, trained, model, batch_size * (1 + paired), shape)
+    needs = partial(
+        *(pictures.needs, run, model, args, size, batch_size),
+        drawn=bool(args.validation.texts),
+        class_pictures=args.prior.sample_batch_size * paired,
+    )
+    if not finetune.begin(run, args, trained, cost, needs):
+        return
+    inputs = pictures.prepare(run, sources, model, args, args.validation.texts)
+
+    # -------------------------------------------------------------------------------- model
+    trained.load(model, objective)
+    learner = Learner(run, trained, args.optim, args.ema)
+    learner.network.train()
+    evaluate = Validator(run, inputs, trained.network, args.noise, args.validation, size)
+
+    # --------------------------------------------------------------------------------- loop
+    learner.catch_up(evaluate, due=args.validation.due(run.step, run.num_steps))
+    for batch in run.batches(inputs.loader(batch_size)):
+        places = batch["place"]
+        rng.seed_global(run.seed, "dropout", places[0])
+        with learner.accumulate():
+            clean = inputs.latents(batch)  # [B or 2 B, C, h, w]
+            noise = rng.normal(clean.shape[1:], run.keys("noise", places), run.device)
+            if strength := args.noise.noise_offset:  # moves whole channels
+                moves = rng.normal((len(noise[0]), 1, 1), run.keys("offset", places), run.device)
+                noise = ddpm.offset_noise(noise, moves, strength)
+            seen = noise
+            if strength := args.noise.input_perturbation:  # seen, and not predicted
+                more = rng.normal(clean.shape[1:], run.keys("perturbation", places), run.device)
+                seen = ddpm.offset_noise(noise, more, strength)
+            uniform = rng.uniform(run.keys("timestep", places))
+            timestep = objective.level(uniform).to(run.device)  # [B or 2 B]
+            noisy = ddpm.add_noise(clean, seen, timestep, objective.schedule)
+
+            conditions = inputs.conditions(batch)
+            predicted = model.predict(learner.network, noisy, timestep, conditions, run.dtype)
+            area = inputs.area(batch)
+            errors = objective.errors(
+                predicted, noisy, timestep, clean=clean, noise=noise, area=area
+            )
+            weight = objective.weight(timestep)
+            # The class's rows carry prior_loss_weight, and each half is a mean over B.
+            loss = (weight * batch["weight"].to(run.device) * errors).sum() / batch_size
+            stepped = learner.step(loss)
+        if stepped:
+            learner.look(evaluate, due=args.validation.due(run.step, run.num_steps))
+            learner.keep()
+
+    # ------------------------------------------------------------------------------- result
+    card = publish.Card(
+        title="DreamBooth LoRA for Kolors",
+        dataset=args.data.location,
+        tags=("lora", "dreambooth", "kolors", "text-to-image"),
+        instance_prompt=args.data.instance_prompt,
+    )
+    publish.finish(run, args, learner, trained, evaluate, card)
+
+
+if __name__ == "__main__":
+    interrupt.watch()
+    cli.run(finetune.planned(main), Args, __doc__)
