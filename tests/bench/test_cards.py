@@ -40,7 +40,7 @@ def test_every_model_has_a_row_for_each_card_and_a_command_for_each_recipe(name:
     for card in phases.CARDS:
         assert f"| {card} GB |" in text
     alone = name in ("kolors", "hunyuandit")
-    assert cards.recipes(name) == (["lora"] if alone else [*cards.RECIPES])
+    assert cards.recipes(name) == (["lora", "dreambooth_lora"] if alone else [*cards.RECIPES])
     for recipe in cards.recipes(name):
         assert cards.command(name, recipe) in text
 

@@ -44,7 +44,7 @@ from dojo.data import (
     split_pairs,
 )
 from dojo.data import shards as disk
-from dojo.data.images import Decoded, decode
+from dojo.data.images import Seen, examine
 from dojo.data.pairs.choice import Score
 from dojo.pocket import scenes
 
@@ -349,16 +349,16 @@ def test_files_beside_the_pairs_are_counted(tmp_path: Path) -> None:
     )
 
 
-def test_pictures_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dojo.data.sources import captioned as sources
 
     read: list[str] = []
 
-    def counted(source: Any, name: str) -> Decoded:
+    def counted(source: Any, name: str) -> Seen:
         read.append(Path(name).name)
-        return decode(source, name)
+        return examine(source, name)
 
-    monkeypatch.setattr(sources, "decode", counted)
+    monkeypatch.setattr(sources, "examine", counted)
     pairs = opened(folder_of(tmp_path / "set", ring(6)))
     for _ in range(2):
         check_pairs(

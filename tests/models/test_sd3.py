@@ -517,3 +517,24 @@ def test_a_scheduler_that_follows_no_flow_is_refused(tmp_path: Path, tiny_sd3: P
     diffusers.DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
     said = refusal(folder)
     assert "its scheduler, a DPMSolverMultistepScheduler, follows no rectified flow" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("DEISMultistepScheduler", {}, "goes from sigma 1 to 0.1 in 28 steps"),
+        ("SASolverScheduler", {}, "goes from sigma 1 to 0.1 in 28 steps"),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "goes from sigma 157 to 0"),
+        ("UniPCMultistepScheduler", {"use_beta_sigmas": True}, "goes from sigma 157 to 0"),
+    ],
+)
+def test_a_flow_that_does_not_end_at_a_clean_picture_is_refused(
+    tmp_path: Path, tiny_sd3: Path, name: str, more: dict[str, bool], words: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_sd3, tmp_path / "other"))
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    getattr(diffusers, name)(**flow, **more).save_pretrained(folder / "scheduler")
+    assert f"its scheduler, a {name}, {words}" in refusal(folder)
+    kind = diffusers.UniPCMultistepScheduler
+    kind(**flow, use_karras_sigmas=True).save_pretrained(folder / "scheduler")
+    sd3.open_model(args_of(folder))

@@ -145,17 +145,23 @@ def follow(words: Sequence[str], folder: Path, metrics: Path, steps: int) -> tup
         TrainingStopped: it failed, or ended before its last step.
     """
     arrivals: dict[int, float] = {}
-    size, began = 0, time.perf_counter()
+    size = 0
+
+    def look() -> None:
+        nonlocal size
+        now = metrics.stat().st_size if metrics.is_file() else 0
+        if now != size:
+            size, seen = now, time.perf_counter()
+            for row in read_rows(metrics)[0]:
+                if "loss" in row:
+                    arrivals.setdefault(int(row["step"]), seen)
+
+    began = time.perf_counter()
     with processes.started(words, env=environment(folder), cwd=folder, stdout=2) as process:
         while process.poll() is None:
-            now = metrics.stat().st_size if metrics.is_file() else 0
-            if now != size:
-                size = now
-                seen = time.perf_counter()
-                for row in read_rows(metrics)[0]:
-                    if "loss" in row:
-                        arrivals.setdefault(int(row["step"]), seen)
+            look()
             time.sleep(_POLL)
+        look()  # at what it wrote since
         ended = time.perf_counter()
     if process.returncode or not {1, steps} <= set(arrivals):
         raise TrainingStopped(
