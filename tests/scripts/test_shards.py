@@ -6,9 +6,11 @@ import re
 import shutil
 import tarfile
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -314,20 +316,24 @@ def test_a_made_folder_is_resumed_to_the_bit(made: Path, tmp_path: Path, tiny_sd
     assert adapter_bytes(broken / "run") == adapter_bytes(whole / "run")
 
 
-@pytest.mark.parametrize("source", ["scene_data", "scene_shards", "scene_tars"])
+@pytest.mark.parametrize(
+    ("source", "files"),  # killed while latents are made, while an encoder speaks, at the end
+    [("scene_data", 3), ("scene_shards", 8), ("scene_tars", 16)],
+)
 def test_several_makers_end_what_a_killed_one_began_with_the_same_bytes(
-    tmp_path: Path, tiny_sd3: Path, source: str, request: pytest.FixtureRequest
+    tmp_path: Path, tiny_sd3: Path, source: str, files: int, request: pytest.FixtureRequest
 ) -> None:
     location = request.getfixturevalue(source)
     location = f"{location}/*.parquet" if source == "scene_shards" else location
     alone = contents(make(tmp_path / "alone", tiny_sd3, location))
     flags = ["cache", *make_flags(tmp_path / "many", tiny_sd3, location)]
-    code, said = spawn("dojo.data", flags, tmp_path / "many", Death(place="cache", count=3))
+    code, said = spawn("dojo.data", flags, tmp_path / "many", Death(place="cache", count=files))
     assert code != 0, said
     assert not (tmp_path / "many" / "made" / "index.json").exists()
     code, said = spawn("dojo.data", flags, tmp_path / "many", processes=3)
     assert code == 0, said
     assert contents(tmp_path / "many" / "made") == alone
+    assert not (tmp_path / "many" / "made" / "making").exists()
     rows = json.loads(alone["index.json"])["files"]
     assert sum(row["rows"] for row in rows) == 10
     assert max(row["rows"] for row in rows) <= 4
@@ -495,29 +501,74 @@ def test_the_command_heeds_where_and_how_the_models_work(
     args = cli.parse(caching.args_type(flags), None, flags)
     model = open_model(args.model, args.text)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    maker = caching._Maker(args, model, tmp_path)
-    assert (maker.device.type, maker.text_device.type) == ("cuda", "cpu")
     asked: list[list[str]] = []
 
     def encode(captions: list[str]) -> dict[str, torch.Tensor]:
         asked.append(captions)
         return {"rows": torch.zeros(len(captions), 3)}
 
-    monkeypatch.setattr(maker, "encoders", lambda: encode)
-    maker._embeds(["a", "b", "c"])
+    fake = SimpleNamespace(said=encode)
+    monkeypatch.setattr(sd3.Model, "load_text", lambda *args, **options: fake)
+    maker = caching._Maker(args, model, tmp_path)
+    assert (maker.device.type, maker.text_device.type) == ("cuda", "cpu")
+    maker._embed("text_encoder", ["a", "b", "c"])
     assert asked == [["a"], ["b"], ["c"]]
     flags = make_flags(tmp_path, tiny_sd3, scene_data)
     args = cli.parse(caching.args_type(flags), None, flags)
     maker = caching._Maker(args, open_model(args.model, args.text), tmp_path)
     assert maker.text_device.type == "cuda"
     asked.clear()
-    monkeypatch.setattr(maker, "encoders", lambda: encode)
-    maker._embeds(["a", "b", "c"])
+    maker._embed("text_encoder", ["a", "b", "c"])
     assert asked == [["a", "b", "c"]]  # in one batch on a GPU
     monkeypatch.undo()
     vae = model.load_vae(torch.device("cpu"))
     assert vae.use_tiling
     assert vae.use_slicing
+
+
+class Tracked:
+    """Text encoders of which it is known whether anybody holds them, through a real one's words."""
+
+    def __init__(self, encoders: Any) -> None:
+        self._encoders = encoders
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoders, name)
+
+
+def test_one_model_at_a_time_is_held_and_a_folder_has_the_same_numbers(
+    made: Path, tmp_path: Path, tiny_sd3: Path, scene_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Any]] = []
+    loaded: list[str] = []
+
+    def track(name: str) -> None:
+        load = getattr(sd3.Model, name)
+
+        def tracked(*args: Any, **options: Any) -> Any:
+            assert [one() for one in held if one() is not None] == []
+            found = load(*args, **options)
+            found = Tracked(found) if name == "load_text" else found
+            held.append(weakref.ref(found))
+            loaded.append(options.get("only", "vae"))
+            return found
+
+        monkeypatch.setattr(sd3.Model, name, tracked)
+
+    track("load_vae")
+    track("load_text")
+    flags = ("--random_flip", "--crop_variants", "2", "--prompts", "a star")
+    folder = make(tmp_path, tiny_sd3, scene_data, *flags)
+    assert loaded == ["vae", *sd3.TEXT_ENCODERS]
+    assert contents(folder) == contents(made)
+    monkeypatch.undo()
+    words = make_flags(tmp_path, tiny_sd3, scene_data)
+    args = cli.parse(caching.args_type(words), None, words)
+    model = open_model(args.model, args.text)
+    together = model.load_text(torch.float32, torch.device("cpu"))(["a star"])
+    known = Opened(folder / TEXTS).embeds("a star")
+    assert known.keys() == together.keys()
+    assert all(torch.equal(known[name], together[name][0]) for name in known)
 
 
 # -- what a dry run says of them ----------------------------------------------------------------

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, make_dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -28,7 +28,7 @@ from dojo.data.streams import made as folders
 from dojo.data.streams.places import MADE
 from dojo.files import tensors
 from dojo.inputs import made, texts
-from dojo.lazy import no_grad, torch
+from dojo.lazy import no_grad, safetensors_torch, torch
 from dojo.models import family
 from dojo.models.folders import posterior
 from dojo.models.opening import family_of, open_model
@@ -36,10 +36,14 @@ from dojo.models.precisions import dtype_of
 from dojo.run import heap
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
     from torch import Tensor
 
 _FLAG = "--pretrained_model_name_or_path"
-_AT_A_TIME = 32  # captions that are encoded at a time, where not one by one
+_AT_A_TIME = 32  # captions that an encoder is given at a time
+_DRAFTS = "making"  # folder of what is made before a file is whole
+_TEXTS = Path(folders.TEXTS).stem
+_ROUNDS = 4
 _DECODERS = 2  # threads that look at pictures before they are encoded
 
 Part = Callable[[], data.Captioned]
@@ -126,15 +130,10 @@ def main(args: Args) -> None:
     folder = args.make.output_dir
     _begin(folder, {"settings": made.settings(model, args), "how": _how(args)}, work.samples)
     print(f"{work.source}\n{folder}: {work.rows:,} rows in {len(work.parts):,} parts", flush=True)
-    maker = _Maker(args, model, folder)
-    names = [f"{number:05d}" for number in range(len(work.parts))]
-    for wait in (False, True):  # then those that others had in their hands, if they were killed
-        _once(folder, "texts", maker.has_texts, maker.texts, wait=wait)
-        for name, part in zip(names, work.parts, strict=True):
-            done = partial(_is_done, folder, name, args.data.data_cache_dir)
-            _once(folder, name, done, partial(maker.rows, name, part), wait=wait)
+    parts = {f"{number:05d}": part for number, part in enumerate(work.parts)}
+    _Maker(args, model, folder).make(parts)
     with files.turn(folder / ".end.lock"):
-        _end(folder, work.source, names)
+        _end(folder, work.source, list(parts))
 
 
 def _how(args: Args) -> dict[str, Any]:
@@ -251,6 +250,7 @@ def _begin(folder: Path, record: Mapping[str, Mapping[str, Any]], samples: str) 
             "folder, or remove it"
         )
     files.sweep(folder.glob(".*"))
+    files.sweep((folder / _DRAFTS).glob(".*"))
 
 
 def _changed(path: Path, record: Mapping[str, Mapping[str, Any]], samples: str) -> list[str]:
@@ -296,17 +296,17 @@ def _once(
             work()
 
 
-def _is_done(folder: Path, name: str, records: Path) -> bool:
+def _is_done(folder: Path, name: str, records: Path | None) -> bool:
     """Whether a part was made and its files are as they were written.
 
     Args:
-        records: folder in which it is remembered what they contain.
+        records: folder in which it is remembered what they contain, if it is.
     """
     job = _read(folder / f"{name}.json")
     return "files" in job and all(_is_whole(folder, one, records) for one in job["files"])
 
 
-def _is_whole(folder: Path, file: Mapping[str, Any], records: Path) -> bool:
+def _is_whole(folder: Path, file: Mapping[str, Any], records: Path | None) -> bool:
     path = folder / file["name"]
     try:
         if path.stat().st_size != file["num_bytes"]:
@@ -315,6 +315,27 @@ def _is_whole(folder: Path, file: Mapping[str, Any], records: Path) -> bool:
     except (OSError, UserError):
         return False
     return same_rows and data.file_hashes([path], records) == [file["digest"]]
+
+
+def _told(path: Path, rows: int, size: Sequence[int]) -> dict[str, Any]:
+    """What is said of a file."""
+    digest = data.file_hashes([path], None)[0]
+    height, width = size
+    found = folders.MadeFile(
+        name=path.name,
+        rows=rows,
+        size=(height, width),
+        num_bytes=path.stat().st_size,
+        digest=digest,
+    )
+    return asdict(found)
+
+
+def _write_job(
+    folder: Path, name: str, written: Sequence[Any], left_out: Sequence[Mapping[str, Any]]
+) -> None:
+    """Writes that the files of a part are there."""
+    write_json(folder / f"{name}.json", {"files": written, "left_out": left_out})
 
 
 def _end(folder: Path, source: str, names: Sequence[str]) -> None:
@@ -338,52 +359,84 @@ def _end(folder: Path, source: str, names: Sequence[str]) -> None:
 
 
 class _Maker:
-    """What makes a part, with the models, which are loaded when they are first needed."""
+    """What makes the files, with one model in memory at a time.
+
+    First come the latents of all parts, then what each text encoder says of all texts, one encoder
+    after another. What is made so far lies in a folder of its own below; the last encoder's words
+    complete a file. Each job is done by one process at a time.
+    """
 
     def __init__(self, args: Args, model: family.Model, folder: Path) -> None:
         rank = os.environ.get("LOCAL_RANK", "0")
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{rank}" if cuda else "cpu")
-        self.dtype = dtype_of(_precision(args))
         self.args = args
         self.model = model
         self.folder = folder
-        self.vae = cache(lambda: model.load_vae(self.device))
+        self.drafts = folder / _DRAFTS
+        self.records = args.data.data_cache_dir
         self.text_device = texts.device_of(self.device, model)
-        self.encoders = cache(lambda: model.load_text(self.dtype, self.text_device))
+        alone = texts.one_by_one(self.text_device)
+        self._loader = texts.Loader(
+            model, dtype_of(_precision(args)), self.text_device, alone=alone
+        )
+        self._vae: AutoencoderKL | None = None
+        self._encoder: texts.Lookup | None = None
+        self._found: set[str] = set()  # parts that are whole, and drafts
 
-    def _known(self) -> set[str]:
-        """The texts that are there; none where the file is missing or damaged."""
-        with suppress(UserError):
-            return set(folders.Opened(self.folder / folders.TEXTS).texts)
-        return set()
-
-    def _ended(self) -> dict[str, Any]:
-        """What was said of the file of texts when the folder was last whole, if it was."""
-        return _read(self.folder / folders.INDEX).get("texts", {"texts": []})
-
-    def has_texts(self) -> bool:
-        """Whether the file of texts is as it was written and holds those that were asked for."""
-        known, ended = self._known(), self._ended()
-        if known == set(ended["texts"]):  # else it was written anew since, with more of them
-            path = self.folder / folders.TEXTS
-            if data.file_hashes([path], self.args.data.data_cache_dir) != [ended["digest"]]:
-                return False
-        return {"", *self.args.make.prompts, *ended["texts"]} <= known
-
-    @no_grad
-    def texts(self) -> None:
-        """Writes the empty caption and the prompts, those of earlier commands too."""
-        words = sorted({"", *self.args.make.prompts, *self._known(), *self._ended()["texts"]})
-        tensors.save(self.folder / folders.TEXTS, self._embeds(words), folders.header([], words))
-
-    @no_grad
-    def rows(self, name: str, part: Part) -> None:
-        """Writes the files of one part, and then that they are there.
+    def make(self, parts: Mapping[str, Part]) -> None:
+        """Makes what is missing of the parts, by their names, and of the other texts.
 
         Raises:
             UserError: a sample is bad under `--on_bad_sample error`.
         """
+        *earlier, last = self.model.text_encoders
+        for _ in range(_ROUNDS):
+            missing = {name: part for name, part in parts.items() if not self.has(name)}
+            words = () if self.has(_TEXTS) else (_TEXTS,)
+            if not missing and not words:
+                with suppress(OSError):  # none there, or others are at work
+                    self.drafts.rmdir()
+                return
+            self._stage(
+                {name: partial(self._latents, name, part) for name, part in missing.items()},
+                self._has_latents,
+            )
+            names = [*words, *missing]
+            for encoder in earlier:
+                self._stage(
+                    {name: partial(self._say, name, encoder) for name in names},
+                    partial(self._has_said, encoder=encoder),
+                )
+            self._stage({name: partial(self._finish, name, last) for name in names}, self.has)
+        raise UserError(f"{self.folder}: others have worked against this command: give it again")
+
+    def _stage(self, jobs: Mapping[str, Callable[[], object]], has: Callable[[str], bool]) -> None:
+        """Does what nobody else does, waits for the others, and lets go of the model."""
+        for wait in (False, True):  # then those that others had in their hands, if they were killed
+            for name, job in jobs.items():
+                _once(self.folder, name, partial(has, name), job, wait=wait)
+        self._vae = self._encoder = self._loader.joiner = None
+        texts.let_go(self.device)
+
+    def has(self, name: str) -> bool:
+        """Whether a part is whole, or the file of the other texts."""
+        if name == _TEXTS:
+            return self._has_texts()
+        if name not in self._found and _is_done(self.folder, name, self.records):
+            self._found.add(name)
+        return name in self._found
+
+    # -- what comes first -------------------------------------------------------------------------
+
+    def _has_latents(self, name: str) -> bool:
+        draft = f"{_DRAFTS}/{name}"
+        if draft not in self._found and _is_done(self.drafts, name, None):
+            self._found.add(draft)
+        return draft in self._found or self.has(name)
+
+    @no_grad
+    def _latents(self, name: str, part: Part) -> None:
         if (self.folder / f"{name}.json").exists():
             print(f"part {name} is damaged, and is made again", flush=True)
         source = part()
@@ -393,13 +446,9 @@ class _Maker:
             plan = data.assign(good, self.args.data, self.model.pixel_step)
             left_out += self._too_small(good, plan)
             written = [
-                self._file(name, good, size, indices) for size, indices in plan.needed().items()
+                self._draft(name, good, size, indices) for size, indices in plan.needed().items()
             ]
-        write_json(
-            self.folder / f"{name}.json",
-            {"files": written, "left_out": [asdict(one) for one in left_out]},
-        )
-        print(f"part {name}: {sum(one['rows'] for one in written)} rows", flush=True)
+        _write_job(self.drafts, name, written, [asdict(one) for one in left_out])
 
     def _checked(self, source: data.Captioned) -> tuple[data.Captioned, list[data.BadReport]]:
         """The good samples, with the sizes of their pictures, and the others."""
@@ -424,10 +473,10 @@ class _Maker:
             )
         return found
 
-    def _file(
+    def _draft(
         self, name: str, source: data.Captioned, size: data.Size, indices: Sequence[int]
     ) -> dict[str, Any]:
-        """Writes the rows of one size; what `index.json` says of them comes back."""
+        """Writes the rows of one size, without their texts' embeddings."""
         self.model.latent_shape(*size)  # refuses what the model cannot take
         some = source.select(indices)
         pictures = data.Pictures(
@@ -437,7 +486,7 @@ class _Maker:
         )
         words = sorted({*pictures.texts(), ""})
         here = list(range(len(some)))
-        vae = self.vae()
+        self._vae = vae = self._vae or self.model.load_vae(self.device)
         with heap.kept(self.device):
             latents = data.encoded_views(pictures, lambda x: posterior(vae, x), size, here)
         rows = [
@@ -446,27 +495,111 @@ class _Maker:
                 some.names, some.ids, some.captions, some.sizes, strict=True
             )
         ]
-        path = self.folder / f"{name}-{size[0]}x{size[1]}.safetensors"
-        tensors.save(path, {**latents, **self._embeds(words)}, folders.header(rows, words))
-        found = folders.MadeFile(
-            name=path.name,
-            rows=len(rows),
-            size=size,
-            num_bytes=path.stat().st_size,
-            digest=data.file_hashes([path], None)[0],
-        )
-        return asdict(found)
+        path = self.drafts / f"{name}-{size[0]}x{size[1]}.safetensors"
+        tensors.save(path, latents, folders.header(rows, words))
+        return _told(path, len(rows), size)
 
-    def _embeds(self, words: Sequence[str]) -> dict[str, Tensor]:
-        """Embeddings of texts, by the names that files have for them."""
-        step = 1 if texts.one_by_one(self.text_device) else _AT_A_TIME
-        encoders = self.encoders()
-        parts = [encoders(words[i : i + step]) for i in range(0, len(words), step)]
-        found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    # -- texts ------------------------------------------------------------------------------------
+
+    def _known(self) -> set[str]:
+        """The texts that are there; none where the file is missing or damaged."""
+        with suppress(UserError):
+            return set(folders.Opened(self.folder / folders.TEXTS).texts)
+        return set()
+
+    def _ended(self) -> dict[str, Any]:
+        """What was said of the file of texts when the folder was last whole, if it was."""
+        return _read(self.folder / folders.INDEX).get("texts", {"texts": []})
+
+    def _has_texts(self) -> bool:
+        """Whether the file of texts is as it was written and holds those that were asked for."""
+        known, ended = self._known(), self._ended()
+        if known and known == set(ended["texts"]):  # else it was written since, with more of them
+            path = self.folder / folders.TEXTS
+            if data.file_hashes([path], self.records) != [ended["digest"]]:
+                return False
+        return {"", *self.args.make.prompts, *ended["texts"]} <= known
+
+    def _wanted(self, name: str) -> dict[str, list[str]]:
+        """The texts of each file of a part, or of the file of the other texts, those of earlier
+        commands too; none where there is no draft."""
+        if name == _TEXTS:
+            words = {"", *self.args.make.prompts, *self._known(), *self._ended()["texts"]}
+            return {folders.TEXTS: sorted(words)}
+        files = _read(self.drafts / f"{name}.json").get("files", [])
+        return {one["name"]: list(folders.Opened(self.drafts / one["name"]).texts) for one in files}
+
+    def _said(self, file: str, words: Sequence[str], encoder: str) -> Path:
+        """Where it lies what an encoder says of texts."""
+        return self.drafts / f"{Path(file).stem}-{data.digest(words)}-{encoder}.safetensors"
+
+    def _has_said(self, name: str, encoder: str) -> bool:
+        if self.has(name):
+            return True
+        with suppress(UserError):
+            wanted = self._wanted(name).items()
+            return all(self._said(file, words, encoder).exists() for file, words in wanted)
+        return self.has(name)  # another process has completed it just now, or the draft is damaged
+
+    def _say(self, name: str, encoder: str) -> None:
+        for file, words in self._wanted(name).items():
+            tensors.save(self._said(file, words, encoder), self._embed(encoder, words))
+
+    @no_grad
+    def _embed(self, encoder: str, words: Sequence[str]) -> dict[str, Tensor]:
+        """What one encoder says of texts, which are encoded a few at a time.
+
+        Raises:
+            UserError: some of it is no number.
+        """
+        if self._encoder is None:
+            print(f"embedding texts by {encoder}", flush=True)
+            self._encoder = self._loader(encoder)
+        starts = range(0, len(words), _AT_A_TIME)
+        parts = [self._encoder(words[start : start + _AT_A_TIME]) for start in starts]
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         for name, values in found.items():
             if not values.isfinite().all():
                 raise UserError(
                     f"the text encoders' {name} are not finite numbers: give --mixed_precision "
                     "bf16 or no, or mend the encoders"
                 )
-        return {f"{folders.PREFIX}{name}": values for name, values in found.items()}
+        return found
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    @no_grad
+    def _finish(self, name: str, encoder: str) -> None:
+        """Joins what was made of a part to what the last encoder says."""
+        *earlier, _ = self.model.text_encoders
+        job = _read(self.drafts / f"{name}.json")
+        if not all(self._has_said(name, one) for one in earlier) or (
+            name != _TEXTS and "files" not in job
+        ):
+            return  # others have asked for other texts meanwhile: it comes in the next round
+        sizes = {one["name"]: one["size"] for one in job.get("files", [])}
+        written: list[dict[str, Any]] = []
+        for file, words in self._wanted(name).items():
+            made: dict[str, Tensor] = self._joined(file, words, encoder)
+            rows: list[folders.MadeRow] = []
+            if name != _TEXTS:
+                draft = self.drafts / file
+                rows = folders.Opened(draft).rows
+                made |= safetensors_torch.load_file(draft)
+            tensors.save(self.folder / file, made, folders.header(rows, words))
+            if name != _TEXTS:
+                written.append(_told(self.folder / file, len(rows), sizes[file]))
+        if name != _TEXTS:
+            _write_job(self.folder, name, written, job["left_out"])
+            self._found.add(name)
+            print(f"part {name}: {sum(one['rows'] for one in written)} rows", flush=True)
+        for path in self.drafts.glob(f"{name}[.-]*"):
+            path.unlink(missing_ok=True)
+
+    def _joined(self, file: str, words: Sequence[str], last: str) -> dict[str, Tensor]:
+        """Embeddings of texts, by the names that files have for them."""
+        *earlier, _ = self.model.text_encoders
+        said = self._embed(last, words)
+        for one in earlier:
+            said |= safetensors_torch.load_file(self._said(file, words, one))
+        return {f"{folders.PREFIX}{name}": value for name, value in self._loader.join(said).items()}

@@ -93,16 +93,16 @@ def encoded(
     As for a cache the encoders come one after another, where and in what `--text_encoder_device`
     and `--text_encoder_precision` say, and are freed.
     """
-    loader = _Loader(model, dtype, device_of(run.device, model), alone=False)
+    loader = Loader(model, dtype, device_of(run.device, model), alone=False)
     said: list[Embeds] = [{} for _ in groups]
     for part in model.text_encoders:
         say = loader(part)
         said = [{**one, **say(texts)} for one, texts in zip(said, groups, strict=True)]
         del say
-        _let_go(run)
+        let_go(run.device)
     made = [loader.join(one) for one in said]
     loader.joiner = None
-    _let_go(run)
+    let_go(run.device)
     return [model.no_caption(one, texts) for one, texts in zip(made, groups, strict=True)]
 
 
@@ -178,7 +178,7 @@ def _fill(
         settings: what the embeddings depend on.
     """
     alone = one_by_one(device)
-    loader = _Loader(model, run.dtype, device, alone=alone)
+    loader = Loader(model, run.dtype, device, alone=alone)
     *earlier, last = model.text_encoders
     lookup = data.cache_text(
         groups,
@@ -188,7 +188,7 @@ def _fill(
         turns=data.Turns(
             earlier=[(f"caching text: {part}", partial(loader, part)) for part in earlier],
             join=loader.join,
-            let_go=partial(_let_go, run),
+            let_go=partial(let_go, run.device),
         ),
         sample_bytes=model.text_numbers * run.dtype.itemsize,
         **run.share,
@@ -197,17 +197,17 @@ def _fill(
     return lookup
 
 
-def _free(run: Run, loader: _Loader, what: str) -> None:
+def _free(run: Run, loader: Loader, what: str) -> None:
     """Lets go of the encoder that was loaded last, and says what of the memory came back."""
     loaded, before = loader.joiner is not None, used_memory_gib(run.device)
     loader.joiner = None
-    _let_go(run)
+    let_go(run.device)
     if loaded:
         after = used_memory_gib(run.device)
         run.say(f"{what} freed: {before:.2f} GiB of memory in use before, {after:.2f} GiB after")
 
 
-class _Loader:
+class Loader:
     """Loads one encoder at a time; the last one of a model joins what all of them said."""
 
     def __init__(
@@ -246,8 +246,8 @@ def _one_by_one(lookup: Lookup) -> Lookup:
     return each
 
 
-def _let_go(run: Run) -> None:
+def let_go(device: torch.device) -> None:
     """Gives memory back that nobody owns any more."""
     gc.collect()
-    if run.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
