@@ -130,7 +130,8 @@ def main(args: Args) -> None:
             noisy = ddpm.add_noise(clean, noise, timestep, objective.schedule)
             target = objective.target(clean, noise, timestep)  # the noise, or v
             geometry = inputs.geometry(batch, sides=sides)
-            predicted = steering(learner.network, captions, geometry)(noisy, timestep)
+            embeds = steering.embeds(captions)
+            predicted = steering.predictor(learner.network, embeds, geometry)(noisy, timestep)
             errors = ddpm.squared_error(predicted, target)  # [2B], or [B]
             losses = errors
             if not args.dpo.sft:
@@ -146,7 +147,7 @@ def main(args: Args) -> None:
                     torch.no_grad(),
                     trained.reference() as base,
                 ):
-                    predicted = steering(base, captions, geometry)(noisy, timestep)
+                    predicted = steering.predictor(base, embeds, geometry)(noisy, timestep)
                     reference = ddpm.squared_error(predicted, target)
                 found = preference.dpo(winner, loser, *reference.chunk(2), beta=args.dpo.beta_dpo)
                 losses = found.loss

@@ -135,7 +135,8 @@ def main(args: Args) -> None:
             sigma = objective.level(uniform).to(run.device).repeat(sides)  # [2B]
             noisy = flow.interpolate(clean, noise, sigma)
             target, weight = flow.velocity(clean, noise), objective.weight(sigma)
-            predicted = steering(learner.network, captions)(noisy, sigma)
+            embeds = steering.embeds(captions)
+            predicted = steering.predictor(learner.network, embeds)(noisy, sigma)
             pair = {"clean": clean, "noise": noise}
             errors = weight * objective.errors(predicted, noisy, sigma, **pair)
             losses = errors
@@ -152,7 +153,7 @@ def main(args: Args) -> None:
                     torch.no_grad(),
                     trained.reference() as base,
                 ):
-                    before = steering(base, captions)(noisy, sigma)
+                    before = steering.predictor(base, embeds)(noisy, sigma)
                     reference = weight * objective.errors(before, noisy, sigma, **pair)
                 found = preference.dpo(winner, loser, *reference.chunk(2), beta=args.dpo.beta_dpo)
                 losses = found.loss

@@ -66,12 +66,13 @@ def config_of(network: nn.Module) -> Mapping[str, LoraConfig]:
 @contextmanager
 def disabled(network: nn.Module) -> Iterator[None]:
     """The base model for a while: the reference of KL terms and of before/after pictures."""
-    for layer in _layers(network):
+    layers = list(_layers(network))  # found once: a network has hundreds of modules
+    for layer in layers:
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in _layers(network):
+        for layer in layers:
             layer.enable_adapters(True)
 
 
@@ -87,6 +88,5 @@ def set_state(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _layers(network: nn.Module) -> Iterator[tuners_utils.BaseTunerLayer]:
-    return (
-        module for module in network.modules() if isinstance(module, tuners_utils.BaseTunerLayer)
-    )
+    kind = tuners_utils.BaseTunerLayer
+    return (module for module in network.modules() if isinstance(module, kind))
