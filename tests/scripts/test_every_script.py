@@ -94,6 +94,15 @@ def test_the_table_names_every_training_script() -> None:
     }
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_compiles_its_blocks_where_it_is_told_to(
+    name: str, inputs: Path, tmp_path: Path
+) -> None:
+    script = SCRIPTS[name]
+    flags = [*script.flags(inputs, tmp_path), "--torch_compile"]
+    assert cli.parse(script.load().Args, None, flags).model.torch_compile
+
+
 def test_a_run_leaves_everything_that_was_promised(small: Small, whole: Path) -> None:
     record = json.loads((whole / "args.json").read_text())
     assert torch.__version__.startswith(record["versions"]["torch"])

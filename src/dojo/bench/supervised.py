@@ -60,7 +60,7 @@ class CaseArgs:
     gradient_checkpointing: bool = False
     """recompute the blocks' activations in the backward pass"""
     torch_compile: bool = False
-    """compile the transformer's repeated blocks (SD3)"""
+    """compile the network's repeated blocks"""
     num_processes: int = 1
     """processes (GPUs) on this machine, started by torchrun"""
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -75,9 +75,10 @@ class CaseArgs:
 
     def __post_init__(self) -> None:
         self.check_positive("max_sequence_length", "num_processes")
-        for name in ("max_sequence_length", "torch_compile"):
-            if getattr(self, name) and not models.has_option(self.model, name):
-                raise ValueError(f"--{name}: the scripts for {self.model} have no such option")
+        if self.max_sequence_length and not models.has_option(self.model, "max_sequence_length"):
+            raise ValueError(
+                f"--max_sequence_length: the scripts for {self.model} have no such option"
+            )
 
     def check_positive(self, *names: str) -> None:
         """Refuses numbers below 1.

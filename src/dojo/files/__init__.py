@@ -166,6 +166,12 @@ def check_output(
             )
 
 
+def user_caches() -> Path:
+    """The user's folder of what is made again when it is missing, in XDG_CACHE_HOME or ~/.cache."""
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path("~/.cache").expanduser()) / "sd-dojo"
+
+
 @contextmanager
 def room_in(folder: Path) -> Iterator[None]:
     """Says so when a writer inside fails, in whichever library's words, because the disk is full.

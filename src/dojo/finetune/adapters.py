@@ -82,7 +82,7 @@ class Adapters(Trained):
 
     def check_model(self, args: ModelArgs) -> None:
         """See `Trained`."""
-        if self.storage and getattr(args, "torch_compile", False):
+        if self.storage and args.torch_compile:
             flag = "--blocks_on_cpu" if self.args.blocks_on_cpu else "--base_precision"
             raise UserError(
                 f"--torch_compile does not go with {flag}, whose weights are fetched between the "

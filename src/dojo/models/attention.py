@@ -115,7 +115,7 @@ def check_run(args: Any, device: torch.device, dtype: torch.dtype) -> None:
     drawing = [getattr(group, DRAWING_FLAG[2:], None) for group in groups]
     drawn_with = next(filter(None, drawing), None)
     trained_with = args.model.attention_backend
-    if getattr(args.model, "torch_compile", False) and (trained_with or drawn_with):
+    if args.model.torch_compile and (trained_with or drawn_with):
         flag = FLAG if trained_with else DRAWING_FLAG
         raise UserError(f"{flag} does not go with --torch_compile, which chooses for itself")
     check(trained_with, FLAG, device, dtype, trains=True)

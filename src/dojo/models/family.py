@@ -72,8 +72,16 @@ class ModelArgs:
     attention_backend: attention.Backend | None = option(None, incidental=True)
     """what computes the trained network's attention, by diffusers' names; unset is torch's own
     choice"""
+    torch_compile: bool = option(False, incidental=True)
+    """compile the trained network's repeated blocks: the first steps take minutes, unless they were
+    compiled before (kept in ~/.cache/sd-dojo/compiled)"""
 
     def __post_init__(self) -> None:
+        if self.torch_compile and self.activations_on_cpu:
+            raise ValueError(
+                "--activations_on_cpu does not go with --torch_compile: "
+                "--gradient_checkpointing does"
+            )
         attention.check_trains(self.attention_backend)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dojo.lazy import diffusers, torch, transformers
-from dojo.models import folders, loaded, precisions
+from dojo.models import compiling, folders, loaded, precisions
 from dojo.models.folders import TRANSFORMER
 from dojo.models.hunyuandit import config, networks, text
 from dojo.models.hunyuandit.config import (
@@ -135,6 +135,8 @@ class Model(Config):
         networks.ready(network).requires_grad_(False)
         if self.args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        if self.args.torch_compile:
+            compiling.compile_blocks(network, self.network_facts)
         return network.to(device)
 
     def load_vae(self, device: torch.device, *, checkpointing: bool = False) -> AutoencoderKL:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from dojo.cli import UserError, option, ranges
+from dojo.cli import UserError, ranges
 from dojo.maths import flow
 from dojo.models import family, folders, loaded, published
 from dojo.models.folders import FLAG
@@ -45,8 +45,6 @@ class ModelArgs(family.ModelArgs):
     tokenizers and the parts that the file lacks; unset is Stability's repository of that size"""
     max_sequence_length: int = 256
     """tokens of T5, 1 to 512; the same in training, validation and demo.py"""
-    torch_compile: bool = option(False, incidental=True)
-    """compile the transformer's repeated blocks (regional compilation)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,11 +54,6 @@ class ModelArgs(family.ModelArgs):
             raise ValueError(
                 "--single_file_config goes with a .safetensors file as "
                 "--pretrained_model_name_or_path"
-            )
-        if self.torch_compile and self.activations_on_cpu:
-            raise ValueError(
-                "--activations_on_cpu does not go with --torch_compile: "
-                "--gradient_checkpointing does"
             )
 
     @property

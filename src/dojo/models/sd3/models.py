@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dojo.cli import UserError
 from dojo.lazy import diffusers, transformers
-from dojo.models import folders, loaded, precisions
+from dojo.models import compiling, folders, loaded, precisions
 from dojo.models.folders import FLAG
 from dojo.models.loaded import Prepare
 from dojo.models.sd3.config import Config
@@ -46,9 +46,7 @@ def load_transformer(
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.torch_compile:
-        # One graph per kind of block, made at the first call: adapters may still be added.
-        for block in transformer.transformer_blocks:
-            block.compile()
+        compiling.compile_blocks(transformer, config.network_facts)
     return transformer.to(device)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dojo.lazy import diffusers, torch
 from dojo.maths.objective import Diffusion, Objective
-from dojo.models import folders, loaded, precisions
+from dojo.models import compiling, folders, loaded, precisions
 from dojo.models.family import Saving
 from dojo.models.folders import UNET
 from dojo.models.loaded import Prepare
@@ -66,6 +66,8 @@ class Model(Config, ABC):
         unet.requires_grad_(False)
         if self.args.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
+        if self.args.torch_compile:
+            compiling.compile_blocks(unet, self.network_facts)
         return unet.to(device)
 
     def load_vae(

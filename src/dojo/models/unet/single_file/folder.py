@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from dojo.cli import UserError
+from dojo.files import user_caches
 from dojo.lazy import diffusers, torch, transformers
 from dojo.models import loaded
 from dojo.models.folders import FLAG
@@ -49,9 +49,7 @@ def configurations(file: SingleFile) -> Path:
 
 def cache_folder() -> Path:
     """Where such folders lie."""
-    caches = os.environ.get("XDG_CACHE_HOME")
-    root = Path(caches) if caches else Path("~/.cache").expanduser()
-    return root / "sd-dojo" / "single-files"
+    return user_caches() / "single-files"
 
 
 def _describe(file: SingleFile) -> dict[str, Any]:
