@@ -46,6 +46,7 @@ OTHERS = {
     *("--table", "--long", "--short", "--only", "--seeds"),  # scripts/prove_*.sh
     *("--json", "--steps", "--pocket", "--minutes", "--work_dir", "--tolerance"),  # doctor, bench
     *("--model", "--batch_size"),
+    *("--objectives", "--num_groups"),  # python -m dojo.bench common_share
     "--config",  # of every script, dojo.cli's
     *("--answers", "--from_simpletuner", "--overwrite", "--launcher"),  # configure, sweep
     *("--nodes", "--requeue", "--signal"),  # Slurm's
