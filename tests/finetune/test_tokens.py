@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from dojo.cli import UserError
 from dojo.finetune import InversionArgs, PivotalArgs, embeddings, tokens
@@ -316,6 +317,32 @@ def test_a_word_within_another_is_not_found_there() -> None:
     assert [word.text for word in both.find("a dogx-toy")] == ["dogx-toy"]
     assert [word.text for word in both.find("A DogX beside a dogx-toy")] == ["dogx", "dogx-toy"]
     assert not both.find("a dog")
+
+
+def test_a_word_within_an_ordinary_one_is_neither_found_nor_read_there(tiny_sd15: Path) -> None:
+    own = words("sks:2", "<cat>")
+    assert not own.find("masks, asks and sks2")
+    assert [word.text for word in own.find("masks beside SKS")] == ["sks"]
+    assert [word.text for word in own.find("一只sks狗和<cat>s")] == ["sks", "<cat>"]
+    assert own.spelled("masks") == "masks"
+    assert own.spelled("一只sks狗") == "一只 sks sks_1 狗"
+    assert own.spelled("(sks), <cat>s") == "(sks sks_1), <cat>s"
+    plain, taught = (
+        CLIPTokenizer.from_pretrained(tiny_sd15, subfolder="tokenizer") for _ in range(2)
+    )
+    reads = own.reader(taught)
+
+    def ids(text: str) -> list[int]:
+        return reads(text, add_special_tokens=False)["input_ids"]
+
+    for text in ("masks", "asks", "sks2"):
+        assert ids(text) == plain(text, add_special_tokens=False)["input_ids"]
+    both = taught.convert_tokens_to_ids(["sks", "sks_1"])
+    for text in ("a sks", "一只sks狗", "(SKS)", "my_sks_dog"):
+        assert [one for one in ids(text) if one in both] == both, text
+        before, after = text.lower().split("sks")
+        around = [plain(one, add_special_tokens=False)["input_ids"] for one in (before, after)]
+        assert ids(text) == [*around[0], *both, *around[1]], text
 
 
 def test_letters_that_unicode_folds_together_are_told_apart() -> None:

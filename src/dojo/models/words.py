@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dojo import rng
 from dojo.cli import UserError
-from dojo.lazy import torch
+from dojo.lazy import torch, transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CLIPS = ("text_encoder", "text_encoder_2")
 """Folders of the encoders that learn words, in their order."""
 _WORD = re.compile(r"[!-~]+")
+_LEFT, _RIGHT = "(?<![0-9A-Za-z])", "(?![0-9A-Za-z])"
 _MOST = 64  # vectors of a word; CLIP reads 75 tokens
 
 
@@ -65,6 +66,11 @@ class Word:
     def pieces(self) -> tuple[str, ...]:
         """Its tokens, one for each vector."""
         return (self.text, *(f"{self.text}_{k}" for k in range(1, self.vectors)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is not looked for within longer words: it begins or ends like one."""
+        return self.text[0].isalnum() or self.text[-1].isalnum()
 
     @property
     def file(self) -> str:
@@ -114,17 +120,32 @@ class Words:
         return [word for word in self.words if word.text in said]
 
     def spelled(self, text: str) -> str:
-        """A text in which every word has all its tokens; one that is spelled already stays."""
-        return self._said(text, {word.text: " ".join(word.pieces) for word in self.words})
+        """A text in which every word has all its tokens; one that is spelled already stays.
+
+        Between a word that tokenizers know as a whole one and letters that touch it, Chinese ones,
+        there will be a space: CLIP reads the same with and without.
+        """
+        spellings = {word.text: " ".join(word.pieces) for word in self.words}
+        apart = {word.text for word in self.words if word.whole}
+        return self._said(text, spellings, apart)
 
     def replaced(self, text: str) -> str:
         """A text for an encoder that knows no new words: what they begin as, or nothing."""
         said = self._said(text, {word.text: word.start or "" for word in self.words})
         return " ".join(said.split()) if said != text else text
 
-    def _said(self, text: str, instead: Mapping[str, str]) -> str:
+    def _said(self, text: str, instead: Mapping[str, str], apart: Set[str] = frozenset()) -> str:
         forms = self._forms()
-        return self._pattern(forms).sub(lambda found: instead[forms[found[0].lower()]], text)
+
+        def put(found: re.Match[str]) -> str:
+            word = forms[found[0].lower()]
+            if word not in apart:
+                return instead[word]
+            around = (text[: found.start()][-1:], text[found.end() :][:1])
+            before, after = (" " if one.isalnum() or one == "_" else "" for one in around)
+            return f"{before}{instead[word]}{after}"
+
+        return self._pattern(forms).sub(put, text)
 
     def _forms(self) -> dict[str, str]:
         """The words by what stands for them in a text: themselves, or all their tokens."""
@@ -135,11 +156,16 @@ class Words:
     def _pattern(forms: Mapping[str, str]) -> re.Pattern[str]:
         """Finds them, the longest first, so that a word that is part of another is not found in it.
 
-        Words are ASCII. Of all letters that Unicode folds together `lower` knows fewer: a long s
-        would be found as an s and not be known then.
+        A word that begins or ends with a letter or a digit does so in the text too: `sks` is not in
+        "masks", and is in "一只sks狗". Words are ASCII. Of all letters that Unicode folds together
+        `lower` knows fewer: a long s would be found as an s and not be known then.
         """
         longest_first = sorted(forms, key=len, reverse=True)
-        text = "|".join(rf"{re.escape(form)}(?!_\d)" for form in longest_first)
+        text = "|".join(
+            rf"{_LEFT if form[0].isalnum() else ''}{re.escape(form)}"
+            rf"{_RIGHT if form[-1].isalnum() else ''}(?!_\d)"
+            for form in longest_first
+        )
         return re.compile(text, re.IGNORECASE | re.ASCII)
 
     @property
@@ -163,7 +189,9 @@ class Words:
                     f"{self.flag}: {piece} is a token of this model already; take a word that it "
                     f"does not know, such as <{re.sub('[^a-z0-9_-]', '', piece) or 'new'}>"
                 )
-        tokenizer.add_tokens(list(self.pieces))
+        whole = [piece for word in self.words if word.whole for piece in word.pieces]
+        known_whole = {piece: transformers.AddedToken(piece, single_word=True) for piece in whole}
+        tokenizer.add_tokens([known_whole.get(piece, piece) for piece in self.pieces])
         return Taught(tokenizer, self.spelled)
 
     def deaf(self, tokenizer: Any) -> Taught:
