@@ -40,6 +40,7 @@ completion: cli
 configure: cli data doctor finetune inputs models
 lora: finetune
 publish: cli files report run
+publish.__main__: cli files models publish report run
 pocket: cli files finetune maths models report rng run
 rewards: cli data files models pocket.atoms pocket.scenes pocket.verifier
 data.__main__: cli data inputs

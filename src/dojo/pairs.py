@@ -210,6 +210,7 @@ def _scores(reward: Reward, pictures: Sequence[Image.Image], prompt: Prompt) -> 
 def _settings(args: Args, source: Prompts, device: torch.device) -> dict[str, Any]:
     """What the pairs depend on, but for the margin: with files that are here by what they hold."""
     model, loras, reward = args.pretrained_model_name_or_path, args.lora_weights_path, args.reward
+    own = args.place.tencent_weights
     return {
         "model": hide(model),
         "files of the model": _model_files(Path(model)),
@@ -217,6 +218,7 @@ def _settings(args: Args, source: Prompts, device: torch.device) -> dict[str, An
         "files of lora_weights_path": [_lora_files(Path(path)) for path in loras],
         "lora_scale": [*args.lora_scale] if loras else [],
         "single_file_config": args.place.single_file_config,
+        **({} if own == "auto" else {"tencent_weights": own}),
         "prompts": source.fingerprint,
         **asdict(args.drawing, dict_factory=_plain),
         # Of an address the masked form: a query may choose what is served, and may be a secret.

@@ -32,6 +32,8 @@ from dojo.publish import PublishArgs, learned
 from dojo.publish.__main__ import main
 from dojo.publish.hubs import find_result
 from tests.fake_hub import USER, FakeHub, serve
+from tests.models.test_hunyuandit import tencents_layout
+from tests.models.test_kolors import INDICES, authors_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_notARealTokenButAsLongAsOne"
@@ -623,6 +625,31 @@ def test_over_a_base_that_diffusers_does_not_open_the_demo_draws(tmp_path: Path)
     card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
     assert "from_pretrained" not in card
     assert "python demo.py --pretrained_model_name_or_path" in card
+
+
+@pytest.mark.parametrize("layout", ["Tencent's", "Kolors'", "diffusers'"])
+def test_a_result_is_published_with_the_card_of_its_bases_layout(
+    layout: str, tiny_hunyuandit: Path, tiny_kolors: Path, tmp_path: Path, hub: FakeHub
+) -> None:
+    base = tiny_kolors
+    if layout == "Tencent's":
+        base = tencents_layout(tiny_hunyuandit, tmp_path / "HunyuanDiT")
+    elif layout == "Kolors'":
+        base = authors_layout(tiny_kolors, tmp_path / "Kolors", INDICES["SDXL"])
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"step": 2}')
+    save_file({"unet.x.lora_A.weight": torch.ones(1)}, checkpoint / lora.WEIGHTS)
+    own = {"pretrained_model_name_or_path": str(base)}
+    own |= {"tencent_weights": "distill"} if layout == "Tencent's" else {}
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"args": {"model": own}}))
+    assert main([str(checkpoint)]) == 0
+    card = (checkpoint / "README.md").read_text(encoding="utf-8")
+    opens = layout == "diffusers'"
+    assert ("DiffusionPipeline.from_pretrained(" in card) == opens
+    command = f"python demo.py --pretrained_model_name_or_path {base.name}"
+    assert (command in card) == (not opens)
+    assert ("--tencent_weights distill --lora_weights_path" in card) == (layout == "Tencent's")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import train_lora_hunyuandit
 from dojo import cli
 from dojo.cli import UserError
 from dojo.evaluate import pipelines
+from dojo.evaluate.placing import PlaceArgs
 from dojo.files.records import read_pictures
 from dojo.finetune import lora
 from dojo.models import hunyuandit
@@ -113,6 +114,33 @@ def test_tencents_folder_trains_the_same_bytes(
         for folder in (own, theirs)
     ]
     assert drawn[0] == drawn[1]
+
+
+def test_the_demo_draws_over_the_network_that_is_chosen(
+    tiny_hunyuandit: Path, tmp_path: Path
+) -> None:
+    theirs = tencents_layout(tiny_hunyuandit, tmp_path / "HunyuanDiT")
+    model = theirs / "t2i" / "model"
+    state = torch.load(model / "pytorch_model_ema.pt", weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    name = "final_layer.linear.weight"
+    state[name] = torch.randn(state[name].shape, generator=generator)
+    torch.save(state, model / "pytorch_model_distill.pt")
+
+    def network(wish: Any) -> dict[str, torch.Tensor]:
+        place = PlaceArgs(tencent_weights=wish)
+        return place.load(str(theirs), torch.device("cpu")).transformer.state_dict()
+
+    ema, distill = network("auto"), network("distill")
+    other = {name for name, value in ema.items() if not torch.equal(value, distill[name])}
+    assert other == {"proj_out.weight"}
+    assert torch.equal(distill["proj_out.weight"], state[name])
+    with pytest.raises(UserError, match=r"--tencent_weights module: .*_distill\.pt"):
+        network("module")
+    with pytest.raises(UserError, match=r"--tencent_weights ema is for Tencent's own folder"):
+        PlaceArgs(tencent_weights="ema").load(str(tiny_hunyuandit), torch.device("cpu"))
+    flags = ["--pretrained_model_name_or_path", "x", "--prompt", "x", "--tencent_weights", "ema"]
+    assert cli.parse(demo.Args, None, flags).place.tencent_weights == "ema"
 
 
 @pytest.mark.slow

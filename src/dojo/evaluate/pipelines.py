@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
@@ -26,15 +26,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None = None) -> Any:
+TencentWeights: TypeAlias = hunyuandit.Weights
+
+
+def load_pipeline(
+    name: str,
+    dtype: torch.dtype,
+    single_file_config: str | None = None,
+    tencent_weights: TencentWeights = "auto",
+) -> Any:
     """The pipeline of a folder, a hub id or a single file, quiet, on the CPU.
 
+    Args:
+        tencent_weights: which network of Tencent's own folder.
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
     bars.leave_out_others_in_logs()
     flag = "--pretrained_model_name_or_path"
     folder = Path(name)
+    theirs = folders.tencents(folder)
+    if tencent_weights != "auto" and theirs is None:
+        raise UserError(
+            f"{hunyuandit.WEIGHTS_FLAG} {tencent_weights} is for Tencent's own folder (t2i), and "
+            f"{name} is none"
+        )
     if folder.is_file():
         family = opening.family_of(ModelArgs(pretrained_model_name_or_path=name))
         model = family.ModelArgs(
@@ -43,7 +59,6 @@ def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None 
         pipeline: Any = family.open_model(model).load_pipeline(dtype, torch.device("cpu"))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-    theirs = folders.tencents(folder)
     if folder.is_dir() and theirs is None and not (folder / "model_index.json").is_file():
         is_lora = (folder / lora.WEIGHTS).is_file()
         hint = " (a LoRA folder goes to --lora_weights_path)" if is_lora else ""
@@ -53,8 +68,12 @@ def load_pipeline(name: str, dtype: torch.dtype, single_file_config: str | None 
     kind = folders.kind_of(folder, flag) if folder.is_dir() else ""
     if theirs is not None or kind.startswith("Kolors"):
         # Its authors' layout names classes that diffusers does not have, or none.
-        model = opening.open_model(ModelArgs(pretrained_model_name_or_path=name))
-        pipeline = model.load_pipeline(dtype, torch.device("cpu"))
+        args = ModelArgs(pretrained_model_name_or_path=name)
+        if theirs is not None:
+            args = hunyuandit.ModelArgs(
+                pretrained_model_name_or_path=name, tencent_weights=tencent_weights
+            )
+        pipeline = opening.open_model(args).load_pipeline(dtype, torch.device("cpu"))
     else:
         pipeline = loaded.pipeline(name, flag=flag, dtype=dtype)
         if type(pipeline).__name__.startswith("HunyuanDiT"):

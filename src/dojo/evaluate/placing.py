@@ -21,6 +21,9 @@ class PlaceArgs:
 
     single_file_config: str | None = None
     """folder or hub id with the configurations and tokenizers that a single file lacks"""
+    tencent_weights: pipelines.TencentWeights = "auto"
+    """of Tencent's own folder of Hunyuan-DiT, which model/pytorch_model_*.pt: auto is the averaged
+    one (ema), or the one that is there; an adapter belongs to the one that it was trained on"""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """precision; auto is bf16 on CUDA, fp16 on MPS, fp32 on a CPU"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -61,7 +64,9 @@ class PlaceArgs:
         """
         dtype = self.dtype_on(device)
         attention.check(self.attention_backend, attention.FLAG, device, dtype, trains=False)
-        pipeline = pipelines.load_pipeline(name, dtype, self.single_file_config)
+        pipeline = pipelines.load_pipeline(
+            name, dtype, self.single_file_config, self.tencent_weights
+        )
         network = getattr(pipeline, "transformer", None) or pipeline.unet
         attention.install(network, self.attention_backend)
         return pipeline

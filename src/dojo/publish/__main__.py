@@ -14,10 +14,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dojo.cli import UserError, ended, trouble_with_place
 from dojo.files import outputs
 from dojo.files.records import read_table
+from dojo.models import opening
+from dojo.models.family import ModelArgs
 from dojo.publish.card import WEIGHTS, write_card
 from dojo.publish.hubs import PublishArgs, find_result, upload
 from dojo.publish.learned import EMBEDDINGS
@@ -98,8 +101,20 @@ def _write_card(folder: Path, weights: str, repo_id: str | None) -> None:
         tags=(kind[1], "text-to-image"),
         weights=weights,
         repo_id=repo_id,
-        pipeline=class_of(Path(base)),
+        **_opened(base),
     )
+
+
+def _opened(base: str) -> dict[str, Any]:
+    """How diffusers opens the base, as far as its folder is here still and can be read."""
+    folder = Path(base).expanduser()
+    if not base or not folder.is_dir():
+        return {}
+    try:
+        model = opening.open_model(ModelArgs(pretrained_model_name_or_path=base))
+    except UserError:
+        return {"pipeline": class_of(folder)}
+    return {"pipeline": class_of(model.folder), "opens": model.opens_in_diffusers}
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def write_card(
     if opens:
         usage = _usage(folder, base, weights, prompt, values, repo_id, pipeline, method)
     else:
-        usage = _by_demo(repo_id or folder.resolve().name, base, prompt)
+        place = repo_id or folder.resolve().name
+        usage = _by_demo(place, base, prompt, values.get("tencent_weights"))
     body += ["## Use", "", usage, ""]
     if words := learned.told(folder, pipeline):
         body += [words, ""]
@@ -274,9 +275,14 @@ def _usage(
     return "\n".join([*before, markdown.block(lines, "python")])
 
 
-def _by_demo(place: str, base: str, prompt: str) -> str:
-    """What draws with an adapter over a base in its authors' layout."""
+def _by_demo(place: str, base: str, prompt: str, network: str | None) -> str:
+    """What draws with an adapter over a base in its authors' layout.
+
+    Args:
+        network: which of several networks of the base was trained on, where that was chosen.
+    """
     words = ["python", "demo.py", "--pretrained_model_name_or_path", base]
+    words += ["--tencent_weights", network] if network not in (None, "auto") else []
     words += ["--lora_weights_path", place, "--prompt", prompt]
     return (
         "It was trained on files in the layout of the model's authors, which diffusers does not "

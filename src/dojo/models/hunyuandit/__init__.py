@@ -18,6 +18,7 @@ from dojo.models.hunyuandit.config import (
 )
 from dojo.models.hunyuandit.model import Model, drawing, open_model
 from dojo.models.hunyuandit.networks import prediction
+from dojo.models.hunyuandit.original import WEIGHTS_FLAG, Weights
 from dojo.models.hunyuandit.text import TextEncoders, readers
 from dojo.models.unet.noise import NoiseArgs
 
@@ -26,6 +27,7 @@ __all__ = [
     "TEXT_FOLDERS",
     "TOKENS",
     "TRANSFORMER",
+    "WEIGHTS_FLAG",
     "Config",
     "Embeds",
     "Model",
@@ -33,6 +35,7 @@ __all__ = [
     "NoiseArgs",
     "TextArgs",
     "TextEncoders",
+    "Weights",
     "drawing",
     "open_model",
     "posterior",
