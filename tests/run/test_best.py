@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dojo.cli import UserError
+from dojo.finetune import lora
 from dojo.run import RunArgs, best
+from tests.scripts import runs
 
+one_thread = runs.one_thread
 MakeArgs = Callable[..., Any]
 
 
@@ -178,6 +183,69 @@ def test_a_run_that_ended_early_is_finished_and_goes_on_with_more_patience(
     script.main(lora_args(tmp_path, *FLAGS, *BEST, *resume))
     assert json.loads((run / "finished.json").read_text())["step"] == 8
     assert record(run)["step"] == 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands of the scripts below read."""
+    folder = tmp_path_factory.mktemp("runs") / "inputs"
+    runs.make_inputs(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("name", "metric", "flags"),
+    [
+        ("full_sd3", "eval_loss", ()),
+        ("dpo_sd15", "eval_accuracy", ("--eval_fraction", "0.4", "--finetune", "full")),
+        ("ddpo_sd3", "eval_reward", ()),
+        ("refl_sd3", "eval_reward", ()),
+    ],
+)
+def test_every_method_keeps_the_best_as_it_keeps_a_result(
+    name: str,
+    metric: str,
+    flags: tuple[str, ...],
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values, standing = {0: 1.0, 2: 3.0, 4: 2.0}, best.standing
+
+    def scripted(rows: Iterable[Mapping[str, Any]], *more: Any) -> best.Standing | None:
+        told = [{**row, metric: values[row["step"]]} for row in rows if metric in row]
+        return standing(told, *more)
+
+    monkeypatch.setattr(best, "standing", scripted)
+    script = runs.SCRIPTS[name]
+    every = ("--validation_steps", "2")
+    if script.kind is runs.policy:
+        every = ("--eval_every", "1")  # epochs, of two steps
+    short = ("--max_train_steps", "4", "--checkpointing_steps", "2", *every)
+    more = ("--learning_rate", "1e-2", "--keep_best", f"{metric}:max")
+    words = [*script.flags(inputs, tmp_path), *short, *flags, *more]
+    runs.in_process(script.load(), words)
+    run = tmp_path / "run"
+    wish = {"metric": metric, "larger": True, "step": 2, "value": 3.0}
+    assert json.loads((run / "best" / best.RECORD).read_text()) == wish
+
+    def learned(folder: Path, *names: str) -> dict[str, Any]:
+        files = ("diffusion_pytorch_model.safetensors", lora.WEIGHTS)
+        paths = [folder / name / file for name in names for file in files]
+        (path,) = filter(Path.is_file, paths)
+        return load_file(path)
+
+    # What a result is: with averages the averaged weights, whole or as an adapter.
+    averaged = json.loads((run / "args.json").read_text())["args"]["ema"]["use_ema"]
+    ends = ["transformer", "unet"] if (run / "best" / "model_index.json").is_file() else ["."]
+    kept = learned(run / "best", *ends)
+    then = [f"{end}_ema" if end != "." else "ema" for end in ends] if averaged else ends
+    checkpoint = learned(run / "checkpoint-2", *then)
+    assert kept.keys() == checkpoint.keys()
+    assert all(torch.equal(value, checkpoint[name]) for name, value in kept.items())
+    last = learned(run, *ends)
+    assert any(not torch.equal(value, last[name]) for name, value in kept.items())
 
 
 def test_a_metric_that_nobody_writes_is_refused_before_the_first_step(

@@ -286,6 +286,7 @@ class Place:
 
 WATCHED = ("--validation_steps", "2", "--validation_inference_steps", "2")
 WATCHED += ("--validation_prompt", "a star", "a ring", "a cross")
+BEST = ("--eval_fraction", "0.2", "--validation_steps", "2", "--keep_best", "eval_loss")
 SHORT = ("--max_train_steps", "2")
 LORA = ("--shard", "--rank", "2", "--mixed_precision", "bf16")
 LORA += ("--optimizer", "prodigy", "--learning_rate", "1")
@@ -306,6 +307,7 @@ def place(
         ("full_sd3", place.flags("full_sd3", "replicas")),
         ("full_sd3", place.flags("full_sd3", "sharded", "--shard")),
         ("full_sd3", place.flags("full_sd3", "watched", "--shard", *WATCHED)),
+        ("full_sd3", place.flags("full_sd3", "best", "--shard", *BEST)),
         ("full_sd3", place.flags("full_sd3", "broken", "--shard", *SHORT)),
         ("full_sd3", place.flags("full_sd3", "broken", "--shard", *latest)),
         ("full_sd3", place.flags("full_sd3", "one-to-two", "--shard", *from_one)),
@@ -366,6 +368,16 @@ def test_three_pictures_on_two_processes_leave_the_training_as_it_is(place: Plac
     for step in (0, 2, 4):
         assert len(list((watched / "validation" / f"step-{step}").glob("*.png"))) == 3
     assert everything(watched) == everything(place.run("sharded"))
+
+
+def test_the_best_weights_of_shards_are_a_whole_result(place: Place) -> None:
+    run = place.run("best")
+    losses = {row["step"]: row["eval_loss"] for row in runs.with_loss(run)}
+    record = json.loads((run / "best" / "best.json").read_text())
+    assert record["value"] == losses[record["step"]] == min(losses.values())
+    assert record["step"] == 4  # written before, at another step, and replaced
+    for part in ("model_index.json", "transformer/diffusion_pytorch_model.safetensors"):
+        assert (run / "best" / part).read_bytes() == (run / part).read_bytes()
 
 
 def test_another_number_of_processes_goes_on_but_for_rounding(place: Place) -> None:
