@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dojo import cli, rewards, web
+from dojo import cli, rewards
 from dojo.bars import Bar
-from dojo.cli import UserError, ranges
+from dojo.cli import ranges
 from dojo.cli.masking import hide
-from dojo.evaluate import easel, pipelines, versus
+from dojo.evaluate import easel_start, pipelines, versus
 from dojo.evaluate.picture import DrawArgs, draw
 from dojo.evaluate.placing import PlaceArgs
 from dojo.files import outputs
@@ -107,7 +107,8 @@ class Args:
 def main(args: Args) -> None:
     """Draws every prompt and writes pictures, prompts.json and, to compare, a grid."""
     if args.web:
-        open_page(args)
+        prompts = [prompt.text for prompt in prompts_of(args)]
+        easel_start.open_page("demo.py", args, prompts, partial(load, args))
         return
     outputs.claim(args.output_dir, "pictures")
     try:
@@ -118,16 +119,16 @@ def main(args: Args) -> None:
 
 def write_pictures(args: Args) -> None:
     """The same in a folder that has been taken."""
-    prompts = [Prompt(text=text) for text in args.prompt]
-    if args.prompt_file:  # pictures that are to be compared are drawn alike
-        alike = args.versus is not None
-        prompts += read_file(args.prompt_file, "--prompt_file", with_options=not alike)
+    prompts = prompts_of(args)
     wishes = [args.drawing.said_with(prompt) for prompt in prompts]
     device = args.place.find_device()
     seed = secrets.randbits(31) if args.seed is None else args.seed
     seeds = [seed + k for k in range(args.num_images_per_prompt)]
     if args.versus is not None:
-        judge(args, args.versus, prompts, seeds, device)
+        match = versus.Match(args.pretrained_model_name_or_path, args.versus, device)
+        opens = partial(load, args, device=device)
+        options = options_of(args)
+        match.run(args.output_dir, prompts, seeds, opens, args.drawing, args.reward, options)
         return
     base, loras = args.pretrained_model_name_or_path, args.lora_weights_path
     pipeline, base_scheduler, tuned_scheduler = load(args, base, loras, device)
@@ -161,65 +162,13 @@ def write_pictures(args: Args) -> None:
     print(f"{len(records)} pictures in {args.output_dir}")
 
 
-def open_page(args: Args) -> None:
-    """Lets the user draw on a page in the browser, until Ctrl-C; writes nothing."""
-    base, loras = args.pretrained_model_name_or_path, args.lora_weights_path
-    prompts = [*args.prompt, *(text for lora in loras for text in easel.prompts_of(lora))]
-    if args.prompt_file:
-        prompts += [prompt.text for prompt in read_file(args.prompt_file, "--prompt_file")]
-
-    def command(wish: easel.Wish, tuned: bool) -> str:
-        paths, scales = (loras, wish.scales) if tuned else ((), (1.0,))
-        left_out = ("web", "port", "prompt_file", "num_images_per_prompt")
-        one = replace(args, lora_weights_path=paths, lora_scale=scales, prompt=(wish.prompt,))
-        one = replace(one, seed=wish.seed, drawing=wish.drawing)
-        return easel.command("demo.py", one, leave_out=left_out)
-
-    def make() -> web.Page:
-        from dojo.evaluate.easel_page import Page  # needs Starlette
-
-        device = args.place.find_device()
-        pipeline, _, tuned_scheduler = load(args, base, loras, device)
-        drawer = easel.Easel(pipeline, tuned_scheduler, loras, command)
-        scales = args.lora_scale * (len(loras) if len(args.lora_scale) == 1 else 1)
-        return Page(drawer, base, args.drawing, prompts, args.seed, scales)
-
-    web.open_page(f"drawing with {base}", make, port=args.port)
-
-
-def judge(
-    args: Args, tuned: str, prompts: list[Prompt], seeds: list[int], device: torch.device
-) -> None:
-    """Draws with the base and with the tuned model, one in memory at a time, and compares."""
-    base, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
-    if pipelines.is_lora(base, flag):
-        raise UserError(f"{flag}: {base} is a LoRA; --versus takes it")
-    is_lora = pipelines.is_lora(tuned, "--versus")
-    # Loaded and let go: what a reward lacks is said before hours of drawing, not after.
-    (reward,) = replace(args.reward, reward_device="cpu").load(torch.device("cpu"))
-    rewards.check_prompts(print, reward, prompts)
-    del reward
-
-    def opened(model: str, loras: tuple[str, ...]) -> versus.Draw:
-        pipeline, _, tuned_scheduler = load(args, model, loras, device)
-        pipeline.scheduler = tuned_scheduler
-        args.drawing.tell_cut(pipeline, prompts)
-        return partial(draw, pipeline, args.drawing)
-
-    # The tuned model first: a LoRA that does not fit is known at once.
-    def open_tuned() -> versus.Draw:
-        try:
-            return opened(base, (tuned,)) if is_lora else opened(tuned, ())
-        except UserError as error:
-            own = "--lora_weights_path" if is_lora else flag
-            raise UserError(str(error).replace(own, "--versus")) from error
-
-    versus.draw(args.output_dir / "tuned", open_tuned, prompts, seeds)
-    versus.draw(args.output_dir / "base", partial(opened, base, ()), prompts, seeds)
-    (reward,) = args.reward.load(device)
-    found = versus.judge(args.output_dir, prompts, seeds, reward, options_of(args))
-    print(versus.table(found))
-    print(f"{len(prompts) * len(seeds)} pairs in {args.output_dir}")
+def prompts_of(args: Args) -> list[Prompt]:
+    """Those that were given, and then those of a file."""
+    prompts = [Prompt(text=text) for text in args.prompt]
+    if args.prompt_file:  # pictures that are to be compared are drawn alike; a page has fields
+        alike = args.web or args.versus is not None
+        prompts += read_file(args.prompt_file, "--prompt_file", with_options=not alike)
+    return prompts
 
 
 def load(args: Args, name: str, loras: Sequence[str], device: torch.device) -> tuple[Any, Any, Any]:

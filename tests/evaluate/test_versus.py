@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 import demo
 from dojo import cli
 from dojo.cli import UserError
+from dojo.evaluate import picture, versus
 from dojo.evaluate import pipelines as inference
-from dojo.evaluate import versus
 from dojo.finetune import lora
 from dojo.inputs.prompts import Prompt
 from dojo.pocket import models
@@ -396,7 +396,7 @@ def test_mistakes_are_told_before_anything_is_drawn(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(demo, "draw", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(picture, "draw", lambda *_: pytest.fail("drawn"))
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
     shutil.copy(sd3_lora / lora.WEIGHTS, tmp_path / "alien.safetensors")
     (tmp_path / "empty").mkdir()

@@ -15,7 +15,8 @@ import csv
 import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +24,22 @@ from PIL import Image
 
 from dojo import tables
 from dojo.bars import Bar
+from dojo.cli import UserError
+from dojo.evaluate import picture, pipelines
 from dojo.files import outputs
 from dojo.files.pictures import labelled_grid, slug
 from dojo.inputs.prompts import Prompt
 from dojo.lazy import TF, no_grad, torch
 from dojo.report.statistics import CONFIDENCE, RESAMPLES, Comparison, Estimate, compare
-from dojo.rewards import Reward
+from dojo.rewards import Reward, RewardArgs, check_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Draw = Callable[[str, list[int]], Sequence[Image.Image]]
 """A picture of a prompt for each seed."""
+Load = Callable[[str, Sequence[str]], tuple[Any, Any, Any]]
+"""Of a model and its LoRAs: a pipeline, its scheduler, and the one to draw with the LoRAs by."""
 
 SIDES = ("base", "tuned")
 SUM = "weighted sum"
@@ -53,13 +58,70 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     drawn = make()
     for i, prompt in enumerate(Bar(prompts, desc=f"prompts ({folder.name})")):
-        for seed, picture in zip(seeds, drawn(prompt.text, seeds), strict=True):
-            picture.save(outputs.own(folder / file_name(i, prompt.text, seed)))
+        for seed, one in zip(seeds, drawn(prompt.text, seeds), strict=True):
+            one.save(outputs.own(folder / file_name(i, prompt.text, seed)))
     del drawn
     gc.collect()  # the hooks of --offload make circles
     torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+@dataclass(frozen=True)
+class Match:
+    """Two models that draw the same, of which the second is a pipeline or a LoRA on the first."""
+
+    base: str
+    tuned: str
+    device: torch.device
+    """of the rewards"""
+
+    def run(
+        self,
+        folder: Path,
+        prompts: Sequence[Prompt],
+        seeds: list[int],
+        load: Load,
+        drawing: picture.DrawArgs,
+        rewards_of: RewardArgs,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Draws with both, one in memory at a time, compares, and prints what is found.
+
+        Args:
+            load: of a model and its LoRAs.
+            options: how the pictures were drawn, for versus.json.
+        Raises:
+            UserError: one cannot be loaded, or lacks what a reward needs, before hours of drawing.
+        """
+        flag = "--pretrained_model_name_or_path"
+        if pipelines.is_lora(self.base, flag):
+            raise UserError(f"{flag}: {self.base} is a LoRA; --versus takes it")
+        is_lora = pipelines.is_lora(self.tuned, "--versus")
+        # Loaded and let go: what a reward lacks is said before hours of drawing, not after.
+        (reward,) = replace(rewards_of, reward_device="cpu").load(torch.device("cpu"))
+        check_prompts(print, reward, prompts)
+        del reward
+
+        def opened(model: str, loras: Sequence[str]) -> Draw:
+            pipeline, _, tuned_scheduler = load(model, loras)
+            pipeline.scheduler = tuned_scheduler
+            drawing.tell_cut(pipeline, prompts)
+            return partial(picture.draw, pipeline, drawing)
+
+        # The tuned model first: a LoRA that does not fit is known at once.
+        def open_tuned() -> Draw:
+            try:
+                return opened(self.base, (self.tuned,)) if is_lora else opened(self.tuned, ())
+            except UserError as error:
+                own = "--lora_weights_path" if is_lora else flag
+                raise UserError(str(error).replace(own, "--versus")) from error
+
+        draw(folder / "tuned", open_tuned, prompts, seeds)
+        draw(folder / "base", partial(opened, self.base, ()), prompts, seeds)
+        (reward,) = rewards_of.load(self.device)
+        print(table(judge(folder, prompts, seeds, reward, options)))
+        print(f"{len(prompts) * len(seeds)} pairs in {folder}")
 
 
 def judge(
@@ -147,8 +209,8 @@ def _read(path: Path) -> Tensor:
 
 
 def _picture(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    with Image.open(path) as opened:
+        return opened.convert("RGB")
 
 
 def _save_grid(
