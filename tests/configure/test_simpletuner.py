@@ -36,6 +36,7 @@ CONFIG: dict[str, Any] = {
     "sd3_t5_uncond_behaviour": "zero",
     "seed": 42,
     "t5_padding": "zero",
+    "tracker_run_name": "simpletuner-lora",
     "train_batch_size": 3,
     "use_ema": False,
     "validation_guidance": 4.0,
@@ -89,6 +90,7 @@ def test_a_configuration_becomes_options_of_ours(
     assert not entries
     assert args.lora.rank == 64
     assert args.lora.base_precision == "int8"
+    assert args.run.run_name == "simpletuner-lora"
     assert args.captions.caption_dropout == 0.1
     assert args.noise.flow_shift == "auto"
     assert args.text.t5_padding == "zero"

@@ -89,6 +89,7 @@ RENAMED: Mapping[str, str] = {
     "optimizer_beta1": "adam_beta1",
     "optimizer_beta2": "adam_beta2",
     "peft_lora_target_modules": "lora_layers",
+    "tracker_run_name": "run_name",
     "user_prompt_library": "validation_prompts_file",
     "validation_guidance": "validation_guidance_scale",
     "validation_num_inference_steps": "validation_inference_steps",
