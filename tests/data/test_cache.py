@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import shutil
+import time
 import tracemalloc
 import types
 from collections.abc import Iterator, Sequence
@@ -593,6 +594,32 @@ def test_the_batches_of_the_autoencoder_are_bounded(tmp_path: Path) -> None:
     pictures, plan = pictures_of(source, resolution=(1024,), random_flip=True, crop_variants=2)
     filled(pictures, plan, tmp_path, remember)
     assert max(sizes) <= 2**21  # pixels
+
+
+def test_an_encoder_on_a_cpu_has_the_cores_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, plan = pictures_of()
+    render, reading = Pictures.render, list[int]()
+
+    def slow(self: Pictures, index: int, *rest: Any) -> list[dict[str, Tensor]]:
+        reading.append(index)
+        time.sleep(0.02)
+        found = render(self, index, *rest)
+        reading.remove(index)
+        return found
+
+    seen: list[int] = []
+
+    def watched(pixels: Tensor) -> Posterior:
+        seen.append(len(reading))
+        return encode(pixels)
+
+    monkeypatch.setattr(Pictures, "render", slow)
+    filled(pictures, plan, tmp_path, watched)
+    assert seen[0] > 0  # of the next shards, before it is known where the encoder works
+    assert seen[1:] == [0] * (len(seen) - 1)
+    assert len(seen) > 2
 
 
 def test_a_cache_that_the_disk_cannot_hold_is_refused(

@@ -8,7 +8,7 @@ import json
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -227,7 +227,8 @@ def _encoded(
     """The tensors of each shard: [sample, crop, mirrored, C, h, w].
 
     Pictures are read ahead of the encoder, of the next shard too, and never more than one of its
-    batches holds.
+    batches holds. An encoder on a CPU waits until they are read: its threads, which wait for each
+    other at every layer, would share the cores with those that read, and lose more than is won.
     """
     crops, flips = views
     chunk = encoded_at_a_time(size)
@@ -238,12 +239,23 @@ def _encoded(
         framings = [(anchor, flip > 0) for anchor in anchors for flip in range(flips)]
         return pictures.render(indices[member], size, framings)
 
+    running: deque[Future[list[dict[str, torch.Tensor]]]] = deque()
+    on_cpu = False
+
+    def alone(pixels: torch.Tensor) -> Posterior:
+        nonlocal on_cpu
+        if on_cpu:
+            wait(running)
+        mean, std = encode(pixels)
+        on_cpu = mean.device.type == "cpu"
+        return mean, std
+
     with ThreadPoolExecutor(_DECODERS) as pool:
         every = itertools.chain.from_iterable(lists)
-        seen = itertools.chain.from_iterable(_ahead(pool, render, every, ahead))
+        seen = itertools.chain.from_iterable(_ahead(pool, render, every, ahead, running))
         for members in lists:
             rows = itertools.islice(seen, len(members) * crops * flips)
-            yield _shard(pictures, encode, indices, views, members, rows, chunk)
+            yield _shard(pictures, alone, indices, views, members, rows, chunk)
 
 
 def _shard(
@@ -294,9 +306,18 @@ def _refuse_no_numbers(
             raise UserError(f"{name(first)} are not finite numbers: {advice}")
 
 
-def _ahead(pool: Executor, work: Callable[[S], T], jobs: Iterable[S], ahead: int) -> Iterator[T]:
-    """Results in order; so many jobs run ahead and no more, so that results do not pile up."""
-    running: deque[Future[T]] = deque()
+def _ahead(
+    pool: Executor,
+    work: Callable[[S], T],
+    jobs: Iterable[S],
+    ahead: int,
+    running: deque[Future[T]],
+) -> Iterator[T]:
+    """Results in order; so many jobs run ahead and no more, so that results do not pile up.
+
+    Args:
+        running: holds those that run ahead.
+    """
     for job in jobs:
         running.append(pool.submit(work, job))
         if len(running) > ahead:
