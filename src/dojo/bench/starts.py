@@ -145,7 +145,7 @@ def follow(words: Sequence[str], folder: Path, metrics: Path, steps: int) -> tup
         TrainingStopped: it failed, or ended before its last step.
     """
     arrivals: dict[int, float] = {}
-    size = 0
+    size, began = 0, time.perf_counter()
 
     def look() -> None:
         nonlocal size
@@ -156,19 +156,19 @@ def follow(words: Sequence[str], folder: Path, metrics: Path, steps: int) -> tup
                 if "loss" in row:
                     arrivals.setdefault(int(row["step"]), seen)
 
-    began = time.perf_counter()
     with processes.started(words, env=environment(folder), cwd=folder, stdout=2) as process:
         while process.poll() is None:
             look()
             time.sleep(_POLL)
-        look()  # at what it wrote since
         ended = time.perf_counter()
+    size = -1
+    look()  # rows that came between the last look and the end
     if process.returncode or not {1, steps} <= set(arrivals):
         raise TrainingStopped(
             f"{folder}: the run ended with exit code {process.returncode} after {len(arrivals)} of "
             f"{steps} steps; its own message stands above"
         )
-    return arrivals[1] - began, ended - arrivals[steps]
+    return arrivals[1] - began, max(0.0, ended - arrivals[steps])
 
 
 def ask_help(folder: Path) -> float:
