@@ -88,9 +88,10 @@ def begin(*, bitsandbytes: bool) -> None:
 
     Args:
         bitsandbytes: whether the run computes with this library, which diffusers and peft import
-            wherever it is installed. It then has torch's compiler in wait for some of its
-            functions, whose import takes longer than all of diffusers'; a run that calls none of
-            them gets it without.
+            wherever it is installed. It then has the back end of torch's compiler (inductor) in
+            wait for some of its functions, six hundred modules and up to a second; a run that calls
+            none of them gets it without. The compiler's front end (torch._dynamo) comes in any
+            case: torch's optimizers import it.
     """
     _state.starting, _state.compiled = True, bitsandbytes
 
