@@ -443,7 +443,7 @@ def test_the_scripts_understand_the_flags_and_the_epochs_come_out_even(
     cli.parse(reports[last[1]].Args, None, last[2:])
 
 
-def test_the_arms_of_the_comparison_take_half_of_the_forward_passes_of_the_proof(
+def test_the_arms_of_the_comparison_take_at_most_half_of_the_forward_passes_of_the_proof(
     commands: Callable[..., list[list[str]]],
 ) -> None:
     import train_grpo_sd3
@@ -462,7 +462,8 @@ def test_the_arms_of_the_comparison_take_half_of_the_forward_passes_of_the_proof
     (proof,) = [found[1] for words in commands() if (found := counted(words))]
     arms = dict(found for words in commands("--compare") if (found := counted(words)))
     assert arms.keys() == proof_arms.TITLES.keys()
-    assert all(0.48 * proof < passes <= 0.5 * proof for passes in arms.values())
+    assert all(0.43 * proof < passes <= 0.5 * proof for passes in arms.values())
+    assert arms["grpo"] == 280 * 192 * 1.625
 
 
 @pytest.mark.slow
