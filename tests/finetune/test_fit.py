@@ -43,6 +43,7 @@ def stand_in(args: Any, *, processes: int = 1, zero: bool = False) -> Any:
     """A run, as far as what it holds and refuses hangs on it."""
     kind = DistributedType.DEEPSPEED if zero else DistributedType.NO
     joined = SimpleNamespace(mixed_precision="bf16", num_processes=processes, distributed_type=kind)
+    joined.state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))
     made: Any = SimpleNamespace(dtype=torch.bfloat16, args=args, accelerator=joined)
     made.replicas = SimpleNamespace(owns_storage=args.shard or zero)
     return made
