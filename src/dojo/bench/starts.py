@@ -160,15 +160,15 @@ def follow(words: Sequence[str], folder: Path, metrics: Path, steps: int) -> tup
         while process.poll() is None:
             look()
             time.sleep(_POLL)
+        size = -1
+        look()  # rows that came between the last look and the end
         ended = time.perf_counter()
-    size = -1
-    look()  # rows that came between the last look and the end
     if process.returncode or not {1, steps} <= set(arrivals):
         raise TrainingStopped(
             f"{folder}: the run ended with exit code {process.returncode} after {len(arrivals)} of "
             f"{steps} steps; its own message stands above"
         )
-    return arrivals[1] - began, max(0.0, ended - arrivals[steps])
+    return arrivals[1] - began, ended - arrivals[steps]
 
 
 def ask_help(folder: Path) -> float:
