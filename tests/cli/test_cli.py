@@ -299,6 +299,18 @@ def fields(args_type: Any) -> set[str]:
     return names
 
 
+def test_a_flag_that_names_a_family_leads_to_its_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [str(ROOT / "train_dpo_sd15.py")])
+    with pytest.raises(SystemExit):
+        cli.parse(Args, None, ["--sdxl"])
+    said = capsys.readouterr().err
+    assert "--sdxl: a script's name says which model it is for: train_dpo_sdxl.py" in said
+    for name, script in (("sd7", "train_dpo_sd15.py"), ("a/b", "x.py"), ("sdxl", "")):
+        assert foreign.script_of(name, ROOT / script if script else Path()) is None
+
+
 def test_the_table_of_other_trainers_names_leads_to_flags_that_exist() -> None:
     ours: set[str] = set()
     for name in SCRIPTS:

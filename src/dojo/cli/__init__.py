@@ -384,7 +384,7 @@ def _named(entries: list[list[str]]) -> Iterator[tuple[int, tuple[str, list[str]
 
 
 def _refuse_foreign(flag: str, name: str, hints: Mapping[str, Any]) -> None:
-    answer = foreign.answer(name, hints)
+    answer = foreign.answer(name, hints) or foreign.script_of(name, Path(sys.argv[0]))
     if answer is not None:
         _end(f"error: {flag}: {answer}", 2)
 

@@ -9,6 +9,7 @@ Diffusion-DPO and DiffSynth-Studio, as of 2026.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 # Our own name of before -> the flag, and its value, that it is now.
 FORMER: Mapping[str, str] = {
@@ -287,7 +288,6 @@ ANSWERS: Mapping[str, str] = {
     # Diffusion-DPO
     "dreamlike_pairs_only": "not here: filter the pairs' table beforehand",
     "hard_skip_resume": "not needed: a resumed run goes straight to its place in the data",
-    "sdxl": "the script's own name says it: there is one of its own for Stable Diffusion XL",
     # DiffSynth-Studio
     "dataset_metadata_path": "the table lies in the data's folder (metadata.csv, .jsonl, .parquet) "
     "and is found there",
@@ -318,6 +318,21 @@ ELSEWHERE = {
     "pretrained_vae_model_name_or_path": _OWN_PARTS,
     "train_text_encoder": "not here: the text encoders stay as they are",
 }
+
+
+def script_of(name: str, script: Path) -> str | None:
+    """What to say about a flag that names a family of models, as Diffusion-DPO's --sdxl does.
+
+    Args:
+        name: the flag without dashes in front.
+        script: the one that was given it; a family's scripts end with its name.
+    Returns:
+        Which script of the same method is for that family; None where there is none.
+    """
+    if not (name.isidentifier() and script.name):
+        return None
+    other = script.with_name(f"{script.stem.rpartition('_')[0]}_{name}{script.suffix}")
+    return f"a script's name says which model it is for: {other.name}" if other.is_file() else None
 
 
 def answer(name: str, known: Collection[str]) -> str | None:
