@@ -22,6 +22,7 @@ from dojo.run.sharding import Shards
 from tests.conftest import MakeArgs, run_flags
 from tests.processes import Death, spawn, together
 from tests.run import zero
+from tests.scripts import runs
 from tests.scripts.runs import metrics
 
 needs_deepspeed = pytest.mark.skipif(
@@ -115,6 +116,38 @@ def test_a_run_is_that_of_plain_processes_and_goes_on_exactly(
     assert not list(half.glob(".checkpoint-*"))
     assert not list(half.glob("checkpoint-4/optimizer.pt"))
     assert checkpoint.check_whole(half / "checkpoint-4")
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full_sdxl", "lora_kolors"])
+def test_weights_of_other_families_are_dealt_out_too(tmp_path: Path, name: str) -> None:
+    script, inputs = runs.SCRIPTS[name], tmp_path / "inputs"
+    runs.make_inputs(inputs)
+    losses: list[list[float]] = []
+    for stage in (0, 3):
+        place = tmp_path / f"stage-{stage}"
+        flags = [*script.flags(inputs, place), "--max_train_steps", "4"]
+        if stage:
+            code, said = together(zero.run, (script.file, flags, stage), place, processes=2)
+        else:
+            code, said = spawn(script.file, flags, place, processes=2)
+        assert code == 0, said
+        losses.append([row["loss"] for row in metrics(place / "run") if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_run_keeps_its_best_whole_weights(run: Any, tmp_path: Path) -> None:
+    watched = ("--eval_fraction", "0.2", "--eval_sigmas", "2", "--validation_steps", "2")
+    best = ("--rank", "2", "--keep_best", "eval_loss", *watched, *EMA)
+    code, said = run("best", LORA, *best, stage=3)
+    assert code == 0, said
+    folder = tmp_path / "best" / "run"
+    weights = load_file(folder / "best" / lora.WEIGHTS)
+    assert weights.keys() == load_file(folder / lora.WEIGHTS).keys()
+    assert all(value.numel() and value.isfinite().all() for value in weights.values())
 
 
 @needs_deepspeed
