@@ -123,9 +123,10 @@ grpo_steps=400
 long_steps=8000
 ddpo_steps=60
 table_steps=60
-# The comparison: 87,360 forward passes of GRPO's, 99,000 to 100,000 of the others'. A picture takes
-# 1.6 of GRPO's, 11 of NFT's, 12 of RAM's, 13 of AWM's; see dojo.maths.passes.
-arm_steps=(280 47 43 40)
+# The comparison: 69,000 to 70,000 forward passes each, and of GRPO, whose pictures are decoded and
+# scored most often, half of the proof's minutes. A picture takes 1.6 of GRPO's, 11 of NFT's, 12 of
+# RAM's, 13 of AWM's; see dojo.maths.passes.
+arm_steps=(220 33 30 28)
 table=(
     --num_eval_prompts 120
     --eval_every 20
