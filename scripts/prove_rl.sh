@@ -8,6 +8,7 @@
 #                                           control, each with half of the work of the GRPO above;
 #                                           the whole was not run yet: hours on a busy machine
 #   bash scripts/prove_rl.sh --seeds        the best two of the comparison with another seed
+#   bash scripts/prove_rl.sh --rewards      the comparison's methods on three rewards, in short runs
 #   bash scripts/prove_rl.sh --short        a handful of steps of each, to see the script through;
 #                                           makes no claim (OUTPUT_DIR is outputs/proof-rl-short)
 #   OUTPUT_DIR=outputs/again bash scripts/prove_rl.sh
@@ -22,6 +23,7 @@
 #   grpo.png, ddpo.png, table.png   what was reached over minutes and steps
 #   grpo_pictures.png, ...          pictures of the same held-out prompts and seeds
 #   arms.md, arms.json, arms.png    the comparison: gain, distance, diversity, work
+#   rewards.md, .json, .png         what a thousand forward passes bring on each reward
 # and ends with exit code 1 when a goal was missed. A run that was stopped continues, and what is
 # done is not done again; remove OUTPUT_DIR to begin anew.
 set -euo pipefail
@@ -126,7 +128,10 @@ table_steps=60
 # The comparison: 69,000 to 70,000 forward passes each, and of GRPO, whose pictures are decoded and
 # scored most often, half of the proof's minutes. A picture takes 1.6 of GRPO's, 11 of NFT's, 12 of
 # RAM's, 13 of AWM's; see dojo.maths.passes.
-arm_steps=(220 33 30 28)
+arms=(grpo grpo-divergence nft awm ram control)
+arm_steps=(220 220 33 28 30 33)
+# On each of three rewards: 19,000 to 21,000 forward passes.
+reward_steps=(64 64 9 8 9)
 table=(
     --num_eval_prompts 120
     --eval_every 20
@@ -140,7 +145,7 @@ goals=()
 parts=()
 for argument in "$@"; do
     case "$argument" in
-        --long | --table | --compare | --seeds) parts+=("${argument#--}") ;;
+        --long | --table | --compare | --seeds | --rewards) parts+=("${argument#--}") ;;
         --short)
             OUTPUT_DIR="${OUTPUT_DIR:-outputs/proof-rl-short}"
             short=(
@@ -156,16 +161,17 @@ for argument in "$@"; do
             )
             base_scenes=48 base_steps=4
             base+=(--train_batch_size $((8 / processes)) --checkpointing_steps 2)
-            grpo_steps=4 long_steps=6 ddpo_steps=4 table_steps=4 arm_steps=(4 3 3 3)
+            grpo_steps=4 long_steps=6 ddpo_steps=4 table_steps=4
+            arm_steps=(4 4 3 3 3 3) reward_steps=(2 2 2 2 2)
             goals=(--no_goals)
             ;;
         -h | --help)
-            sed -n '2,26s/^# \{0,1\}//p' scripts/prove_rl.sh
+            sed -n '2,28s/^# \{0,1\}//p' scripts/prove_rl.sh
             exit 0
             ;;
         *)
             echo "prove_rl.sh: unknown argument '$argument' (known: --long, --table, --compare," \
-                "--seeds, --short, --help; OUTPUT_DIR=... chooses the folder)" >&2
+                "--seeds, --rewards, --short, --help; OUTPUT_DIR=... chooses the folder)" >&2
             exit 2
             ;;
     esac
@@ -212,32 +218,26 @@ make_base() {
     finished+=(--pretrained_model_name_or_path "$OUTPUT_DIR/base")
 }
 
-# arm NAME FOLDER_END FLAGS... runs an arm of the comparison.
+# arm NUMBER FOLDER STEPS FLAGS... trains an arm of the comparison.
 arm() {
-    local folder="compare/$1$2"
-    local policy=("${way[@]}" "${grpo[@]}" "${shorter[@]}")
-    local nft=("${finished[@]}" "${current[@]}" "${@:3}")
-    case "$1" in
-        grpo)
-            train grpo "$folder" "${arm_steps[0]}" "${policy[@]}" "${clip[@]}" "${@:3}"
-            ;;
-        grpo-divergence)
-            train grpo "$folder" "${arm_steps[0]}" "${policy[@]}" --trust_region divergence "${@:3}"
-            ;;
-        nft) train nft "$folder" "${arm_steps[1]}" "${nft[@]}" ;;
-        ram) train nft "$folder" "${arm_steps[2]}" "${nft[@]}" --objective ram ;;
-        awm) train nft "$folder" "${arm_steps[3]}" "${finished[@]}" --objective awm "${@:3}" ;;
-        control)
-            train nft "$folder" "${arm_steps[1]}" "${nft[@]}" \
-                --reward dojo.pocket.control:shuffled
-            ;;
+    local name="${arms[$1]}"
+    local policy=("$2" "$3" "${way[@]}" "${grpo[@]}" "${shorter[@]}" "${@:4}")
+    local nft=("$2" "$3" "${finished[@]}" "${@:4}")
+    case "$name" in
+        grpo) train grpo "${policy[@]}" "${clip[@]}" ;;
+        grpo-divergence) train grpo "${policy[@]}" --trust_region divergence ;;
+        nft) train nft "${nft[@]}" "${current[@]}" ;;
+        ram) train nft "${nft[@]}" "${current[@]}" --objective ram ;;
+        awm) train nft "${nft[@]}" --objective awm ;;
+        control) train nft "${nft[@]}" "${current[@]}" --reward dojo.pocket.control:shuffled ;;
     esac
 }
 
-rest=no compared=no # which reports there will be
+rest=no compared=no rewarded=no # which reports there will be
 for part in "${parts[@]}"; do
     case "$part" in
         compare | seeds) compared=yes ;;
+        rewards) rewarded=yes ;;
         *) rest=yes ;;
     esac
     case "$part" in
@@ -264,15 +264,32 @@ for part in "${parts[@]}"; do
             ;;
         compare)
             make_base
-            for name in grpo grpo-divergence nft awm ram control; do
-                arm "$name" ""
+            for i in "${!arms[@]}"; do
+                arm "$i" "compare/${arms[i]}" "${arm_steps[i]}"
             done
             ;;
         seeds)
             make_base
             best="$(python -m dojo.pocket.proof_arms --output_dir "$OUTPUT_DIR" --best 2)"
-            for name in $best; do
-                arm "$name" -seed1 --seed 1
+            for i in "${!arms[@]}"; do
+                if grep -qx -- "${arms[i]}" <<<"$best"; then
+                    arm "$i" "compare/${arms[i]}-seed1" "${arm_steps[i]}" --seed 1
+                fi
+            done
+            ;;
+        rewards)
+            make_base
+            for i in "${!reward_steps[@]}"; do
+                few=(
+                    "${reward_steps[i]}"
+                    --num_eval_prompts 120
+                    --num_saved_images 0
+                    --eval_every $(((reward_steps[i] + 1) / 2))
+                )
+                arm "$i" "rewards/pocket/${arms[i]}" "${few[@]}"
+                arm "$i" "rewards/jpeg/${arms[i]}" "${few[@]}" --reward jpeg_compressibility
+                arm "$i" "rewards/clip/${arms[i]}" "${few[@]}" \
+                    --reward "clip[model=models/pocket-clip]"
             done
             ;;
     esac
@@ -287,5 +304,8 @@ fi
 if [[ "$compared" == yes ]]; then
     python -m dojo.pocket.proof_arms --output_dir "$OUTPUT_DIR" ${goals[@]+"${goals[@]}"} ||
         status=$?
+fi
+if [[ "$rewarded" == yes ]]; then
+    python -m dojo.pocket.proof_rewards --output_dir "$OUTPUT_DIR"
 fi
 exit "$status"

@@ -17,7 +17,7 @@ from PIL import Image
 from dojo import cli
 from dojo.cli import UserError
 from dojo.methods.rl import passes_of
-from dojo.pocket import datasets, proof_arms, proof_rl, scenes, verifier
+from dojo.pocket import datasets, proof_arms, proof_rewards, proof_rl, scenes, verifier
 from dojo.pocket.proof_rl import Evaluation
 from tests.conftest import ROOT
 from tests.pocket.proofs import bash, recorded, unspread
@@ -379,7 +379,7 @@ def commands(tmp_path: Path) -> Callable[..., list[list[str]]]:
 def test_the_script_refuses_what_it_does_not_know(arguments: tuple[str, ...]) -> None:
     result = bash(SCRIPT, *arguments)
     assert result.returncode == 2
-    assert "--long, --table, --compare, --seeds, --short" in result.stderr
+    assert "--long, --table, --compare, --seeds, --rewards, --short" in result.stderr
     assert not result.stdout
 
 
@@ -393,9 +393,13 @@ def test_the_script_refuses_what_it_does_not_know(arguments: tuple[str, ...]) ->
         (("--short", "--table", "--long"), ["outputs/proof-rl-short/table/1-"]),
         (("--compare",), [f"outputs/proof-rl/compare/{name}" for name in proof_arms.TITLES]),
         (("--seeds",), [f"outputs/proof-rl/compare/{name}-seed1" for name in ("grpo", "awm")]),
+        (("--rewards",), [f"outputs/proof-rl/rewards/{name}/awm" for name in proof_rewards.TITLES]),
         (("--short", "--compare"), ["outputs/proof-rl-short/compare/control"]),
     ],
-    ids=["proof", "long", "table", "short", "all short", "compare", "seeds", "short compare"],
+    ids=[
+        *("proof", "long", "table", "short", "all short", "compare", "seeds", "rewards"),
+        "short compare",
+    ],
 )
 def test_the_scripts_understand_the_flags_and_the_epochs_come_out_even(
     arguments: tuple[str, ...], folders: list[str], commands: Callable[..., list[list[str]]]
@@ -436,20 +440,23 @@ def test_the_scripts_understand_the_flags_and_the_epochs_come_out_even(
             started.append(str(args.run.output_dir))
         assert args.run.resume_from_checkpoint == "latest"
     assert all(any(one.startswith(folder) for one in started) for folder in folders)
-    reports = {"dojo.pocket.proof_rl": proof_rl, "dojo.pocket.proof_arms": proof_arms}
-    compared = not {"--compare", "--seeds"}.isdisjoint(arguments)
-    assert last[:2] == ["-m", "dojo.pocket.proof_arms" if compared else "dojo.pocket.proof_rl"]
+    report: Any = proof_rl
+    if not {"--compare", "--seeds"}.isdisjoint(arguments):
+        report = proof_arms
+    if "--rewards" in arguments:
+        report = proof_rewards
+    assert last[:2] == ["-m", report.__name__]
     assert ("--no_goals" in last) == ("--short" in arguments)
-    cli.parse(reports[last[1]].Args, None, last[2:])
+    cli.parse(report.Args, None, last[2:])
 
 
-def test_the_arms_of_the_comparison_take_at_most_half_of_the_forward_passes_of_the_proof(
+def test_the_arms_of_a_comparison_take_equally_many_forward_passes(
     commands: Callable[..., list[list[str]]],
 ) -> None:
     import train_grpo_sd3
     import train_nft_sd3
 
-    def counted(words: list[str]) -> tuple[str, float] | None:
+    def counted(words: list[str]) -> tuple[Path, float] | None:
         processes, (script, *flags) = unspread(words)
         module: Any = {"train_grpo_sd3.py": train_grpo_sd3, "train_nft_sd3.py": train_nft_sd3}
         if script not in module:
@@ -457,13 +464,17 @@ def test_the_arms_of_the_comparison_take_at_most_half_of_the_forward_passes_of_t
         args = cli.parse(module[script].Args, None, flags)
         record = {"args": asdict(args), "num_processes": processes}
         pictures = args.sample.samples * args.optim.max_train_steps
-        return args.run.output_dir.name, passes_of(record) * pictures
+        return args.run.output_dir, passes_of(record) * pictures
 
     (proof,) = [found[1] for words in commands() if (found := counted(words))]
     arms = dict(found for words in commands("--compare") if (found := counted(words)))
-    assert arms.keys() == proof_arms.TITLES.keys()
-    assert all(0.43 * proof < passes <= 0.5 * proof for passes in arms.values())
-    assert arms["grpo"] == 280 * 192 * 1.625
+    assert {path.name for path in arms} == proof_arms.TITLES.keys()
+    assert all(68_000 < passes < 70_000 for passes in arms.values())
+    assert max(arms.values()) < 0.5 * proof
+    assert arms[Path("outputs/proof-rl/compare/grpo")] == 220 * 192 * 1.625
+    short = dict(found for words in commands("--rewards") if (found := counted(words)))
+    assert len(short) == 5 * len(proof_rewards.TITLES)
+    assert all(19_000 <= passes <= 21_000 for passes in short.values())
 
 
 @pytest.mark.slow

@@ -151,11 +151,11 @@ class Arm:
 
 
 def read(folder: Path) -> dict[str, Arm]:
-    """The arms in a folder's compare/, in the table's order, and after them further seeds."""
+    """The arms that lie in a folder, in the table's order, and after them further seeds."""
     found: dict[str, Arm] = {}
-    names = {path.name for path in (folder / "compare").glob("*")}
+    names = {path.name for path in folder.glob("*")}
     for name in [*TITLES, *sorted(names - TITLES.keys())]:
-        run = proof_rl.read(folder / "compare" / name)
+        run = proof_rl.read(folder / name)
         if run is not None:
             base, _, seed = name.partition("-seed")
             title = TITLES.get(name) or f"{TITLES.get(base, base)}, seed {seed}"
@@ -254,13 +254,14 @@ def save_curves(arms: Sequence[Arm], path: Path) -> None:
     panels[1, 0].set_xlabel("thousand forward passes")
     panels[1, 1].set_xlabel("minutes of training, as busy as the machine was")
     for axes in panels.flat:
-        _tidy(axes)
+        tidy(axes)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path)
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """A faint grid, and no frame above and to the right."""
     axes.grid(color="#d9dde3", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -268,7 +269,7 @@ def _tidy(axes: Axes) -> None:
 def main(args: Args) -> None:
     """Reads the runs, writes the report, and judges the goals."""
     folder = args.output_dir
-    arms = read(folder)
+    arms = read(folder / "compare")
     if not arms:
         raise UserError(
             f"{folder} holds no comparison: bash scripts/{proof_rl.SCRIPT} --compare makes it"
