@@ -33,7 +33,8 @@ else:
 WHOLE = "grpo"  # the proof's own run, twice as long: what the target is taken from
 TITLES = {
     "grpo": "GRPO",
-    "grpo-divergence": "GRPO, bound on the divergence",
+    "grpo-clip": "GRPO, pictures used twice, clip",
+    "grpo-divergence": "GRPO, pictures used twice, bound on the divergence",
     "nft": "NFT",
     "ram": "RAM",
     "awm": "AWM",
