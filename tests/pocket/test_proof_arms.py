@@ -113,7 +113,9 @@ def test_the_target_is_judged_by_the_arm_that_gained_most(tmp_path: Path) -> Non
     write_nft(tmp_path / "compare" / "control", BEFORE, BEFORE)
     assert report(tmp_path) == 0
     goal = json.loads((tmp_path / "arms.json").read_text())["goals"][-1]
-    assert "the best arm, GRPO, bound on the divergence, reaches" in goal["claim"]
+    assert (
+        "the best arm, GRPO, pictures used twice, bound on the divergence, reaches" in goal["claim"]
+    )
     assert "+0.000 [+0.000, +0.000]" in goal["found"]
     assert "11% of the forward passes and 20% of the minutes" in goal["found"]
 

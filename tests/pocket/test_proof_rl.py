@@ -463,8 +463,9 @@ def test_the_arms_of_a_comparison_take_equally_many_forward_passes(
             return None
         args = cli.parse(module[script].Args, None, flags)
         record = {"args": asdict(args), "num_processes": processes}
-        pictures = args.sample.samples * args.optim.max_train_steps
-        return args.run.output_dir, passes_of(record) * pictures
+        uses = getattr(getattr(args, "grpo", None), "num_inner_epochs", 1)
+        epochs = args.optim.max_train_steps / uses
+        return args.run.output_dir, passes_of(record) * args.sample.samples * epochs
 
     (proof,) = [found[1] for words in commands() if (found := counted(words))]
     arms = dict(found for words in commands("--compare") if (found := counted(words)))
@@ -472,8 +473,9 @@ def test_the_arms_of_a_comparison_take_equally_many_forward_passes(
     assert all(68_000 < passes < 70_000 for passes in arms.values())
     assert max(arms.values()) < 0.5 * proof
     assert arms[Path("outputs/proof-rl/compare/grpo")] == 220 * 192 * 1.625
+    assert arms[Path("outputs/proof-rl/compare/grpo-clip")] == 180 * 192 * 2
     short = dict(found for words in commands("--rewards") if (found := counted(words)))
-    assert len(short) == 5 * len(proof_rewards.TITLES)
+    assert len(short) == 6 * len(proof_rewards.TITLES)
     assert all(19_000 <= passes <= 21_000 for passes in short.values())
 
 
