@@ -136,8 +136,8 @@ def main(args: Args) -> None:
                 output = reward(images, captions, [prompt.metadata for prompt in batch])
             refl.pull_only(images, output.valid)
             missing = preference.shortfall(output.scores, margin)  # [B]
-            counted = output.valid.sum().clamp(min=1)
-            loss = args.refl.grad_scale * (missing * output.valid).sum() / counted
+            # Over all of the batch: every picture weighs the same, whichever process has it.
+            loss = args.refl.grad_scale * (missing * output.valid).mean()
             refl.record(run, output, missing, margin)
 
             if remembered is not None:

@@ -66,6 +66,34 @@ def test_an_answer_that_the_server_does_not_tell_of_is_impossible_and_none_is_no
     assert output.components["g"].isnan().all()
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_picture_that_the_judge_refuses_has_no_score_and_the_others_have(
+    status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def judge(path: str, request: Any) -> Answer:
+        text = request["body"]["messages"][-1]["content"][1]["text"]
+        if '"b"' in text:
+            return status, {}, b'{"error": {"message": "content filter"}}'
+        return 200, {}, json.dumps(logprobs(yes=0.6, no=0.2)).encode()
+
+    with running(fake(judge)) as url:
+        reward = rewards.load(f"vlm[url={url}/v1,model=m]")
+        output = reward(pictures(3), ["a", "b", "c"])
+        assert output.valid.tolist() == [True, False, True]
+        assert output.scores[0].item() == pytest.approx(0.75)
+        # One that has answered before is believed where it refuses a whole batch.
+        assert not reward(pictures(2), ["b", "b"]).valid.any()
+    assert capsys.readouterr().err.count(f"HTTP {status}:") == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_judge_that_has_refused_all_there_was_ends_the_run(status: int) -> None:
+    with running(fake(lambda path, request: (status, {}, b"no such option"))) as url:
+        for text in (f"vlm[url={url}/v1,model=m]", f"tifa[url={url}/v1,model=m]"):
+            with pytest.raises(UserError, match=f"refuses .HTTP {status}: no such option"):
+                rewards.load(text)(pictures(2), ["a", "b"], [{"vqa_list": DOGS}] * 2)
+
+
 def test_means_of_probabilities() -> None:
     assert vlm.geometric([0.25, 1.0]) == pytest.approx(0.5)
     assert vlm.geometric([0.5, 0.0]) == 0

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -233,6 +234,17 @@ def test_the_pocket_clip_prefers_the_right_caption() -> None:
     right = reward(images, prompts).scores
     wrong = reward(images, prompts[1:] + prompts[:1]).scores
     assert (right > wrong).float().mean() > 0.8
+
+
+def test_pictures_that_are_gone_leave_no_graph_behind(tiny_clip: Path) -> None:
+    clip: Any = rewards.load(f"clip[model={tiny_clip}]").components[0].scorer
+    images = torch.rand(2, 3, 32, 32, requires_grad=True) * 1  # as a decoder's
+    first = clip.backbone.pictures(images, "torchvision")
+    assert clip.backbone.pictures(images, "torchvision") is first  # one network for two scorers
+    nodes = weakref.ref(first)
+    first.sum().backward()
+    del images, first
+    assert nodes() is None
 
 
 def test_what_is_no_clip_is_refused(tmp_path: Path, tiny_clip: Path) -> None:

@@ -229,11 +229,31 @@ def test_skipped_losses_do_not_reach_the_logs(lora_args: MakeArgs, tmp_path: Pat
 # Epochs that are not broken off, and what their steps leave
 
 
-def by_epochs(args: script.Args) -> Toy:
+def by_epochs(args: script.Args, **more: Any) -> Toy:
     """A run whose epochs are two steps long."""
-    trained = toy(args)
+    trained = toy(args, **more)
     trained.run.plan(args.optim, 2 * trained.run.samples_per_step, "fingerprint", whole_epochs=True)
     return trained
+
+
+def test_a_run_by_epochs_ends_with_a_checkpoint_where_the_scaler_skipped_a_step(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    args = lora_args(tmp_path, "--max_train_steps", "4", "--checkpointing_steps", "500")
+    trained = by_epochs(args, scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    told: list[int] = []
+    trained.run.stopping.end_within_epoch = lambda began, left: told.append(left)
+    losses = iter([math.inf, *[1.0] * 9])
+    for _ in trained.run.epochs():
+        began = trained.run.step
+        for _ in range(2):
+            trained.step(next(losses))
+        trained.learner.keep(since=began)
+    # Three epochs for four steps: of the first one was skipped, and epochs are not broken off.
+    assert trained.run.step == 5
+    assert told == [1, 0] * 3
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-5"]
+    assert [row["step"] for row in metrics(tmp_path / "run")][-1] == 5
 
 
 def test_epochs_are_counted_from_where_the_run_stands(lora_args: MakeArgs, tmp_path: Path) -> None:

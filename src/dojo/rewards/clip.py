@@ -60,8 +60,12 @@ class Backbone:
             return last[2]
         pixels = preprocess.resize_and_crop(images, self.size, crop)
         embeds = self.embed(preprocess.normalize(pixels))
-        self._last = (weakref.ref(images), key, embeds)
+        # With the pictures goes their embedding, and with it the graph that led to it.
+        self._last = (weakref.ref(images, self._forget), key, embeds)
         return embeds
+
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        self._last = None
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """float32 [B, D] of unit length; no gradient."""

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,23 +62,62 @@ class _Judge(Scorer):
             self.pool = ThreadPoolExecutor(int(workers), thread_name_prefix=self.kind)
         except ValueError as error:
             raise UserError(f"--reward: {self.kind}: {error}") from None
+        self._answered = False  # has the server answered a request of ours yet?
+        self._refusal: wire.Refused | None = None  # the first of a single picture
+
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
+    ) -> list[float]:
+        scores = self._scores(wire.encode(images), prompts, metadata)
+        if self._refusal is not None and not self._answered:
+            raise self._refusal  # what is refused from the first to the last is our question
+        return scores
+
+    def _scores(
+        self, pictures: Sequence[str], prompts: Sequence[str], metadata: Metadata | None
+    ) -> list[float]:
+        """The scores of PNGs in base64."""
+        return list(self.pool.map(self._judge, pictures, prompts))
+
+    def _judge(self, picture: str, prompt: str) -> float:
+        raise NotImplementedError
 
     def ask(self, picture: str, text: str, instruction: str | None = None, **wish: Any) -> Any:
-        """The server's answer to a text about a picture.
+        """The server's answer to a text about a picture; None where it refuses this picture or
+        text (its filter, too long, too large), which is then without a score.
 
         Args:
             picture: a PNG in base64.
             instruction: what it is told before.
             wish: how it is to answer (max_tokens, logprobs, ...).
+
+        Raises:
+            Refused: the server refuses for another reason.
         """
-        return wire.chat(
-            *(self.url, self.model, f"data:image/png;base64,{picture}", text, instruction),
-            wish=wish,
-            token=os.environ.get(KEY),
-            **self.limits,
-        )
+        try:
+            answer = wire.chat(
+                *(self.url, self.model, f"data:image/png;base64,{picture}", text, instruction),
+                wish=wish,
+                token=os.environ.get(KEY),
+                **self.limits,
+            )
+        except wire.Refused as refused:
+            if refused.code not in _OF_ONE_PICTURE:
+                raise
+            if self._refusal is None:
+                self._refusal = refused
+                print(
+                    f"warning: {refused}: a picture without a score, as all that it refuses so",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return None
+        self._answered = True
+        return answer
 
 
+# HTTP's statuses for what is wrong with what was sent: bad request, too large, unprocessable.
+_OF_ONE_PICTURE = (400, 413, 422)
 _FIRST_WORD = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
 
 
@@ -89,11 +129,6 @@ class Vlm(_Judge):
     """
 
     kind = "vlm"
-
-    def score(
-        self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
-    ) -> list[float]:
-        return list(self.pool.map(self._judge, wire.encode(images), prompts))
 
     def _judge(self, picture: str, prompt: str) -> float:
         question = _QUESTION.format(json.dumps(prompt, ensure_ascii=False))
@@ -165,20 +200,20 @@ class Tifa(_Judge):
     def cannot_score(self, prompt: str, row: Mapping[str, Any]) -> str:
         return unread(questions, row)
 
-    def score(
-        self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
+    def _scores(
+        self, pictures: Sequence[str], prompts: Sequence[str], metadata: Metadata | None
     ) -> list[float]:
         asked: list[tuple[str, str, str]] = []
         counts: list[int] = []
         rows = metadata or [{}] * len(prompts)
-        for picture, row in zip(wire.encode(images), rows, strict=True):
+        for picture, row in zip(pictures, rows, strict=True):
             pairs = [] if self.cannot_score("", row) else questions(row)
             counts.append(len(pairs))
             asked += [(picture, *pair) for pair in pairs]
-        told = iter(list(self.pool.map(self._judge, asked)))
+        told = iter(list(self.pool.map(self._share, asked)))
         return [self.mean([next(told) for _ in range(count)]) for count in counts]
 
-    def _judge(self, asked: tuple[str, str, str]) -> float:
+    def _share(self, asked: tuple[str, str, str]) -> float:
         picture, question, answer = asked
         said = self.ask(picture, _ONE_WORD.format(question), **_FIRST_WORD)
         return share_of(said, spellings(answer))
@@ -297,11 +332,6 @@ class UnifiedReward(_Judge):
             raise UserError(f"--reward: unifiedreward: tokens must be at least 1, not {tokens}")
         self.tokens = int(tokens)
         self.template = None if template is None else _template(Path(template))
-
-    def score(
-        self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None
-    ) -> list[float]:
-        return list(self.pool.map(self._judge, wire.encode(images), prompts))
 
     def _judge(self, picture: str, prompt: str) -> float:
         if self.template is None:

@@ -32,7 +32,7 @@ MAX_PIXELS = 4096 * 4096  # of one picture
 _HEAD = 44  # characters of base64 that hold the 33 bytes of a PNG's signature and header
 MAX_ANSWER = 64 * 2**20  # bytes
 LONGEST_WAIT = 30.0  # seconds between two tries
-RETRIES = 8  # two minutes: a server that is started again loads its networks in that time
+RETRIES = 8  # two minutes of pauses: a server that is started again loads its networks in that time
 
 
 def encode(images: Tensor) -> list[str]:

@@ -356,7 +356,7 @@ class Learner:
             return False
         every, requests = run.args.checkpointing_steps, run.stopping.requests
         asked = requests.save or bool(requests.stop)
-        return run.step // every > before // every or run.step == run.num_steps or asked
+        return run.step // every > before // every or run.step >= run.num_steps or asked
 
     def _learned(self) -> Learned:
         return Learned(self.trained, self._averaged, self.optimizer)

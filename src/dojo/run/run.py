@@ -161,7 +161,8 @@ class Run(Processes):
         self.span = optimizers.Span(0, 0)  # the optimizer steps that the schedule runs over
         self._samples_per_epoch = 1
         self._whole_epochs = False
-        self._began = 0  # the step at which the epoch began, where epochs are whole
+        # Where epochs are whole: the step at which this one began, and the samples that end it.
+        self._began, self._epoch_ends = 0, 0
         self._data = ""
         self._micro_batch = 0
         self._batches: dict[str, int] = {}
@@ -310,11 +311,15 @@ class Run(Processes):
         return self.samples // self._samples_per_epoch
 
     def epochs(self) -> Iterator[int]:
-        """The numbers of the epochs from where the run stands until the last step is done."""
+        """The numbers of the epochs from where the run stands until the last step is done.
+
+        Steps that fp16's scaler skips do not count, so that the last epoch may end beyond it.
+        """
         with self._loop("the run stops soon, with the last whole epoch kept"):
             while self.step < self.num_steps:
                 self.stopping.end_if_kept()
                 self._began = self.step
+                self._epoch_ends = (self.epoch + 1) * self._samples_per_epoch
                 yield self.epoch
             self.stopping.end_if_kept()
 
@@ -334,7 +339,8 @@ class Run(Processes):
         self.metrics.end_step(self.step)
         self.stopping.hear(asked)
         if self._whole_epochs:
-            left = round(self.epoch_length) - (self.step - self._began)
+            # Not from the steps: one that fp16's scaler skips has used up its samples as well.
+            left = -((self.samples - self._epoch_ends) // self.samples_per_step)
             self.stopping.end_within_epoch(self._began, left)
 
     def end_early(self, reason: str) -> None:
@@ -365,7 +371,8 @@ class Run(Processes):
     def log_step(self, lr: float, grad_norm: float) -> None:
         """Writes a row when it is due: the first step, every `logging_steps`, the last."""
         self.metrics.note_step(lr, grad_norm)
-        if self.step in (1, self.num_steps) or self.step % self.args.logging_steps == 0:
+        due = self.step == 1 or self.step >= self.num_steps
+        if due or self.step % self.args.logging_steps == 0:
             self.log_rest()
 
     def log_rest(self) -> None:
