@@ -20,8 +20,9 @@ from dojo import cli
 from dojo.cli import UserError
 from dojo.finetune import AllWeights, fit, lora, offload
 from dojo.finetune.adapters import Adapters
+from dojo.finetune.whole import WholeArgs
 from dojo.models import opening, published, sd3
-from dojo.run import OptimArgs, phases
+from dojo.run import OptimArgs, deepspeed, phases
 from dojo.run.cost import Cost
 from tests.conftest import reset_accelerate, run_flags
 
@@ -278,7 +279,31 @@ def test_blocks_within_blocks_are_gathered_for_themselves(
     run.dtype = torch.bfloat16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     # The largest is the inner one, of 100; the outer has 20 of its own, and 7 lie in none.
-    assert fit._shared(run, network) == (2, 2 * (7 + 2 * 100), 2 * (20 + 100 + 7 + 9))
+    share = fit.Share(2, stepping=2 * (7 + 2 * 100), asking=2 * (20 + 100 + 7 + 9))
+    assert fit._shared(run, network) == share
+
+
+def test_zero_3_counts_the_part_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen weights in bfloat16 and trained ones in float32, over the processes of all machines;
+    a constant table is not shared out."""
+    network = nn.Sequential(nn.Linear(30, 20), nn.Linear(10, 8, bias=False))
+    network[0].to(torch.bfloat16).requires_grad_(False)
+    network.register_buffer("table", torch.zeros(11))
+    run = stand_in(SimpleNamespace(shard=False), processes=4, zero=True)
+    run.accelerator.state.deepspeed_plugin.zero_stage = 3
+    trained = AllWeights(run, WholeArgs())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(deepspeed, "LIVE_WEIGHTS", 70)
+    frozen, count = 30 * 20 + 20, 10 * 8
+    held = fit.held(trained, network, Cost(0, 1000), 16, OptimArgs())
+    assert held.kept == (2 * frozen + 16 * count) // 4 + 4 * 11 + 4 * 500_000_000
+    whole = 2 * frozen + 4 * count
+    assert held.activations == 1000 + whole * 70 // (frozen + count)
+    assert held.whole == whole
+    assert held.leaving == 0
+    run.accelerator.state.deepspeed_plugin.zero_stage = 2  # which is counted as if alone
+    plain = fit.held(trained, network, Cost(0, 1000), 16, OptimArgs())
+    assert (plain.kept, plain.whole) == (2 * frozen + 16 * count + 4 * 11, 0)
 
 
 @pytest.mark.parametrize("stored", [{}, {"base_precision": "fp8"}, {"blocks_on_cpu": 2}], ids=str)

@@ -29,7 +29,7 @@ from dojo.finetune.contract import Trained
 from dojo.lazy import late, torch
 from dojo.models import published
 from dojo.models.family import needs_of
-from dojo.run import checkpoint, phases, webhook
+from dojo.run import checkpoint, deepspeed, phases, webhook
 from dojo.run.phases import Held, Needs, Phase
 from dojo.run.run import check_sharing
 
@@ -380,27 +380,41 @@ def held(
     count = sum(param.numel() for param in params)
     stepping = fused.step_bytes(params) if optim.fused_backward else 0
     stored, on_their_way = trained.stored_bytes(network)
-    frozen = stored + sum(buffer.nbytes for buffer in network.buffers())
-    parts, gathered, whole = _shared(trained.run, network)
-    leaving = frozen + trained.dtype.itemsize * count - on_their_way
+    buffers = sum(buffer.nbytes for buffer in network.buffers())
+    share = _shared(trained.run, network)
+    leaving = stored + buffers + trained.dtype.itemsize * count - on_their_way
     return Held(
         network=network,
-        kept=(frozen + bytes_per_weight * count) // parts,
-        activations=cost.held_bytes + stepping + gathered,
+        kept=(stored + bytes_per_weight * count) // share.parts + buffers + share.kept,
+        activations=cost.held_bytes + stepping + share.stepping,
         leaving=0 if trained.run.replicas.owns_storage else leaving,
-        whole=whole,
+        whole=share.asking,
     )
 
 
-def _shared(run: Run, network: nn.Module) -> tuple[int, int, int]:
-    """Among how many processes `--shard` shares the weights out; the bytes of those that are whole
-    on each meanwhile in a step, of two blocks and of what lies in no block; and of all weights, as
-    a process has them that asks the network without the others (`Replicas.gathered`)."""
-    if not run.args.shard:
-        return 1, 0, 0
+@dataclass(frozen=True)
+class Share:
+    """How a process holds the weights, and what it has in bytes on top of its part."""
+
+    parts: int = 1
+    """among how many processes they are shared out"""
+    kept: int = 0
+    """at all times"""
+    stepping: int = 0
+    """of whole weights in a training step"""
+    asking: int = 0
+    """of all weights, as a process has them that asks the network without the others
+    (`Replicas.gathered`)"""
+
+
+def _shared(run: Run, network: nn.Module) -> Share:
+    """That of `--shard`, or of DeepSpeed's ZeRO-3; ZeRO-1 and 2 are counted as if nothing was
+    shared out."""
+    if deepspeed.deals_out(run.accelerator):
+        return _dealt_out(run.accelerator.num_processes, list(network.parameters()))
     parts = int(os.environ.get("LOCAL_WORLD_SIZE") or run.accelerator.num_processes)
-    if parts == 1:
-        return 1, 0, 0
+    if parts == 1 or not run.args.shard:
+        return Share()
     names = set(getattr(network, "_no_split_modules", None) or ())
     block_of = dict.fromkeys(network.parameters(), network)
     for one in network.modules():  # blocks within blocks come later, and have their own
@@ -411,7 +425,18 @@ def _shared(run: Run, network: nn.Module) -> tuple[int, int, int]:
         sizes[block] += param.numel()
     total, rest = sizes.total(), sizes.pop(network, 0)
     size = run.dtype.itemsize
-    return parts, size * (rest + 2 * max(sizes.values(), default=0)), size * total
+    two_blocks = 2 * max(sizes.values(), default=0)
+    return Share(parts, stepping=size * (rest + two_blocks), asking=size * total)
+
+
+def _dealt_out(processes: int, weights: list[nn.Parameter]) -> Share:
+    """Of all processes, on every machine, each weight in its own precision. In a step as many
+    numbers are whole at once as DeepSpeed lets live."""
+    if processes == 1:
+        return Share(kept=deepspeed.BUCKET_BYTES)
+    count, total = sum(one.numel() for one in weights), sum(one.nbytes for one in weights)
+    live = total * min(count, deepspeed.LIVE_WEIGHTS) // max(count, 1)
+    return Share(processes, kept=deepspeed.BUCKET_BYTES, stepping=live, asking=total)
 
 
 def changed(args: ArgsT, change: Change) -> ArgsT:

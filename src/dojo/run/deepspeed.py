@@ -41,6 +41,11 @@ from dojo.run.replicas import (
     made_by,
 )
 
+LIVE_WEIGHTS = 1_000_000_000
+"""Numbers of weights that ZeRO-3 keeps whole at once in a step (stage3_max_live_parameters)."""
+BUCKET_BYTES = 4 * 500_000_000
+"""ZeRO-3's room for float32 gradients on their way, whatever is trained (reduce_bucket_size)."""
+
 _TAG = "zero"
 # Those whose step is the same on a flat part of all weights as on each by itself.
 OPTIMIZERS = ("adamw", "lion")
@@ -137,6 +142,11 @@ def of(accelerator: Any) -> bool:
     return accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED
 
 
+def deals_out(accelerator: Any) -> bool:
+    """Whether they share out the weights too: ZeRO-3."""
+    return of(accelerator) and _stage(accelerator) == 3
+
+
 def check_script(args: Any, accelerator: Any) -> None:
     """Refuses before the work on the data what its engine could not train, or nobody has tried.
 
@@ -151,7 +161,7 @@ def check_script(args: Any, accelerator: Any) -> None:
     if any(hasattr(group, _POLICY) for group in groups.values()):
         raise UserError(_METHODS)
     check_options(args, _UNTRIED, "DeepSpeed")
-    if _stage(accelerator) == 3 and "validation" not in groups:  # as scripts for captions have it
+    if deals_out(accelerator) and "validation" not in groups:  # as scripts for captions have it
         raise UserError(
             "DeepSpeed ZeRO-3 is for training on captioned pictures; DPO and ReFL start with "
             "scripts/accelerate/deepspeed_zero2.yaml, or with --shard on multi_gpu.yaml"
@@ -165,7 +175,7 @@ def _stage(accelerator: Any) -> int:
 
 def make(accelerator: Any, optim: OptimArgs) -> Zero:
     """How the processes of a run that DeepSpeed takes part in share the work."""
-    kind = ZeroThree if _stage(accelerator) == 3 else Zero
+    kind = ZeroThree if deals_out(accelerator) else Zero
     return kind(accelerator, optim)
 
 
