@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+import train_full_sd3
 from dojo import cli
 from dojo.bench import check, memory, parts, report, rl, scripted, supervised, watched
 from dojo.bench.check import CheckArgs, Result, Step
@@ -237,6 +238,57 @@ def test_the_ratio_is_read_from_the_real_script(place: Place) -> None:
     scripted.ratio(found, place)
     (claim,) = found.claims
     assert (claim.holds, claim.value) == (True, "off by 0")
+
+
+@no_gpu
+def test_deepspeed_says_why_it_is_skipped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(report.Skip, match="needs a GPU"):
+        scripted.deepspeed(Report(), place)
+    monkeypatch.setattr(Place, "on_gpu", True)
+    monkeypatch.setattr(scripted, "find_spec", lambda name: None)
+    with pytest.raises(report.Skip, match="pip install deepspeed"):
+        scripted.deepspeed(Report(), place)
+
+
+def test_every_stage_is_started_as_a_user_does_and_compared(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher's command with a stand-in for the processes, of which ZeRO-2's lose a step and
+    ZeRO-3's learn something else."""
+    started: list[list[str]] = []
+
+    def run(words: list[str], **_: object) -> Any:
+        started.append(words)
+        output = Path(words[words.index("--output_dir") + 1])
+        output.mkdir(parents=True)
+        losses = [1.0, 0.9, 0.8, 0.7 if "zero3" not in words[5] else 0.71]
+        rows = [{"step": i, "loss": loss} for i, loss in enumerate(losses, 1)]
+        text = "".join(json.dumps(row) + "\n" for row in rows[: 3 if "zero2" in words[5] else 4])
+        (output / "metrics.jsonl").write_text(text)
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(Place, "on_gpu", True)
+    monkeypatch.setattr(scripted, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(scripted.subprocess, "run", run)
+    found = Report()
+    scripted.deepspeed(found, place)
+    assert [claim.holds for claim in found.claims] == [True, False, False]
+    names = ["one_gpu", *(f"deepspeed_zero{stage}" for stage in (1, 2, 3))]
+    for name, words in zip(names, started, strict=True):
+        config = ROOT / "scripts" / "accelerate" / f"{name}.yaml"
+        assert words[2:6] == ["accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+        assert config.is_file()
+        place_of_script = words.index(str(ROOT / "train_full_sd3.py"))
+        args = cli.parse(train_full_sd3.Args, None, words[place_of_script + 1 :])
+        assert (args.run.mixed_precision, args.optim.max_train_steps) == ("no", 4)
+
+
+def test_a_stage_that_fails_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = type("Done", (), {"returncode": 3})
+    monkeypatch.setattr(scripted.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(TrainingStopped, match=r"deepspeed_zero1\.yaml: exit status 3"):
+        scripted.launched(place, "deepspeed_zero1", 1)
 
 
 # -- rows of docs/benchmarks.md ---------------------------------------------------------------

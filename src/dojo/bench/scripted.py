@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import math
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +18,17 @@ from dojo.bench import models, rl, supervised
 from dojo.bench.report import Skip
 from dojo.bench.rl import RlArgs
 from dojo.bench.supervised import SupervisedArgs
+from dojo.cli import TrainingStopped
 from dojo.files.records import read_rows
 from dojo.finetune import lora
-from dojo.lazy import accelerate
+from dojo.lazy import accelerate, torch
 
 if TYPE_CHECKING:
     from dojo.bench.report import Place, Report
 
 CLIP_RANGE = 1e-4  # of the scripts: what the ratio may be off without being clipped for it
+LOSS_OFF = 1e-3
+"""What a loss may be off as a share of it when sums come in another order."""
 _STEPS = 4
 
 
@@ -51,20 +56,24 @@ def _equal_runs(report: Report, place: Place, name: str) -> None:
 
 def _train(place: Place, name: str, folder: str, *more: str) -> Path:
     """A few steps of LoRA in this process, and the folder that they left."""
-    args = SupervisedArgs(model=_name(name), batch_size=2, work_dir=place.folder)
     output = place.folder / "runs" / f"check-{name}-{folder}"
-    values = {
+    values = {**_few_steps(place, name), "rank": 4}
+    run_script(f"train_lora_{models.family_name(name)}", place, output, values, more)
+    return output
+
+
+def _few_steps(place: Place, name: str) -> dict[str, object]:
+    """The options of a few steps of supervised training on a pocket model."""
+    args = SupervisedArgs(model=_name(name), batch_size=2, work_dir=place.folder)
+    return {
         "pretrained_model_name_or_path": models.pocket(name),
         "dataset_name": supervised.make_data(args, place.folder / "datas"),
         "resolution": args.size,
         "train_batch_size": 2,
         "max_train_steps": _STEPS,
         "checkpointing_steps": _STEPS // 2,
-        "rank": 4,
         **({} if args.tokens is None else {"max_sequence_length": args.tokens}),
     }
-    run_script(f"train_lora_{models.family_name(name)}", place, output, values, more)
-    return output
 
 
 def _name(name: str) -> Any:
@@ -118,23 +127,81 @@ def run_script(
         sys.path.insert(0, str(models.ROOT))
     script: Any = importlib.import_module(name)
     shutil.rmtree(output, ignore_errors=True)  # of an earlier check
-    every = {
-        **values,
-        "output_dir": output,
-        "latent_cache_dir": place.folder / "cache",
-        "mixed_precision": place.mixed_precision,
-        "report_to": "none",
-        "logging_steps": 1,
-        "seed": 0,
-    }
-    flags = [word for flag, value in every.items() for word in (f"--{flag}", str(value))]
     try:
-        script.main(cli.parse(script.Args, None, [*flags, *more]))
+        script.main(cli.parse(script.Args, None, [*_flags(place, output, values), *more]))
     finally:
         # accelerate keeps the first Accelerator's state; the next run opens one of its own.
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         accelerate.state.GradientState._reset_state()
         accelerate.PartialState._reset_state()
+
+
+def _flags(place: Place, output: Path, values: Mapping[str, object]) -> list[str]:
+    every = {
+        "latent_cache_dir": place.folder / "cache",
+        "mixed_precision": place.mixed_precision,
+        "report_to": "none",
+        "logging_steps": 1,
+        "seed": 0,
+        **values,
+        "output_dir": output,
+    }
+    return [word for flag, value in every.items() for word in (f"--{flag}", str(value))]
+
+
+# -- several processes ------------------------------------------------------------------------
+
+
+def deepspeed(report: Report, place: Place) -> None:
+    """Each ZeRO stage as a user starts it, against the same steps without, in float32: on two GPUs
+    where there are two, on one otherwise."""
+    if not place.on_gpu:
+        raise Skip("DeepSpeed needs a GPU")
+    if find_spec("deepspeed") is None:
+        raise Skip("DeepSpeed is not installed: pip install deepspeed")
+    processes = min(torch.cuda.device_count(), 2)
+    plain = launched(place, "multi_gpu" if processes > 1 else "one_gpu", processes)
+    for stage in (1, 2, 3):
+        losses = launched(place, f"deepspeed_zero{stage}", processes)
+        off = furthest(losses, plain)
+        text = f"ZeRO-{stage}, {processes} processes, {_STEPS} steps: losses are off by a share"
+        report.below(text, off, LOSS_OFF)
+        report.note(f"ZeRO-{stage}, losses", losses)
+    report.note("without DeepSpeed, losses", plain)
+
+
+def launched(place: Place, config: str, processes: int) -> list[float]:
+    """The losses of a few steps of full fine-tuning of the pocket model, by `accelerate launch`.
+
+    Args:
+        config: of scripts/accelerate, without its ending.
+    Raises:
+        TrainingStopped: the script failed; what it said stands above.
+    """
+    output = place.folder / "runs" / f"check-{config}"
+    shutil.rmtree(output, ignore_errors=True)  # of an earlier check
+    words = launch_command(place, config, processes, output)
+    if code := subprocess.run(words, check=False, env=supervised.environment()).returncode:
+        raise TrainingStopped(f"{config}.yaml: exit status {code}")
+    rows, _ = read_rows(output / "metrics.jsonl")
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def launch_command(place: Place, config: str, processes: int, output: Path) -> list[str]:
+    """What a user would type."""
+    values = {**_few_steps(place, "pocket"), "mixed_precision": "no"}
+    yaml = models.ROOT / "scripts" / "accelerate" / f"{config}.yaml"
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    words += ["--config_file", str(yaml), "--num_processes", str(processes)]
+    words += ["--mixed_precision", "no"]
+    return [*words, str(models.ROOT / "train_full_sd3.py"), *_flags(place, output, values)]
+
+
+def furthest(losses: Sequence[float], plain: Sequence[float]) -> float:
+    """The largest difference as a share of the plain loss; NaN where a step is missing."""
+    if len(losses) != len(plain) or not plain:
+        return math.nan
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, plain, strict=True))
 
 
 # -- speed and memory -------------------------------------------------------------------------
