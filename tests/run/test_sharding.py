@@ -17,7 +17,7 @@ from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
 from dojo.cli import UserError
-from dojo.run import checkpoint, optim
+from dojo.run import checkpoint, exchange, optim
 from dojo.run.averaging import Averaged, EmaArgs
 from dojo.run.replicas import Learned
 from dojo.run.sharding import Shards
@@ -161,7 +161,7 @@ def optimizers(place: Path, results: str) -> None:
             other = make(kind)
             other.read(from_one)
             found[kind]["from one"] = [other.step(3), other.step(4)]
-    found |= asked_unequally() | in_float32()
+    found |= asked_unequally() | in_float32() | exchanged()
     everyones = accelerate.utils.gather_object([found])
     if os.environ.get("RANK", "0") == "0":
         (place / results).write_text(json.dumps(everyones))
@@ -193,6 +193,29 @@ def in_float32() -> dict[str, Any]:
     one.shards.clip(one.params, 1e9)
     gradients = [param.grad for param in one.params if param.grad is not None]
     return {"more digits": any(not torch.equal(g, g.bfloat16().float()) for g in gradients)}
+
+
+def exchanged() -> dict[str, Any]:
+    """Whether what processes exchange over gloo is what torch's own collectives give."""
+    group: Any = dist.group.WORLD
+    rows = torch.randn(3 * group.size(), generator=torch.Generator().manual_seed(group.rank()))
+    found = []
+    for op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+        mine, torchs = torch.empty(3), torch.empty(3)
+        exchange.Share()(mine, rows, group, op)
+        dist.reduce_scatter_single(torchs, rows.clone(), op=op, group=group)
+        found.append(torch.equal(mine, torchs))
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8):
+        part = (10 * rows[:3]).to(dtype)
+        mine, torchs = (torch.zeros(3 * group.size(), dtype=dtype) for _ in range(2))
+        exchange.Gather()(mine, part, group)
+        dist.all_gather_single(torchs, part, group=group)
+        in_place = torch.zeros_like(mine)
+        own = in_place.view(group.size(), -1)[group.rank()]
+        own.copy_(part)
+        exchange.Gather()(in_place, own, group)
+        found += [torch.equal(mine, torchs), torch.equal(in_place, torchs)]
+    return {"exchanged": all(found)}
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +264,13 @@ def test_an_evaluation_that_one_process_asks_more_of_changes_nothing(
 def test_gradients_are_summed_in_float32(told: dict[str, list[Any]]) -> None:
     # Of a single process, a bfloat16 gradient is all there is.
     assert all(found["more digits"] for found in told["machines"])
+
+
+def test_what_is_exchanged_on_cpus_is_what_torchs_own_collectives_give(
+    told: dict[str, list[Any]],
+) -> None:
+    for everyones in told.values():
+        assert all(found["exchanged"] for found in everyones)
 
 
 # -- whole runs ---------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dojo.cli import UserError
-from dojo.run import checkpoint
+from dojo.run import checkpoint, exchange
 from dojo.run.replicas import SHARDS, Learned, Replicas
 
 
@@ -162,11 +162,14 @@ class Shards(Replicas):
         wanted = set(getattr(module, "_no_split_modules", None) or ())
         inside = [one for one in module.modules() if type(one).__name__ in wanted]
         kept = [module, *inside[-1:]]  # whose backward pass comes at once
+        by_gloo = self.accelerator.device.type == "cpu" and self.parts > 1
         for one in [*reversed(inside), module]:  # blocks within blocks come first
             fully_shard(
                 one, mesh=self.mesh, mp_policy=self.policy, reshard_after_forward=one not in kept
             )
             assert isinstance(one, FSDPModule)
+            if by_gloo:
+                exchange.over_gloo(one)
             self._units.append((one, one not in kept))
         self._roots.append(module)
 
