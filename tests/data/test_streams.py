@@ -528,6 +528,32 @@ def test_files_that_are_gone_are_closed_when_another_is_opened(
     assert stream.part(0, [0]).captions == [("number 0",)]  # and brought again when asked for
 
 
+def test_a_process_has_two_windows_open_and_lets_go_before_it_fetches(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = opened(options(f"file://{shards}", tmp_path, shuffle_window=1))
+    most: list[int] = []
+    packed = type(stream)._packed
+
+    def fetched(self: Any, place: Any) -> Any:
+        assert not any(pack.is_gone for pack in self._open.values())
+        found = packed(self, place)
+        most.append(len(self._open))
+        return found
+
+    monkeypatch.setattr(type(stream), "_packed", fetched)
+    for shard in range(len(stream.shards)):
+        stream.fetch(shard)
+        if shard % 2:  # another process, whose files have to fit in
+            for path in (tmp_path / "kept").glob("*.shard"):
+                path.unlink()
+    assert len(most) == len(stream.shards) > 3
+    assert max(most) == 1  # of two that are gone both are closed
+    for shard in range(len(stream.shards)):
+        stream.fetch(shard)
+        assert len(stream._open) <= 2
+
+
 def test_a_disk_that_others_fill_is_told_of(shards: Path, tmp_path: Path) -> None:
     class Emptied(Disk):
         def hold(self, name: str, size: int, write: Any) -> Path:

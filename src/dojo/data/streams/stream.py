@@ -169,6 +169,7 @@ class Stream:
             self._open.move_to_end(shard)
             return self._open[shard]
         place = self.shards[shard]
+        self._close_gone()  # before there is another one on the disk
         pack = self._packed(place)
         if not pack.is_whole:  # damaged on our disk
             pack.close()
@@ -179,12 +180,16 @@ class Stream:
                 f"{place.name} has {len(pack.table)} rows, and had {self.counts[shard]} when the "
                 "shards were counted: start again, its files have changed"
             )
-        for gone in [one for one, other in self._open.items() if other.is_gone]:
-            self._open.pop(gone).close()  # it takes room on the disk until it is
+        self._close_gone()
         self._open[shard] = pack
         while len(self._open) > 2 * self.window:
             self._open.popitem(last=False)[1].close()
         return pack
+
+    def _close_gone(self) -> None:
+        """Files without a name take room on the disk until they are closed."""
+        for gone in [one for one, other in self._open.items() if other.is_gone]:
+            self._open.pop(gone).close()
 
     def bring(self, shard: int) -> None:
         """Sees to it that a shard is on the disk."""
