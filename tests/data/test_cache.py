@@ -705,12 +705,23 @@ def counting(encoded: list[str]) -> Any:
     return lambda: encode_text
 
 
-def test_a_repeated_caption_is_encoded_once(tmp_path: Path) -> None:
+def test_a_repeated_caption_is_encoded_and_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     captions = ["cc", "a", "cc", "bbb", "a", "", "cc", "dddd", "eeeee", "ffffff"]
     encoded: list[str] = []
     text = cache_text([captions], counting(encoded), tmp_path, {})
     assert sorted(encoded) == sorted(set(captions))
+    reads: list[int] = []
+    read = Shards.read
+
+    def counted(shards: Shards, index: int, *view: int) -> dict[str, Tensor]:
+        reads.append(index)
+        return read(shards, index, *view)
+
+    monkeypatch.setattr(Shards, "read", counted)
     assert text(captions)["length"].tolist() == [len(caption) for caption in captions]
+    assert len(reads) == len(set(captions))
 
 
 def test_another_prompt_does_not_disturb_the_data_sets_captions(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -302,6 +303,28 @@ def test_a_view_of_which_a_byte_changed_is_not_read_and_its_shard_is_made_again(
     again = Shards(tmp_path, IDS, views=(2,))
     again.fill(two_views, title="test")
     assert again.read(last, 1)["value"].tolist() == [last + 0.5, last]
+
+
+def test_the_header_of_a_shard_is_read_once_for_its_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = Shards(tmp_path, IDS)
+    shards.fill(make, title="test")
+    opened: list[Path] = []
+    read_header = disk.tensors.read_header
+
+    def counted(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        opened.append(path)
+        return read_header(path)
+
+    monkeypatch.setattr(disk.tensors, "read_header", counted)
+    assert values(shards) == values(shards) == list(range(10))
+    assert sorted(opened) == sorted(shards.path(k) for k in range(len(shards.names)))
+    # A file that is another one by now is looked at again.
+    path, members = shards.path(1), shards.members[1]
+    path.unlink()
+    disk.tensors.save(path, {"other": torch.zeros(len(members), 3, dtype=torch.bfloat16)})
+    assert shards.read(members[-1])["other"].tolist() == [0, 0, 0]
 
 
 def test_shards_from_before_there_were_checksums_are_read(tmp_path: Path) -> None:

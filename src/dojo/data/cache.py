@@ -348,7 +348,8 @@ class CachedText:
         Raises:
             KeyError: a caption is not in the cache.
         """
-        rows = [self._read(caption) for caption in captions]
+        known = {caption: self._read(caption) for caption in dict.fromkeys(captions)}
+        rows = [known[caption] for caption in captions]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _read(self, caption: str) -> dict[str, torch.Tensor]:

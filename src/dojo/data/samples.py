@@ -79,7 +79,9 @@ class Pictures(Dataset[Batch]):
         """The crop of this use, by its number, and whether it is mirrored."""
         if self.is_still:
             return 0, False
-        crop = int((1 - self._uniform("crop", draw)) * self.crop_variants)
+        crop = 0
+        if self.crop_variants > 1:
+            crop = int((1 - self._uniform("crop", draw)) * self.crop_variants)
         flip = self.source.recipe(draw.index).random_flip and self._uniform("flip", draw) < 0.5
         return crop, flip
 

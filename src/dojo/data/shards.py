@@ -22,9 +22,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -165,46 +165,85 @@ class Shards:
         shard = bisect_right(self.starts, index) - 1
         view, rest = view[: len(self.views)], view[len(self.views) :]
         place = (index - self.starts[shard], *view)
+        path = self.path(shard)
         try:
-            with safe_open(self.path(shard), framework="pt") as file:
-                found = {name: file.get_slice(name)[place] for name in file.keys()}  # noqa: SIM118
-                told = (file.metadata() or {}).get(_CHECKSUMS)
+            with path.open("rb") as file:
+                about = os.fstat(file.fileno())
+                entries, told = _header(path, (about.st_ino, about.st_size, about.st_mtime_ns))
+                read = {name: tensors.read_part(file, entries[name], place) for name in entries}
             if told is not None:
-                self._compare(found, torch.tensor(json.loads(told))[place], len(view))
-            return {name: one[rest] for name, one in found.items()}
-        except (OSError, SafetensorError, IndexError, ValueError) as error:
-            if isinstance(error, ValueError):  # its header looks whole: nobody would make it again
+                self._compare(read.values(), told, place)
+            found = {
+                name: tensors.from_part(part, entries[name], place) for name, part in read.items()
+            }
+            return {name: one[rest] for name, one in found.items()} if rest else found
+        except (OSError, IndexError, ValueError) as error:
+            # Where its header looks whole, nobody would make it again.
+            if not isinstance(error, OSError) and self._check(shard):
                 with suppress(OSError):
-                    self.path(shard).unlink()
+                    path.unlink()
             raise UserError(
-                f"{self.path(shard)}, a file of the cache, cannot be read any more ({error}): "
+                f"{path}, a file of the cache, cannot be read any more ({error}): "
                 "the same command with --resume_from_checkpoint latest makes it again"
             ) from error
 
     def _save(self, shard: int, made: Mapping[str, Tensor]) -> None:
         shape = (len(self.members[shard]), *self.views)
-        told = json.dumps(checksums(made, math.prod(shape)).view(shape).tolist())
+        parts = [
+            one.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            for _, one in sorted(made.items())
+        ]
+        told = json.dumps(torch.tensor(checksums(parts, math.prod(shape))).view(shape).tolist())
         tensors.save(self.path(shard), made, {_CHECKSUMS: told})
 
-    def _compare(self, found: Mapping[str, Tensor], told: Tensor, depth: int) -> None:
+    def _compare(
+        self, found: Iterable[bytearray], told: Sequence[int], place: Sequence[int]
+    ) -> None:
         """
         Args:
-            found: what lies at `depth` views of a sample.
-            told: checksums of the views in it.
+            found: what lies at a place, of the sample and of some of its views.
+            told: checksums of all views of all samples, in their order.
         Raises:
             ValueError: they are others.
         """
-        if not torch.equal(checksums(found, math.prod(self.views[depth:])), told.flatten()):
+        count = math.prod(self.views[len(place) - 1 :])  # views that lie there
+        number = 0
+        for index, length in zip(place, (0, *self.views), strict=False):
+            number = number * length + index
+        if checksums(found, count) != told[number * count : (number + 1) * count]:
             raise ValueError("its numbers are not those that were written")
 
 
-def checksums(tensors: Mapping[str, Tensor], count: int) -> Tensor:
-    """The crc32 of each of `count` equal parts of some tensors, over all by their names: int64."""
+@lru_cache(maxsize=1024)
+def _header(
+    path: Path, about: tuple[int, ...]
+) -> tuple[dict[str, dict[str, Any]], list[int] | None]:
+    """Where the tensors of a shard lie, by name, and the checksums of all views, if it has some.
+
+    Read once for many samples: opening a file by the library takes as long as a sample's numbers.
+
+    Args:
+        about: what changes when the file does.
+    Raises:
+        ValueError: it is damaged.
+    """
+    entries, metadata = tensors.read_header(path)
+    entries, told = dict(sorted(entries.items())), metadata.get(_CHECKSUMS)
+    return entries, None if told is None else torch.tensor(json.loads(told)).flatten().tolist()
+
+
+def checksums(parts: Iterable[bytearray | memoryview], count: int) -> list[int]:
+    """The crc32 of each of `count` equal pieces of some tensors, over all of these.
+
+    Args:
+        parts: the bytes of each tensor, by the order of their names.
+    """
     sums = [0] * count
-    for _, values in sorted(tensors.items()):
-        parts = values.cpu().reshape(count, values.numel() // count).view(torch.uint8)
-        sums = [zlib.crc32(part, sum_) for part, sum_ in zip(parts.numpy(), sums, strict=True)]
-    return torch.tensor(sums)
+    for part in parts:
+        view = memoryview(part)
+        size = len(view) // count
+        sums = [zlib.crc32(view[i * size : (i + 1) * size], one) for i, one in enumerate(sums)]
+    return sums
 
 
 class Aside:

@@ -8,8 +8,10 @@ header padded with spaces, the tensors' bytes (little-endian, row-major).
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -107,15 +109,50 @@ def read_tensor(file: BinaryIO, entry: Mapping[str, Any]) -> torch.Tensor:
     Raises:
         ValueError: its precision is none that is read here, or the file ends too early.
     """
-    kind = {code: getattr(torch, dtype) for dtype, code in _CODES.items()}.get(entry["dtype"])
-    if kind is None:
-        raise ValueError(f"{entry['dtype']} is not read here")
+    kind = _dtype(entry["dtype"])
     begin, end = entry["data_offsets"]
     data = torch.empty(end - begin, dtype=torch.uint8)
     file.seek(begin)
     if file.readinto(data.numpy()) != end - begin:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError("the file ends too early")
     return data.view(kind).reshape(entry["shape"])
+
+
+def read_part(file: BinaryIO, entry: Mapping[str, Any], place: Sequence[int]) -> bytearray:
+    """The bytes at a place of the first axes of a tensor; nothing else is read.
+
+    Args:
+        entry: as `read_header` has it.
+    Raises:
+        IndexError: there is no such place.
+        ValueError: as for `read_tensor`.
+    """
+    shape, (begin, _) = entry["shape"], entry["data_offsets"]
+    number = 0
+    for index, length in zip(place, shape, strict=False):
+        if not 0 <= index < length:
+            raise IndexError(f"there is no row {index} among {length}")
+        number = number * length + index
+    size = math.prod(shape[len(place) :]) * _dtype(entry["dtype"]).itemsize
+    data = bytearray(size)
+    file.seek(begin + number * size)
+    if file.readinto(data) != size:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError("the file ends too early")
+    return data
+
+
+def from_part(data: bytearray, entry: Mapping[str, Any], place: Sequence[int]) -> torch.Tensor:
+    """The tensor of what `read_part` has read, in its memory."""
+    kind, shape = _dtype(entry["dtype"]), entry["shape"][len(place) :]
+    return (torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)).view(shape)
+
+
+@cache
+def _dtype(code: str) -> torch.dtype:
+    names = {code: name for name, code in _CODES.items()}
+    if code not in names:
+        raise ValueError(f"{code} is not read here")
+    return getattr(torch, names[code])
 
 
 def obey_umask(path: Path) -> None:
