@@ -24,6 +24,9 @@ UNUSED = (
     "pandas",
     "datasets",
     "sklearn",
+    "scipy.integrate",
+    "scipy.optimize",
+    "scipy.stats",
     "tensorflow",
     "deepspeed",
     "lpips",
@@ -134,6 +137,56 @@ def test_a_library_that_a_run_does_not_compute_with_is_not_made_ready_to_compile
     loading.load("peft")
     assert len(seen) == 1
     sys.modules.pop("bitsandbytes")
+
+
+@pytest.fixture
+def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A module that waits until a run computes with it, and how often it was imported."""
+    monkeypatch.setattr(loading, "_LATER", {"late_part": ("solve",)})
+    text = "seen.append(1)\nother = 7\ndef solve(x, *, y=1):\n    return x + y\n"
+    return library(tmp_path, "late_part", monkeypatch, text)
+
+
+@pytest.mark.usefixtures("state")
+def test_what_libraries_import_for_others_waits_until_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: list[Any]
+) -> None:
+    library(tmp_path, "using", monkeypatch, "import late_part\nfrom late_part import solve\n")
+    loading.begin(bitsandbytes=True)
+    using: Any = loading.load("using")
+    assert part == []
+    assert "late_part" not in sys.modules  # others find it as ever
+    assert using.solve(1, y=2) == 3
+    assert part == [1]
+    library(tmp_path, "asking", monkeypatch, "from late_part import other\n")
+    asking: Any = loading.load("asking")
+    assert asking.other == 7
+    for name in ("using", "asking", "late_part"):
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("state")
+@pytest.mark.parametrize(
+    "text", ["from late_part import other", "import late_part.x as other", "import not_there"]
+)
+def test_what_must_not_wait_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: list[Any], text: str
+) -> None:
+    library(tmp_path, "asking", monkeypatch, text)
+    (tmp_path / "late_part").mkdir()
+    (tmp_path / "late_part.py").rename(tmp_path / "late_part" / "__init__.py")
+    (tmp_path / "late_part" / "x.py").touch()
+    loading.begin(bitsandbytes=True)
+    if "not_there" in text:
+        with pytest.raises(ModuleNotFoundError, match="not_there"):
+            loading.load("asking")
+        assert part == []
+        return
+    asking: Any = loading.load("asking")
+    assert asking.other is not None
+    assert part == [1]
+    for name in ("asking", "late_part", "late_part.x"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ out of later searches.
 
 That is done only until a run has its libraries: it would keep a network that is in a circle just
 then (accelerate's hooks make such) for ever.
+
+Until then parts of scipy wait too, five hundred modules: transformers and diffusers import them for
+losses of detection and for schedules of noise that no training script computes with.
 """
 
 from __future__ import annotations
@@ -17,14 +20,22 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
-# What every training script needs: all networks of diffusers, adapters, tokenizers.
-LIBRARIES = ("diffusers.models.autoencoders", "peft")
+# What every training script needs: all networks of diffusers, adapters, tokenizers; SD3's schedule,
+# which is written with a result.
+LIBRARIES = (
+    "diffusers.models.autoencoders",
+    "peft",
+    "diffusers.schedulers.scheduling_flow_match_euler_discrete",
+)
+# What these libraries import before anybody needs it, and the functions that they take from it.
+_LATER = {"scipy.integrate": (), "scipy.optimize": ("linear_sum_assignment",), "scipy.stats": ()}
 
 
 @dataclass
@@ -49,11 +60,62 @@ def loading() -> Iterator[None]:
         gc.collect()  # what is garbage by now is not kept
     gc.disable()
     try:
-        yield
+        with _waiting(_LATER if starting and find_spec("scipy") else {}):
+            yield
     finally:
         if starting:
             gc.freeze()
         gc.enable()
+
+
+class _Later(ModuleType):
+    """Stands for a module that is imported when something is asked of it.
+
+    Some functions can be had without it, and import it when they are called.
+    """
+
+    def __init__(self, name: str, functions: Collection[str]) -> None:
+        super().__init__(name)
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> object:
+        if name in self._functions:
+            return _later(self.__name__, name)
+        if name.startswith("__"):  # what Python itself asks of any module
+            raise AttributeError(name)
+        _end_waiting(self.__name__)
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    call.__name__ = name
+    return call
+
+
+@contextmanager
+def _waiting(modules: Mapping[str, Collection[str]]) -> Iterator[None]:
+    """For a while these modules are not imported by who does not use them.
+
+    Others find them as ever, then and afterwards: nothing says that they are not there.
+    """
+    for name, functions in modules.items():
+        sys.modules.setdefault(name, _Later(name, functions))
+    try:
+        yield
+    finally:
+        for name in modules:
+            _end_waiting(name)
+
+
+def _end_waiting(name: str) -> bool:
+    """Lets a module be imported as ever, and says whether it was not before."""
+    waited = isinstance(sys.modules.get(name), _Later)
+    if waited:
+        del sys.modules[name]
+    return waited
 
 
 def load(name: str) -> ModuleType:
@@ -65,7 +127,12 @@ def load(name: str) -> ModuleType:
     with loading():
         if not _state.compiled and name.partition(".")[0] in ("diffusers", "peft"):
             _import_uncompiled("bitsandbytes")
-        return importlib.import_module(name)
+        try:
+            return importlib.import_module(name)
+        except (ImportError, RuntimeError):  # diffusers and transformers make the one of the other
+            if not any([_end_waiting(each) for each in _LATER]):
+                raise
+        return importlib.import_module(name)  # by one that imports a part of what was to wait
 
 
 def _import_uncompiled(name: str) -> None:
