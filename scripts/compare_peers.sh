@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Times training scripts of this repository beside those of diffusers' examples: the same pocket
-# model, pictures, layers and batch, by turns, in float32 on a CPU. Ends with a table of ratios.
+# model, pictures, layers and batch, by turns, in float32 on a CPU. Ends with two tables of ratios:
+# of whole runs, from the start of a process to its end, and of the speed of their steps.
 #
 #   git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers /tmp/diffusers
 #   bash scripts/compare_peers.sh /tmp/diffusers
-#   bash scripts/compare_peers.sh /tmp/diffusers --cases dpo_sdxl --num_rounds 5
+#   bash scripts/compare_peers.sh /tmp/diffusers --num_steps 120 --num_rounds 5   # whole runs
 #
 # Take the tag of the installed diffusers, and leave the machine alone meanwhile: about ten minutes
 # on two cores. What the examples import and this project does not (wandb) goes into

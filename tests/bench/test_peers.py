@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file
 
 from dojo.bench import peers
 from dojo.bench.peers import CASES, Case, PeerArgs
@@ -56,7 +57,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PeerArgs:
         clone=clone,
         cases=("lora_sd15",),
         num_rounds=2,
-        num_steps=4,
+        num_steps=6,
         warmup_steps=2,
         work_dir=tmp_path / "work",
         output=tmp_path / "numbers.json",
@@ -80,7 +81,7 @@ def test_both_sides_are_timed_by_their_own_clocks_and_compared(
     assert len(numbers["ours_images_per_s"]) == len(numbers["theirs_images_per_s"]) == 2
 
 
-def test_each_round_tells_how_long_the_first_step_was_waited_for(args: PeerArgs) -> None:
+def test_each_round_tells_the_wait_for_the_first_step_and_the_whole_run(args: PeerArgs) -> None:
     peers.main(args)
     assert args.output is not None
     [numbers] = json.loads(args.output.read_text())
@@ -89,8 +90,58 @@ def test_each_round_tells_how_long_the_first_step_was_waited_for(args: PeerArgs)
         assert len(waited) == 2
         assert all(first > 1000 + seconds for first in waited)  # and what Python took to start
     assert not list(args.work_dir.glob("start-*"))  # so that the next round pays for its own
+    for kind in ("wall", "cpu"):
+        ours, theirs = (numbers[f"{side}_{kind}_seconds"] for side in ("ours", "theirs"))
+        assert len(ours) == len(theirs) == 2
+        assert min(*ours, *theirs) > 0
+        assert numbers[f"{kind}_ratio"]["median"] == pytest.approx(sum(ours) / sum(theirs))
+        assert numbers[f"{kind}_ratio"]["minimum"] == pytest.approx(min(ours) / min(theirs))
     row = peers.table_row({**numbers, "ours_seconds_to_first_step": [3.0, 9.0, 4.0]})
     assert row["ours, s to first step"] == "4.0 (3.0 to 9.0)"
+
+
+def test_a_run_lasts_from_its_start_to_its_end_with_what_it_starts(tmp_path: Path) -> None:
+    burn = "import time\nwhile time.process_time() < 0.5: pass"
+    script = f"import subprocess, sys, time\nsubprocess.run([sys.executable, '-c', {burn!r}])"
+    spent = peers.start([sys.executable, "-c", f"{script}\ntime.sleep(0.4)"], "one", tmp_path)
+    assert spent.cpu >= 0.45  # told in hundredths of a second
+    assert spent.wall >= 0.9
+    assert peers.start([sys.executable, "-c", "pass"], "next", tmp_path).cpu < 0.45
+
+
+def test_whole_runs_are_told_by_median_and_minimum_beside_the_goal() -> None:
+    spent = {"ours_wall_seconds": [4.0, 6.0, 5.0], "theirs_wall_seconds": [10.0, 11.0, 8.0]}
+    row = peers.whole_row(
+        {
+            **{"ours": "ours.py", "theirs": "examples/theirs.py", "goal": 0.5, **spent},
+            **{"ours_cpu_seconds": [0.0], "theirs_cpu_seconds": [0.0], "cpu_ratio": None},
+            "wall_ratio": peers.shares(*spent.values()),
+        }
+    )
+    assert row["ours, s"] == "5.0 (4.0)"
+    assert row["theirs, s"] == "10.0 (8.0)"
+    assert row["ratio"] == "0.50 (0.50)"
+    assert (row["goal"], row["reached"], row["CPU ratio"]) == ("0.5", "yes", "")
+    assert peers.shares([5.0], [0.0]) is None  # Windows does not tell the processor's time
+
+
+def test_a_run_that_stops_early_is_not_compared(args: PeerArgs) -> None:
+    path = args.clone / "examples" / "theirs.py"
+    path.write_text(path.read_text().replace("+ 1)", ")"))
+    with pytest.raises(TrainingStopped, match="lora_sd15, theirs: 5 of 6 steps"):
+        peers.main(args)
+
+
+def test_a_failing_case_leaves_the_numbers_of_those_before(
+    args: PeerArgs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (args.clone / "examples" / "broken.py").write_text("raise SystemExit(3)")
+    broken = replace(CASES["lora_sd15"], theirs="examples/broken.py")
+    monkeypatch.setitem(CASES, "dpo_sd15", broken)
+    with pytest.raises(TrainingStopped, match=r"broken\.py"):
+        peers.main(replace(args, cases=("lora_sd15", "dpo_sd15"), num_rounds=1))
+    assert args.output is not None
+    assert [numbers["case"] for numbers in json.loads(args.output.read_text())] == ["lora_sd15"]
 
 
 def test_a_script_that_fails_ends_the_comparison_by_name(args: PeerArgs) -> None:
@@ -137,6 +188,30 @@ def test_both_sides_get_the_same_work(name: str, tmp_path: Path) -> None:
     for flag in both.split():
         assert ours[ours.index(flag) + 1] == theirs[theirs.index(flag) + 1]
     assert ours[ours.index("--lora_layers") + 1] == "to_k,to_q,to_v,to_out.0"
+    for flag in ("--lora_layers", "--max_sequence_length"):  # where the example knows them
+        if flag in theirs:
+            assert theirs[theirs.index(flag) + 1] == ours[ours.index(flag) + 1]
+
+
+def test_both_sides_of_sd3_get_a_model_whose_clips_read_what_the_example_sends(
+    tmp_path: Path,
+) -> None:
+    args, case = PeerArgs(clone=tmp_path, work_dir=tmp_path / "work"), CASES["lora_sd3"]
+    peers.make_model(args, case)
+    made, source = peers.model_folder(args, case), peers.ROOT / "models" / "pocket-sd3"
+    for number in ("", "_2"):
+        part = f"text_encoder{number}"
+        config = json.loads((made / part / "config.json").read_text())
+        tokenizer = json.loads((made / f"tokenizer{number}" / "tokenizer_config.json").read_text())
+        assert config["max_position_embeddings"] == tokenizer["model_max_length"] == 77
+        long, short = (load_file(folder / part / "model.safetensors") for folder in (made, source))
+        [name] = (name for name in long if name.endswith("position_embedding.weight"))
+        assert len(long[name]) == 77
+        assert (long[name][: len(short[name])] == short[name]).all()
+    assert (made / "transformer" / "config.json").is_file()
+    sd15 = CASES["lora_sd15"]
+    peers.make_model(args, sd15)
+    assert peers.model_folder(args, sd15) == peers.ROOT / "models" / "pocket-sd15"
 
 
 def test_pairs_have_the_columns_of_the_published_set(tmp_path: Path) -> None:
@@ -153,3 +228,8 @@ def test_numbers_below_one_are_refused(name: str, tmp_path: Path) -> None:
     numbers: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match=f"--{name} 0 must be at least 1"):
         PeerArgs(clone=tmp_path, **numbers)
+
+
+def test_a_run_of_warm_up_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--num_steps 5 must be above --warmup_steps 5"):
+        PeerArgs(clone=tmp_path, num_steps=5)
