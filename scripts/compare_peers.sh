@@ -28,7 +28,7 @@ fi
 packages=outputs/peers/packages
 if ! python -c "import wandb" 2>/dev/null; then
     if [[ ! -d $packages/wandb ]]; then
-        python -m pip install --quiet --disable-pip-version-check --target "$packages" wandb
+        python -m pip install --quiet --quiet --disable-pip-version-check --target "$packages" wandb
     fi
     export PYTHONPATH="$PWD/$packages${PYTHONPATH:+:$PYTHONPATH}"
 fi

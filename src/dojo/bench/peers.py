@@ -75,14 +75,17 @@ _EXAMPLES, _DPO = "examples", "examples/research_projects/diffusion_dpo"
 _SD3 = f"{_EXAMPLES}/dreambooth/train_dreambooth_lora_sd3.py"
 _SD3_WORDS = ("--lora_layers", _LAYERS, "--max_sequence_length", str(_TOKENS))
 CASES: dict[str, Case] = {
-    # Only DreamBooth has an example for SD3, which takes captions too: of each batch anew.
+    # Only DreamBooth has an example for SD3, which reads captions too but insists on a prompt.
     "lora_sd3": Case(
         "train_lora_sd3.py",
         _SD3,
         "pocket-sd3",
         "captions",
         goal=0.75,
-        their_words=(*_SD3_WORDS, "--image_column", "image", "--caption_column", "text"),
+        their_words=(
+            *_SD3_WORDS,
+            *("--image_column", "image", "--caption_column", "text", "--instance_prompt", _PROMPT),
+        ),
     ),
     # Its cache of latents goes with one prompt alone: with captions it loses whose they are.
     "dreambooth_lora_sd3": Case(
