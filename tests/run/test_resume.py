@@ -169,6 +169,22 @@ def resumed(args: Any, processes: int = 1, data: str = "fingerprint", **plan: An
         run.accelerator.state._shared_state["num_processes"] = 1  # pyright: ignore
 
 
+def test_another_runs_checkpoint_does_not_replace_the_run_that_lies_in_the_folder(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    saved_by(lora_args(tmp_path / "a", "--rank", "4", "--max_train_steps", "1"), tmp_path / "a")
+    other = ["--rank", "2", "--max_train_steps", "1"]
+    saved_by(lora_args(tmp_path / "b", *other), tmp_path / "b")
+    from_there = ["--resume_from_checkpoint", str(tmp_path / "b" / "run" / "checkpoint-1")]
+    for end in (False, True):
+        if end:
+            folders.write_finished(tmp_path / "a" / "run", 1)
+        with pytest.raises(UserError, match=r"a/run holds a run already.*b/run/checkpoint-1 is"):
+            resumed(lora_args(tmp_path / "a", *other, *from_there))
+    resumed(lora_args(tmp_path / "c", *other, *from_there))
+    resumed(lora_args(tmp_path / "b", *other, *from_there))  # its own
+
+
 def test_another_number_of_processes_is_told_which_batches_go_on(
     lora_args: MakeArgs, tmp_path: Path
 ) -> None:

@@ -60,6 +60,11 @@ class Found:
     """of the run that is wanted"""
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether the run that goes on lies in another folder."""
+        return self.origin.resolve() != self.folder.resolve()
+
+    @property
     def nothing_to_do(self) -> str:
         """What is said of a finished run."""
         return (
@@ -92,6 +97,19 @@ class Found:
                 "choose another folder"
             )
 
+    def refuse_other(self, checkpoint: Path) -> None:
+        """Refuses to go on from a run's checkpoint where another run lies, which it would replace.
+
+        Raises:
+            UserError: one does.
+        """
+        if self.occupied and self.elsewhere:
+            raise UserError(
+                f"--output_dir {self.folder} holds a run already, and --resume_from_checkpoint "
+                f"{checkpoint} is another's: choose another folder, or continue the one that is "
+                "there with --resume_from_checkpoint latest"
+            )
+
 
 def look(
     args: Any, result: str, resumed: Path | None, num_steps: int, processes: Processes
@@ -116,10 +134,12 @@ def look(
     fresh = args.run.overwrite_output_dir
     occupied = marker.is_file() or bool(checkpoint.existing(folder))
     origin = resumed.parent if resumed else folder
-    changed = []
+    changed, precision = [], processes.accelerator.mixed_precision
     if (occupied or resumed) and not fresh:
-        changed = _changed_options(origin, args, processes.accelerator.mixed_precision)
+        changed = _changed_options(origin, args, precision)
     finished = done and not changed and (folder / result).exists() and not fresh
+    if finished and origin != folder:  # it is the folder's own run that is over
+        finished = not _changed_options(folder, args, precision)
     return Found(folder, origin, occupied and not fresh, changed, finished, num_steps)
 
 

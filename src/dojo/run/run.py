@@ -253,6 +253,7 @@ class Run(Processes):
             self.say(found.nothing_to_do)
             return False
         if self.resumed is not None:
+            found.refuse_other(self.resumed)
             self.span = resuming.check(
                 self.resumed, self._here(), self.optim, self.num_steps, self, self.replicas
             )
