@@ -1,6 +1,8 @@
 """Claims about folders of results: a user's files stay, one process at a time, kills leave nothing
 that cannot be told apart."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -346,6 +348,22 @@ def test_what_a_kill_left_is_swept_and_what_is_being_written_is_not(tmp_path: Pa
         *(path.name for path in others),
         "b.safetensors",
     }
+
+
+def test_where_nothing_can_be_locked_only_old_files_are_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    dead = tmp_path / ".a.safetensors.123"
+    dead.write_text("half")
+    os.utime(dead, (0, 0))
+    with files.whole(tmp_path / "b.safetensors") as file:
+        file.write(b"whole")
+        files.sweep(tmp_path.iterdir())
+    assert names(tmp_path) == {"b.safetensors"}
 
 
 def test_a_full_disk_is_said_in_whichever_librarys_words(

@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import BinaryIO
 from dojo.cli import TrainingStopped, UserError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_OLD = 24 * 3600  # seconds: nobody writes one file for so long
 _FULL = 16 << 20  # bytes: with less than this free, a writer that failed met the disk's end
 _LEFTOVER = re.compile(r"\.(.+)\.\d+")
 _TAG = (  # the sign by which tar, restic, borg and others leave caches out: bford.info/cachedir
@@ -121,7 +123,10 @@ def flush(path: Path) -> None:
 
 
 def sweep(found: Iterable[Path]) -> None:
-    """Removes those of these paths that a killed process left of `whole`, and nothing else."""
+    """Removes those of these paths that a killed process left of `whole`, and nothing else.
+
+    Where nothing can be locked, age alone tells them from what another process is writing.
+    """
     for path in found:
         if not _LEFTOVER.fullmatch(path.name):
             continue
@@ -129,7 +134,8 @@ def sweep(found: Iterable[Path]) -> None:
             descriptor = open_locked(path, create=False)
         except OSError:  # being written, gone by now, or a folder
             continue
-        path.unlink(missing_ok=True)
+        if is_locked(descriptor) or time.time() - os.fstat(descriptor).st_mtime > _OLD:
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
