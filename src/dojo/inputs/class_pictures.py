@@ -97,8 +97,8 @@ def draw(
             "the class pictures: name the class alone"
         )
     refuse_inside(folder, data_args.location, "class_data_dir")
+    folder.mkdir(parents=True, exist_ok=True)
     if run.main:
-        folder.mkdir(parents=True, exist_ok=True)
         files.sweep(folder.rglob(".class-*"))
     run.accelerator.wait_for_everyone()
     found = data.scan(folder, _class_args(args, data_args))
@@ -117,6 +117,7 @@ def draw(
             f"gets {args.num_class_images} drawn ones"
         )
     run.accelerator.wait_for_everyone()  # everybody has counted before anybody draws
+    run.check_shared(folder, "--class_data_dir", lacking=bool(free))
     # Batches of fixed members, a missing one being drawn with its neighbours: what else is in a
     # batch decides the last bit of a picture.
     batches = sorted({k // args.sample_batch_size for k in places})

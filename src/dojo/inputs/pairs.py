@@ -105,6 +105,7 @@ def chosen(run: Run, sources: Sources, args: Groups) -> Sources:
     if text is None:
         return sources
     root = args.cache.latent_cache_dir
+    run.check_shared(root, "--latent_cache_dir")
 
     def load() -> data.Score:
         (reward,) = args.scorers.load_all(run.device, [text], ["--choice_model"])
@@ -189,6 +190,9 @@ def prepare(
         checkpoint.write_file(run.output_dir / "data_report.json", sources.report())
         for name, path in sources.choices.items():
             shutil.copyfile(path, outputs.own(run.output_dir / name))
+
+    if not args.cache.no_cache_latents:
+        run.check_shared(args.cache.latent_cache_dir, "--latent_cache_dir")
 
     def cached(pairs: data.Pairs, *, still: bool) -> data.PairSet:
         return data.prepare_pairs(

@@ -598,6 +598,7 @@ def latents_of(
     """
     if cache.no_cache_latents:
         return pictures
+    run.check_shared(cache.latent_cache_dir, "--latent_cache_dir")
     with heap.kept(run.device):
         return data.cache_latents(
             pictures,

@@ -74,6 +74,7 @@ def prepare(
         if cache.no_cache_text_embeddings:
             lookup = live = model.load_text(run.dtype, device)
         else:
+            run.check_shared(cache.latent_cache_dir, "--latent_cache_dir")
             lookup = _fill(run, model, device, cache, groups, settings)
         run.accelerator.wait_for_everyone()
     _tell_cut(run, cache, groups, settings, model.readers)

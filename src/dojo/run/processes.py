@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import secrets
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dojo.bars import Bar
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
 
 ABOUT_SIZE = "size of the pictures"  # a topic that is said once, wherever it is known first
 
+_PATIENCE = 90.0  # seconds: NFS may keep for one minute what it knew of a folder
+
 
 class Processes:
     """What this process knows of itself and the others."""
@@ -22,6 +28,7 @@ class Processes:
     def __init__(self, accelerator: accelerate.Accelerator) -> None:
         self.accelerator = accelerator
         self._said: set[str] = set()
+        self._shared: set[Path] = set()
 
     @property
     def device(self) -> torch.device:
@@ -47,6 +54,35 @@ class Processes:
             "num_processes": self.accelerator.num_processes,
         }
 
+    def check_shared(self, folder: Path, flag: str, *, lacking: bool = True) -> None:
+        """Refuses a folder that the processes fill together and not all of them see: a collective.
+
+        Args:
+            lacking: whether anything is to be made; nothing is compared where all say no.
+        Raises:
+            UserError: a machine has another one of that name, which would lack the others' shares.
+        """
+        if self.accelerator.num_processes == 1 or folder in self._shared:
+            return
+        if not any(accelerate.utils.gather_object([lacking])):
+            return
+        name = accelerate.utils.broadcast_object_list([f".seen-{secrets.token_hex(8)}"])[0]
+        sign = folder / str(name)
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            sign.touch()
+        self.accelerator.wait_for_everyone()
+        found = accelerate.utils.gather_object(["" if _appears(sign) else platform.node()])
+        if self.main:
+            sign.unlink(missing_ok=True)
+        if blind := sorted({machine for machine in found if machine}):
+            raise UserError(
+                f"{flag} {folder} is not the same folder on all machines ({', '.join(blind)} does "
+                "not see what the first process writes there), and each makes only a part of what "
+                f"all read: give {flag} a folder that all of them share"
+            )
+        self._shared.add(folder)
+
     def say(self, text: str) -> None:
         """Prints on one process only."""
         if self.main:
@@ -58,6 +94,16 @@ class Processes:
         if topic not in self._said:
             self._said.add(topic)
             self.say(text)
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file is there, or comes within the patience."""
+    deadline = time.monotonic() + _PATIENCE
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def alone(accelerator: accelerate.Accelerator, act: Callable[[], None]) -> None:
