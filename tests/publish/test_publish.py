@@ -484,6 +484,23 @@ def test_a_checkpoint_is_published_with_what_its_run_tells(hub: FakeHub, result:
     assert "/home/someone" not in card
 
 
+def test_the_best_weights_are_published_with_what_their_run_tells(
+    hub: FakeHub, result: Path
+) -> None:
+    best = result / "best"
+    best.mkdir()
+    save_file({"unet.x.lora_A.weight": torch.ones(1)}, best / lora.WEIGHTS)
+    (best / "best.json").write_text('{"metric": "eval_loss", "step": 7, "value": 0.5}')
+    (result / "args.json").write_text(
+        json.dumps({"args": {"model": {"pretrained_model_name_or_path": "some/base"}}})
+    )
+    assert main([str(best)]) == 0
+    card = hub.repos[f"{USER}/hearts-best"]["README.md"].decode()
+    assert "base_model: some/base" in card
+    assert "LoRA: hearts-best\n" in card.replace("\\", "")
+    assert "7 steps" in card
+
+
 def test_a_process_that_cannot_publish_ends_with_one_message_and_leaves_no_token(
     hub: FakeHub, result: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Publishes a finished result: a LoRA folder, a pipeline folder or a checkpoint-N.
+"""Publishes a finished result: a LoRA folder, a pipeline folder, a checkpoint-N or a run's best.
 
     python -m dojo.publish outputs/hearts                        under the folder's name
     python -m dojo.publish outputs/hearts --hub_model_id me/hearts --private
@@ -22,9 +22,10 @@ from dojo.files.records import read_table
 from dojo.models import opening
 from dojo.models.family import ModelArgs
 from dojo.publish.card import WEIGHTS, write_card
-from dojo.publish.hubs import PublishArgs, find_result, upload
+from dojo.publish.hubs import PublishArgs, find_result, name_of, run_of, upload
 from dojo.publish.learned import EMBEDDINGS
 from dojo.publish.result import class_of
+from dojo.run.best import RECORD
 
 _ON_THE_COMMAND_LINE = "rather set {}: every user of the machine sees this command"
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = find_result(flags.folder)
         args.check(flags.folder)
         if not (flags.folder / "README.md").is_file():
-            for folder in (flags.folder, flags.folder.resolve().parent):  # of a checkpoint's run
+            for folder in (flags.folder, flags.folder.resolve().parent):  # of a run's part
                 outputs.join(folder)
             _write_card(flags.folder, weights, args.hub_model_id)
         upload(flags.folder, args)
@@ -81,19 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_card(folder: Path, weights: str, repo_id: str | None) -> None:
-    """A card from what the folder, or the run that a checkpoint belongs to, tells of itself."""
-    is_checkpoint = (folder / "state.json").is_file()
-    run = folder.resolve().parent if is_checkpoint else folder
-    options = read_table(run / "args.json").get("args", {})
+    """A card from what the folder, or the run that it is a part of, tells of itself."""
+    options = read_table(run_of(folder) / "args.json").get("args", {})
     model, data = options.get("model", {}), options.get("data", {})
     base = model.get("pretrained_model_name_or_path") or ""
-    state = read_table(folder / "state.json") or read_table(folder / "finished.json")
+    records = (read_table(folder / name) for name in ("state.json", RECORD, "finished.json"))
+    state = next(filter(None, records), {})
     places = ("dataset_name", "train_data_dir", "instance_data_dir", "data_config")
     kinds = {WEIGHTS: ("LoRA", "lora"), EMBEDDINGS: ("Learned words", "textual_inversion")}
     kind = kinds.get(weights, ("Fine-tuned model", "full-fine-tuning"))
     write_card(
         folder,
-        title=f"{kind[0]}: {folder.resolve().name}",
+        title=f"{kind[0]}: {name_of(folder)}",
         base_model=base,
         dataset=next((data[place] for place in places if data.get(place)), ""),
         options=options,

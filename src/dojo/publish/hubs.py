@@ -30,6 +30,7 @@ from dojo.cli import UserError, incidental
 from dojo.files.records import read_table
 from dojo.publish.card import WEIGHTS, last_pictures
 from dojo.publish.learned import EMBEDDINGS
+from dojo.run import best
 
 RECORDERS = ("wandb", "swanlab", "all")  # trackers that store the command line
 # What is sent, by name. Anything else in the folder stays: checkpoints, logs, caches, notes.
@@ -119,7 +120,7 @@ class PublishArgs:
         """The repositories to fill, by the flag that names them."""
         goals = {}
         if self.push_to_hub:
-            goals["hub_model_id"] = self.hub_model_id or _name_of(folder)
+            goals["hub_model_id"] = self.hub_model_id or name_of(folder)
         if self.modelscope_model_id is not None:
             goals["modelscope_model_id"] = self.modelscope_model_id
         return goals
@@ -160,7 +161,7 @@ def upload(folder: Path, args: PublishArgs, *, what: str | None = None) -> list[
     validation pictures of the last step. What is sent names private folders by their last part.
 
     Args:
-        folder: a finished output folder, a pipeline folder or a `checkpoint-N`.
+        folder: a finished output folder, a pipeline folder, a `checkpoint-N` or `best`.
         what: what it is, for the commit's message; unset: LoRA or model, as it is.
     Returns:
         The addresses of the repositories; empty when no upload was asked for.
@@ -278,11 +279,17 @@ def _without_folders(text: str, paths: set[str]) -> str:
 # -- the two hubs -----------------------------------------------------------------------------
 
 
-def _name_of(folder: Path) -> str:
-    """A folder's name; a checkpoint's alone would say nothing."""
-    folder = folder.resolve()
-    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
-    return f"{folder.parent.name}-{folder.name}" if is_checkpoint else folder.name
+def run_of(folder: Path) -> Path:
+    """The folder of the run that a result is of: the one above for a checkpoint or the best."""
+    is_part = any((folder / record).is_file() for record in ("state.json", best.RECORD))
+    return folder.resolve().parent if is_part else folder
+
+
+def name_of(folder: Path) -> str:
+    """A folder's name; that of a checkpoint or of the best weights alone would say nothing."""
+    whole = folder.resolve()
+    is_part = re.fullmatch(r"checkpoint-\d+", whole.name) or run_of(folder) != folder
+    return f"{whole.parent.name}-{whole.name}" if is_part else whole.name
 
 
 def _check_name(flag: str, name: str) -> None:
