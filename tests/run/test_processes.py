@@ -1,4 +1,4 @@
-"""Claims about what the processes of a run know of each other."""
+"""Claims about what the processes of a run know of each other and of their machine."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,11 +6,13 @@ from typing import Any, cast
 
 import accelerate
 import pytest
+import torch
 
 from dojo import data
 from dojo.cli import UserError
 from dojo.inputs import pictures
-from dojo.run import processes
+from dojo.models.precisions import exact_float32
+from dojo.run import machine, processes
 
 
 def one_of_two(monkeypatch: pytest.MonkeyPatch, *, main: bool) -> processes.Processes:
@@ -43,3 +45,20 @@ def test_latents_are_cached_only_where_all_see_them(
     cache, unused = data.CacheArgs(latent_cache_dir=tmp_path / "cache"), cast("Any", None)
     with pytest.raises(UserError, match="--latent_cache_dir"):
         pictures.latents_of(run, unused, unused, unused, unused, cache)
+
+
+def test_caches_tell_tensorfloat_from_float() -> None:
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    try:
+        for flag in flags:
+            flag.allow_tf32 = True
+        assert machine.arithmetic(gpu) == {"tf32": "yes"}
+        assert "tf32" not in machine.arithmetic(cpu)
+        exact_float32()
+        assert machine.arithmetic(gpu) == {}
+        assert not any(flag.allow_tf32 for flag in flags)
+    finally:
+        for flag, was in zip(flags, before, strict=True):
+            flag.allow_tf32 = was

@@ -89,7 +89,7 @@ def _products(report: Report, place: Place) -> None:
             continue
         dtype = torch.float32 if name == "tf32" else dtype_of(name)
         a, b = left.to(dtype), right.to(dtype)
-        with _tf32(name == "tf32"):
+        with _tf32(allowed=name == "tf32"):
             errors[name] = distance(a @ b, exact)
             report.below(f"a product in {name} is right", errors[name], limit)
             if place.on_gpu:
@@ -100,17 +100,33 @@ def _products(report: Report, place: Place) -> None:
         report.claim(
             "without --allow_tf32 float32 is float32", better, errors["fp32"] < errors["tf32"] / 10
         )
+    _convolution(report, place, draws)
+
+
+def _convolution(report: Report, place: Place, draws: torch.Generator) -> None:
+    """Convolutions have a flag of their own, which torch leaves on: the autoencoder is of them."""
+    pictures, kernel = (
+        torch.randn(*shape, generator=draws).to(place.device)
+        for shape in ((1, 256, 32, 32), (64, 256, 3, 3))
+    )
+    exact = F.conv2d(pictures.double(), kernel.double())
+    with _tf32(allowed=False):
+        error = distance(F.conv2d(pictures, kernel), exact)
+    report.below("a convolution in fp32 is right", error, PRODUCTS["fp32"])
 
 
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def _tf32(*, allowed: bool) -> Iterator[None]:
     """As `--allow_tf32` does."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = allowed
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        for place, was in zip(places, before, strict=True):
+            place.allow_tf32 = was
 
 
 def _network(report: Report, place: Place, name: str) -> None:

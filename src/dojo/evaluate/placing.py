@@ -9,7 +9,7 @@ from dojo.cli import UserError
 from dojo.evaluate import pipelines
 from dojo.lazy import torch
 from dojo.models import attention
-from dojo.models.precisions import dtype_of
+from dojo.models.precisions import dtype_of, exact_float32
 
 if TYPE_CHECKING:
     import torch
@@ -59,10 +59,13 @@ class PlaceArgs:
     def load(self, name: str, device: torch.device) -> Any:
         """The pipeline of a name, on the CPU still, in the precision of the device.
 
+        From here on float32 is not shortened to TensorFloat-32.
+
         Raises:
             UserError: see `pipelines.load_pipeline` and `attention.check`.
         """
         dtype = self.dtype_on(device)
+        exact_float32()
         attention.check(self.attention_backend, attention.FLAG, device, dtype, trains=False)
         pipeline = pipelines.load_pipeline(
             name, dtype, self.single_file_config, self.tencent_weights

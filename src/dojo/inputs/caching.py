@@ -32,7 +32,7 @@ from dojo.lazy import no_grad, safetensors_torch, torch
 from dojo.models import family
 from dojo.models.folders import posterior
 from dojo.models.opening import family_of, open_model
-from dojo.models.precisions import dtype_of
+from dojo.models.precisions import dtype_of, exact_float32
 from dojo.run import heap
 
 if TYPE_CHECKING:
@@ -370,6 +370,7 @@ class _Maker:
         rank = os.environ.get("LOCAL_RANK", "0")
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{rank}" if cuda else "cpu")
+        exact_float32()
         self.args = args
         self.model = model
         self.folder = folder

@@ -26,3 +26,12 @@ def dtype_of(name: str) -> torch.dtype:
 def name_of(dtype: torch.dtype) -> str:
     """What options call a precision of numbers: fp32, fp16 or bf16."""
     return next(name for name, one in DTYPES.items() if name != "no" and dtype == dtype_of(name))
+
+
+def exact_float32() -> None:
+    """Lets float32 be float32 on GPUs, as in a run without `--allow_tf32`.
+
+    torch itself lets convolutions, of which an autoencoder is made, use TensorFloat-32.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False

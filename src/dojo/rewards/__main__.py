@@ -22,7 +22,7 @@ from dojo.bars import Bar
 from dojo.cli import TrainingStopped, UserError, ended
 from dojo.cli.masking import hide
 from dojo.lazy import torch
-from dojo.models.precisions import dtype_of
+from dojo.models.precisions import dtype_of, exact_float32
 from dojo.rewards import Reward, check_prompts, load, table
 from dojo.rewards.folder import RECORDS, read_picture, read_rows
 
@@ -87,6 +87,7 @@ def _load(flags: argparse.Namespace, batch_size: int = 1) -> Reward:
         raise UserError(f"--device: {flags.device} is no device") from None
     if batch_size < 1:
         raise UserError("--batch_size must be at least 1")
+    exact_float32()
     return load(flags.reward, device=device, dtype=dtype_of(flags.dtype), batch_size=batch_size)
 
 

@@ -38,10 +38,13 @@ def arithmetic(device: torch.device) -> dict[str, str]:
 
     On a CPU the threads share a sum out among them, so their number decides how it is rounded. It
     belongs into the fingerprint of every cache: a run of one thread would leave numbers that a run
-    of two does not make.
+    of two does not make. On a GPU TensorFloat-32 has other digits than float32, of which parts of a
+    network in half precision may have some too.
     """
     if device.type == "cuda":
-        return {}
+        backends = torch.backends
+        tf32 = backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32
+        return {"tf32": "yes"} if tf32 else {}
     return {"device": device.type, "threads": str(torch.get_num_threads())}
 
 
