@@ -23,6 +23,7 @@ from dojo.finetune.adapters import Adapters
 from dojo.finetune.whole import WholeArgs
 from dojo.models import opening, published, sd3
 from dojo.run import OptimArgs, deepspeed, phases
+from dojo.run.averaging import EmaArgs
 from dojo.run.cost import Cost
 from tests.conftest import reset_accelerate, run_flags
 
@@ -318,10 +319,14 @@ def test_what_leaves_for_a_while_are_the_weights_of_the_network(
     real = model.load_network(torch.float32, CPU, prepare=trained.storage.prepare)
     for network in (meta, real):
         trained.adapt(network)
-    counted = fit.held(trained, meta, Cost(0, 0), 16, OptimArgs())
+    counted = fit.held(trained, meta, Cost(0, 0), 16, OptimArgs(), EmaArgs())
     there = sum(one.nbytes for one in (*real.parameters(), *real.buffers()))
     assert counted.leaving == there
     assert counted.kept >= there
+    # The update of an average counts where activations take less.
+    average = EmaArgs(use_ema=True, offload_ema=True)
+    counted = fit.held(trained, meta, Cost(0, 0), 16, OptimArgs(), average)
+    assert counted.activations == 12 * max(p.numel() for p in meta.parameters() if p.requires_grad)
 
 
 def test_weights_that_all_train_are_neither_quantised_nor_moved(make_tried: Any) -> None:

@@ -13,6 +13,7 @@ from dojo.cli import UserError
 from dojo.run import optim as optimizers
 from dojo.run import split
 from dojo.run.averaging import Averaged, EmaArgs
+from dojo.run.cost import live_bytes
 from dojo.run.optim import OptimArgs
 
 # Length
@@ -488,6 +489,36 @@ def test_the_average_of_bfloat16_weights_is_float32() -> None:
     averaged.update(1)
     with averaged.applied():
         assert weight.dtype == torch.bfloat16
+
+
+def test_an_average_in_cpu_memory_comes_to_the_weights_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = [nn.Parameter(torch.rand(n, dtype=torch.bfloat16)) for n in (300, 500, 400)]
+    here, offloaded = EmaArgs(use_ema=True), EmaArgs(use_ema=True, offload_ema=True)
+    optimizer = torch.optim.SGD(weights)
+    averages = [Averaged(weights, args, optimizer) for args in (here, offloaded)]
+    assert averages[1].ema is not None
+    step, there = averages[1].ema.step, list[int]()
+
+    def watched(params: Any) -> None:
+        assert averages[1].ema is not None
+        there.append(sum(shadow.numel() for shadow in averages[1].ema.shadow_params))
+        step(params)
+
+    monkeypatch.setattr(averages[1].ema, "step", watched)
+    for number in range(1, 4):
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(1.5)
+        taken = live_bytes(lambda: averages[0].update(number))  # noqa: B023
+        averages[1].update(number)
+        assert taken == here.step_bytes(weights)
+    assert there == [300, 500, 400] * 3
+    assert offloaded.step_bytes(weights) - here.step_bytes(weights) == 4 * max(there)
+    for one, other in zip(averages[0].shadows(), averages[1].shadows(), strict=True):
+        assert torch.equal(one, other)
+    assert averages[1].ema.optimization_step == 3
 
 
 def test_a_schedule_free_optimizer_validates_with_its_own_average_and_loses_no_bit() -> None:

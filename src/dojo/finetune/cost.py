@@ -95,7 +95,7 @@ def begin(
         if fit.asked():
             raise fit.Planned(fit.Tried(args, trained, cost, needs(), state))
         network, counted = cost(checkpointing=args.model.gradient_checkpointing)
-        held = fit.held(trained, network, counted, state, args.optim)
+        held = fit.held(trained, network, counted, state, args.optim, args.ema)
         print_plan(run, args, held, counted, batch_size, needs=needs(), beside=trained.beside)
         return False
     if not run.begin(args, trained.result_name):

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dojo.run import fused
+    from dojo.run.averaging import EmaArgs
     from dojo.run.cost import Cost
     from dojo.run.optim import OptimArgs
     from dojo.run.run import Run
@@ -354,7 +355,8 @@ class Tried:
         rows = size / self.args.optim.train_batch_size
         saved, peak = (round(rows * one) for one in (cost.saved_bytes, cost.peak_bytes))
         cost = replace(cost, saved_bytes=saved, peak_bytes=peak)
-        return held(self._trained(args), self._network, cost, self.bytes_per_weight, args.optim)
+        state = self.bytes_per_weight
+        return held(self._trained(args), self._network, cost, state, args.optim, args.ema)
 
     def _trained(self, args: Any) -> Trained:
         """What is trained with other options."""
@@ -367,7 +369,12 @@ def _key(change: Change) -> str:
 
 
 def held(
-    trained: Trained, network: nn.Module, cost: Cost, bytes_per_weight: int, optim: OptimArgs
+    trained: Trained,
+    network: nn.Module,
+    cost: Cost,
+    bytes_per_weight: int,
+    optim: OptimArgs,
+    ema: EmaArgs,
 ) -> Held:
     """What training holds of a network.
 
@@ -386,7 +393,7 @@ def held(
     return Held(
         network=network,
         kept=(stored + bytes_per_weight * count) // share.parts + buffers + share.kept,
-        activations=cost.held_bytes + stepping + share.stepping,
+        activations=max(cost.held_bytes + stepping + share.stepping, ema.step_bytes(params)),
         leaving=0 if trained.run.replicas.owns_storage else leaving,
         whole=share.asking,
     )

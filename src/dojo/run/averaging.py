@@ -61,6 +61,15 @@ class EmaArgs:
         """On the device, for the estimate of memory."""
         return 4 if self.use_ema and not self.offload_ema else 0
 
+    def step_bytes(self, params: Sequence[torch.Tensor]) -> int:
+        """Bytes on the device that an update takes and gives back, when activations are gone.
+
+        In float32, of the largest weight: the distance to it, that distance scaled, and with
+        `--offload_ema` its average, which comes and goes.
+        """
+        numbers = 2 + self.offload_ema if self.use_ema else 0
+        return 4 * numbers * max((param.numel() for param in params), default=0)
+
 
 class Averaged:
     """The averaged weights of a training, if any are kept.
@@ -78,9 +87,12 @@ class Averaged:
         self.optimizer: Any = optimizer if hasattr(optimizer, "eval") else None
         self.ema: diffusers.EMAModel | None = None
         if args.use_ema:
-            self.ema = diffusers.EMAModel(self.params, decay=args.ema_decay)
+            # Of no weights: of these it would make copies on their device.
+            self.ema = diffusers.EMAModel([], decay=args.ema_decay)
             # In bfloat16 an update of one part in ten thousand would be rounded away.
-            self.ema.to(device=self._home, dtype=torch.float32)
+            self.ema.shadow_params = [
+                param.detach().to(self._home, torch.float32, copy=True) for param in self.params
+            ]
 
     @property
     def _home(self) -> torch.device:
@@ -90,9 +102,20 @@ class Averaged:
         """After an optimizer step: moves the average when its turn has come."""
         if self.ema is None or step % self.args.ema_update_every:
             return
-        self.ema.to(device=self.params[0].device)
-        self.ema.step(self.params)
-        self.ema.to(device=self._home)
+        if not self.args.offload_ema:
+            self.ema.step(self.params)
+            return
+        # All at once they would take four bytes a weight, for which there may be no room: with
+        # --fused_backward no gradient has left any.
+        everyone, steps = self.ema.shadow_params, self.ema.optimization_step
+        try:
+            for shadow, param in zip(everyone, self.params, strict=True):
+                self.ema.shadow_params = [shadow.to(param.device)]
+                self.ema.optimization_step = steps  # which `step` counts
+                self.ema.step([param])
+                shadow.copy_(self.ema.shadow_params[0])
+        finally:
+            self.ema.shadow_params = everyone
 
     @contextmanager
     def applied(self) -> Iterator[None]:
