@@ -393,6 +393,27 @@ def test_accelerates_own_sharding_is_refused_however_it_was_asked_for(
     training.start(args.run, args.optim)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("DYNAMO_BACKEND", "EAGER", "EAGER: accelerate would compile .* --torch_compile"),
+        ("MIXED_PRECISION", "fp8", "fp8 is not supported"),
+        ("USE_MEGATRON_LM", "true", "MEGATRON_LM is not supported: .* --shard"),
+        ("USE_PARALLELISM_CONFIG", "true", "PARALLELISM_CONFIG is not supported"),
+    ],
+)
+def test_what_accelerate_would_do_to_the_network_by_itself_is_refused(
+    lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[str, str, str]
+) -> None:
+    name, value, said = case
+    args = lora_args(tmp_path)
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UserError, match=said):
+        training.start(args.run, args.optim)
+    monkeypatch.setenv(f"ACCELERATE_{name}", "no")
+    training.start(args.run, args.optim)
+
+
 def test_deepspeed_is_refused_on_a_cpu_too(
     lora_args: MakeArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -438,9 +438,11 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
     Raises:
         UserError: a tracker is not installed, a checkpoint is not there, the folder holds a user's
             files or another process is at work in it, or the processes are sharded by FSDP, by
-            DeepSpeed in a way that is not supported, or not joined.
+            DeepSpeed in a way that is not supported, or not joined, or accelerate would change the
+            network by itself.
     """
     shardable.refuse_others()
+    _refuse_by_accelerate()
     deepspeed.check(run_args.mixed_precision, optim, shard=run_args.shard)
     names = trackers.chosen(run_args.report_to)  # a dry run refuses what is not installed, too
     webhook.address(run_args.webhook)
@@ -511,6 +513,30 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
     if run_args.resume_from_checkpoint == "latest" and resumed is None:
         run.say(f"no checkpoint in {folder} yet: starting from zero")
     return run
+
+
+def _refuse_by_accelerate() -> None:
+    """Refuses what accelerate's configuration would do to the network, unseen by the run's checks.
+
+    Raises:
+        UserError: naming the variable by which its launcher tells.
+    """
+    dynamo = "ACCELERATE_DYNAMO_BACKEND"
+    if (backend := os.environ.get(dynamo, "no")).lower() != "no":
+        raise UserError(
+            f"{dynamo}={backend}: accelerate would compile the network, and neither checks nor "
+            "records would know of it; take dynamo_config and --dynamo_backend out of the "
+            "launcher's options and give the script --torch_compile"
+        )
+    if os.environ.get(precision := "ACCELERATE_MIXED_PRECISION", "no").lower() == "fp8":
+        raise UserError(f"{precision}=fp8 is not supported: take bf16, fp16 or no")
+    for kind in ("MEGATRON_LM", "PARALLELISM_CONFIG"):
+        name = f"ACCELERATE_USE_{kind}"
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            raise UserError(
+                f"{name} is not supported: scripts/accelerate/multi_gpu.yaml copies the network to "
+                "every GPU, and with it --shard shares it out"
+            )
 
 
 def _settle_seed(args: RunArgs, resumed: Path | None) -> int:
