@@ -187,7 +187,10 @@ def test_a_gpu_that_torch_does_not_see_is_explained(found: Any) -> None:
             "its own configuration, x.yaml, asks for FSDP",
         ),
         ({"accelerate": {"its own": {"num_processes": 4}}}, "starts 4 processes on 1 GPUs"),
-        ({"variables": {"WORLD_SIZE": "2"}}, "WORLD_SIZE=2 is set outside of a launcher"),
+        (
+            {"variables": {"WORLD_SIZE": "2"}},
+            "WORLD_SIZE=2 is set outside of a launcher: a script refuses",
+        ),
         ({"machine": {"free, GiB": {"/dev/shm": 0.1}}}, "/dev/shm has 0.1 GiB free"),
         ({"machine": {"free, GiB": {"the hub's cache": 3.0}}}, "the hub's cache has 3.0 GiB free"),
         ({"torch": {"error": "ImportError: libcudart"}}, "torch cannot be imported"),

@@ -405,8 +405,8 @@ def _about_processes(found: Mapping[str, Any]) -> Iterator[str]:
     names = found["variables"]
     if "WORLD_SIZE" in names and "LOCAL_RANK" not in names:
         yield (
-            f"WORLD_SIZE={names['WORLD_SIZE']} is set outside of a launcher: a script would wait "
-            "for processes that nobody starts; unset it"
+            f"WORLD_SIZE={names['WORLD_SIZE']} is set outside of a launcher: a script refuses to "
+            "start, for it would be one of so many processes; unset it, or start it by torchrun"
         )
     count = len(found["torch"].get("GPUs", ()))
     for whose, settings in found["accelerate"].items():

@@ -561,6 +561,11 @@ def test_processes_that_know_nothing_of_each_other_are_refused(
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE=2 is set and no launcher .*: unset it"):
+        training.start(args.run, args.optim)
+    reset_accelerate()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **_: None)
     with pytest.raises(UserError, match="2 processes were started that know nothing of each"):
         training.start(args.run, args.optim)
     assert not (tmp_path / "run").exists()

@@ -468,6 +468,11 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         raise UserError("--mixed_precision fp16 needs a GPU")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
+        if "LOCAL_RANK" not in os.environ:  # a scheduler's variable, say
+            raise UserError(
+                f"WORLD_SIZE={started} is set and no launcher started this process: unset it, or "
+                f"start the script by torchrun --nproc_per_node {started}"
+            )
         # torchrun on a machine without a GPU: every process would be a run of its own, and all
         # would write into one folder.
         raise UserError(
