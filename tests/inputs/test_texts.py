@@ -19,7 +19,7 @@ from dojo.inputs import texts
 from dojo.models import loaded, sd3
 from dojo.models.family import Model, ModelArgs
 from dojo.models.opening import open_model
-from dojo.run import optim
+from dojo.run import machine, optim
 from dojo.run import run as training
 
 WORDS = [f"{number} red circles on the left of a small green square" for number in range(12)]
@@ -57,6 +57,33 @@ def test_equal_runs_read_equal_embeddings_whatever_the_cache_held_before(
     # And it is a cache: the same run encodes nothing.
     monkeypatch.setattr(sd3.TextEncoders, "load", lambda *_, **__: pytest.fail("encoded again"))
     rows(tiny_sd3, tmp_path / "shared", 2, WORDS)
+
+
+def test_encoders_on_the_cpu_beside_a_gpu_have_all_cores_whatever_a_launcher_set(
+    tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as accelerate and torchrun do
+    monkeypatch.setattr(machine, "_usable_cores", lambda: 4)
+    rows(tiny_sd3, tmp_path / "plain", 4, WORDS[:2])
+    monkeypatch.setattr(training.Run, "device", torch.device("meta"))  # not the CPU
+    monkeypatch.setattr(texts, "device_of", lambda *_: torch.device("cpu"))
+    seen = list[int]()
+    said = sd3.TextEncoders.said
+
+    def watched(*args: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return said(*args)
+
+    monkeypatch.setattr(sd3.TextEncoders, "said", watched)
+    rows(tiny_sd3, tmp_path / "plain", 1, WORDS[:2])
+    assert not seen, "the cache of as many threads holds"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    rows(tiny_sd3, tmp_path / "launched", 1, WORDS[:2])
+    assert {*seen} == {2}
+    assert torch.get_num_threads() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert machine.threads_beside(torch.device("cuda"), torch.device("cpu")) is None
+    assert machine.threads_beside(torch.device("cpu"), torch.device("cpu")) is None
 
 
 # -- one encoder after another ----------------------------------------------------------------

@@ -378,9 +378,7 @@ class _Maker:
         self.records = args.data.data_cache_dir
         self.text_device = texts.device_of(self.device, model)
         alone = texts.one_by_one(self.text_device)
-        self._loader = texts.Loader(
-            model, dtype_of(_precision(args)), self.text_device, alone=alone
-        )
+        self._loader = texts.Loader(model, dtype_of(_precision(args)), self.device, alone=alone)
         self._vae: AutoencoderKL | None = None
         self._encoder: texts.Lookup | None = None
         self._found: set[str] = set()  # parts that are whole, and drafts

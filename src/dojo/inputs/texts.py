@@ -16,7 +16,7 @@ from dojo.models import truncation
 from dojo.models.family import Model, TextEncoders
 from dojo.models.folders import Embeds
 from dojo.run import checkpoint
-from dojo.run.machine import arithmetic, used_memory_gib
+from dojo.run.machine import arithmetic, on_threads, threads_beside, used_memory_gib
 from dojo.run.run import Run
 
 Lookup: TypeAlias = "Callable[[Sequence[str]], Mapping[str, torch.Tensor]]"
@@ -72,7 +72,8 @@ def prepare(
     live: TextEncoders | None = None
     with run.phase("cache"):
         if cache.no_cache_text_embeddings:
-            lookup = live = model.load_text(run.dtype, device)
+            live = model.load_text(run.dtype, device)
+            lookup = _on_threads(threads_beside(run.device, device), live)
         else:
             run.check_shared(cache.latent_cache_dir, "--latent_cache_dir")
             lookup = _fill(run, model, device, cache, groups, settings)
@@ -94,7 +95,7 @@ def encoded(
     As for a cache the encoders come one after another, where and in what `--text_encoder_device`
     and `--text_encoder_precision` say, and are freed.
     """
-    loader = Loader(model, dtype, device_of(run.device, model), alone=False)
+    loader = Loader(model, dtype, run.device, alone=False)
     said: list[Embeds] = [{} for _ in groups]
     for part in model.text_encoders:
         say = loader(part)
@@ -179,13 +180,14 @@ def _fill(
         settings: what the embeddings depend on.
     """
     alone = one_by_one(device)
-    loader = Loader(model, run.dtype, device, alone=alone)
+    loader = Loader(model, run.dtype, run.device, alone=alone)
+    threads = arithmetic(device, loader.threads)
     *earlier, last = model.text_encoders
     lookup = data.cache_text(
         groups,
         partial(loader, last),
         cache.latent_cache_dir,
-        {**settings, **arithmetic(device), **({"captions": "alone"} if alone else {})},
+        {**settings, **threads, **({"captions": "alone"} if alone else {})},
         turns=data.Turns(
             earlier=[(f"caching text: {part}", partial(loader, part)) for part in earlier],
             join=loader.join,
@@ -209,12 +211,22 @@ def _free(run: Run, loader: Loader, what: str) -> None:
 
 
 class Loader:
-    """Loads one encoder at a time; the last one of a model joins what all of them said."""
+    """Loads one encoder at a time; the last one of a model joins what all of them said.
+
+    Args:
+        device: where all else computes.
+        alone: captions are read one by one.
+
+    Attributes:
+        threads: those of the CPU that the encoders compute on; None is as many as there are.
+    """
 
     def __init__(
         self, model: Model, dtype: torch.dtype, device: torch.device, *, alone: bool
     ) -> None:
-        self._load = partial(model.load_text, dtype, device)
+        own = device_of(device, model)
+        self.threads = threads_beside(device, own)
+        self._load = partial(model.load_text, dtype, own)
         self._last = model.text_encoders[-1]
         self._alone = alone
         self.joiner: TextEncoders | None = None
@@ -229,12 +241,23 @@ class Loader:
         def say(captions: Sequence[str]) -> Embeds:
             return {name: one.cpu() for name, one in encoders.said(captions).items()}
 
-        return _one_by_one(say) if self._alone else say
+        return _on_threads(self.threads, _one_by_one(say) if self._alone else say)
 
     def join(self, said: Mapping[str, torch.Tensor]) -> Embeds:
         """The embeddings, of what every encoder said."""
         assert self.joiner is not None, "the last encoder is loaded when all have spoken"
-        return self.joiner.joined(said)
+        with on_threads(self.threads):
+            return self.joiner.joined(said)
+
+
+def _on_threads(number: int | None, lookup: Lookup) -> Lookup:
+    """The same embeddings, computed on so many threads of the CPU."""
+
+    def threaded(captions: Sequence[str]) -> Mapping[str, torch.Tensor]:
+        with on_threads(number):
+            return lookup(captions)
+
+    return lookup if number is None else threaded
 
 
 def _one_by_one(lookup: Lookup) -> Lookup:
