@@ -4,6 +4,7 @@ import importlib
 import json
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
@@ -14,6 +15,7 @@ import train_grpo_sd3
 import train_lora_sd3
 from dojo import cli, launch
 from dojo.cli import UserError
+from dojo.finetune import InversionArgs, PivotalArgs
 from dojo.run import folders, optim, shardable
 from dojo.run import run as training
 from dojo.run.replicas import Replicas
@@ -453,8 +455,20 @@ def test_options_that_were_not_tried_sharded_are_refused(
             shardable.check(args, "fp16")
         return
     object.__setattr__(getattr(args, group), name, value)
-    with pytest.raises(UserError, match=f"--{name} does not work with --shard"):
+    with pytest.raises(UserError, match=f"--{name} does not work with --shard: leave one of them"):
         run.check_folder(args)
+
+
+def test_an_option_that_a_script_needs_is_not_to_be_left_out(
+    lora_args: MakeArgs, tmp_path: Path
+) -> None:
+    args: Any = lora_args(tmp_path, "--shard")
+    words: dict[str, Any] = {"new_tokens": ("<dog>",)}
+    made = ((InversionArgs(**words), "--shard"), (PivotalArgs(**words), "one of them"))
+    for tokens, left_out in made:
+        groups = SimpleNamespace(run=args.run, optim=args.optim, tokens=tokens)
+        with pytest.raises(UserError, match=f"--new_tokens does not .* leave {left_out} out"):
+            shardable.check(groups, "no")
 
 
 def test_fewer_processes_than_were_asked_for_are_said(

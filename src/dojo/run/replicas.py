@@ -268,7 +268,19 @@ def check_options(args: Any, untried: Mapping[str, object], other: str) -> None:
     Raises:
         UserError: naming the option.
     """
-    given = {name: value for group in vars(args).values() for name, value in vars(group).items()}
+    groups = {name: group for group in vars(args).values() for name in vars(group)}
     for name, harmless in untried.items():
-        if given.get(name, harmless) != harmless:
-            raise UserError(f"--{name} does not work with {other}: leave one of them out")
+        if name in groups and getattr(groups[name], name) != harmless:
+            left_out = other if _is_required(groups[name], name, harmless) else "one of them"
+            raise UserError(f"--{name} does not work with {other}: leave {left_out} out")
+
+
+def _is_required(group: Any, name: str, harmless: object) -> bool:
+    """Whether a group of options refuses to be made without one of them."""
+    try:
+        type(group)(**{name: harmless})
+    except ValueError:
+        return True
+    except TypeError:  # others have no default
+        return False
+    return False
