@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dojo.finetune import lora
 from dojo.models import sd3
-from dojo.run import autocast, cost
+from dojo.run import autocast, cost, machine
 
 
 def test_a_linear_layer_costs_two_operations_per_weight_and_pass() -> None:
@@ -180,3 +180,29 @@ def test_sd35_medium_costs_what_was_counted_elsewhere(
         # SimpleTuner publishes 34.59 GiB for three pictures with rank 128 (docs/benchmarks.md), of
         # which weights and the adapters' state take 6.0.
         assert counted.held_bytes / 2**30 == pytest.approx((34.59 - 6.0) / 3, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165),
+        # Less than the card of that name, or another one.
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_that_of_its_whole_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, teraflops: int | None
+) -> None:
+    monkeypatch.setattr(machine, "device_name", lambda _: name)
+    peak = machine.device_peak_flops(torch.device("cuda"))
+    assert peak == (None if teraflops is None else teraflops * 1e12)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import psutil
 
 from dojo.lazy import torch
 
-# Dense bfloat16 peak in FLOP/s by the device's name (vendors' data sheets), for the utilisation.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+# Dense bfloat16 peak in FLOP/s by the device's name (vendors' data sheets), for the utilisation; of
+# the names that stand in a device's, the longest counts.
+PEAK_FLOPS = {
+    **{"GH200": 989e12, "H200": 989e12, "H200 NVL": 835e12},
+    **{"H100": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12},
+    **{"A100": 312e12, "L40S": 362e12, "4090": 165e12},
+}
+# A part of a card, or a smaller one of its name: their peaks are not in the table.
+_PARTS = ("MIG", "GRID", "Laptop", "4090 D")
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -94,6 +102,14 @@ def arithmetic(device: torch.device, threads: int | None = None) -> dict[str, st
 
 
 def device_peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 peak of a known GPU, in FLOP/s."""
+    """Dense bfloat16 peak of a known whole GPU, in FLOP/s."""
     name = device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    if _stands_in(name, _PARTS):
+        return None
+    known = _stands_in(name, PEAK_FLOPS)
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def _stands_in(name: str, words: Iterable[str]) -> list[str]:
+    """Those that stand in a name as whole words: an RTX A1000 is no A100."""
+    return [one for one in words if re.search(rf"\b{re.escape(one)}\b", name)]
