@@ -19,7 +19,8 @@ JOB = ROOT / "scripts" / "slurm" / "train.sbatch"
 # Starts one task and passes signals on, as srun does; since 22.05 it does not ask for the cores
 # that sbatch was asked for.
 SRUN = """
-while [[ "$1" == --* ]]; do shift; done
+while [[ "$1" == --* ]]; do options+=" $1"; shift; done
+export OPTIONS_OF_SRUN="$options"
 export CORES_OF_TASK="${SRUN_CPUS_PER_TASK:-1}"
 SLURM_PROCID="${RANK_OF_TASK:-0}" "$@" &
 task=$!
@@ -142,6 +143,18 @@ def test_a_task_has_the_cores_that_the_job_asked_for(
     more = {"SLURM_CPUS_PER_TASK": asked, "SRUN_CPUS_PER_TASK": ""}
     assert submit(tmp_path, "train_full_sd3.py", **more).stdout.split() == [cores]
     assert "#SBATCH --cpus-per-task=16" in JOB.read_text().splitlines()
+
+
+def test_machines_that_wait_for_one_that_failed_end_before_the_time_limit(tmp_path: Path) -> None:
+    stub(tmp_path / "bin", "python", 'echo "$OPTIONS_OF_SRUN $TORCH_ELASTIC_SHUTDOWN_TIMEOUT"')
+    more = {"SLURM_WAIT": "", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": ""}
+    keep, wait, checkpoint = submit(tmp_path, "train_full_sd3.py", **more).stdout.split()
+    assert keep == "--kill-on-bad-exit=0"
+    # Not before the launchers that were told to stop have had their time.
+    assert wait.startswith("--wait=")
+    assert int(checkpoint) < int(wait.removeprefix("--wait=")) < 24 * 3600
+    more["SLURM_WAIT"] = "1200"
+    assert "--wait=1200" in submit(tmp_path, "train_full_sd3.py", **more).stdout.split()
 
 
 def test_accelerate_takes_these_words(tmp_path: Path) -> None:
