@@ -296,14 +296,14 @@ def test_zero_3_counts_the_part_of_a_process(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(deepspeed, "LIVE_WEIGHTS", 70)
     frozen, count = 30 * 20 + 20, 10 * 8
-    held = fit.held(trained, network, Cost(0, 1000), 16, OptimArgs())
+    held = fit.held(trained, network, Cost(0, 1000), 16, OptimArgs(), EmaArgs())
     assert held.kept == (2 * frozen + 16 * count) // 4 + 4 * 11 + 4 * 500_000_000
     whole = 2 * frozen + 4 * count
     assert held.activations == 1000 + whole * 70 // (frozen + count)
     assert held.whole == whole
     assert held.leaving == 0
     run.accelerator.state.deepspeed_plugin.zero_stage = 2  # which is counted as if alone
-    plain = fit.held(trained, network, Cost(0, 1000), 16, OptimArgs())
+    plain = fit.held(trained, network, Cost(0, 1000), 16, OptimArgs(), EmaArgs())
     assert (plain.kept, plain.whole) == (2 * frozen + 16 * count + 4 * 11, 0)
 
 

@@ -48,7 +48,7 @@ def test_latents_are_cached_only_where_all_see_them(
 
 
 def test_caches_tell_tensorfloat_from_float() -> None:
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    flags: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [flag.allow_tf32 for flag in flags]
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     try:

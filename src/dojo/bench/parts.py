@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dojo import doctor
 from dojo.bench import models
@@ -118,7 +118,7 @@ def _convolution(report: Report, place: Place, draws: torch.Generator) -> None:
 @contextmanager
 def _tf32(*, allowed: bool) -> Iterator[None]:
     """As `--allow_tf32` does."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [place.allow_tf32 for place in places]
     for place in places:
         place.allow_tf32 = allowed

@@ -1,8 +1,8 @@
 """What `fully_shard` sends between processes on CPUs, each part to the process that needs it.
 
-gloo (torch 2.14) shares gradients out by summing a copy of all of them on every process, and
-gathers weights in more turns than one exchange takes. Here each pair of processes exchanges what
-they need of each other, all pairs at once.
+With gloo (torch 2.14) sharing gradients out takes as long as summing all of them on every process,
+and gathering weights longer than one exchange does. Here each pair of processes exchanges what they
+need of each other, all pairs at once.
 """
 
 from __future__ import annotations
