@@ -52,6 +52,7 @@ evaluate: cli data files finetune inputs launch maths models report rewards rng 
 pairs: cli data evaluate files inputs models rewards rng
 methods: cli data evaluate finetune inputs maths models rewards rng run
 pocket.proof_arms: cli methods pocket
+pocket.proof_rewards: cli pocket pocket.proof_arms
 bench: cli data doctor files finetune maths methods models run
 bench.common_share: bench cli data files finetune inputs maths methods models rewards rng run
 """

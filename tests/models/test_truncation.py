@@ -72,6 +72,7 @@ def prepared(folder: Path, model: Path, groups: list[list[str]]) -> tuple[list[s
         device=torch.device("cpu"),
         phase=lambda _: torch.no_grad(),
         share={"process": 0, "num_processes": 1},
+        check_shared=lambda folder, flag: None,
         accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
     )
     args = sd15.ModelArgs(pretrained_model_name_or_path=str(model))

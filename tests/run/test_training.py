@@ -151,7 +151,8 @@ def test_the_gradient_norm_is_that_before_clipping(lora_args: MakeArgs, tmp_path
 def test_the_logged_loss_is_the_mean_since_the_last_row(
     lora_args: MakeArgs, tmp_path: Path
 ) -> None:
-    trained = toy(lora_args(tmp_path, "--logging_steps", "3", "--learning_rate", "1e-9"))
+    flags = ("--logging_steps", "3", "--learning_rate", "1e-9", "--max_train_steps", "7")
+    trained = toy(lora_args(tmp_path, *flags))
     for factor in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
         assert trained.step(factor)
     rows = metrics(tmp_path / "run")

@@ -43,13 +43,14 @@ OTHERS = {
     "--rows_per_file",  # python -m dojo.data
     *("--partial", "--base", "--scales", "--dynamic", "--input", "--output"),  # python -m dojo.lora
     *("--n", "--w", "--h", "--d", "--s", "--l"),  # behind a prompt in a text file
-    *("--table", "--long", "--short", "--only", "--seeds"),  # scripts/prove_*.sh
+    *("--table", "--long", "--short", "--only", "--seeds", "--rewards"),  # scripts/prove_*.sh
     *("--json", "--steps", "--pocket", "--minutes", "--work_dir", "--tolerance"),  # doctor, bench
     *("--model", "--batch_size"),
     *("--objectives", "--num_groups"),  # python -m dojo.bench common_share
     "--config",  # of every script, dojo.cli's
     *("--answers", "--from_simpletuner", "--overwrite", "--launcher"),  # configure, sweep
-    *("--nodes", "--requeue", "--signal"),  # Slurm's
+    *("--nodes", "--requeue", "--signal", "--export"),  # Slurm's
+    "--dynamo_backend",  # accelerate launch
     "--page",  # python -m dojo.bench cards
     *("--near_bits", "--max_shown", "--thumbnail"),  # python -m dojo.look
     *("--server", "--to", "--prompt", "--language", "--prefix"),  # python -m dojo.caption
