@@ -321,7 +321,7 @@ ELSEWHERE = {
 
 
 def script_of(name: str, script: Path) -> str | None:
-    """What to say about a flag that names a family of models, as Diffusion-DPO's --sdxl does.
+    """What to say about a flag that names a family of models, as Diffusion-DPO has one.
 
     Args:
         name: the flag without dashes in front.

@@ -43,10 +43,10 @@ def choose(alternatives: Sequence[str], args: CaptionArgs, seed: int, place: int
     """
 
     def below(count: int, stream: str) -> int:
-        # uniform() lies in (0, 1], so this lies in [0, count).
-        if count == 1:
+        if count <= 1:
             return 0
-        return int((1 - rng.uniform([(seed, stream, place)]).item()) * count) if count > 1 else 0
+        # uniform() lies in (0, 1], so this lies in [0, count).
+        return int((1 - rng.uniform([(seed, stream, place)]).item()) * count)
 
     dropout = args.caption_dropout
     if dropout and rng.uniform([(seed, "caption", place)]).item() <= dropout:
