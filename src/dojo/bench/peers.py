@@ -67,6 +67,10 @@ class Case:
     """that go through the network for a row of a batch"""
     goal: float | None = None
     """the largest share of the example's wall time that a whole run of ours is meant to take"""
+    tokens: int | None = None
+    """that CLIP and T5 read of a text, in a copy of the model; None: as the model has it"""
+    place: Literal["train_data_dir", "dataset_name"] = "train_data_dir"
+    """how the example calls a folder of captioned pictures"""
     their_words: tuple[str, ...] = ()
     """what this example alone is told"""
 
@@ -82,6 +86,8 @@ CASES: dict[str, Case] = {
         "pocket-sd3",
         "captions",
         goal=0.75,
+        tokens=_TOKENS,
+        place="dataset_name",
         their_words=(
             *_SD3_WORDS,
             *("--image_column", "image", "--caption_column", "text", "--instance_prompt", _PROMPT),
@@ -94,6 +100,7 @@ CASES: dict[str, Case] = {
         "pocket-sd3",
         "instance",
         goal=0.75,
+        tokens=_TOKENS,
         their_words=(*_SD3_WORDS, "--cache_latents"),
     ),
     "lora_sd15": Case(
@@ -296,8 +303,8 @@ def our_command(args: PeerArgs, case: Case, data: Path, run: Path, caches: Path)
         values["dataset_name"] = data
     if case.data == "pairs":
         values |= {"finetune": "lora", "eval_fraction": 0}
-    if case.model == "pocket-sd3":
-        values["max_sequence_length"] = _TOKENS
+    if case.tokens is not None:
+        values["max_sequence_length"] = case.tokens
     return [sys.executable, str(ROOT / case.ours), *_flags(values), "--overwrite_output_dir"]
 
 
@@ -306,12 +313,12 @@ def their_command(args: PeerArgs, case: Case, data: Path, run: Path, caches: Pat
     values: dict[str, object] = _common(args, case, run)
     if case.data == "instance":
         values |= {"instance_data_dir": data, "instance_prompt": _PROMPT}
-    elif case.data == "captions" and case.theirs != _SD3:
-        values["train_data_dir"] = data
+    elif case.data == "pairs":
+        values |= {"dataset_name": data, "dataset_split_name": "train"}
     else:
-        values |= {"dataset_name": data, "cache_dir": caches / "datasets"}
-    if case.data == "pairs":
-        values["dataset_split_name"] = "train"
+        values[case.place] = data
+    if "dataset_name" in values:
+        values["cache_dir"] = caches / "datasets"
     script = args.clone.absolute() / case.theirs
     return [sys.executable, str(script), *_flags(values), *case.their_words]
 
@@ -416,28 +423,28 @@ def make_data(args: PeerArgs, case: Case, parent: Path) -> Path:
 
 
 def model_folder(args: PeerArgs, case: Case) -> Path:
-    """Where the model of both sides is; SD3's is one that `make_model` makes."""
-    if case.model == "pocket-sd3":
-        return args.work_dir.absolute() / "models" / f"{case.model}-{_TOKENS}"
-    return ROOT / "models" / case.model
+    """Where the model of both sides is; one for longer texts is made by `make_model`."""
+    if case.tokens is None:
+        return ROOT / "models" / case.model
+    return args.work_dir.absolute() / "models" / f"{case.model}-{case.tokens}"
 
 
 def make_model(args: PeerArgs, case: Case) -> None:
-    """The pocket SD3 with texts of 77 tokens for CLIP, which SD3's example takes for granted; the
-    pocket model's CLIPs read 20. Positions beyond those are copies."""
-    folder, source = model_folder(args, case), ROOT / "models" / case.model
-    if folder == source or folder.is_dir():
+    """The pocket model with texts of so many tokens for CLIP, where the case asks for it: SD3's
+    example takes 77 for granted, the pocket SD3's CLIPs read 20. Positions beyond are copies."""
+    folder, source, tokens = model_folder(args, case), ROOT / "models" / case.model, case.tokens
+    if tokens is None or folder.is_dir():
         return
 
     def write(partial: Path) -> None:
         shutil.copytree(source, partial, dirs_exist_ok=True)
         for number in ("", "_2"):
-            _lengthen(partial / f"text_encoder{number}", partial / f"tokenizer{number}")
+            _lengthen(partial / f"text_encoder{number}", partial / f"tokenizer{number}", tokens)
 
     checkpoint.write_whole(folder, write)
 
 
-def _lengthen(encoder: Path, tokenizer: Path) -> None:
+def _lengthen(encoder: Path, tokenizer: Path, tokens: int) -> None:
     """Gives a CLIP more positions, and its tokenizer leave to fill them."""
     import numpy as np
     from safetensors.numpy import load_file, save_file
@@ -446,10 +453,10 @@ def _lengthen(encoder: Path, tokenizer: Path) -> None:
         (encoder / "config.json", "max_position_embeddings"),
         (tokenizer / "tokenizer_config.json", "model_max_length"),
     ):
-        path.write_text(json.dumps({**json.loads(path.read_text()), name: _TOKENS}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), name: tokens}))
     weights = load_file(encoder / "model.safetensors")
     [name] = (name for name in weights if name.endswith("position_embedding.weight"))
-    rows = np.arange(_TOKENS) % len(weights[name])
+    rows = np.arange(tokens) % len(weights[name])
     weights[name] = weights[name][rows]
     save_file(weights, encoder / "model.safetensors", {"format": "pt"})
 
