@@ -91,8 +91,8 @@ ddpo=(
     --num_prompts_per_epoch 192
     --max_prompts 48 # each comes often enough to be judged by its own past
 )
-# Every epoch's pictures are learned from twice. In the first of the two the policy is the one that drew
-# them, so that no ratio leaves 1: a bound of the ratio has work to do in the second.
+# Every epoch's pictures are learned from twice, in two optimizer steps. In the first the policy is
+# the one that drew them, so that no ratio leaves 1: a bound has work to do in the second.
 twice=(--num_inner_epochs 2)
 finished=(
     --reward pocket
@@ -120,7 +120,7 @@ shorter=(
     --sigma_grid even
     --learning_rate 1.5e-3
 )
-# An optimizer step of every method is an epoch of 192 pictures.
+# An epoch of every method is 192 pictures, and one optimizer step of them where nothing is said.
 base_scenes=6000
 base_steps=400
 grpo_steps=400
@@ -131,9 +131,9 @@ table_steps=60
 # scored most often, half of the proof's minutes. A picture takes 1.6 of GRPO's, 2 where it is learned
 # from twice, 11 of NFT's, 12 of RAM's, 13 of AWM's; see dojo.maths.passes.
 arms=(grpo grpo-clip grpo-divergence nft awm ram control)
-arm_steps=(220 360 360 33 28 30 33)
+arm_epochs=(220 180 180 33 28 30 33)
 # On each of three rewards: 19,000 to 21,000 forward passes.
-reward_steps=(64 104 104 9 8 9)
+reward_epochs=(64 52 52 9 8 9)
 table=(
     --num_eval_prompts 120
     --eval_every 20
@@ -164,7 +164,7 @@ for argument in "$@"; do
             base_scenes=48 base_steps=4
             base+=(--train_batch_size $((8 / processes)) --checkpointing_steps 2)
             grpo_steps=4 long_steps=6 ddpo_steps=4 table_steps=4
-            arm_steps=(4 4 4 3 3 3 3) reward_steps=(2 4 4 2 2 2)
+            arm_epochs=(4 2 2 3 3 3 3) reward_epochs=(2 2 2 2 2 2)
             goals=(--no_goals)
             ;;
         -h | --help)
@@ -220,15 +220,16 @@ make_base() {
     finished+=(--pretrained_model_name_or_path "$OUTPUT_DIR/base")
 }
 
-# arm NUMBER FOLDER STEPS FLAGS... trains an arm of the comparison.
+# arm NUMBER FOLDER EPOCHS FLAGS... trains an arm of the comparison.
 arm() {
     local name="${arms[$1]}"
-    local policy=("$2" "$3" "${way[@]}" "${grpo[@]}" "${shorter[@]}" "${@:4}")
+    local policy=("${way[@]}" "${grpo[@]}" "${shorter[@]}" "${@:4}")
+    local again=("$2" "$((2 * $3))" "${policy[@]}" "${twice[@]}")
     local nft=("$2" "$3" "${finished[@]}" "${@:4}")
     case "$name" in
-        grpo) train grpo "${policy[@]}" "${clip[@]}" ;;
-        grpo-clip) train grpo "${policy[@]}" "${twice[@]}" "${clip[@]}" ;;
-        grpo-divergence) train grpo "${policy[@]}" "${twice[@]}" --trust_region divergence ;;
+        grpo) train grpo "$2" "$3" "${policy[@]}" "${clip[@]}" ;;
+        grpo-clip) train grpo "${again[@]}" "${clip[@]}" ;;
+        grpo-divergence) train grpo "${again[@]}" --trust_region divergence ;;
         nft) train nft "${nft[@]}" "${current[@]}" ;;
         ram) train nft "${nft[@]}" "${current[@]}" --objective ram ;;
         awm) train nft "${nft[@]}" --objective awm ;;
@@ -268,7 +269,7 @@ for part in "${parts[@]}"; do
         compare)
             make_base
             for i in "${!arms[@]}"; do
-                arm "$i" "compare/${arms[i]}" "${arm_steps[i]}"
+                arm "$i" "compare/${arms[i]}" "${arm_epochs[i]}"
             done
             ;;
         seeds)
@@ -276,18 +277,18 @@ for part in "${parts[@]}"; do
             best="$(python -m dojo.pocket.proof_arms --output_dir "$OUTPUT_DIR" --best 2)"
             for i in "${!arms[@]}"; do
                 if grep -qx -- "${arms[i]}" <<<"$best"; then
-                    arm "$i" "compare/${arms[i]}-seed1" "${arm_steps[i]}" --seed 1
+                    arm "$i" "compare/${arms[i]}-seed1" "${arm_epochs[i]}" --seed 1
                 fi
             done
             ;;
         rewards)
             make_base
-            for i in "${!reward_steps[@]}"; do
+            for i in "${!reward_epochs[@]}"; do
                 few=(
-                    "${reward_steps[i]}"
+                    "${reward_epochs[i]}"
                     --num_eval_prompts 120
                     --num_saved_images 0
-                    --eval_every $(((reward_steps[i] + 1) / 2))
+                    --eval_every $(((reward_epochs[i] + 1) / 2))
                 )
                 arm "$i" "rewards/pocket/${arms[i]}" "${few[@]}"
                 arm "$i" "rewards/jpeg/${arms[i]}" "${few[@]}" --reward jpeg_compressibility

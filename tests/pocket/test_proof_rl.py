@@ -465,6 +465,7 @@ def test_the_arms_of_a_comparison_take_equally_many_forward_passes(
         record = {"args": asdict(args), "num_processes": processes}
         uses = getattr(getattr(args, "grpo", None), "num_inner_epochs", 1)
         epochs = args.optim.max_train_steps / uses
+        assert args.evaluation.eval_every < epochs / 2 + 1  # in the middle too
         return args.run.output_dir, passes_of(record) * args.sample.samples * epochs
 
     (proof,) = [found[1] for words in commands() if (found := counted(words))]
