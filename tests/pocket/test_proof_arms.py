@@ -88,6 +88,29 @@ def test_the_report_counts_the_work_of_every_arm(tmp_path: Path) -> None:
     assert (tmp_path / "arms.png").is_file()
 
 
+def test_every_arm_has_a_curve_and_a_further_seed_the_colour_of_its_arm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[Path, Any] = {}
+    figure = proof_arms.figures.Figure
+    monkeypatch.setattr(figure, "savefig", lambda self, path: drawn.update({path: self}))
+    write_grpo(tmp_path / "grpo", BEFORE, LIFTED, minutes=2.0)
+    names = [*proof_arms.TITLES, "grpo-seed1", "nft-seed1"]
+    for name in names:
+        write = write_grpo if name.startswith("grpo") else write_nft
+        write(tmp_path / "compare" / name, BEFORE, LIFTED)
+    report(tmp_path, no_goals=True)
+    figure = drawn[tmp_path / "arms.png"]
+    curves = {bars.get_label(): bars.lines[0] for bars in figure.axes[0].containers}
+    assert len(curves) == 1 + len(names)
+    assert curves["NFT, seed 1"].get_color() == curves["NFT"].get_color()
+    assert curves["NFT, seed 1"].get_linestyle() == "--"
+    alone = [curve for title, curve in curves.items() if "seed" not in title]
+    assert len({curve.get_color() for curve in alone}) == len(alone)
+    assert all(curve.get_linestyle() == "-" for curve in alone)
+    assert len(figure.axes[3].lines) == 1 + len(names)
+
+
 @pytest.mark.parametrize(
     ("after", "minutes", "epochs", "code"),
     [(LIFTED, 2.0, 9, 0), (HALF, 2.0, 9, 1), (LIFTED, 4.0, 9, 1), (LIFTED, 2.0, 8, 1)],

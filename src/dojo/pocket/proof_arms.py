@@ -8,6 +8,7 @@ arms.png, the same over forward passes and over minutes. The exit code is 1 when
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ TITLES = {
     "awm": "AWM",
     "control": "control: NFT, scores shuffled",
 }
+_SEED = ", seed "  # in the title of a further seed
 CONTROL = "control"
 METHODS = [name for name in TITLES if name != CONTROL]
 SHARE = 0.5  # of the proof's GRPO, in forward passes and in minutes
@@ -159,7 +161,7 @@ def read(folder: Path) -> dict[str, Arm]:
         run = proof_rl.read(folder / name)
         if run is not None:
             base, _, seed = name.partition("-seed")
-            title = TITLES.get(name) or f"{TITLES.get(base, base)}, seed {seed}"
+            title = TITLES.get(name) or f"{TITLES.get(base, base)}{_SEED}{seed}"
             found[name] = Arm(title=title, run=run)
     return found
 
@@ -231,15 +233,22 @@ def target(arm: Arm, whole: Arm) -> Goal:
 
 
 def save_curves(arms: Sequence[Arm], path: Path) -> None:
-    """The strict score over forward passes and minutes; below, distance and diversity."""
-    figure = figures.Figure(figsize=(10, 8), dpi=120, layout="constrained")
+    """The strict score over forward passes and minutes; below, distance and diversity.
+
+    A further seed of an arm has its colour, dashed.
+    """
+    figure = figures.Figure(figsize=(10, 8.5), dpi=120, layout="constrained")
     panels: np.ndarray = figure.subplots(2, 2, sharex="col")
-    for arm, color in zip(arms, COLORS, strict=False):
+    colors: dict[str, str] = {}
+    for arm in arms:
+        method, seed, _ = arm.title.partition(_SEED)
+        color = colors.setdefault(method, COLORS[len(colors) % len(COLORS)])
         ends = arm.run.evaluations
         passes = [arm.passes_at(one.step) / 1000 for one in ends]
         minutes = [one.minutes for one in ends]
         scores = [proof_rl.overall(one.by_task(STRICT)) for one in ends]
-        style: dict[str, Any] = {"color": color, "linewidth": 1.6}
+        line = "--" if seed else "-"
+        style: dict[str, Any] = {"color": color, "linewidth": 1.6, "linestyle": line}
         dots: dict[str, Any] = {**style, "marker": "o", "markersize": 4}
         for axes, xs in zip(panels[0], (passes, minutes), strict=True):
             means, errors = [one.mean for one in scores], [one.error for one in scores]
@@ -247,18 +256,24 @@ def save_curves(arms: Sequence[Arm], path: Path) -> None:
         far = [one.kl for one in ends]
         if None not in far:
             panels[1, 0].plot(passes, far, **dots)
-        times, varied = arm.run.curve("diversity")
+        times, varied = (_means(values) for values in arm.run.curve("diversity"))
         panels[1, 1].plot(times, [value / varied[0] for value in varied], **style)
     panels[0, 0].set_ylabel("held out: all of the caption right ± s.e.")
     panels[1, 0].set_ylabel("mean squared distance from the base")
-    panels[1, 1].set_ylabel("diversity over that of the first epoch")
+    panels[1, 1].set_ylabel("diversity over that of the first epochs")
     panels[1, 0].set_xlabel("thousand forward passes")
     panels[1, 1].set_xlabel("minutes of training, as busy as the machine was")
     for axes in panels.flat:
         tidy(axes)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path)
+
+
+def _means(values: Sequence[float]) -> list[float]:
+    """About thirty of a curve, each of as many neighbours: single epochs are of few prompts."""
+    size = math.ceil(len(values) / 30)
+    return [float(np.mean(values[i : i + size])) for i in range(0, len(values), size)]
 
 
 def tidy(axes: Axes) -> None:
