@@ -207,9 +207,8 @@ def test_the_maths_loads_without_the_libraries_of_the_parts() -> None:
 
 def test_families_of_models_are_named_in_their_packages_only() -> None:
     # The tables of LoRA files' names, and demo.py's single files, are told apart by family; and
-    # other programs have flags and values of that name.
-    known = {"finetune/lora/bases.py", "evaluate/pipelines.py", "cli/foreign.py"}
-    known |= {"configure/simpletuner.py"}
+    # another program's files have values of that name.
+    known = {"finetune/lora/bases.py", "evaluate/pipelines.py", "configure/simpletuner.py"}
     rooms = ("models", "pocket", "bench")  # the pocket models are of families; so is what is timed
     found = {
         path.relative_to(SOURCE).as_posix()
