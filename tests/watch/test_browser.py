@@ -164,8 +164,10 @@ def test_two_runs_lie_over_each_other_with_their_options_side_by_side(
         loss = page.locator("#charts figure").filter(has_text="Training loss")
         driver.expect(loss.locator(".key")).to_have_count(2, timeout=PATIENCE)
         assert loss.locator("polyline").count() == 4  # each with its smoothed line
+        names = page.locator("#options thead th").all_inner_texts()[1:]  # the latest comes first
         row = page.locator("#options tr").filter(has_text="optim.learning_rate")
-        assert row.locator("td.differs").all_inner_texts() == ["0.0001", "0.0002"]
+        rates = dict(zip(names, row.locator("td.differs").all_inner_texts(), strict=True))
+        assert rates == {"one": "0.0001", "two": "0.0002"}
         assert "max_train_steps" not in text_of(page, "#options")
         page.locator("#different").uncheck()
         wait_for(page, "#options", "optim.max_train_steps")
@@ -237,8 +239,13 @@ def test_a_real_run_is_stopped_and_its_lora_drawn(
     log = tmp_path / "outputs" / "run.log"
     log.parent.mkdir()
     with log.open("w") as said:
+        # One thread: two that wait for each other stand still for minutes beside a busy browser.
         training = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT
+            [sys.executable, *words],
+            cwd=ROOT,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     try:
         stop_in_browser(browser, tmp_path / "outputs")
