@@ -65,6 +65,7 @@ STEPS = (
     Step("memory", "predicted against measured memory", f"{_SCRIPTS}:memory", 80),
     Step("ratio-compiled", "the ratio with --torch_compile", f"{_SCRIPTS}:ratio_compiled", 90),
     Step("full-sd35-medium", "speed and memory of full", f"{_SCRIPTS}:full_medium", 90),
+    Step("memory-grpo", "the same of Flow-GRPO", f"{_SCRIPTS}:memory_grpo", 80),
     Step("deepspeed", "ZeRO-1, 2, 3 by accelerate launch", f"{_SCRIPTS}:deepspeed", 150),
 )
 

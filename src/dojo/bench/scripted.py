@@ -263,16 +263,29 @@ def grpo_medium(report: Report, place: Place) -> None:
 
 def memory(report: Report, place: Place) -> None:
     """The phases of a LoRA run of SD3.5-Medium: computed and measured."""
+    _memory(report, place, "lora")
+
+
+def memory_grpo(report: Report, place: Place) -> None:
+    """The same of Flow-GRPO, which draws what it learns from; an epoch is a few pictures."""
+    _memory(report, place, "grpo", num_steps=1)
+
+
+def _memory(report: Report, place: Place, method: memories.Method, **case: Any) -> None:
     args = memories.MemoryArgs(
         model="pocket" if place.pocket else "sd35-medium",
+        method=method,
         batch_size=2 if place.pocket else 4,
         resolution=64 if place.pocket else 512,
         mixed_precision="bf16" if place.on_gpu else "no",
         work_dir=place.folder,
+        **case,
     )
     computed, measured = memories.measure(args)
     report.note("computed, GiB", computed)
     report.note("measured, GiB", measured)
+    missed = sorted({*computed} ^ {*measured})
+    report.claim("the phases are those that were computed", ", ".join(missed) or "all", not missed)
     if not place.on_gpu:
         report.skip("memory is compared on a GPU only: on a CPU it is the libraries' most of all")
         return

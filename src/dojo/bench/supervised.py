@@ -216,9 +216,15 @@ def command(
     args: SupervisedArgs, model: Path, data: Path, run: Path, extra: Sequence[str]
 ) -> list[str]:
     """The command line of the script; `extra` comes last and wins."""
+    name = f"train_{args.method}_{models.family_name(args.model)}.py"
+    values = {"dataset_name": data, **training_flags(args)}
+    return start_script(name, args, model, run, values, extra)
+
+
+def training_flags(args: SupervisedArgs) -> dict[str, object]:
+    """What a script that learns captioned pictures is told, these apart."""
     steps = args.warmup_steps + args.num_steps + _SPARE_STEPS
-    values = {
-        "dataset_name": data,
+    return {
         "resolution": args.size,
         "train_batch_size": args.batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -228,8 +234,6 @@ def command(
         "logging_steps": 1,
         **({"rank": args.rank} if args.method == "lora" else {}),
     }
-    name = f"train_{args.method}_{models.family_name(args.model)}.py"
-    return start_script(name, args, model, run, values, extra)
 
 
 def start_script(

@@ -27,15 +27,22 @@ from dojo.run import machine, phases
 # phase: each by itself begins it.
 BEGINNINGS: Mapping[str, tuple[tuple[str, bool], ...]] = {
     "text cache": (("dojo.inputs.texts:_fill", True),),
-    "latent cache": (("dojo.inputs.pictures:latents_of", True),),
+    "latent cache": (
+        ("dojo.inputs.pictures:latents_of", True),
+        ("dojo.inputs.pretraining_pictures:Pretraining.prepare", True),
+        ("dojo.inputs.pairs:prepare", True),
+    ),
     "class pictures": (("dojo.inputs.class_pictures:_draw", True),),
     "training": (("dojo.run.learner:Learner.accumulate", False),),
     "validation": (("dojo.evaluate.validator:Validator.__call__", True),),
     "scoring": (
         ("dojo.maths.rollout:sample", False),
+        ("dojo.maths.denoising:sample", False),
         ("dojo.methods.rl.episodes:Scoring.submit", False),
     ),
 }
+# An evaluation is a phase of its own too, which one its rewards say.
+EVALUATION = "dojo.evaluate.held_out:Evaluator._evaluate"
 OUTSIDE = "loading"  # what comes before the first phase, and between those that end
 
 
@@ -84,6 +91,18 @@ class Watch:
 
         return act
 
+    def evaluating(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """An evaluation: scoring where it has rewards, validation where it draws alone."""
+        scored, drawn = (
+            self.wrapped(name, function, ends=True) for name in (phases.SCORING, phases.VALIDATION)
+        )
+
+        @functools.wraps(function)
+        def act(evaluator: Any, *args: Any) -> Any:
+            return (scored if evaluator.rewards else drawn)(evaluator, *args)
+
+        return act
+
 
 def wrap(path: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Puts `make(function)` in the place of a function or method, as module:name."""
@@ -101,6 +120,7 @@ def watch(file: Path, device: torch.device) -> Watch:
     for name, beginnings in BEGINNINGS.items():
         for path, ends in beginnings:
             wrap(path, functools.partial(made.wrapped, name, ends=ends))
+    wrap(EVALUATION, made.evaluating)
     return made
 
 
