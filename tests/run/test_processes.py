@@ -1,5 +1,6 @@
 """Claims about what the processes of a run know of each other and of their machine."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,7 +13,8 @@ from dojo import data
 from dojo.cli import UserError
 from dojo.inputs import pictures
 from dojo.models.precisions import exact_float32
-from dojo.run import machine, processes
+from dojo.run import OptimArgs, RunArgs, machine, processes, start
+from tests.processes import together
 
 
 def one_of_two(monkeypatch: pytest.MonkeyPatch, *, main: bool) -> processes.Processes:
@@ -36,6 +38,36 @@ def test_a_folder_that_another_machine_does_not_see_is_refused(
     other.check_shared(folder, "--class_data_dir", lacking=False)
     with pytest.raises(UserError, match=r"--latent_cache_dir .*cache is not the same folder"):
         other.check_shared(folder, "--latent_cache_dir")
+
+
+def opened(folder: Path, shared: str) -> None:
+    """In one of two processes that are told to be machines: opens a run, and says what came."""
+    rank = os.environ["RANK"]
+    os.environ["LOCAL_WORLD_SIZE"] = "1" if shared != "one machine" else "2"
+    processes._PATIENCE = 0.5 if shared == "no" else 60.0
+    name = "run" if shared == "yes" else f"run{rank}"
+    try:
+        options = RunArgs(output_dir=folder / name, report_to=("none",), mixed_precision="no")
+        start(options, OptimArgs(max_train_steps=1))
+        said = "begun"
+    except UserError as error:
+        said = str(error)
+    (folder / f"{rank}.txt").write_text(said)
+
+
+@pytest.mark.parametrize("shared", ["yes", "no", "one machine"])
+def test_machines_that_do_not_see_one_output_folder_are_refused_together(
+    shared: str, tmp_path: Path
+) -> None:
+    code, log = together(opened, (tmp_path, shared), tmp_path, processes=2)
+    assert code == 0, log
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    if shared != "no":
+        assert said == ["begun", "begun"]
+        return
+    assert all("not the same folder on all machines" in one for one in said)
+    assert "give --output_dir a folder that all of them share" in said[0]
+    assert not list(tmp_path.glob("run*"))  # the first one's, made for this
 
 
 def test_latents_are_cached_only_where_all_see_them(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import secrets
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 ABOUT_SIZE = "size of the pictures"  # a topic that is said once, wherever it is known first
 
+_EACH_A_PART = "each makes only a part of what all read"
 _PATIENCE = 90.0  # seconds: NFS may keep for one minute what it knew of a folder
 
 
@@ -54,11 +56,14 @@ class Processes:
             "num_processes": self.accelerator.num_processes,
         }
 
-    def check_shared(self, folder: Path, flag: str, *, lacking: bool = True) -> None:
+    def check_shared(
+        self, folder: Path, flag: str, *, lacking: bool = True, why: str = _EACH_A_PART
+    ) -> None:
         """Refuses a folder that the processes fill together and not all of them see: a collective.
 
         Args:
             lacking: whether anything is to be made; nothing is compared where all say no.
+            why: it has to be one folder, in words.
         Raises:
             UserError: a machine has another one of that name, which would lack the others' shares.
         """
@@ -78,8 +83,8 @@ class Processes:
         if blind := sorted({machine for machine in found if machine}):
             raise UserError(
                 f"{flag} {folder} is not the same folder on all machines ({', '.join(blind)} does "
-                "not see what the first process writes there), and each makes only a part of what "
-                f"all read: give {flag} a folder that all of them share"
+                f"not see what the first process writes there), and {why}: give {flag} a folder "
+                "that all of them share"
             )
         self._shared.add(folder)
 
@@ -104,6 +109,20 @@ def _appears(path: Path) -> bool:
             return False
         time.sleep(0.5)
     return True
+
+
+def check_output(accelerator: accelerate.Accelerator, folder: Path) -> None:
+    """Refuses an output folder that every machine has for itself: a collective.
+
+    On one machine, as its launcher says, nothing is looked at.
+
+    Raises:
+        UserError: a machine does not see what the first one writes there.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(accelerator.num_processes):
+        return
+    why = "all processes look there for checkpoints and write their pictures there"
+    Processes(accelerator).check_shared(folder, "--output_dir", why=why)
 
 
 def alone(accelerator: accelerate.Accelerator, act: Callable[[], None]) -> None:

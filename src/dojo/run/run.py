@@ -39,7 +39,7 @@ from dojo.run import (
 from dojo.run import optim as optimizers
 from dojo.run.metrics import Metrics
 from dojo.run.optim import OptimArgs
-from dojo.run.processes import Processes, alone
+from dojo.run.processes import Processes, alone, check_output
 from dojo.run.replicas import Replicas
 from dojo.run.stopping import Stopping
 
@@ -437,9 +437,9 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
 
     Raises:
         UserError: a tracker is not installed, a checkpoint is not there, the folder holds a user's
-            files or another process is at work in it, or the processes are sharded by FSDP, by
-            DeepSpeed in a way that is not supported, or not joined, or accelerate would change the
-            network by itself.
+            files, another process is at work in it or a machine does not see it, or the processes
+            are sharded by FSDP, by DeepSpeed in a way that is not supported, or not joined, or
+            accelerate would change the network by itself.
     """
     shardable.refuse_others()
     _refuse_by_accelerate()
@@ -496,6 +496,8 @@ def start(run_args: RunArgs, optim: OptimArgs) -> Run:
         alone(accelerator, lambda: folders.take(folder, overwrite=overwrite))
         launcher.watch()
     try:
+        if not run_args.dry_run:
+            check_output(accelerator, folder)
         if not overwrite:
             resumed = checkpoint.choose(folder, run_args.resume_from_checkpoint)
         seed = _settle_seed(run_args, resumed)
