@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +94,34 @@ def test_the_phases_of_a_run_are_those_that_were_computed(
     model: str, method: memory.Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The script itself, until its first step is kept; what is wrapped is let go afterwards."""
+    small = ["--sample_steps", "3", "--window_size", "1"] if method in rl.OF_A_WAY else []
+    module, options = parsed(case(model, method, tmp_path), tmp_path, *small)
+    reset_accelerate()
+    needs = fit.plan(module.main, options).needs
     monkeypatch.setattr(watched, "setattr", monkeypatch.setattr, raising=False)
+    loaded: list[str] = []
+
+    def noting(name: str, function: Any) -> Any:
+        return lambda *args, **more: (loaded.append(name), function(*args, **more))[1]
+
+    watched.wrap("dojo.inputs.texts:_fill", partial(noting, "texts"))
+    watched.wrap("dojo.rewards:RewardArgs.load", partial(noting, "rewards"))
+    kind: Any = type(needs.config)
+    monkeypatch.setattr(kind, "load_vae", noting("autoencoder", kind.load_vae))
     made = watched.watch(tmp_path / "peaks.json", torch.device("cpu"))
 
     def over(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Learner, "keep", over)
-    extra = ["--sample_steps", "3", "--window_size", "1"] if method in rl.OF_A_WAY else []
-    module, options = parsed(case(model, method, tmp_path), tmp_path, *extra)
     reset_accelerate()
     with pytest.raises(KeyboardInterrupt):
         module.main(options)
     found = json.loads(made.file.read_text())
     assert found.keys() - {watched.OUTSIDE} == {*PHASES[method]}
     assert all(found.values())
+    if method in rl.SCRIPTS:  # the others move the autoencoder to the CPU before
+        assert loaded[: loaded.index("texts")] == [*needs.before_texts][::-1]
 
 
 @pytest.mark.parametrize("scored", [False, True])

@@ -15,6 +15,8 @@ from dojo.data import shards
 from dojo.models import int8, sd3
 from dojo.run import cost, phases
 
+BOTH: Any = ("autoencoder", "rewards")
+
 
 def test_the_most_that_is_alive_at_a_time_is_counted() -> None:
     def chain() -> torch.Tensor:
@@ -213,6 +215,20 @@ def test_rewards_stay_on_the_device_and_their_drawing_is_called_scoring(
     assert [phase.name for phase in found] == ["text cache", "training", "scoring"]
     assert found[1].parts["rewards"] == found[2].parts["rewards"] == 40_000
     assert found[2].size < phases.compute(replace(needs, rows=300), held)[2].size
+
+
+def test_what_is_loaded_before_the_texts_counts_there(
+    alone: phases.Needs, held: phases.Held
+) -> None:
+    scorer = nn.Linear(100, 100, bias=False)
+    needs = replace(alone, encoded=1, vae_stays=True, scorers=(scorer,))
+    plain, both = sizes(needs, held), sizes(replace(needs, before_texts=BOTH), held)
+    vae = phases._bytes(phases._autoencoder(needs, torch.float32))
+    assert both["text cache"] - plain["text cache"] == vae + 40_000
+    assert both["latent cache"] - plain["latent cache"] == 40_000  # the autoencoder once
+    rewards = sizes(replace(needs, before_texts=["rewards"]), held)
+    assert rewards["text cache"] - plain["text cache"] == 40_000
+    assert "text cache" not in sizes(replace(needs, before_texts=BOTH, text_on_cpu=True), held)
 
 
 def test_encoders_that_are_not_freed_count_in_training(

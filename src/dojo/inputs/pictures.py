@@ -340,6 +340,7 @@ def needs(
         decoded=int(drawn),
         class_pictures=class_pictures,
         vae_stays=at_use,
+        before_texts=["autoencoder"] if at_use else [],
         live_text=_live_text(model, args, shards),
     )
 

@@ -56,6 +56,7 @@ def needs(run: Run, model: Model, args: Any, size: tuple[int, int], *, drawn: bo
         size,
         encoded=data.encoded_at_a_time(size),
         decoded=(args.evaluation.eval_batch_size or args.optim.train_batch_size) * drawn,
+        before_texts=["autoencoder"],
         scored=bool(watched),
         scorers=rewards.networks(watched),
     )

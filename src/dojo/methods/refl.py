@@ -249,6 +249,7 @@ def needs(run: Run, model: Model, args: Any, size: tuple[int, int]) -> Needs:
         size,
         encoded=data.encoded_at_a_time(size) * bool(args.pretrain.location),
         decoded=args.evaluation.eval_batch_size or args.optim.train_batch_size,
+        before_texts=["autoencoder", "rewards"],
         scored=True,
         scorers=rewards.networks(loaded),
     )

@@ -116,6 +116,8 @@ class Needs:
     """precision of that drawing; unset is the run's"""
     vae_stays: bool = True
     """the autoencoder is on the device in training too, and the network while it decodes"""
+    before_texts: Sequence[Literal["autoencoder", "rewards"]] = ()
+    """what is on the device already while texts are embedded and latents computed"""
     live_text: Sequence[str] = ()
     """text encoders that are there in training too"""
     batch_is_free: bool = True
@@ -209,14 +211,16 @@ def _texts(needs: Needs, held: Held) -> Mapping[str, int]:
     at_use = set(needs.live_text).issuperset(needs.config.text_lengths)
     if not needs.embedded or needs.text_on_cpu or at_use:
         return {}
-    return max(_encoders(needs, needs.dtype, CAPTIONS), key=_total, default={})
+    most = max(_encoders(needs, needs.dtype, CAPTIONS), key=_total, default={})
+    return {**most, **_before(needs)} if most else {}
 
 
 def _latents(needs: Needs, held: Held) -> Mapping[str, int]:
     if not needs.encoded:
         return {}
     vae = _autoencoder(needs, needs.vae_dtype)
-    return {"autoencoder": _bytes(vae), "activations": _encoding(vae, needs)}
+    own = {"autoencoder": _bytes(vae), "activations": _encoding(vae, needs)}
+    return {**_before(needs), **own}
 
 
 def _class_pictures(needs: Needs, held: Held) -> Mapping[str, int]:
@@ -278,6 +282,11 @@ def _residents(needs: Needs) -> dict[str, int]:
     if scorers:
         made["rewards"] = sum(param.nbytes for param in scorers)
     return made
+
+
+def _before(needs: Needs) -> dict[str, int]:
+    """What of these is there before texts and latents are made."""
+    return {name: size for name, size in _residents(needs).items() if name in needs.before_texts}
 
 
 def _total(parts: Mapping[str, int]) -> int:

@@ -46,6 +46,7 @@ def needs(run: Run, model: Model, args: Any) -> Needs:
         sample.size,
         decoded=max(batch_size, evaluated),
         rows=max(rows, evaluated * (2 if guidance > 1 else 1)),
+        before_texts=["rewards"],
         batch_is_free=False,
         scored=True,
         scorers=rewards.networks(loaded),
