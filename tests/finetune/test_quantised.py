@@ -69,10 +69,10 @@ def model(request: pytest.FixtureRequest) -> Model:
     return opened(str(request.getfixturevalue(f"tiny_{request.param}")))
 
 
-def learning(network: Any) -> list[nn.Parameter]:
+def learning(network: Any, **more: Any) -> list[nn.Parameter]:
     """Adapters of which every factor learns."""
     rng.seed_global(0, "adapter")
-    params = lora.add(network, lora.LoraArgs(rank=4))
+    params = lora.add(network, lora.LoraArgs(rank=4, **more))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for param in params:
@@ -346,37 +346,80 @@ def test_merging_into_a_packed_network_is_refused(tiny_sd3: Path) -> None:
         layer.merge()
 
 
-def test_a_dora_learns_on_a_packed_network(tiny_sd3: Path) -> None:
-    model = opened(str(tiny_sd3))
-    network = load(model, "int8")
-    with torch.no_grad():
-        expected = predict(model, network)
-    lora.add(network, lora.LoraArgs(rank=2, use_dora=True))
-    torch.testing.assert_close(predict(model, network), expected)
-    assert all(grad.isfinite().all() for grad in gradients(model, network))
+def lycoris_shapes(kind: str, width: int) -> dict[str, tuple[int, int]]:
+    """The tensors of a layer [width, width], as LyCORIS names and shapes them."""
+    if kind == "LoKr":
+        whole = {"lokr_w1": (4, 4)}
+        return {**whole, "lokr_w2_a": (width // 4, 2), "lokr_w2_b": (2, width // 4)}
+    halves = {"a": (width, 2), "b": (2, width)}
+    return {f"hada_w{i}_{half}": size for i in (1, 2) for half, size in halves.items()}
 
 
-def test_a_loha_learns_on_a_packed_network(tiny_sd15: Path, tmp_path: Path) -> None:
-    """As on a plain network that has the rounded weights, to the bit."""
-    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-    sizes = {"w1_a": (80, 2), "w1_b": (2, 80), "w2_a": (80, 2), "w2_b": (2, 80)}
-    state = {f"{name}.hada_{kind}": torch.randn(*size) for kind, size in sizes.items()}
-    path = tmp_path / "loha.safetensors"
-    save_file({**state, f"{name}.alpha": torch.tensor(1.0)}, path)
-    args = lora.LoraArgs(init_lora_weights_path=str(path))
+def write_lycoris(kind: str, path: Path, width: int) -> Path:
+    """A file with two layers of a small SD1.5."""
+    generator = torch.Generator().manual_seed(2)
+    state: dict[str, Tensor] = {}
+    for layer in ("attn1_to_q", "attn1_to_out_0"):
+        name = f"lora_unet_mid_block_attentions_0_transformer_blocks_0_{layer}"
+        state[f"{name}.alpha"] = torch.tensor(1.0)
+        for part, size in lycoris_shapes(kind, width).items():
+            state[f"{name}.{part}"] = 0.3 * torch.randn(*size, generator=generator)
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        *(("DoRA", "nf4"), ("LoHa", "int8"), ("LoKr", "nf4")),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in (("DoRA", "int8"), ("LoHa", "nf4"), ("LoKr", "int8"))
+        ),
+    ],
+)
+def test_other_adapters_learn_on_a_packed_network_too(
+    kind: str, precision: Precision, tiny_sd15: Path, tmp_path: Path
+) -> None:
+    """As on a plain network that has the rounded weights, to the bit; a DoRA by their norms."""
+    bitsandbytes(precision)
     model = opened(str(tiny_sd15))
-    packed, rounded = load(model, "int8"), load(model)
+    plain, packed, rounded = load(model), load(model, precision), load(model)
     with torch.no_grad():
-        for layer, module in packed.named_modules():
+        for name, module in packed.named_modules():
             if isinstance(module, FrozenLinear):
-                plain: Any = rounded.get_submodule(layer)
-                plain.weight.copy_(module.weight)
+                layer: Any = rounded.get_submodule(name)
+                layer.weight.copy_(module.weight)
         base = predict(model, packed)
-    for network in (packed, rounded):
-        lora.add_lycoris(path, network, args, "unet")
+    for network in (plain, packed, rounded):
+        if kind == "DoRA":
+            learning(network, use_dora=True)
+        else:
+            path = write_lycoris(kind, tmp_path / "start.safetensors", 80)
+            args = lora.LoraArgs(init_lora_weights_path=str(path))
+            lora.add_lycoris(path, network, args, "unet")
+        network.train()
     assert not torch.equal(predict(model, packed), base)
-    pairs = zip(gradients(model, packed), gradients(model, rounded), strict=True)
+    with lora.disabled(packed), torch.no_grad():
+        assert torch.equal(predict(model, packed), base)
+
+    found = {name: gradients(model, one) for name, one in (("plain", plain), ("packed", packed))}
+    pairs = zip(found["packed"], gradients(model, rounded), strict=True)
     assert all(one.any() and torch.equal(one, other) for one, other in pairs)
+    norms = {name: torch.cat([g.flatten() for g in one]).norm() for name, one in found.items()}
+    assert float(norms["packed"]) == pytest.approx(float(norms["plain"]), rel=0.1)
+    assert kept_bytes(model, packed) == kept_bytes(model, plain)
+    packed.enable_gradient_checkpointing()
+    pairs = zip(found["packed"], gradients(model, packed), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+    for name, network in (("packed", packed), ("rounded", rounded)):
+        lora.save(tmp_path / name, network)
+    packed_file, file = (
+        load_file(tmp_path / name / lora.WEIGHTS) for name in ("packed", "rounded")
+    )
+    assert packed_file.keys() == file.keys()
+    assert all(torch.equal(packed_file[name], tensor) for name, tensor in file.items())
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])

@@ -11,6 +11,7 @@ import pytest
 
 from dojo.cli import UserError
 from dojo.finetune import lora
+from tests.finetune.test_quantised import write_lycoris
 from tests.scripts import runs
 from tests.scripts.runs import SCRIPTS, in_process
 
@@ -37,6 +38,12 @@ CASES = (
     Case("ddpo_sd3", "fp8", ("--gradient_checkpointing",)),
     Case("ddpo_sd15", "nf4"),
 )
+# Adapters of other kinds; {inputs} is the folder that the commands read.
+OTHERS = (
+    Case("lora_sd3", "nf4", ("--use_dora", "--mixed_precision", "bf16")),
+    Case("lora_sd15", "int8", ("--init_lora_weights_path", "{inputs}/LoKr.safetensors")),
+    Case("lora_sd15", "nf4", ("--init_lora_weights_path", "{inputs}/LoHa.safetensors")),
+)
 
 
 def test_the_cases_are_of_every_kind_of_script() -> None:
@@ -50,10 +57,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all commands read."""
     folder = tmp_path_factory.mktemp("runs") / "inputs"
     runs.make_inputs(folder)
+    for kind in ("LoHa", "LoKr"):
+        write_lycoris(kind, folder / f"{kind}.safetensors", 32)
     return folder
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.script)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(case, id=case.script) for case in CASES),
+        *(
+            pytest.param(case, id=f"{case.script}-{case.precision}", marks=pytest.mark.slow)
+            for case in OTHERS
+        ),
+    ],
+)
 def test_a_run_on_a_packed_base_goes_on_to_the_bit_wherever_its_weights_lie(
     tmp_path: Path, inputs: Path, case: Case
 ) -> None:
@@ -64,7 +82,8 @@ def test_a_run_on_a_packed_base_goes_on_to_the_bit_wherever_its_weights_lie(
     def run(name: str, *more: str) -> Path:
         flags = script.flags(inputs, tmp_path / name)
         steps = ("--max_train_steps", "4", "--checkpointing_steps", "2")
-        own = ("--base_precision", case.precision, *case.more)
+        asked = [word.format(inputs=inputs) for word in case.more]
+        own = ("--base_precision", case.precision, *asked)
         in_process(script.load(), [*flags, *steps, *own, *more])
         return tmp_path / name / "run"
 
