@@ -173,7 +173,7 @@ def prompts_of(args: Args) -> list[Prompt]:
 
 def load(args: Args, name: str, loras: Sequence[str], device: torch.device) -> tuple[Any, Any, Any]:
     """A pipeline where it draws, its own scheduler, and the one to draw with its LoRAs by."""
-    pipeline = args.place.load(name, device)
+    pipeline = args.place.for_loras(name, loras).load(name, device)
     own = pipeline.scheduler
     pipelines.load_embeddings(pipeline, args.embeddings)
     tuned = pipelines.load_loras(pipeline, loras, args.lora_scale)

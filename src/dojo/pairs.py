@@ -23,7 +23,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -128,7 +128,8 @@ def main(args: Args) -> None:
 
 def make(args: Args) -> None:
     """The same in a folder that has been taken."""
-    folder = args.output_dir
+    folder, model = args.output_dir, args.pretrained_model_name_or_path
+    args = replace(args, place=args.place.for_loras(model, args.lora_weights_path))
     source = prompts.open_prompts(args.prompts)
     print(source.description)
     device = args.place.find_device()
@@ -213,7 +214,7 @@ def _settings(args: Args, source: Prompts, device: torch.device) -> dict[str, An
     own = args.place.tencent_weights
     return {
         "model": hide(model),
-        "files of the model": _model_files(Path(model)),
+        "files of the model": _model_files(Path(model), own),
         "lora_weights_path": [*loras],
         "files of lora_weights_path": [_lora_files(Path(path)) for path in loras],
         "lora_scale": [*args.lora_scale] if loras else [],
@@ -238,9 +239,10 @@ def _plain(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return {name: [*value] if isinstance(value, tuple) else value for name, value in items}
 
 
-def _model_files(place: Path) -> str:
+def _model_files(place: Path, tencent_weights: pipelines.TencentWeights = "auto") -> str:
     if place.is_file():
         return folders.fingerprint_of({place.name: place})
+    place = pipelines.in_diffusers_layout(place, tencent_weights)
     if not (place / "model_index.json").is_file():
         return ""
     parts = sorted(name for name in loaded.read_index(place, _MODEL) if not name.startswith("_"))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 import demo
 import train_dreambooth_lora_hunyuandit
 import train_lora_hunyuandit
-from dojo import cli
+from dojo import cli, pairs
 from dojo.cli import UserError
 from dojo.evaluate import pipelines
 from dojo.evaluate.placing import PlaceArgs
@@ -26,6 +27,7 @@ from tests.scripts.runs import family_flags, in_process, metrics
 from tests.scripts.test_train_kolors import check_subject, subject_flags, texts_of_batches
 from tests.scripts.test_train_kolors import pictures as pictures
 
+CPU = torch.device("cpu")
 PROMPT = "一颗红色的星星"
 WATCHED = ("--validation_prompt", PROMPT, "--validation_inference_steps", "2")
 WATCHED = (*WATCHED, "--validation_guidance_scale", "3", "--caption_dropout", "0.3")
@@ -117,7 +119,7 @@ def test_tencents_folder_trains_the_same_bytes(
 
 
 def test_the_demo_draws_over_the_network_that_is_chosen(
-    tiny_hunyuandit: Path, tmp_path: Path
+    tiny_hunyuandit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = tencents_layout(tiny_hunyuandit, tmp_path / "HunyuanDiT")
     model = theirs / "t2i" / "model"
@@ -141,6 +143,60 @@ def test_the_demo_draws_over_the_network_that_is_chosen(
         PlaceArgs(tencent_weights="ema").load(str(tiny_hunyuandit), torch.device("cpu"))
     flags = ["--pretrained_model_name_or_path", "x", "--prompt", "x", "--tencent_weights", "ema"]
     assert cli.parse(demo.Args, None, flags).place.tencent_weights == "ema"
+
+    loras = [run_of(tmp_path / wish, wish) for wish in ("distill", "ema", "auto")]
+    drawn, *_ = demo.load(cli.parse(demo.Args, None, flags[:4]), *(str(theirs), (), CPU))
+    assert torch.equal(drawn.transformer.proj_out.weight, ema["proj_out.weight"])
+    left = PlaceArgs()
+    for some in (
+        [loras[0]],
+        [loras[2], f"{loras[0]}/checkpoint-2"],
+        [f"{loras[0]}/mine.safetensors"],
+    ):
+        assert left.for_loras(str(theirs), some).tencent_weights == "distill"
+    assert left.for_loras(str(theirs), loras[2:]) == left
+    assert left.for_loras(str(tiny_hunyuandit), loras[:1]) == left  # the only one that it has
+    assert (
+        PlaceArgs(tencent_weights="ema").for_loras(str(theirs), loras[:1]).tencent_weights == "ema"
+    )
+    with pytest.raises(UserError, match=r"different networks .*distill on distill, .*ema on ema"):
+        left.for_loras(str(theirs), loras)
+    loaded: list[PlaceArgs] = []
+
+    def load(place: PlaceArgs, *_: Any) -> None:
+        loaded.append(place)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PlaceArgs, "load", load)
+    with pytest.raises(KeyboardInterrupt):
+        demo.load(cli.parse(demo.Args, None, flags[:4]), *(str(theirs), loras[:1], CPU))
+    assert loaded[0].tencent_weights == "distill"
+
+
+def run_of(folder: Path, wish: str) -> str:
+    """A run that trained on a network of Tencent's, as far as its args.json says."""
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"args": {"model": {"tencent_weights": wish}}}))
+    return str(folder)
+
+
+def test_pairs_know_the_files_of_a_model_in_tencents_layout(
+    tiny_hunyuandit: Path, tmp_path: Path
+) -> None:
+    theirs = tencents_layout(tiny_hunyuandit, tmp_path / "HunyuanDiT")
+    model = theirs / "t2i" / "model"
+    before = pairs._model_files(theirs)
+    assert (
+        before == pairs._model_files(theirs / "t2i", "ema") != pairs._model_files(tiny_hunyuandit)
+    )
+    shutil.copy(model / "pytorch_model_ema.pt", model / "pytorch_model_distill.pt")
+    assert pairs._model_files(theirs) == before
+    for part in ("model/pytorch_model_ema.pt", "mt5/pytorch_model.bin"):
+        with (theirs / "t2i" / part).open("ab") as file:
+            file.write(b"more")
+        after = pairs._model_files(theirs)
+        assert after != before
+        before = after
 
 
 @pytest.mark.slow

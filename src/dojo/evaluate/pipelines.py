@@ -7,13 +7,14 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from dojo import bars
 from dojo.cli import UserError
+from dojo.files.records import read_if_whole
 from dojo.finetune import lora
 from dojo.finetune.embeddings import read as read_words
 from dojo.lazy import diffusers, no_grad, torch
@@ -80,6 +81,48 @@ def load_pipeline(
             pipeline = hunyuandit.drawing(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def in_diffusers_layout(folder: Path, tencent_weights: TencentWeights = "auto") -> Path:
+    """Where a model's folder has its files by diffusers' names: itself, or links to Tencent's own.
+
+    Raises:
+        UserError: Tencent's lacks a part.
+    """
+    theirs = folders.tencents(folder)
+    return folder if theirs is None else hunyuandit.linked(theirs, tencent_weights).folder
+
+
+def trained_on(name: str, loras: Sequence[str]) -> TencentWeights:
+    """Which network of Tencent's own folder some LoRAs were trained on, as their runs' args.json
+    says; auto where none does, or the model is no such folder.
+
+    Raises:
+        UserError: they were trained on different ones.
+    """
+    if folders.tencents(Path(name)) is None:
+        return "auto"
+    found: dict[str, TencentWeights] = {}
+    for one in loras:
+        if (wish := _network_of_run(Path(one))) != "auto":
+            found[one] = wish
+    if len(set(found.values())) > 1:
+        each = ", ".join(f"{one} on {wish}" for one, wish in found.items())
+        raise UserError(
+            f"--lora_weights_path: they were trained on different networks of {name} ({each}): "
+            f"choose one of these by {hunyuandit.WEIGHTS_FLAG}"
+        )
+    return next(iter(found.values()), "auto")
+
+
+def _network_of_run(place: Path) -> TencentWeights:
+    """A LoRA's: of a run, of a checkpoint or another folder in it, or of a file in these."""
+    folder = place if place.is_dir() else place.parent
+    record = next((p for p in (folder, folder.parent) if (p / "args.json").is_file()), None)
+    groups: Any = {} if record is None else read_if_whole(record / "args.json").get("args")
+    model: Any = groups.get("model") if isinstance(groups, dict) else None
+    wish: Any = model.get("tencent_weights") if isinstance(model, dict) else None
+    return wish if wish in get_args(TencentWeights) else "auto"
 
 
 def _may_be_on_hub(name: str) -> bool:

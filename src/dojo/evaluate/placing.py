@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from dojo.cli import UserError
 from dojo.evaluate import pipelines
@@ -23,7 +24,7 @@ class PlaceArgs:
     """folder or hub id with the configurations and tokenizers that a single file lacks"""
     tencent_weights: pipelines.TencentWeights = "auto"
     """of Tencent's own folder of Hunyuan-DiT, which model/pytorch_model_*.pt: auto is the averaged
-    one (ema), or the one that is there; an adapter belongs to the one that it was trained on"""
+    one (ema), or the one that is there; with LoRAs the one that the args.json of their runs says"""
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """precision; auto is bf16 on CUDA, fp16 on MPS, fp32 on a CPU"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -55,6 +56,17 @@ class PlaceArgs:
         if self.dtype != "auto":
             return dtype_of(self.dtype)
         return {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
+
+    def for_loras(self, name: str, loras: Sequence[str]) -> Self:
+        """The same with the network of Tencent's own folder that LoRAs were trained on, where it is
+        left open.
+
+        Raises:
+            UserError: they were trained on different ones.
+        """
+        if self.tencent_weights != "auto":
+            return self
+        return replace(self, tencent_weights=pipelines.trained_on(name, loras))
 
     def load(self, name: str, device: torch.device) -> Any:
         """The pipeline of a name, on the CPU still, in the precision of the device.

@@ -18,7 +18,7 @@ from dojo.models.hunyuandit.config import (
 )
 from dojo.models.hunyuandit.model import Model, drawing, open_model
 from dojo.models.hunyuandit.networks import prediction
-from dojo.models.hunyuandit.original import WEIGHTS_FLAG, Weights
+from dojo.models.hunyuandit.original import WEIGHTS_FLAG, Weights, linked
 from dojo.models.hunyuandit.text import TextEncoders, readers
 from dojo.models.unet.noise import NoiseArgs
 
@@ -37,6 +37,7 @@ __all__ = [
     "TextEncoders",
     "Weights",
     "drawing",
+    "linked",
     "open_model",
     "posterior",
     "prediction",
