@@ -289,6 +289,19 @@ def test_a_split_is_told_by_the_names(shards: Path, tmp_path: Path) -> None:
     assert len(opened(options(f"file://{shards}", tmp_path, dataset_split="test"))) == 2
 
 
+@pytest.mark.parametrize("location", ["./tars", "../own-train/tars", "tars", "{here}/tars/"])
+def test_a_split_is_told_by_names_below_the_folder_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    here = tmp_path / "tars" / "own-train"  # neither a word of the way nor its name a second time
+    write_tar(here / "tars" / "train-0.tar", range(3))
+    write_tar(here / "tars" / "test-0.tar", range(100, 102))
+    monkeypatch.chdir(here)
+    location = location.format(here=here)
+    assert len(opened(options(location, tmp_path))) == 3
+    assert len(opened(options(location, tmp_path, dataset_split="test"))) == 2
+
+
 # -- what is bad --------------------------------------------------------------------------------
 
 

@@ -236,15 +236,23 @@ def _of_split(location: str, found: list[Place], split: str) -> list[Place]:
         UserError: another split than train was asked for, and none of them is of it.
     """
     word = re.compile(rf"(^|[/_.-]){re.escape(split)}([/_.-]|$)")
-    some = [place for place in found if word.search(_below(location, place.path))]
+    root = _root(location)
+    some = [place for place in found if word.search(_bare(place.path).removeprefix(root))]
     if not some and split != "train":
         raise UserError(f"{location}: no file there belongs to --dataset_split {split}")
     return some or found
 
 
-def _below(location: str, path: str) -> str:
-    root = location.partition("://")[2] or location
-    return path.partition(root.rstrip("/"))[2] or path
+def _root(location: str) -> str:
+    """A folder as the paths of files below it begin, without a protocol."""
+    if "://" in location:
+        return _bare(_fs(location)[1])
+    return _bare(os.path.abspath(os.path.expanduser(location)))
+
+
+def _bare(path: str) -> str:
+    """A path without its protocol, and without the slashes that some file systems put before it."""
+    return (path.partition("://")[2] or path).strip("/")
 
 
 def _named(found: list[Place]) -> Iterator[Place]:
