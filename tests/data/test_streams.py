@@ -372,6 +372,19 @@ def test_a_damaged_shard_is_named_or_left_out(tmp_path: Path, kind: str) -> None
     assert [row.name for row in stream.left_out] == [f"1.{kind}"]
 
 
+def test_a_shard_that_lacks_a_column_is_found_before_training(tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    write_parquet(folder / "1.parquet", range(4))
+    other = pa.table({"image": [picture(9)], "caption": ["nine"]})
+    parquet.write_table(other, folder / "2.parquet")
+    parquet.write_table(other.slice(0, 0), folder / "0.parquet")  # has no row that would miss it
+    args = options(folder / "*.parquet", tmp_path)
+    with pytest.raises(data.BadSample, match=r"1 of 3 shards(.|\n)*2\.parquet: .* column 'text'; "):
+        opened(args)
+    rows = rows_of(replace(args, on_bad_sample="skip"))
+    assert [number_of(row) for row in rows] == [0, 1, 2, 3]
+
+
 def test_a_shard_that_changed_since_it_was_counted_is_noticed(shards: Path, tmp_path: Path) -> None:
     stream = opened(options(f"file://{shards}", tmp_path))
     write_parquet(shards / "train-3.parquet", range(2))

@@ -26,6 +26,7 @@ from dojo.data.contents import write_json
 from dojo.data.images import BadSample
 from dojo.data.shards import digest
 from dojo.data.sources.captioned import BadReport, Captioned, Recipe, listing
+from dojo.data.sources.columns import shown
 from dojo.data.streams import places
 from dojo.data.streams.disk import Disk
 from dojo.data.streams.packs import (
@@ -336,8 +337,7 @@ def open_stream(
             columns, found = wanted, _each(partial(_tar_rows, columns=wanted, disk=disk), shards)
         else:
             found = _each(parquet_rows, shards)
-            names = next((one[1] for one in found if not isinstance(one, BadReport)), None)
-            columns = wanted if names is None else parquet_columns(location, names, wanted)
+            columns, found = _one_form(location, shards, found, wanted)
         bad = [one for one in found if isinstance(one, BadReport)]
         counts = [0 if isinstance(one, BadReport) else one[0] for one in found]
         if bad and not skip:
@@ -365,6 +365,34 @@ def open_stream(
     )
 
 
+_Found = tuple[int, list[str]] | BadReport
+"""A shard's rows and columns, or why it cannot be read."""
+
+
+def _one_form(
+    location: str, shards: Sequence[Place], found: list[_Found], wanted: Columns
+) -> tuple[Columns, list[_Found]]:
+    """The columns that are taken, by the first parquet file with rows; those that lack one cannot
+    be read.
+
+    Raises:
+        UserError: the first has none of that name.
+    """
+    names = next((one[1] for one in found if not isinstance(one, BadReport) and one[0]), None)
+    if names is None:
+        return wanted, found
+    columns = parquet_columns(location, names, wanted)
+    asked = {one for one in (columns.image, columns.caption) if one is not None}
+
+    def judged(place: Place, one: _Found) -> _Found:
+        if isinstance(one, BadReport) or not one[0] or asked.issubset(one[1]):
+            return one
+        lacking = sorted(asked.difference(one[1]))[0]
+        return BadReport(place.name, f"there is no column {lacking!r}; it has {shown(one[1])}")
+
+    return columns, [judged(*pair) for pair in zip(shards, found, strict=True)]
+
+
 def _known(path: Path, shards: Sequence[Place]) -> tuple[list[int], Columns]:
     """What is remembered of shards; no counts where nothing is."""
     with suppress(OSError, ValueError, LookupError, TypeError):
@@ -375,12 +403,10 @@ def _known(path: Path, shards: Sequence[Place]) -> tuple[list[int], Columns]:
     return [], Columns(None, None)
 
 
-def _each(
-    work: Callable[[Place], tuple[int, list[str]]], shards: Sequence[Place]
-) -> list[tuple[int, list[str]] | BadReport]:
+def _each(work: Callable[[Place], tuple[int, list[str]]], shards: Sequence[Place]) -> list[_Found]:
     """What is found of each shard, or why it cannot be read."""
 
-    def done(place: Place) -> tuple[int, list[str]] | BadReport:
+    def done(place: Place) -> _Found:
         try:
             return work(place)
         except BadShard as error:
