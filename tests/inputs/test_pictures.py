@@ -41,6 +41,22 @@ def equal(one: sd3.Embeds, two: sd3.Embeds) -> bool:
     return all(torch.equal(one[name], two[name]) for name in sd3.EMBEDS)
 
 
+def test_a_plan_counts_the_largest_validation_picture(lora_args: MakeArgs, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a star", "size": "128x64"}\n')
+    for flags, size in (
+        ((), (64, 64)),
+        (("--validation_resolution", "32", "128x32"), (32, 128)),
+        (("--validation_prompts_file", str(prompts)), (64, 128)),
+    ):
+        flags = ("--dry_run", "--validation_prompt", "a ring", *flags)
+        args = lora_args(tmp_path / "out", *flags)
+        run = training.start(args.run, args.optim)
+        model = sd3.open_model(args.model, args.text)
+        needs = pictures.needs(run, model, args, (64, 64), 2, drawn=True)
+        assert (needs.size, needs.drawn_size) == ((64, 64), size)
+
+
 @pytest.mark.parametrize("cache", [(), ("--no_cache_text_embeddings",)], ids=["cached", "fresh"])
 def test_the_empty_caption_follows_uncond(
     lora_args: MakeArgs, tmp_path: Path, cache: tuple[str, ...]

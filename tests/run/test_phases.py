@@ -205,6 +205,16 @@ def test_a_validation_sends_the_network_away_while_it_decodes(
     assert found["training"] == 3 * 10**9 + 4000  # a block at a time, among the activations
 
 
+def test_what_is_drawn_counts_at_its_own_size(alone: phases.Needs, held: phases.Held) -> None:
+    needs = replace(alone, encoded=1, decoded=1)
+    usual = sizes(needs, held)
+    for side in (32, 128):
+        other = (side, 64)
+        found = sizes(replace(needs, drawn_size=other), held)
+        assert found.pop("validation") == sizes(replace(needs, size=other), held)["validation"]
+        assert found == {name: size for name, size in usual.items() if name != "validation"}
+
+
 def test_rewards_stay_on_the_device_and_their_drawing_is_called_scoring(
     alone: phases.Needs, held: phases.Held
 ) -> None:

@@ -206,7 +206,8 @@ def _text_steps(args: Any) -> Iterator[Change]:
 def _vae_steps(needs: Needs) -> Iterator[Change]:
     slicing: Change = {"enable_vae_slicing": True}
     tiling: Change = {**slicing, "enable_vae_tiling": True}
-    large = max(needs.size) > needs.config.vae.get("sample_size", 0)
+    longest = max(*needs.size, *(needs.drawn_size or ()))
+    large = longest > needs.config.vae.get("sample_size", 0)
     yield {}
     yield slicing
     if large:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -338,6 +339,7 @@ def needs(
         encoded=encoded if _encodes(args, shards) else 0,
         embedded=_embeds(args, shards),
         decoded=int(drawn),
+        drawn_size=_drawn_size(args, size) if drawn else None,
         class_pictures=class_pictures,
         vae_stays=at_use,
         before_texts=["autoencoder"] if at_use else [],
@@ -346,6 +348,17 @@ def needs(
 
 
 Shards = data.Stream | data.Made | None
+
+
+def _drawn_size(args: Groups, size: data.Size) -> data.Size:
+    """That of the largest validation picture.
+
+    Args:
+        size: of training, which is also theirs where nothing else was asked for.
+    """
+    validation: Any = getattr(args, "validation", None)
+    sizes = [(one.height, one.width) for one in validation.pictures(size)] if validation else []
+    return max(sizes, key=math.prod, default=size)
 
 
 def _encodes(args: Groups, shards: Shards) -> bool:

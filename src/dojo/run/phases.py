@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -94,6 +94,8 @@ class Needs:
     vae_dtype: torch.dtype
     size: tuple[int, int]
     """height and width of the largest picture in pixels"""
+    drawn_size: tuple[int, int] | None = None
+    """those of the largest that is drawn in training, unset: the same"""
     text_on_cpu: bool = False
     """the text encoders compute on the CPU"""
     text_bytes: Callable[[nn.Module, torch.dtype], int] = encoder_bytes
@@ -251,6 +253,7 @@ def _drawing(needs: Needs, held: Held) -> Mapping[str, int]:
     """Validation, or drawing for rewards: denoising, then decoding."""
     if not needs.decoded:
         return {}
+    needs = replace(needs, size=needs.drawn_size or needs.size)
     vae = _autoencoder(needs, needs.vae_dtype)
     rows = 2 * needs.decoded if needs.rows is None else needs.rows
     gone = 0 if needs.vae_stays else held.leaving
