@@ -305,6 +305,11 @@ def test_zero_3_counts_the_part_of_a_process(monkeypatch: pytest.MonkeyPatch) ->
     run.accelerator.state.deepspeed_plugin.zero_stage = 2  # which is counted as if alone
     plain = fit.held(trained, network, Cost(0, 1000), 16, OptimArgs(), EmaArgs())
     assert (plain.kept, plain.whole) == (2 * frozen + 16 * count + 4 * 11, 0)
+    # A reference is a copy of all of it, in the precision of what is trained.
+    copied = fit.held(
+        trained, network, Cost(0, 1000), 16, OptimArgs(), EmaArgs(), with_reference=True
+    )
+    assert copied.kept - plain.kept == 4 * (frozen + count) + 4 * 11
 
 
 @pytest.mark.parametrize("stored", [{}, {"base_precision": "fp8"}, {"blocks_on_cpu": 2}], ids=str)

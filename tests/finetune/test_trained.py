@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dojo import finetune
 from dojo.cli import UserError
@@ -285,12 +285,11 @@ def test_an_optimizer_that_cannot_train_bfloat16_is_refused(tmp_path: Path) -> N
 def test_a_reference_costs_its_weights_where_all_are_trained(tmp_path: Path) -> None:
     run = start(tmp_path)
 
-    def size(kind: str, *, with_reference: bool) -> int:
-        return make(run, kind).bytes_per_weight(OPTIM, EMA, with_reference=with_reference)
-
-    alone = size("full", with_reference=False)
-    assert size("full", with_reference=True) == alone + 4
-    assert size("lora", with_reference=True) == size("lora", with_reference=False) == alone
+    network = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5, affine=False))
+    network[0].weight.requires_grad_(False)  # frozen ones are in the copy too
+    buffers = sum(one.nbytes for one in network.buffers())
+    assert make(run, "full").reference_bytes(network) == 4 * (3 * 5 + 5) + buffers
+    assert make(run, "lora").reference_bytes(network) == 0
 
 
 def test_autocast_costs_a_copy_of_the_weights_where_all_are_trained(tmp_path: Path) -> None:

@@ -107,6 +107,36 @@ def test_activations_have_the_precisions_that_autocast_gives_them() -> None:
     assert small.saved_bytes < 8 * 8 * 2 + 6 * 4 * 8 * 4
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_autocast_copies_a_frozen_weight_at_every_use(trained: bool) -> None:
+    """A weight of 64 x 64 that is used three times, each time behind something that is trained."""
+    first, second = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+    second.requires_grad_(trained)
+
+    def loss(inputs: torch.Tensor) -> torch.Tensor:
+        return second(second(second(first(inputs)))).float().sum()
+
+    kept: dict[int, int] = {}  # on a CPU, which has an autocast
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == 64 * 64 and tensor.dtype == torch.bfloat16:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+        return tensor
+
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        value = loss(torch.ones(1, 64))
+    del value
+    assert len(kept) == (1 if trained else 3)
+    layers = nn.ModuleList([first, second]).to("meta")
+    inputs = torch.empty(1, 64, device="meta")
+    counted = cost.count_cost(lambda: loss(inputs), layers, torch.bfloat16).saved_bytes
+    # Beside the rows that the layers are given; the one copy of a trained weight is its weight's.
+    assert counted - (0 if trained else sum(kept.values())) < 4 * 64 * 4
+
+
 def test_recomputation_holds_one_block_at_a_time() -> None:
     def network(blocks: int, *, again: bool) -> cost.Cost:
         layers = nn.ModuleList(

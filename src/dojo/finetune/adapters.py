@@ -112,10 +112,8 @@ class Adapters(Trained):
         """As it is: the adapters' own bytes are in `bytes_per_weight`."""
         return network
 
-    def bytes_per_weight(
-        self, optim: OptimArgs, ema: EmaArgs, *, with_reference: bool = False
-    ) -> int:
-        """See `Trained`; a reference takes nothing."""
+    def bytes_per_weight(self, optim: OptimArgs, ema: EmaArgs) -> int:
+        """See `Trained`."""
         return optim.state_bytes(self.dtype) + ema.bytes_per_weight
 
     def load(

@@ -87,11 +87,16 @@ class Trained(ABC):
         """The network, adapted and in the run's precision, with weights as they lie in memory."""
 
     @abstractmethod
-    def bytes_per_weight(
-        self, optim: OptimArgs, ema: EmaArgs, *, with_reference: bool = False
-    ) -> int:
-        """What training one weight takes: itself, gradient, optimizer, average, autocast's copy,
-        and the reference's."""
+    def bytes_per_weight(self, optim: OptimArgs, ema: EmaArgs) -> int:
+        """What training one weight takes: itself, gradient, optimizer, average, autocast's copy."""
+
+    def reference_bytes(self, network: nn.Module) -> int:
+        """What a `reference` takes on the device beside the network.
+
+        Args:
+            network: as `stored` gives it, also on the meta device.
+        """
+        return 0
 
     @abstractmethod
     def check_model(self, args: ModelArgs) -> None:

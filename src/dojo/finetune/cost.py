@@ -90,12 +90,12 @@ def begin(
         _check_lagged(trained, shard=args.run.shard)
     batch_size = args.optim.train_batch_size
     if args.run.dry_run:
-        state = trained.bytes_per_weight(args.optim, args.ema, with_reference=with_reference)
-        state += trained.dtype.itemsize * lagged
+        state = trained.bytes_per_weight(args.optim, args.ema) + trained.dtype.itemsize * lagged
         if fit.asked():
-            raise fit.Planned(fit.Tried(args, trained, cost, needs(), state))
+            raise fit.Planned(fit.Tried(args, trained, cost, needs(), state, with_reference))
         network, counted = cost(checkpointing=args.model.gradient_checkpointing)
-        held = fit.held(trained, network, counted, state, args.optim, args.ema)
+        how = (args.optim, args.ema, with_reference)
+        held = fit.held(trained, network, counted, state, *how)
         print_plan(run, args, held, counted, batch_size, needs=needs(), beside=trained.beside)
         return False
     if not run.begin(args, trained.result_name):

@@ -276,6 +276,7 @@ class Tried:
     cost: Callable[..., tuple[Any, Cost]]
     needs: Needs
     bytes_per_weight: int
+    with_reference: bool = False
     _network: Any = None
     _costs: dict[bool, Cost] = field(default_factory=dict["bool", "Cost"])
     _refusals: dict[str, Exception | None] = field(default_factory=dict[str, Exception | None])
@@ -357,7 +358,8 @@ class Tried:
         saved, peak = (round(rows * one) for one in (cost.saved_bytes, cost.peak_bytes))
         cost = replace(cost, saved_bytes=saved, peak_bytes=peak)
         state = self.bytes_per_weight
-        return held(self._trained(args), self._network, cost, state, args.optim, args.ema)
+        how = (args.optim, args.ema, self.with_reference)
+        return held(self._trained(args), self._network, cost, state, *how)
 
     def _trained(self, args: Any) -> Trained:
         """What is trained with other options."""
@@ -376,6 +378,7 @@ def held(
     bytes_per_weight: int,
     optim: OptimArgs,
     ema: EmaArgs,
+    with_reference: bool = False,
 ) -> Held:
     """What training holds of a network.
 
@@ -383,17 +386,20 @@ def held(
         network: on the meta device, as it is trained.
         cost: of a micro-batch.
         bytes_per_weight: what training one weight takes.
+        with_reference: whether the model as it was is asked for.
     """
     params = [param for param in network.parameters() if param.requires_grad]
     count = sum(param.numel() for param in params)
     stepping = fused.step_bytes(params) if optim.fused_backward else 0
     stored, on_their_way = trained.stored_bytes(network)
+    kept = stored + bytes_per_weight * count
+    kept += trained.reference_bytes(network) if with_reference else 0
     buffers = sum(buffer.nbytes for buffer in network.buffers())
     share = _shared(trained.run, network)
     leaving = stored + buffers + trained.dtype.itemsize * count - on_their_way
     return Held(
         network=network,
-        kept=(stored + bytes_per_weight * count) // share.parts + buffers + share.kept,
+        kept=kept // share.parts + buffers + share.kept,
         activations=max(cost.held_bytes + stepping + share.stepping, ema.step_bytes(params)),
         leaving=0 if trained.run.replicas.owns_storage else leaving,
         whole=share.asking,

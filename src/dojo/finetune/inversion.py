@@ -65,9 +65,7 @@ class Inversion(Trained):
         """As it is."""
         return network
 
-    def bytes_per_weight(
-        self, optim: OptimArgs, ema: EmaArgs, *, with_reference: bool = False
-    ) -> int:
+    def bytes_per_weight(self, optim: OptimArgs, ema: EmaArgs) -> int:
         """See `Trained`."""
         return optim.state_bytes(self.dtype) + ema.bytes_per_weight
 

@@ -201,13 +201,15 @@ class AllWeights(Trained):
         """In `--train_dtype`, the frozen weights too."""
         return network.to(self.dtype)
 
-    def bytes_per_weight(
-        self, optim: OptimArgs, ema: EmaArgs, *, with_reference: bool = False
-    ) -> int:
+    def bytes_per_weight(self, optim: OptimArgs, ema: EmaArgs) -> int:
         """See `Trained`."""
         autocast = self.run.dtype.itemsize if self.run.dtype != self.dtype else 0
-        copy = self.dtype.itemsize if with_reference else 0
-        return optim.state_bytes(self.dtype) + ema.bytes_per_weight + autocast + copy
+        return optim.state_bytes(self.dtype) + ema.bytes_per_weight + autocast
+
+    def reference_bytes(self, network: nn.Module) -> int:
+        """A copy, of the weights that `--freeze` leaves as they are too."""
+        weights = sum(param.numel() for param in network.parameters())
+        return self.dtype.itemsize * weights + sum(one.nbytes for one in network.buffers())
 
     def load(
         self,

@@ -42,8 +42,8 @@ class Autocast(TorchFunctionMode):
 
     Args:
         dtype: of the run.
-        cast_weight: is told the copy of a weight: autocast keeps one of each, which whoever counts
-            may know of already.
+        cast_weight: is told the copy of a weight that is trained: autocast keeps one of each, which
+            whoever counts may know of already. Of frozen weights it makes one at every use.
     """
 
     def __init__(self, dtype: torch.dtype, cast_weight: Callable[[Tensor], None]) -> None:
@@ -65,6 +65,6 @@ class Autocast(TorchFunctionMode):
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
             return value
         made = value.to(dtype)
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) and value.requires_grad:
             self.cast_weight(made)
         return made
