@@ -4,18 +4,20 @@ brought beforehand. The CPU plays both devices."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dojo import rng
+from dojo import finetune, rng
 from dojo.cli import UserError
-from dojo.finetune import lora, offload
+from dojo.finetune import Adapters, lora, offload
 from dojo.finetune.offload import Belt, Storage
 from dojo.models import opening
 from dojo.models.family import Model, ModelArgs
@@ -253,6 +255,24 @@ def test_weights_are_not_copied_with_the_activations(
     moved = [t for t in copied if t.untyped_storage().data_ptr() in weights]
     assert copied
     assert not moved
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_plan_counts_what_stays_on_the_device(tiny_sd3: Path, checkpointing: bool) -> None:
+    run: Any = SimpleNamespace(dtype=torch.bfloat16)
+    plain = opened(str(tiny_sd3))
+    away = replace(plain, args=replace(plain.args, activations_on_cpu=True))
+    trained = Adapters(run, lora.LoraArgs(rank=4))
+    shape = plain.latent_shape(256, 256)
+    near, far = (
+        finetune.cost_of(run, trained, model, 1, shape, checkpointing=checkpointing)[1]
+        for model in (plain, away)
+    )
+    assert far.flops == near.flops
+    assert far.saved_bytes < 0.02 * near.saved_bytes
+    # What a moment needs stays; of a block that is computed again that is all of it.
+    share = 0.1 if checkpointing else 0.7
+    assert far.peak_bytes < near.peak_bytes - share * near.saved_bytes
 
 
 def test_an_error_in_a_forward_pass_leaves_no_hook_behind(tiny_sd3: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dojo import loading
 from dojo.cli import UserError
-from dojo.finetune import fit
+from dojo.finetune import fit, offload
 from dojo.lazy import torch
 from dojo.models import attention
 from dojo.run.dry_run import print_plan
@@ -55,6 +55,8 @@ def cost_of(
     def adapt(network: nn.Module) -> None:
         trained.adapt(network)
         trained.stored(network)
+        if model.args.activations_on_cpu:
+            offload.keep_activations_on_cpu(network)
 
     return model.training_cost(run.dtype, adapt, rows, shape, checkpointing=checkpointing)
 

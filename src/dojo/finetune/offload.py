@@ -246,14 +246,17 @@ def keep_activations_on_cpu(network: nn.Module) -> None:
     `torch.autograd.graph.save_on_cpu`, but for the weights, which stay where they are: that one
     copies the frozen ones too, at every layer. The bfloat16 copies that autocast makes of float32
     weights are tensors of their own and do go: slower, and the same numbers.
+
+    Args:
+        network: on the meta device, where costs are counted, nothing is kept of them but shapes.
     """
     opened: list[Any] = []
 
     def enter(*_: Any) -> None:
-        weights = {param.untyped_storage().data_ptr() for param in network.parameters()}
+        weights = {param.untyped_storage()._cdata for param in network.parameters()}
 
         def pack(tensor: Tensor) -> Tensor | _Kept:
-            known = tensor.untyped_storage().data_ptr() in weights
+            known = tensor.untyped_storage()._cdata in weights
             return tensor if known or not tensor.numel() else _Kept.of(tensor)
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
@@ -272,7 +275,11 @@ class _Kept:
     """A tensor of the device in CPU memory."""
 
     device: torch.device
-    numbers: Tensor
+    numbers: Tensor | None
+    """none on the meta device"""
+    once: torch.Size
+    """without repetitions"""
+    dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
 
@@ -283,17 +290,19 @@ class _Kept:
         for axis, step in enumerate(tensor.stride()):
             once = once.narrow(axis, 0, 1) if step == 0 else once
         pinned = tensor.device.type == "cuda"
-        numbers = torch.empty_like(once, device="cpu", pin_memory=pinned)
-        # In the order of the device's stream, as is the way back: nothing waits for it here.
-        numbers.copy_(once, non_blocking=pinned)
-        return _Kept(tensor.device, numbers, tensor.shape, once.stride())
+        numbers = None
+        if not tensor.is_meta:
+            numbers = torch.empty_like(once, device="cpu", pin_memory=pinned)
+            # In the order of the device's stream, as is the way back: nothing waits for it here.
+            numbers.copy_(once, non_blocking=pinned)
+        form = (once.shape, tensor.dtype, tensor.shape, once.stride())
+        return _Kept(tensor.device, numbers, *form)
 
     def back(self) -> Tensor:
         """The tensor, as far apart in memory as it was: kernels round by that."""
-        there = torch.empty_strided(
-            self.numbers.shape, self.stride, dtype=self.numbers.dtype, device=self.device
-        )
-        there.copy_(self.numbers, non_blocking=self.numbers.is_pinned())
+        there = torch.empty_strided(self.once, self.stride, dtype=self.dtype, device=self.device)
+        if self.numbers is not None:
+            there.copy_(self.numbers, non_blocking=self.numbers.is_pinned())
         return there.expand(self.size)
 
 
