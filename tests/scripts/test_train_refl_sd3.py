@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,17 @@ import torch
 from torch import Tensor, nn
 
 import train_refl_sd3
-from dojo import rewards
+from dojo import finetune, rewards
 from dojo.cli import UserError
 from dojo.maths import denoising, flow
 from dojo.maths.denoising import FlowWay
 from dojo.maths.objective import Flow
+from dojo.methods import refl
 from dojo.methods.refl import FlowReflArgs
+from dojo.models import opening
+from dojo.models.family import ModelArgs
 from dojo.models.sd3 import models
+from dojo.run.cost import Cost
 from tests.conftest import ROOT
 from tests.scripts.runs import SCRIPTS, adapter, in_process, mine, one_thread, steps, with_reward
 
@@ -246,6 +251,37 @@ def test_a_dry_run_counts_the_calls_with_and_without_gradient(
         expected = operations["usual"] * count / calls["usual"]
         assert operations[name] == pytest.approx(expected, rel=0.02), name
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_has_room_for_the_way_back_through_the_decoder(tiny_sd3: Path) -> None:
+    model = opening.open_model(ModelArgs(pretrained_model_name_or_path=str(tiny_sd3)))
+    run: Any = SimpleNamespace(dtype=torch.float32)
+    trained = finetune.AllWeights(run, finetune.WholeArgs())
+    shape = model.latent_shape(64, 64)
+
+    def counted(*, checkpointing: bool) -> Cost:
+        args = FlowReflArgs(resolution=64)
+        given = (run, trained, model, args, 2, shape)
+        return refl.reward_cost(*given, checkpointing=checkpointing)[1]
+
+    whole, again = counted(checkpointing=False), counted(checkpointing=True)
+    vae = model.load_vae(torch.device("cpu"))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    latents = torch.zeros(2, *shape, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        picture = model.decode(vae, latents)
+    weights = {param.untyped_storage().data_ptr() for param in vae.parameters()}
+    decoder = sum(size for place, size in kept.items() if place not in weights)
+    del picture
+    assert decoder > whole.saved_bytes  # it is most of what there is
+    assert whole.peak_bytes >= whole.saved_bytes + decoder
+    assert whole.peak_bytes < whole.saved_bytes + 1.5 * decoder
+    assert again.peak_bytes < 0.7 * whole.peak_bytes
 
 
 @pytest.mark.slow

@@ -10,9 +10,12 @@ from dojo import data, rewards, rng
 from dojo.cli import UserError, option, ranges
 from dojo.finetune import cost_of
 from dojo.inputs.pictures import posterior_of
-from dojo.lazy import torch
+from dojo.lazy import late, torch
 from dojo.maths import flow
 from dojo.maths.denoising import FlowWay
+from dojo.models import folders
+from dojo.models.precisions import dtype_of
+from dojo.run import phases
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -23,9 +26,11 @@ if TYPE_CHECKING:
     from dojo.maths.objective import Objective
     from dojo.models.family import Model
     from dojo.rewards import RewardOutput
-    from dojo.run import Key, Run
+    from dojo.run import Key, Run, cost
     from dojo.run.cost import Cost
     from dojo.run.phases import Needs
+else:
+    cost = late("dojo.run.cost")
 
 LEAST_SIGMA = 0.02
 """of a flow's step that may be scored: what its velocity teaches is as small as its sigma"""
@@ -221,15 +226,30 @@ def reward_cost(
 ) -> tuple[Any, Cost]:
     """The cost of a batch of pictures that a reward is back-propagated into.
 
-    The autoencoder, the reward and the pre-training loss are not counted.
+    The memory is that of network and autoencoder, the operations are the network's. The reward and
+    the pre-training loss are not counted.
     """
     rows = batch_size * (2 if args.guidance_scale > 1 else 1)
     network, step = cost_of(run, trained, model, rows, shape, checkpointing=checkpointing)
     others = sum(args.steps) / 2 + 1 - args.grad_steps  # on average, without a gradient
     flops = args.grad_steps * step.flops + others * step.forward_flops
     kept = args.grad_steps * step.saved_bytes
-    peak = kept + step.held_bytes - step.saved_bytes
+    decoder = _decoding(model, batch_size, shape, checkpointing=checkpointing)
+    # What the network kept waits until the gradient has come through the decoder.
+    peak = kept + max(step.held_bytes - step.saved_bytes, decoder.held_bytes)
     return network, replace(step, flops=round(flops), saved_bytes=kept, peak_bytes=peak)
+
+
+def _decoding(
+    model: Model, count: int, shape: tuple[int, int, int], *, checkpointing: bool
+) -> Cost:
+    """The cost of decoding so many latents of a shape with a gradient, and of its way back."""
+    vae = phases.meta_autoencoder(model.vae, dtype_of(model.args.vae_dtype)).requires_grad_(False)
+    if checkpointing:
+        vae.enable_gradient_checkpointing()
+    folders.frugal(vae, model.args)
+    latents = torch.empty(count, *shape, device="meta", requires_grad=True)
+    return cost.count_cost(lambda: model.decode(vae, latents).mean(), vae)
 
 
 def needs(run: Run, model: Model, args: Any, size: tuple[int, int]) -> Needs:

@@ -374,8 +374,13 @@ def _autoencoder(needs: Needs, dtype: torch.dtype) -> Any:
 
 @cache
 def _autoencoder_of(config: str, dtype: torch.dtype) -> Any:
+    return meta_autoencoder(json.loads(config), dtype)
+
+
+def meta_autoencoder(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """An autoencoder on the meta device, without weights."""
     with torch.device("meta"):
-        vae: Any = diffusers.AutoencoderKL.from_config(json.loads(config))
+        vae: Any = diffusers.AutoencoderKL.from_config(dict(config))
     for param in vae.parameters():
         param.data = param.data.to(dtype)  # its own `to` has remarks
     return vae
