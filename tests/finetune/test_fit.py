@@ -347,6 +347,15 @@ def test_pictures_larger_than_the_autoencoders_own_may_come_in_tiles(make_tried:
         assert ("enable_vae_tiling" in names) == tiles
 
 
+def test_a_smaller_batch_is_encoded_in_smaller_parts(make_tried: Any) -> None:
+    tried = make_tried("--train_batch_size", "4", "--no_cache_latents")
+    tried.needs = replace(tried.needs, encoded=8, encoded_in_training=8)
+    for size, encoded in ((4, 8), (2, 4), (1, 2)):
+        change = {"train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        needs = tried._needs(change)
+        assert (needs.encoded, needs.encoded_in_training) == (encoded, encoded)
+
+
 def test_a_batch_that_other_things_hang_on_is_not_split(make_tried: Any) -> None:
     tried = make_tried("--train_batch_size", "4")
     tried.needs = replace(tried.needs, batch_is_free=False)

@@ -146,6 +146,18 @@ def test_the_latent_cache_holds_the_autoencoder_and_its_activations(
     }
 
 
+def test_what_a_step_encodes_lies_beside_all_that_is_kept(
+    alone: phases.Needs, held: phases.Held
+) -> None:
+    needs = replace(alone, vae_stays=True, encoded=3, encoded_in_training=3)
+    alone_with_it = parts(needs, held, "latent cache")
+    assert alone_with_it["activations"] > held.activations
+    found = parts(needs, held, "training")
+    assert found == {"weights and state": held.kept, **alone_with_it}
+    larger = replace(held, activations=2 * alone_with_it["activations"])
+    assert parts(needs, larger, "training")["activations"] == larger.activations
+
+
 @pytest.mark.parametrize("way", ["slicing", "tiling"])
 def test_slices_and_tiles_hold_what_diffusers_holds(
     way: str, alone: phases.Needs, held: phases.Held

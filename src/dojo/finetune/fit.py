@@ -317,9 +317,18 @@ class Tried:
         """What each phase holds."""
         key = _key(change)
         if key not in self._found:
-            needs = replace(self.needs, **needs_of(changed(self.args, change).model))
-            self._found[key] = phases.compute(needs, self._held(change))
+            self._found[key] = phases.compute(self._needs(change), self._held(change))
         return self._found[key]
+
+    def _needs(self, change: Change) -> Needs:
+        """What is held beside the network; a smaller batch is also encoded in smaller parts."""
+        args = changed(self.args, change)
+        needs = replace(self.needs, **needs_of(args.model))
+        if not needs.encoded_in_training:
+            return needs
+        times = self.args.optim.train_batch_size // args.optim.train_batch_size
+        encoded = needs.encoded_in_training // times
+        return replace(needs, encoded=encoded, encoded_in_training=encoded)
 
     def largest(self, change: Change) -> Phase:
         """The phase that decides."""

@@ -321,7 +321,8 @@ def needs(
         size: of the largest pictures.
         batch_size: of training, which encodes as many at a time without a cache.
         drawn: validation pictures are asked for.
-        class_pictures: those that are drawn at a time before training, 0 for none.
+        class_pictures: those that are drawn at a time before training, 0 for none. A batch has as
+            many of them as of the others.
     Raises:
         UserError: weights are not there, or one of several resolutions does not fit the model.
     """
@@ -332,11 +333,13 @@ def needs(
     if isinstance(shards, data.Made):
         made.check(shards, model, args)
     at_use = _encodes_at_use(args, shards)
-    encoded = batch_size if at_use else data.encoded_at_a_time(size)
+    rows = batch_size * (2 if class_pictures else 1)
+    encoded = rows if at_use else data.encoded_at_a_time(size)
     return model.needs(
         run.dtype,
         size,
         encoded=encoded if _encodes(args, shards) else 0,
+        encoded_in_training=rows * at_use,
         embedded=_embeds(args, shards),
         decoded=int(drawn),
         drawn_size=_drawn_size(args, size) if drawn else None,

@@ -87,6 +87,11 @@ def prepare(
     return Texts(lookup, run.device, model, live)
 
 
+def live(model: Model, cache: data.TextCacheArgs) -> list[str]:
+    """The text encoders that are on the device in training: all of them, or with a cache none."""
+    return list(model.text_encoders) if cache.no_cache_text_embeddings else []
+
+
 def encoded(
     run: Run, model: Model, dtype: torch.dtype, groups: Sequence[Sequence[str]]
 ) -> list[Embeds]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dojo import data, rewards
 from dojo.bars import Bar
 from dojo.finetune import cost_of
+from dojo.inputs import texts
 from dojo.lazy import no_grad, torch
 from dojo.maths import preference
 
@@ -51,10 +52,13 @@ def needs(run: Run, model: Model, args: Any, size: tuple[int, int], *, drawn: bo
         UserError: weights are not there, or a reward cannot be loaded.
     """
     watched = args.scorers.load_all(run.device, args.evaluation.held_out_rewards)
+    pair_by_pair = 2 * args.optim.train_batch_size * args.cache.no_cache_latents
     return model.needs(
         run.dtype,
         size,
-        encoded=data.encoded_at_a_time(size),
+        encoded=pair_by_pair or data.encoded_at_a_time(size),
+        encoded_in_training=pair_by_pair,
+        live_text=texts.live(model, args.cache),
         decoded=(args.evaluation.eval_batch_size or args.optim.train_batch_size) * drawn,
         before_texts=["autoencoder"],
         scored=bool(watched),

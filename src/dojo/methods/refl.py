@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dojo import data, rewards, rng
 from dojo.cli import UserError, option, ranges
 from dojo.finetune import cost_of
+from dojo.inputs import texts
 from dojo.inputs.pictures import posterior_of
 from dojo.lazy import late, torch
 from dojo.maths import flow
@@ -264,10 +265,13 @@ def needs(run: Run, model: Model, args: Any, size: tuple[int, int]) -> Needs:
     """
     loaded = args.reward.load(run.device, *args.evaluation.held_out_rewards)
     loaded[0].require_differentiable()
+    at_use = args.optim.train_batch_size * args.cache.no_cache_latents * args.pretrain.used
     return model.needs(
         run.dtype,
         size,
-        encoded=data.encoded_at_a_time(size) * bool(args.pretrain.location),
+        encoded=at_use or data.encoded_at_a_time(size) * args.pretrain.used,
+        encoded_in_training=at_use,
+        live_text=texts.live(model, args.cache),
         decoded=args.evaluation.eval_batch_size or args.optim.train_batch_size,
         before_texts=["autoencoder", "rewards"],
         scored=True,

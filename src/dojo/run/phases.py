@@ -106,6 +106,8 @@ class Needs:
     """the autoencoder takes the pictures of a batch one by one"""
     encoded: int = 0
     """pictures whose latents are computed at a time, 0 for none"""
+    encoded_in_training: int = 0
+    """the same where a training step begins with them, beside all that is kept"""
     embedded: bool = True
     """texts are embedded before training"""
     decoded: int = 0
@@ -242,11 +244,12 @@ def _class_pictures(needs: Needs, held: Held) -> Mapping[str, int]:
 
 
 def _training(needs: Needs, held: Held) -> Mapping[str, int]:
-    return {
-        "weights and state": held.kept,
-        "activations": held.activations,
-        **_residents(needs),
-    }
+    activations = held.activations
+    if needs.encoded_in_training:
+        encoding = replace(needs, encoded=needs.encoded_in_training)
+        vae = _autoencoder(needs, needs.vae_dtype)
+        activations = max(activations, _encoding(vae, encoding))
+    return {"weights and state": held.kept, "activations": activations, **_residents(needs)}
 
 
 def _drawing(needs: Needs, held: Held) -> Mapping[str, int]:

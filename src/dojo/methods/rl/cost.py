@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dojo import rewards
 from dojo.finetune import cost_of
+from dojo.inputs import texts
 from dojo.lazy import torch
 from dojo.maths import passes as counted
 from dojo.methods.rl.finished import LevelArgs
@@ -48,6 +49,7 @@ def needs(run: Run, model: Model, args: Any) -> Needs:
         rows=max(rows, evaluated * (2 if guidance > 1 else 1)),
         before_texts=["rewards"],
         batch_is_free=False,
+        live_text=texts.live(model, args.cache),
         scored=True,
         scorers=rewards.networks(loaded),
     )
