@@ -23,6 +23,7 @@ from pyarrow import parquet
 import train_dreambooth_lora_sd3
 import train_lora_sd3
 import train_lora_sdxl
+import train_textual_inversion_sd3
 from dojo import cli, data
 from dojo.cli import UserError
 from dojo.data import Draw
@@ -31,9 +32,9 @@ from dojo.inputs import caching
 from dojo.models import sd3
 from dojo.models.opening import open_model
 from dojo.run import phases
-from tests.conftest import MakeArgs, lora_flags, reset_accelerate
+from tests.conftest import MakeArgs, lora_flags, reset_accelerate, run_flags
 from tests.processes import Death, spawn
-from tests.scripts.runs import adapter_bytes, metrics
+from tests.scripts.runs import adapter_bytes, in_process, metrics
 
 SCRIPT = "train_lora_sd3.py"
 
@@ -697,6 +698,20 @@ def test_a_made_folder_refuses_other_options_by_name(
     common = ("--random_flip", "--crop_variants", "2", "--dataset_name", str(made))
     with pytest.raises(UserError, match=words):
         run(lora_args(tmp_path, *common, *more))
+
+
+def test_new_words_want_captions_that_have_them(
+    made: Path, scene_tars: Path, tiny_sd3: Path, tmp_path: Path
+) -> None:
+    for location, more, message in (
+        (made, ("--random_flip", "--crop_variants", "2"), "--new_tokens does not go with a folder"),
+        (scene_tars, ("--instance_prompt", "a star"), "no caption has <thing>"),
+    ):
+        flags = run_flags(tmp_path, tiny_sd3, location)
+        words = [*flags, *more, "--new_tokens", "<thing>", "--initializer_token", "star"]
+        words += ["--data_cache_dir", str(tmp_path / "kept")]
+        with pytest.raises(UserError, match=message):
+            in_process(train_textual_inversion_sd3, words)
 
 
 def test_a_made_folder_refuses_another_autoencoder(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dojo import data
 from dojo.cli import UserError
+from dojo.finetune.tokens import check_used
 from dojo.inputs import texts
 from dojo.lazy import torch
 from dojo.models import published
@@ -60,8 +61,14 @@ def check(made: data.Made, model: Model, args: Groups) -> None:
     Encoders whose weights are not there are not compared: nothing is encoded.
 
     Raises:
-        UserError: naming what differs.
+        UserError: naming what differs; or there are new words, which it cannot have.
     """
+    if model.words is not None:
+        raise UserError(
+            f"{made.location}: --new_tokens does not go with a folder that `python -m dojo.data "
+            "cache` wrote, whose captions were embedded without them: name the pictures, or their "
+            "shards"
+        )
     now = settings(model, args)
     for name, parts in (("vae", ("vae",)), ("text encoders", model.text_encoders)):
         if not _has_weights(model, parts):
@@ -88,11 +95,14 @@ def plan(shards: data.Stream | data.Made, model: Model, args: Groups) -> data.Pl
     """Which rows are used at which size.
 
     Raises:
-        UserError: the model takes no such size, or a folder was made otherwise.
+        UserError: the model takes no such size, a folder was made otherwise, or the caption of all
+            rows lacks a new word.
     """
     if isinstance(shards, data.Made):
         check(shards, model, args)
         return data.Plan(rounds=(dict(shards.rounds()),))
+    if shards.prompt is not None:  # else it is not known what the rows' captions have
+        check_used(model.words, [shards.prompt])
     model.check_step(*args.data.size)
     return data.Plan(rounds=({args.data.size: shards.rows()},))
 
