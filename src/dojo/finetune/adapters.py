@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from dojo.cli import UserError
 from dojo.finetune import lora
 from dojo.finetune.contract import Trained
 from dojo.finetune.offload import Storage, keep_activations_on_cpu
-from dojo.finetune.tokens import PivotalArgs, Vectors, numbers_of
+from dojo.finetune.tokens import PivotalArgs, Vectors, meta_clips, numbers_of
 from dojo.lazy import torch
 from dojo.maths.objective import Objective
 from dojo.models import attention
@@ -62,8 +64,37 @@ class Adapters(Trained):
         self.args = args
         self.tokens, self.text = tokens, text
         self.vectors: Vectors | None = None
-        self.beside = numbers_of(model) if model is not None else 0
+        self._known = model
         self.storage = Storage(args.base_precision, args.blocks_on_cpu)
+
+    def with_args(self, args: lora.LoraArgs) -> Adapters:
+        """The same with other options of the adapters."""
+        other = copy(self)
+        other.args = args
+        other.storage = Storage(args.base_precision, args.blocks_on_cpu)
+        return other
+
+    @property
+    def beside(self) -> int:
+        """The vectors of new words, and the adapters of the text encoders."""
+        adapters = [one for clip in self._clips.values() for one in clip.parameters()]
+        vectors = numbers_of(self._known) if self._known is not None else 0
+        return vectors + sum(one.numel() for one in adapters if one.requires_grad)
+
+    def text_networks(self) -> Mapping[str, nn.Module]:
+        """The CLIPs, if they get adapters or have new words."""
+        return self._clips
+
+    @cached_property
+    def _clips(self) -> dict[str, nn.Module]:
+        model = self._known
+        if model is None or not (self.text or model.words):
+            return {}
+        clips = meta_clips(model, self.run.dtype)
+        for part, clip in clips.items():
+            if self.text:
+                self.adapt_text(clip, part)
+        return clips
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +41,6 @@ class Trained(ABC):
     """Whether the model as it was can be asked without a copy of it."""
     result_has_frozen: bool
     """Whether weights that are not trained belong to the result."""
-    beside: int = 0
-    """Numbers that are trained outside of the network, as far as the dry run counts them."""
-
     has_reference: bool
     """Whether there is a `reference`."""
     model: Model
@@ -61,6 +58,16 @@ class Trained(ABC):
         self.run = run
 
     # ---- before weights are read ----
+
+    @property
+    def beside(self) -> int:
+        """Numbers that are trained outside of the network."""
+        return 0
+
+    def text_networks(self) -> Mapping[str, nn.Module]:
+        """The text encoders through which something learns, by their folders: on the meta device,
+        as they are trained."""
+        return {}
 
     @property
     @abstractmethod

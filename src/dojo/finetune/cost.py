@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dojo import loading
 from dojo.cli import UserError
 from dojo.finetune import fit, offload
-from dojo.lazy import torch
+from dojo.lazy import late, torch
 from dojo.models import attention
 from dojo.run.dry_run import print_plan
 from dojo.run.processes import ABOUT_SIZE
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from dojo.finetune.contract import Trained
     from dojo.models.family import Model
+    from dojo.run import cost as costs
     from dojo.run.cost import Cost
     from dojo.run.phases import Needs
     from dojo.run.run import Run
+else:
+    costs = late("dojo.run.cost")
 
 
 def shape_of(run: Run, model: Model, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -48,6 +52,9 @@ def cost_of(
 ) -> tuple[Any, Cost]:
     """The network as it will be trained, and the cost of a forward and backward pass of some rows.
 
+    What text encoders keep of as many captions, if something learns through them, is in its memory;
+    their operations are not counted.
+
     Args:
         shape: [C, h, w] of a latent.
     """
@@ -58,7 +65,36 @@ def cost_of(
         if model.args.activations_on_cpu:
             offload.keep_activations_on_cpu(network)
 
-    return model.training_cost(run.dtype, adapt, rows, shape, checkpointing=checkpointing)
+    network, found = model.training_cost(run.dtype, adapt, rows, shape, checkpointing=checkpointing)
+    lengths, from_words = model.text_lengths, model.words is not None
+    kept = sum(
+        _kept_by(clip, rows, lengths[part], run.dtype, from_words=from_words)
+        for part, clip in trained.text_networks().items()
+    )
+    return network, replace(
+        found, saved_bytes=found.saved_bytes + kept, peak_bytes=found.peak_bytes + kept
+    )
+
+
+def _kept_by(clip: Any, captions: int, tokens: int, dtype: torch.dtype, *, from_words: bool) -> int:
+    """Bytes that a text encoder keeps for its backward pass.
+
+    Args:
+        from_words: of all of it, because what its first layer gives is learned.
+    """
+    words = torch.empty(captions, tokens, dtype=torch.int64, device="meta")
+
+    def loss() -> Tensor:
+        return clip(words, output_hidden_states=True).last_hidden_state.sum()
+
+    hooks: list[Any] = []
+    if from_words:
+        first = clip.get_input_embeddings()
+        hooks.append(first.register_forward_hook(lambda _, __, given: given.requires_grad_()))
+    found = costs.count_cost(loss, clip.train(), dtype)
+    for hook in hooks:
+        hook.remove()
+    return found.saved_bytes
 
 
 def begin(

@@ -373,7 +373,7 @@ class Tried:
     def _trained(self, args: Any) -> Trained:
         """What is trained with other options."""
         trained: Any = self.trained
-        return type(trained)(trained.run, args.lora) if self.adapts else trained
+        return trained.with_args(args.lora) if self.adapts else trained
 
 
 def _key(change: Change) -> str:
@@ -401,7 +401,7 @@ def held(
     count = sum(param.numel() for param in params)
     stepping = fused.step_bytes(params) if optim.fused_backward else 0
     stored, on_their_way = trained.stored_bytes(network)
-    kept = stored + bytes_per_weight * count
+    kept = stored + bytes_per_weight * (count + trained.beside)
     kept += trained.reference_bytes(network) if with_reference else 0
     buffers = sum(buffer.nbytes for buffer in network.buffers())
     share = _shared(trained.run, network)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from dojo.cli import UserError
 from dojo.finetune import embeddings
 from dojo.finetune.contract import Trained
 from dojo.finetune.offload import keep_activations_on_cpu
-from dojo.finetune.tokens import Vectors, numbers_of
+from dojo.finetune.tokens import Vectors, meta_clips, numbers_of
 from dojo.lazy import torch
 from dojo.models import attention
 from dojo.run import averaging
@@ -41,7 +41,16 @@ class Inversion(Trained):
 
     def __init__(self, run: Run, model: Model) -> None:
         super().__init__(run)
-        self.beside = numbers_of(model)
+        self._known = model
+
+    @property
+    def beside(self) -> int:
+        """The vectors'."""
+        return numbers_of(self._known)
+
+    def text_networks(self) -> Mapping[str, nn.Module]:
+        """The CLIPs, behind whose first layer the vectors lie."""
+        return meta_clips(self._known, self.run.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

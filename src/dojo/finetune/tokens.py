@@ -205,6 +205,12 @@ def numbers_of(model: Model) -> int:
     return model.words.vectors * sum(widths(model.folder, model.text_encoders).values())
 
 
+def meta_clips(model: Model, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The CLIPs of a model, frozen, on the meta device, by their folders."""
+    parts = [part for part in CLIPS if part in model.text_encoders]
+    return {part: model.meta_encoder(part).to(dtype).requires_grad_(False) for part in parts}
+
+
 def check_used(words: Words | None, captions: Iterable[str]) -> None:
     """Refuses words that no caption has: nothing would be learned.
 

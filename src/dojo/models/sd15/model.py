@@ -13,6 +13,7 @@ from dojo.models.unet.text import cut
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,10 @@ class Model(Config, UNetModel):
     ) -> text.TextEncoders:
         """The frozen CLIP."""
         return text.load_text(self, dtype, device)
+
+    def meta_encoder(self, part: str) -> nn.Module:
+        """See `family.Model`; without the layers that are skipped."""
+        return cut(super().meta_encoder(part), self.text.clip_skip)
 
     def load_pipeline(self, dtype: torch.dtype, device: torch.device, *, texts: bool = True) -> Any:
         """The whole pipeline, without safety checker; prompts go through the layers of training.

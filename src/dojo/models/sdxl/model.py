@@ -11,9 +11,11 @@ from dojo.models.folders import Embeds
 from dojo.models.sdxl import text
 from dojo.models.sdxl.config import Config, ModelArgs, TextArgs
 from dojo.models.unet import config, sized
+from dojo.models.unet.text import cut
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,11 @@ class Model(Config, sized.Model):
     ) -> text.TextEncoders:
         """The two frozen CLIPs, or one of them."""
         return text.load_text(self, dtype, device, only)
+
+    def meta_encoder(self, part: str) -> nn.Module:
+        """See `family.Model`; CLIP-L without its last layer."""
+        encoder = super().meta_encoder(part)
+        return cut(encoder, 1) if part == self.text_encoders[0] else encoder
 
     def no_caption(self, embeds: Embeds, captions: Sequence[str]) -> Embeds:
         """As `--uncond` or the folder says: zeros, pooled included, or the embeddings of ""."""
