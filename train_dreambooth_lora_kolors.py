@@ -76,7 +76,7 @@ def main(args: Args) -> None:
     needs = partial(
         *(pictures.needs, run, model, args, size, batch_size),
         drawn=bool(args.validation.texts),
-        class_pictures=args.prior.sample_batch_size * paired,
+        class_pictures=class_pictures.at_a_time(args.prior, args.data),
     )
     if not finetune.begin(run, args, trained, cost, needs):
         return

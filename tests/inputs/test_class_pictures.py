@@ -35,19 +35,23 @@ def run(tmp_path: Path) -> Run:
     return start(args, OptimArgs(max_train_steps=1))
 
 
+def asked(folder: Path, count: int) -> class_pictures.PriorArgs:
+    """So many class pictures, two at a time."""
+    return class_pictures.PriorArgs(
+        with_prior_preservation=True,
+        class_data_dir=folder,
+        class_prompt=PROMPT,
+        num_class_images=count,
+        sample_batch_size=2,
+        prior_inference_steps=STEPS,
+    )
+
+
 def drawn(
     run: Run, model: Model, folder: Path, precision: Literal["fp32", "bf16"] = "fp32"
 ) -> dict[str, np.ndarray[Any, Any]]:
     """The class pictures that a run draws into an empty folder."""
-    args = class_pictures.PriorArgs(
-        with_prior_preservation=True,
-        class_data_dir=folder,
-        class_prompt=PROMPT,
-        num_class_images=4,
-        sample_batch_size=2,
-        prior_inference_steps=STEPS,
-        prior_generation_precision=precision,
-    )
+    args = replace(asked(folder, 4), prior_generation_precision=precision)
     class_pictures.draw(run, args, model, data.DataArgs(dataset_name="nowhere"), SIZE)
     return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.iterdir())}
 
@@ -139,3 +143,15 @@ def test_prompts_are_encoded_as_in_training_each_encoder_once_and_alone(
     expected = drawn(run, plain, tmp_path / "plain")
     same = all((found[name] == picture).all() for name, picture in expected.items())
     assert same == (not flag)
+
+
+def test_a_plan_draws_nothing_where_enough_pictures_are(tmp_path: Path) -> None:
+    folder, pictures = tmp_path / "class", data.DataArgs(dataset_name="nowhere")
+    args = asked(folder, 3)
+    assert class_pictures.at_a_time(args, pictures) == 2
+    assert not folder.exists()
+    folder.mkdir()
+    for k, left in enumerate((2, 2, 0)):
+        Image.new("RGB", (8, 8)).save(folder / f"{k}.png")
+        assert class_pictures.at_a_time(args, pictures) == left
+    assert class_pictures.at_a_time(class_pictures.PriorArgs(), pictures) == 0

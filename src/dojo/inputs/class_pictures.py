@@ -78,6 +78,15 @@ class PriorArgs:
         return self.class_data_dir
 
 
+def at_a_time(args: PriorArgs, data_args: data.DataArgs) -> int:
+    """Class pictures that are drawn at a time before training: none where enough are there."""
+    if not args.with_prior_preservation:
+        return 0
+    folder = args.folder
+    there = data.scan(folder, _class_args(args, data_args)).pictures if folder.is_dir() else ()
+    return args.sample_batch_size if len(there) < args.num_class_images else 0
+
+
 def draw(
     run: Run,
     args: PriorArgs,

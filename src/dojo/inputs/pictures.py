@@ -321,8 +321,7 @@ def needs(
         size: of the largest pictures.
         batch_size: of training, which encodes as many at a time without a cache.
         drawn: validation pictures are asked for.
-        class_pictures: those that are drawn at a time before training, 0 for none. A batch has as
-            many of them as of the others.
+        class_pictures: those that are drawn at a time before training, 0 for none.
     Raises:
         UserError: weights are not there, or one of several resolutions does not fit the model.
     """
@@ -333,7 +332,9 @@ def needs(
     if isinstance(shards, data.Made):
         made.check(shards, model, args)
     at_use = _encodes_at_use(args, shards)
-    rows = batch_size * (2 if class_pictures else 1)
+    # A batch has as many class pictures as others.
+    paired = getattr(getattr(args, "prior", None), "with_prior_preservation", False)
+    rows = batch_size * (1 + paired)
     encoded = rows if at_use else data.encoded_at_a_time(size)
     return model.needs(
         run.dtype,
