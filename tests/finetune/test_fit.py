@@ -347,6 +347,22 @@ def test_pictures_larger_than_the_autoencoders_own_may_come_in_tiles(make_tried:
         assert ("enable_vae_tiling" in names) == tiles
 
 
+def test_encoders_that_every_step_asks_go_to_the_cpu_last(make_tried: Any) -> None:
+    tried = make_tried("--train_batch_size", "2")
+
+    def order() -> tuple[list[bool], list[fit.Change]]:
+        every = list(fit.changes(tried))
+        return ["text_encoder_device" in change for change in every], every
+
+    away, every = order()
+    assert away[2]
+    tried.needs = replace(tried.needs, live_text=("text_encoder",))
+    last, again = order()
+    assert last == sorted(last)
+    assert sum(last) == sum(away)
+    assert sorted(map(repr, again)) == sorted(map(repr, every))
+
+
 def test_a_smaller_batch_is_encoded_in_smaller_parts(make_tried: Any) -> None:
     tried = make_tried("--train_batch_size", "4", "--no_cache_latents")
     tried.needs = replace(tried.needs, encoded=8, encoded_in_training=8)

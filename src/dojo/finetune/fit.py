@@ -6,7 +6,8 @@ the options are tried in a fixed order, and the script is called again with the 
 
 Three ladders are climbed, each a list of changes from none to the most: how text encoders are
 encoded with, how the autoencoder works, how the network is trained. The first two cost time once,
-so they are used up before the third takes its next step. What fits a card fits every larger one,
+so they are used up before the third takes its next step; but for text encoders on the CPU where
+there is no cache, which come last. What fits a card fits every larger one,
 and the order is the same for all: a larger card never gets a change that a smaller one did not.
 """
 
@@ -186,12 +187,15 @@ def changes(tried: Tried, typed: frozenset[str] = frozenset()) -> Iterator[Chang
     free = {name for name in _values(args) if name not in typed}
     if not tried.adapts:
         free -= {"base_precision", "blocks_on_cpu"}
-    for network in _network_steps(args, needs, free):
-        for vae in _vae_steps(needs):
-            for text in _text_steps(args):
-                change = {**network, **vae, **text}
-                if free.issuperset(change):
-                    yield change
+    *texts, last = _text_steps(args)
+    # Without a cache every step would wait for encoders on the CPU: that comes when all else is.
+    for some in [texts, [last]] if texts and needs.live_text else [[*texts, last]]:
+        for network in _network_steps(args, needs, free):
+            for vae in _vae_steps(needs):
+                for text in some:
+                    change = {**network, **vae, **text}
+                    if free.issuperset(change):
+                        yield change
 
 
 def _text_steps(args: Any) -> Iterator[Change]:
