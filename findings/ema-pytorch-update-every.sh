@@ -3,17 +3,18 @@
 #
 # PostHocEMA keeps averages of EDM2's kind, whose width is a share of the training, sigma_rel: 0.05
 # reaches back over a twentieth of it, and at the end any other width can be put together from
-# checkpoints. update_every is there "to save on compute", 10 in the README's examples and 100 unless
-# it is given. One would guess that a longer interval makes the average coarser, at the same width.
+# checkpoints. update_every is there "to save on compute", 10 in the README's examples and 100
+# unless it is given. One would guess that a longer interval makes the average coarser, at the same
+# width.
 #
 # What happens: KarrasEMA.beta (post_hoc_ema.py) is the decay of one step, (1 - 1 / step) ** (1 +
 # gamma), and is applied as it is once in update_every steps instead of being raised to that power.
 # The weights fade ten or a hundred times too slowly. With the default over 10000 steps 0.94 of the
 # average of sigma_rel 0.28 is the model of step 0, from before the training, and 0.4 of the one of
 # 0.05; with the README's 10 it is 0.43 of the former. synthesize_ema_model takes the averages for
-# right, and what it puts together for 0.15 is 0.83 the model of step 0. EMA, the usual average, does
-# likewise: its beta counts updates, so that with the default, 10, its models are ten times as old.
-# With update_every=1 all widths are right. Nothing is logged.
+# right, and what it puts together for 0.15 is 0.83 the model of step 0. EMA, the usual average,
+# does likewise: its beta counts updates, so that with the default, 10, its models are ten times as
+# old. With update_every=1 all widths are right. Nothing is logged.
 #
 # Exits with 1 if an interval of 100 gives the widths asked for, or an interval of 1 does not.
 set -euo pipefail

@@ -11,7 +11,8 @@
 # set_adapters computes the strength from these (LoraLayer.set_scale). So the new LoRA gets the
 # first one's alpha / rank: a LoRA of alpha 1 and rank 16 after one of alpha 16 and rank 16 comes
 # out 16 times too strong. A call with scale 0 ends in set_scale as well. Until then, and wherever
-# alpha / rank is the same, all is right, which is why a first look finds nothing. Nothing is logged.
+# alpha / rank is the same, all is right, which is why a first look finds nothing. Nothing is
+# logged.
 #
 # Exits with 1 if the strength is right after set_adapters, or wrong before.
 set -euo pipefail
