@@ -185,6 +185,24 @@ def test_each_optimizer_goes_on_exactly_from_its_saved_state(kind: str, tmp_path
     assert torch.equal(whole, resumed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_adafactor_keeps_of_convolutions_is_counted(dtype: torch.dtype) -> None:
+    shapes = [(8, 16), (8, 16, 3, 3), (8, 16, 1, 1), (4, 8, 1, 3, 3), (8,)]
+    weights = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+    args = OptimArgs(optimizer="adafactor", max_train_steps=1)
+    run: Any = Processes(args, 1)
+    optimizer, _ = optimizers.make(weights, args, run)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    saved: Any = optimizer.state_dict()
+    states = saved.get("inner", saved)["state"].values()  # bfloat16's are kept inside
+    parts = ("row_var", "col_var", "variance")
+    kept = [of[name].nbytes for of in states for name in parts if name in of]
+    assert sum(kept) == args.factored_bytes(weights)
+    assert OptimArgs(optimizer="lion").factored_bytes(weights) == 0
+
+
 def test_adamw_is_the_formula() -> None:
     weight, optimizer = problem("adamw", adam_weight_decay=0.1)
     expected, first, second = torch.ones(SIZE), torch.zeros(SIZE), torch.zeros(SIZE)

@@ -405,7 +405,7 @@ def held(
     count = sum(param.numel() for param in params)
     stepping = fused.step_bytes(params) if optim.fused_backward else 0
     stored, on_their_way = trained.stored_bytes(network)
-    kept = stored + bytes_per_weight * (count + trained.beside)
+    kept = stored + bytes_per_weight * (count + trained.beside) + optim.factored_bytes(params)
     kept += trained.reference_bytes(network) if with_reference else 0
     buffers = sum(buffer.nbytes for buffer in network.buffers())
     share = _shared(trained.run, network)

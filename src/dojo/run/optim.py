@@ -6,7 +6,7 @@ the same options and makes sure that each can be resumed exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -183,6 +183,21 @@ class OptimArgs:
         held = (STATE_BYTES if dtype == torch.float32 else SPLIT_BYTES).get(self.kind, 16)
         gradient = dtype.itemsize if self.fused_backward else 0
         return held - gradient - (2 if self.offload_lower_halves else 0)
+
+    def factored_bytes(self, params: Iterable[torch.Tensor]) -> int:
+        """Bytes of adafactor's state; 0 for the others, whose state is in `state_bytes`.
+
+        It keeps a number for each row and each column of a weight's last two dimensions. Of a
+        linear layer that is next to nothing; a convolution's are those of its kernel, which makes
+        two numbers for each weight of a 1 x 1 convolution, and two for three of a 3 x 3 one.
+        """
+        if self.kind != "adafactor":
+            return 0
+        numbers = 0
+        for param in params:
+            rows_and_columns = param.shape[-2:] if param.dim() > 1 else [1]
+            numbers += sum(param.numel() // size for size in rows_and_columns)
+        return 4 * numbers
 
 
 class Length(Protocol):
