@@ -33,16 +33,14 @@ sed -nE 's/^([A-Za-z_-]+)>=([0-9.]+).*/\1==\2/p' requirements.txt >"$floors"
 
 if [[ "$resolve" == true ]]; then
     if command -v uv >/dev/null; then
-        grep -v '^-e' requirements.txt |
-            uv pip compile --quiet --no-header --no-annotate --python "$python" --constraint "$floors" -
+        uv pip compile --quiet --no-header --no-annotate --python "$python" \
+            --extra dev --refresh-package sd-dojo --constraint "$floors" setup.py
     else
         # pip says what it would install beside an environment that has nothing.
         environment="$(mktemp -d)"
         trap 'rm -rf "$floors" "$environment"' EXIT
         "$python" -m venv "$environment"
-        grep -v '^-e' requirements.txt >"$environment/asked.txt"
-        "$environment/bin/python" -m pip install --quiet --quiet --dry-run \
-            --requirement "$environment/asked.txt" --constraint "$floors"
+        "$environment/bin/python" -m pip install --quiet --quiet --dry-run --constraint "$floors" '.[dev]'
     fi
     echo "There is such a set."
     exit 0
