@@ -34,7 +34,12 @@ from dojo.models.opening import open_model
 from dojo.run import phases
 from tests.conftest import MakeArgs, lora_flags, reset_accelerate, run_flags
 from tests.processes import Death, spawn
+from tests.scripts import runs
 from tests.scripts.runs import adapter_bytes, in_process, metrics
+
+# What one thread computes is compared with what processes of one thread have computed.
+pytestmark = pytest.mark.usefixtures("one_thread")
+one_thread = runs.one_thread
 
 SCRIPT = "train_lora_sd3.py"
 
