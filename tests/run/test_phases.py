@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -186,6 +187,14 @@ def test_class_pictures_are_drawn_in_turns(alone: phases.Needs, held: phases.Hel
     assert sizes(replace(needs, class_dtype=torch.float32), held)["class pictures"] > sum(
         found.values()
     )
+
+
+@pytest.mark.parametrize("kind", [peft.LoraConfig, peft.LoHaConfig, peft.LoKrConfig])
+def test_class_pictures_are_drawn_without_adapters(kind: Any) -> None:
+    network = nn.Sequential(nn.Linear(8, 16))
+    peft.inject_adapter_in_model(kind(r=2, target_modules=["0"]), network)
+    assert sum(param.numel() for param in network.parameters()) > 8 * 16 + 16
+    assert phases._own_weights(network) == 8 * 16 + 16
 
 
 def test_class_pictures_are_told_by_text_encoders_where_and_as_a_run_has_them(

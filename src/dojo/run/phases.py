@@ -360,6 +360,8 @@ def _asking(needs: Needs, held: Held, rows: int) -> int:
     return rows * counted[key]  # the rows do not know of each other
 
 
+_ADAPTERS = ("lora_", "hada_", "lokr_")  # in peft's names of their weights
+
 _own: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
@@ -367,7 +369,8 @@ def _own_weights(network: nn.Module) -> int:
     """How many weights are the network's own: no adapter's."""
     if network not in _own:
         named = network.named_parameters()
-        _own[network] = sum(param.numel() for name, param in named if "lora_" not in name)
+        own = (param for name, param in named if not any(word in name for word in _ADAPTERS))
+        _own[network] = sum(param.numel() for param in own)
     return _own[network]
 
 
