@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,8 @@ UNUSED = (
     "scipy.integrate",
     "scipy.optimize",
     "scipy.stats",
+    "torchvision.datasets",
+    "torchvision.models",
     "tensorflow",
     "deepspeed",
     "lpips",
@@ -187,6 +190,29 @@ def test_what_must_not_wait_does_not(
     assert part == [1]
     for name in ("asking", "late_part", "late_part.x"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("state")
+def test_what_is_installed_is_listed_for_who_looks_something_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def find() -> dict[str, list[str]]:
+        asked.append(1)
+        return {"PIL": ["pillow"]}
+
+    monkeypatch.setattr(metadata, "packages_distributions", find)
+    text = "from importlib import metadata\nfound = metadata.packages_distributions()\n"
+    library(tmp_path, "listing", monkeypatch, text)
+    found = loading.load("listing").found
+    assert metadata.packages_distributions is find
+    assert asked == []
+    assert "PIL" in found
+    assert found["PIL"] == ["pillow"]
+    assert dict(found) == find()
+    assert asked == [1, 1]  # the second is this test's own
+    del sys.modules["listing"]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ out of later searches.
 That is done only until a run has its libraries: it would keep a network that is in a circle just
 then (accelerate's hooks make such) for ever.
 
-Until then parts of scipy wait too, five hundred modules: transformers and diffusers import them for
-losses of detection and for schedules of noise that no training script computes with.
+Until then parts of scipy and torchvision wait too, six hundred modules: transformers and diffusers
+import them for losses of detection, for schedules of noise and with an enumeration beside them that
+is all they need. And which distribution a package came in is found out when somebody asks:
+diffusers reads the lists of files of all that is installed, for three packages that few have.
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ import gc
 import importlib
 import os
 import sys
+from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -35,7 +40,13 @@ LIBRARIES = (
     "diffusers.schedulers.scheduling_flow_match_euler_discrete",
 )
 # What these libraries import before anybody needs it, and the functions that they take from it.
-_LATER = {"scipy.integrate": (), "scipy.optimize": ("linear_sum_assignment",), "scipy.stats": ()}
+_LATER = {
+    "scipy.integrate": (),
+    "scipy.optimize": ("linear_sum_assignment",),
+    "scipy.stats": (),
+    "torchvision.datasets": (),
+    "torchvision.models": (),
+}
 
 
 @dataclass
@@ -60,7 +71,7 @@ def loading() -> Iterator[None]:
         gc.collect()  # what is garbage by now is not kept
     gc.disable()
     try:
-        with _waiting(_LATER if starting and find_spec("scipy") else {}):
+        with _waiting(_LATER if starting else {}), _packages_later():
             yield
     finally:
         if starting:
@@ -102,12 +113,35 @@ def _waiting(modules: Mapping[str, Collection[str]]) -> Iterator[None]:
     Others find them as ever, then and afterwards: nothing says that they are not there.
     """
     for name, functions in modules.items():
-        sys.modules.setdefault(name, _Later(name, functions))
+        if find_spec(name.partition(".")[0]) is not None:
+            sys.modules.setdefault(name, _Later(name, functions))
     try:
         yield
     finally:
         for name in modules:
             _end_waiting(name)
+
+
+class _Packages(UserDict[str, list[str]]):
+    """The distributions of packages, as `packages_distributions` finds them when one is asked."""
+
+    def __init__(self, find: Callable[[], Mapping[str, list[str]]]) -> None:
+        self._find = find
+
+    @cached_property
+    def data(self) -> dict[str, list[str]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return dict(self._find())
+
+
+@contextmanager
+def _packages_later() -> Iterator[None]:
+    """For a while the lists of all installed files are not read by who looks nothing up in them."""
+    find = metadata.packages_distributions
+    metadata.packages_distributions = lambda: _Packages(find)
+    try:
+        yield
+    finally:
+        metadata.packages_distributions = find
 
 
 def _end_waiting(name: str) -> bool:
