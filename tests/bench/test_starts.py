@@ -16,6 +16,7 @@ SCRIPT = """
 import json, os, pathlib, sys
 log = pathlib.Path("../starts.txt").open("a")
 name = pathlib.Path.cwd().name
+assert not sys.dont_write_bytecode  # else its modules are compiled at every start
 assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == str(pathlib.Path.cwd() / "src")
 if "--help" in sys.argv:
     print(name, "help", file=log)
@@ -32,8 +33,9 @@ with (output / "metrics.jsonl").open("w") as metrics:
 
 
 @pytest.fixture
-def checkouts(tmp_path: Path) -> list[str]:
+def checkouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The flags that name two of them."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     for name in ("before", "after"):
         for part in (starts.MODEL, starts.DATA, "src/dojo"):
             (tmp_path / name / part).mkdir(parents=True)

@@ -33,6 +33,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from dojo import files
+from dojo.bench import processes
 from dojo.bench.table import markdown
 from dojo.cli import TrainingStopped, UserError, ranges
 from dojo.run import checkpoint
@@ -358,6 +359,7 @@ def start(words: Sequence[str], what: str, caches: Path) -> Run:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"ACCELERATE_USE_CPU": "true", "WANDB_MODE": "disabled"}
     environment["HF_DATASETS_CACHE"] = str(caches / "datasets")
+    environment = processes.with_compiled_modules(environment)
     before, started, began = os.times(), time.time(), time.perf_counter()
     code = subprocess.run(words, env=environment, stdout=2, check=False).returncode
     wall, after = time.perf_counter() - began, os.times()

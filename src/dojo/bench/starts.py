@@ -193,10 +193,12 @@ def ask_help(folder: Path) -> float:
 def environment(folder: Path) -> dict[str, str]:
     """The variables of a script of a checkout, which imports that checkout's package."""
     others = [path for path in [os.environ.get("PYTHONPATH")] if path]
-    return {
-        **supervised.environment(),
-        "PYTHONPATH": os.pathsep.join([str(folder / "src"), *others]),
-    }
+    return processes.with_compiled_modules(
+        {
+            **supervised.environment(),
+            "PYTHONPATH": os.pathsep.join([str(folder / "src"), *others]),
+        }
+    )
 
 
 def ratios(found: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, float]]:
