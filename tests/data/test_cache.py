@@ -812,7 +812,7 @@ class Rows:
         return len(self.captions)
 
     def __getitem__(self, index: int) -> tuple[int, float]:
-        length = self.text([self.captions[index]])["length"][0].item()
+        length = self.text.row(self.captions[index])["length"].item()
         return os.getpid(), length
 
 

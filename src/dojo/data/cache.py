@@ -348,11 +348,16 @@ class CachedText:
         Raises:
             KeyError: a caption is not in the cache.
         """
-        known = {caption: self._read(caption) for caption in dict.fromkeys(captions)}
+        known = {caption: self.row(caption) for caption in dict.fromkeys(captions)}
         rows = [known[caption] for caption in captions]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _read(self, caption: str) -> dict[str, torch.Tensor]:
+    def row(self, caption: str) -> dict[str, torch.Tensor]:
+        """The same of one caption: tensors [...].
+
+        Raises:
+            KeyError: it is not in the cache.
+        """
         for captions, shards in self.groups:
             place = bisect_left(captions, caption)
             if place < len(captions) and captions[place] == caption:

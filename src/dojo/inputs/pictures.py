@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -200,9 +200,8 @@ class Inputs:
         shards = self.shards
         # Workers read the cached embeddings too; encoders on the device stay with the main process.
         lookup = self.text.lookup
-        cached = isinstance(lookup, data.CachedText)
         loader: torch.utils.data.DataLoader[data.Batch] = torch.utils.data.DataLoader(
-            _WithText(self.train, lookup) if cached else self.train,
+            _WithText(self.train, lookup) if isinstance(lookup, data.CachedText) else self.train,
             batch_sampler=batches if shards is None else data.Ahead(batches, shards),
             collate_fn=data.collate,
             num_workers=self.options.data.dataloader_num_workers,
@@ -234,15 +233,14 @@ class _WithText(Dataset[data.Batch]):
     def __init__(
         self,
         rows: data.Pictures | data.Latents | data.Streamed | data.MadeRows,
-        lookup: Callable[[Sequence[str]], Mapping[str, Tensor]],
+        lookup: data.CachedText,
     ) -> None:
         self.rows = rows
         self.lookup = lookup
 
     def __getitem__(self, draw: data.Draw) -> data.Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
         row = self.rows[draw]
-        embeds = self.lookup([row["caption"]])
-        return {**row, **{name: value[0] for name, value in embeds.items()}}
+        return {**row, **self.lookup.row(row["caption"])}
 
 
 def open_sources(run: Run, args: Groups) -> Sources:
