@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from dojo.run import checkpoint, dry_run, folders, phases, trackers
 from dojo.run import run as training
 from dojo.run.cost import Cost
 from dojo.run.learner import Learner
+from dojo.run.replicas import Replicas
 from tests.conftest import MakeArgs, lora_flags, reset_accelerate
 
 
@@ -146,6 +148,24 @@ def test_the_gradient_norm_is_that_before_clipping(lora_args: MakeArgs, tmp_path
     assert trained.step(5.0)
     assert trained.last["grad_norm"] == pytest.approx(5)
     assert trained.run.step == 1
+
+
+@pytest.mark.parametrize("largest", [0.4, 0.7, 5.0])
+def test_gradients_are_clipped_to_the_bit_as_by_torch_and_untouched_below(largest: float) -> None:
+    both = [[nn.Parameter(torch.zeros(size)) for size in (3, 1, 40)] for _ in range(2)]
+    for own, torchs in zip(*both, strict=True):
+        own.grad = torch.linspace(-1, 1, own.numel() + 1)[1:] * largest / 4
+        torchs.grad = own.grad.clone()
+    ours, theirs = both
+    before = [one.grad._version for one in ours if one.grad is not None]
+    norm = Replicas(Accelerator()).clip(ours, 0.5)
+    assert torch.equal(norm, nn.utils.clip_grad_norm_(theirs, 0.5))
+    for own, torchs in zip(ours, theirs, strict=True):
+        assert own.grad is not None
+        assert torchs.grad is not None
+        assert torch.equal(own.grad, torchs.grad)
+    written = [one.grad._version for one in ours if one.grad is not None]
+    assert (written == before) is (float(norm) <= 0.5)
 
 
 def test_the_logged_loss_is_the_mean_since_the_last_row(
