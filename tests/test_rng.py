@@ -1,5 +1,6 @@
 """Claims about random numbers that hang on names and places alone."""
 
+import pytest
 import torch
 
 from dojo import rng
@@ -81,6 +82,21 @@ def test_noise_is_standard_normal() -> None:
     assert abs(noise.std().item() - 1) < 0.03
     # Neighbouring places have nothing in common.
     assert abs((noise[1:] * noise[:-1]).mean().item()) < 0.03
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_the_global_seed_is_torchs_on_all_devices_that_are_there(
+    monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    torch.manual_seed(rng.seed_for(3, "dropout", 5))
+    expected = torch.rand(4)
+    asked: list[int] = []
+    seed_all = torch.manual_seed
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: is_there)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: [asked.append(seed), seed_all(seed)])
+    rng.seed_global(3, "dropout", 5)
+    assert torch.equal(torch.rand(4), expected)
+    assert asked == [rng.seed_for(3, "dropout", 5)] * is_there
 
 
 def test_the_global_seed_makes_dropout_repeatable() -> None:

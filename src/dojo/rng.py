@@ -51,4 +51,8 @@ def uniform(keys: Sequence[tuple[Key, ...]], device: torch.device | str = "cpu")
 
 def seed_global(*keys: Key) -> None:
     """Seeds torch's own generators, for what draws from them inside a network: dropout."""
-    torch.manual_seed(seed_for(*keys))  # pyright: ignore[reportUnknownMemberType]
+    seed = seed_for(*keys)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
+    else:  # torch would note down at every step who seeds the devices that are not there
+        torch.default_generator.manual_seed(seed)
