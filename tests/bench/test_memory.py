@@ -108,6 +108,15 @@ def test_the_phases_of_a_run_are_those_that_were_computed(
     watched.wrap("dojo.rewards:RewardArgs.load", partial(noting, "rewards"))
     kind: Any = type(needs.config)
     monkeypatch.setattr(kind, "load_vae", noting("autoencoder", kind.load_vae))
+    asked: set[str] = set()  # phases in which the network was
+    predict = kind.predict
+
+    def seen(model: Any, network: Any, noisy: torch.Tensor, *given: Any) -> torch.Tensor:
+        if not noisy.is_meta:
+            asked.add(made.current)
+        return predict(model, network, noisy, *given)
+
+    monkeypatch.setattr(kind, "predict", seen)
     made = watched.watch(tmp_path / "peaks.json", torch.device("cpu"))
 
     def over(*_: object, **__: object) -> None:
@@ -120,6 +129,7 @@ def test_the_phases_of_a_run_are_those_that_were_computed(
     found = json.loads(made.file.read_text())
     assert found.keys() - {watched.OUTSIDE} == {*PHASES[method]}
     assert all(found.values())
+    assert "training" in asked <= {"training", "validation", "scoring"}
     if method in rl.SCRIPTS:  # the others move the autoencoder to the CPU before
         assert loaded[: loaded.index("texts")] == [*needs.before_texts][::-1]
 
