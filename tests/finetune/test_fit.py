@@ -257,7 +257,8 @@ def test_weights_that_are_gathered_do_not_grow_with_the_batch(make_tried: Any) -
     rows = {4: {}, 1: {"train_batch_size": 1, "gradient_accumulation_steps": 4}}
     for count, change in rows.items():
         held = tried._held(change)
-        assert held.activations == count * 4 * GIB + 2  # one weight in bfloat16
+        # One weight in bfloat16, its gradient, and that in float32 to share out.
+        assert held.activations == count * 4 * GIB + 2 + 2 + 4
         assert held.whole == 2
         assert held.leaving == 0
     assert make_tried()._held({}).whole == 0
@@ -280,7 +281,14 @@ def test_blocks_within_blocks_are_gathered_for_themselves(
     run.dtype = torch.bfloat16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     # The largest is the inner one, of 100; the outer has 20 of its own, and 7 lie in none.
-    share = fit.Share(2, stepping=2 * (7 + 2 * 100), asking=2 * (20 + 100 + 7 + 9))
+    asking, weights = 2 * (20 + 100 + 7 + 9), 2 * (7 + 2 * 100)
+    # Its gradients in bfloat16, and in float32 where they are shared out.
+    share = fit.Share(2, stepping=weights + (2 + 4) * 100, asking=asking)
+    assert fit._shared(run, network) == share
+    for param in network.parameters():
+        param.requires_grad_(param.numel() == 9)
+    # Few that learn are all there until the last micro-batch is through.
+    share = fit.Share(2, stepping=weights + 4 * (9 + 9), asking=asking)
     assert fit._shared(run, network) == share
 
 

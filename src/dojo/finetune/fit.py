@@ -30,7 +30,7 @@ from dojo.finetune.contract import Trained
 from dojo.lazy import late, torch
 from dojo.models import published
 from dojo.models.family import needs_of
-from dojo.run import checkpoint, deepspeed, phases, webhook
+from dojo.run import checkpoint, deepspeed, phases, shardable, webhook
 from dojo.run.phases import Held, Needs, Phase
 from dojo.run.run import check_sharing
 
@@ -428,7 +428,7 @@ class Share:
     kept: int = 0
     """at all times"""
     stepping: int = 0
-    """of whole weights in a training step"""
+    """of whole weights in a training step, and of their gradients"""
     asking: int = 0
     """of all weights, as a process has them that asks the network without the others
     (`Replicas.gathered`)"""
@@ -448,12 +448,22 @@ def _shared(run: Run, network: nn.Module) -> Share:
         if type(one).__name__ in names:
             block_of |= dict.fromkeys(one.parameters(), one)
     sizes: Counter[nn.Module] = Counter()
+    trained: Counter[nn.Module] = Counter()
     for param, block in block_of.items():
         sizes[block] += param.numel()
+        trained[block] += param.numel() * param.requires_grad
+    # torch gathers gradients in the run's precision, and shares them out of a copy in float32,
+    # which stays until the next block has its own.
+    gradients = 4 * max(trained.values(), default=0)
+    if trained.total() < shardable.FEW * sizes.total():
+        gradients += 4 * trained.total()
+    else:
+        gradients += run.dtype.itemsize * max(trained.values(), default=0)
     total, rest = sizes.total(), sizes.pop(network, 0)
     size = run.dtype.itemsize
     two_blocks = 2 * max(sizes.values(), default=0)
-    return Share(parts, stepping=size * (rest + two_blocks), asking=size * total)
+    stepping = size * (rest + two_blocks) + gradients
+    return Share(parts, stepping=stepping, asking=size * total)
 
 
 def _dealt_out(processes: int, weights: list[nn.Parameter]) -> Share:

@@ -15,6 +15,8 @@ _WHY_NOT = {
     "stableadamw": "it needs the norm of a whole weight's step",
 }
 _ADVICE = "add --shard to the script's options and start it with scripts/accelerate/multi_gpu.yaml"
+# Gradients of fewer weights than this share stay whole until all micro-batches are through.
+FEW = 0.1
 # Options, and the value at which they change nothing.
 _UNTRIED: dict[str, object] = {
     "train_text_encoder": False,

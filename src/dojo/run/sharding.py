@@ -33,6 +33,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dojo.cli import UserError
 from dojo.run import checkpoint, exchange
 from dojo.run.replicas import SHARDS, Learned, Replicas
+from dojo.run.shardable import FEW
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Shards(Replicas):
             self._parts += parts
             group["params"] = [p.mine if p.summing is None else p.summing for p in parts]
         if groups:  # a whole gradient of adapters is small; of all weights it must not be held
-            self._late = trained < 0.1 * everything
+            self._late = trained < FEW * everything
         return [part.mine for part in self._parts]
 
     def _shard(self, module: nn.Module) -> None:
