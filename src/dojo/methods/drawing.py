@@ -109,7 +109,8 @@ def evaluator(
     """
     model, objective = steering.model, trained.objective
     shape = model.latent_shape(*steering.size)
-    scheduler = model.make_scheduler(objective)
+    # diffusers imports every schedule that could take its place, which takes half a second.
+    scheduler = model.make_scheduler(objective) if prompts else None
     shown = preview.of_run(args, run.output_dir, model, vae, main=run.main and bool(prompts))
 
     def draw(words: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
