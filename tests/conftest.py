@@ -416,7 +416,7 @@ def write_unigrams(folder: Path) -> None:
             eos_id=1,
             unk_id=2,
             bos_id=-1,
-            normalization_rule_name="identity",
+            normalization_rule_name="nmt_nfkc",  # as T5's own
             num_threads=1,
             minloglevel=2,
         )

@@ -203,13 +203,13 @@ def exchanged() -> dict[str, Any]:
     for op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
         mine, torchs = torch.empty(3), torch.empty(3)
         exchange.Share()(mine, rows, group, op)
-        dist.reduce_scatter_single(torchs, rows.clone(), op=op, group=group)
+        dist.reduce_scatter_tensor(torchs, rows.clone(), op=op, group=group)
         found.append(torch.equal(mine, torchs))
     for dtype in (torch.float32, torch.bfloat16, torch.uint8):
         part = (10 * rows[:3]).to(dtype)
         mine, torchs = (torch.zeros(3 * group.size(), dtype=dtype) for _ in range(2))
         exchange.Gather()(mine, part, group)
-        dist.all_gather_single(torchs, part, group=group)
+        dist.all_gather_into_tensor(torchs, part, group=group)
         in_place = torch.zeros_like(mine)
         own = in_place.view(group.size(), -1)[group.rank()]
         own.copy_(part)

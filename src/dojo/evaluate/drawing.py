@@ -39,14 +39,15 @@ def sample(
         seeds: one per picture.
         scheduler: a diffusers scheduler; left as it is.
         steps: `num_inference_steps`.
-        dtype: the pipeline's precision: it rounds the first noise to it.
+        dtype: the pipeline's precision, in which it draws the first noise.
         look: is shown every step.
     """
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(steps, device=device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(*shape, generator=own) for own in generators])
-    latents = noise.to(dtype).float().to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
+    # torch before 2.14 draws other numbers in bfloat16 than in float32.
+    noise = torch.stack([torch.randn(*shape, generator=own, dtype=dtype) for own in generators])
+    latents = noise.float().to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
     # What a pipeline hands on: ancestral schedulers draw more noise, DDIM's takes none at eta 0.
     own = {"generator": generators, "eta": 0.0}
     accepted = inspect.signature(scheduler.step).parameters
