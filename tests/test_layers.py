@@ -35,7 +35,7 @@ models: cli data.geometry files maths rng run
 download: models.catalogue
 finetune: cli files maths models rng run
 doctor: cli
-sweep: cli report
+sweep: cli files report
 completion: cli
 configure: cli data doctor finetune inputs models
 lora: finetune

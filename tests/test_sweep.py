@@ -109,6 +109,54 @@ def test_a_run_whose_options_changed_is_not_taken_for_finished(file: Path) -> No
     assert not any(one.is_finished for one in sweep.plan(file)[1])
 
 
+def test_options_that_a_finished_run_refuses_are_refused_again(file: Path) -> None:
+    swept(file)
+    file.write_text(FILE.replace("1e-3", "1e-2"))
+    Path("broken").touch()  # rank 8 takes no other options, rank 4 does
+    for count in (2, 4):
+        with pytest.raises(cli.TrainingStopped, match="2 of 4 failed: rank=8"):
+            swept(file)
+        assert starts()[4:] == [*NAMES, *NAMES[2:]][: count + 2]
+
+
+def test_what_a_script_takes_for_finished_is_not_started_again(file: Path) -> None:
+    swept(file)
+    ended = [one.folder / "finished.json" for one in sweep.plan(file)[1]]
+    for one in sweep.plan(Path("./out/../sweep.yaml"))[1]:
+        assert not one.is_finished
+        sweep.write(one)
+        assert not one.is_finished
+        one.settle()  # as after a script that had nothing to do
+        assert one.is_finished
+    assert all(path.read_text() == "{}" for path in ended)
+
+
+def test_an_interrupt_counts_whatever_the_launcher_makes_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Launcher:
+        waits = 0
+
+        def __init__(self, words: object) -> None:
+            del words
+
+        def wait(self) -> int:
+            self.waits += 1
+            if self.waits == 1:
+                raise KeyboardInterrupt
+            return 1
+
+    monkeypatch.setattr("subprocess.Popen", Launcher)
+    assert sweep.run(["torchrun"]) == 130
+
+
+def test_a_long_name_fits_into_a_file_system(file: Path) -> None:
+    file.write_text(f"{FILE.split('grid')[0]}grid:\n  layers: [[{'猫' * 120}], [b]]\n")
+    name = sweep.plan(file)[1][0].name
+    assert len(f"{name}.yaml".encode()) <= 255
+    assert name.endswith("猫")
+
+
 def test_an_interrupted_run_ends_the_sweep(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "run", lambda words: 130)
     with pytest.raises(cli.TrainingStopped, match=r"rank=4,layers=a\+b was interrupted"):
@@ -138,6 +186,7 @@ def test_several_tables_are_swept_one_after_the_other(file: Path) -> None:
         ("[4, 8]", "4", "sweep.yaml: grid.rank needs a list of values"),
         ("[4, 8]", "[4, 4]", "two combinations are called rank=4"),
         ("rank:", "output_dir:", "grid.output_dir: a sweep sets it itself"),
+        ("rank:", "output-dir:", "grid.output-dir: a sweep sets it itself"),
         ("grid", "#", "there is no grid"),
         ("script: train_fake.py", "", "script: NAME.py says what is to be run"),
         ("train_fake.py", "train_none.py", "train_none.py is not there"),

@@ -19,27 +19,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from dojo import cli
+from dojo import cli, files
 from dojo.cli import UserError, config, scripts
 from dojo.cli.masking import hide, is_secret
 from dojo.report.several import compared
 
 _HEAD = "# Written by python -m dojo.sweep from"
 _OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
-_LONGEST = 100  # letters of a folder's name
+_LONGEST, _MOST_BYTES = 100, 200  # letters of a folder's name, and its bytes (file systems: 255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,19 @@ class Member:
     def is_finished(self) -> bool:
         """Its script has ended with these options."""
         same = self.file.is_file() and self.file.read_text(encoding="utf-8") == self.text
-        return same and (self.folder / "finished.json").is_file()
+        # What ended before the options were written ended with others.
+        return same and _written(self.folder / "finished.json") >= _written(self.file)
+
+    def settle(self) -> None:
+        """Its script takes these options for those that the run has ended with."""
+        ended, given = (_written(path) for path in (self.folder / "finished.json", self.file))
+        if 0 <= ended < given:
+            os.utime(self.file, ns=(ended, ended))
+
+
+def _written(path: Path) -> int:
+    """When a file was written, in ns; -1 where there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else -1
 
 
 def main(args: SweepArgs) -> None:
@@ -97,6 +109,8 @@ def main(args: SweepArgs) -> None:
             if code >= 128 or code < 0:
                 raise cli.TrainingStopped(f"{one.name} was interrupted: the same command goes on")
             failed.append(one.name)
+        else:
+            one.settle()
     if not args.dry_run:
         told = [one.folder for one in members if (one.folder / "args.json").is_file()]
         print("\n".join(["", *(compared(told) if told else ())]))
@@ -105,13 +119,27 @@ def main(args: SweepArgs) -> None:
 
 
 def run(words: Sequence[str]) -> int:
-    """The exit code of a command; an interrupt reaches both, and the command ends first."""
+    """The exit code of a command; an interrupt reaches both, and the command ends first.
+
+    Of one that was interrupted it tells so, whatever its launcher makes of that: torchrun ends
+    with 1.
+    """
     process = subprocess.Popen(words)
-    before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    caught: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        caught.append(number)
+        process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
         while True:
-            with suppress(KeyboardInterrupt):
-                return process.wait()
+            try:
+                code = process.wait()
+            except KeyboardInterrupt:
+                caught.append(signal.SIGINT)
+            else:
+                return 128 + caught[0] if caught else code
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -122,10 +150,14 @@ def write(one: Member) -> None:
     Raises:
         UserError: another file lies in its place.
     """
-    if one.file.is_file() and not one.file.read_text(encoding="utf-8").startswith(_HEAD):
+    there = one.file.read_text(encoding="utf-8") if one.file.is_file() else None
+    if there == one.text:
+        return
+    if there is not None and not there.startswith(_HEAD):
         raise UserError(f"{one.file} was not written by a sweep: choose another output_dir")
     one.file.parent.mkdir(parents=True, exist_ok=True)
-    one.file.write_text(one.text, encoding="utf-8")
+    with files.whole(one.file) as file:
+        file.write(one.text.encode())
 
 
 # -- the plan -------------------------------------------------------------------------------------
@@ -188,7 +220,7 @@ def _combinations(path: Path, grid: Any) -> Iterator[dict[str, Any]]:
         for name, values in table.items():
             if not isinstance(values, list) or not values:
                 raise config.ConfigError(f"{path}: {config.GRID}.{name} needs a list of values")
-            if name in _OWN:
+            if _flat(name) in _OWN:
                 raise config.ConfigError(f"{path}: {config.GRID}.{name}: a sweep sets it itself")
         for values in itertools.product(*table.values()):
             yield dict(zip((_flat(name) for name in table), values, strict=True))
@@ -221,7 +253,8 @@ def _member(
 def _name(one: Mapping[str, Any]) -> str:
     """A folder's name that tells a combination from the others."""
     parts = (f"{name}={_value(value)}" for name, value in one.items())
-    return re.sub(r"[^\w.=,+-]", "_", ",".join(parts))[:_LONGEST]
+    name = re.sub(r"[^\w.=,+-]", "_", ",".join(parts))[:_LONGEST]
+    return name.encode()[:_MOST_BYTES].decode(errors="ignore")
 
 
 def _value(value: Any) -> str:
