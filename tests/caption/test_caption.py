@@ -118,6 +118,8 @@ def test_the_question_the_language_and_the_trigger_words_are_those_asked_for(
 def test_a_trigger_word_is_not_said_twice() -> None:
     assert begun_with("sks dog,", "Sks dog, on a sofa") == "Sks dog, on a sofa"
     assert begun_with("", "a dog") == "a dog"
+    assert begun_with("狗", "狗在沙发上") == "狗在沙发上"
+    assert begun_with("cat", "Cats on a sofa") == "cat Cats on a sofa"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,8 @@ def test_a_trigger_word_is_not_said_twice() -> None:
         ("“A red wall.”", "A red wall."),
         ('"red" and "blue"', '"red" and "blue"'),
         ("'tis red", "'tis red"),
+        ("<think>It is red, so", ""),
+        ("red \ud83d", "red ?"),
     ],
 )
 def test_an_answer_becomes_one_line_without_thoughts_and_quotes(answer: str, caption: str) -> None:
@@ -231,6 +235,43 @@ def test_an_answer_without_text_is_said(folder: Path, body: bytes) -> None:
         pytest.raises(UserError, match="has no text"),
     ):
         main(args_of(folder, url))
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (told(None), "the model answered nothing"),
+        (told(None, finish_reason="length"), "--max_tokens 200 cut it"),
+        (told("<think>Hm", finish_reason="length"), "--max_tokens 200 cut it"),
+        ((200, {}, b'{"error": "overloaded"}'), "the answer is an error: overloaded"),
+    ],
+)
+def test_an_answer_without_text_keeps_no_other_picture_from_its_caption(
+    folder: Path, capsys: pytest.CaptureFixture[str], answer: Answer, why: str
+) -> None:
+    look = seeing([])
+
+    def silent(path: str, request: Any) -> Answer:
+        found = look(path, request)
+        return answer if b"green" in found[2] else found
+
+    with running(fake(silent)) as url:
+        main(args_of(folder, url, on_bad_sample="skip"))
+    said = capsys.readouterr().out
+    assert "no caption: more/green.png: " in said
+    assert why in said
+    assert "captions: 2 written, 0 kept, 1 pictures" in said
+    assert not (folder / "more" / "green.txt").exists()
+
+
+def test_two_pictures_do_not_share_a_caption(folder: Path) -> None:
+    Image.new("RGB", (40, 20), COLOURS["blue"]).save(folder / "red.jpg")
+    with (
+        running(fake(seeing([]))) as url,
+        pytest.raises(UserError, match=r"red\.jpg and red\.png would go into one file, red\.txt"),
+    ):
+        main(args_of(folder, url))
+    assert not (folder / "red.txt").exists()
 
 
 def test_captions_that_were_cut_are_counted(

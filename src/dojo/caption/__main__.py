@@ -29,6 +29,7 @@ from dojo.data.images import BadSample
 
 _LOCK = ".captions.lock"
 _LISTED = 10
+_CJK = "\u2e80"  # the first letter of writing without spaces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,8 @@ def _caption(args: Args, root: Path) -> _Count:
         raise UserError(f"{root}: there is no picture in it")
     place = shelf.open_shelf(folder, args.to)
     wanted = [one for one in folder.pictures if args.replace_captions or not place.has(one)]
+    if args.to == "txt":
+        shelf.refuse_shared(wanted, root)
     count = _Count(kept=len(folder.pictures) - len(wanted))
     if not wanted:
         return count
@@ -222,7 +225,10 @@ def begun_with(prefix: str, caption: str) -> str:
     """A caption behind the words that it has to begin with; once, if it does so already."""
     words = " ".join(prefix.split())
     if not words or caption.lower().startswith(words.lower()):
-        return caption
+        # "cat" does not begin "cats on a sofa". Chinese is written without spaces.
+        ends = (words[-1:], caption[len(words) : len(words) + 1])
+        if not all(end.isalnum() and end < _CJK for end in ends):
+            return caption
     return f"{words} {caption}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
@@ -70,6 +70,22 @@ def open_shelf(folder: data.Folder, target: Target) -> Shelf:
                 f"pictures: give --to metadata, or move {name} away"
             )
     return _Beside(root, folder.sidecars)
+
+
+def refuse_shared(pictures: Sequence[str], root: Path) -> None:
+    """Refuses pictures whose captions would go into one file, of which the last would be left.
+
+    Raises:
+        UserError: naming two of them.
+    """
+    by_stem: dict[str, str] = {}
+    for one in pictures:
+        stem = posixpath.splitext(one)[0]
+        if (other := by_stem.setdefault(stem, one)) != one:
+            raise UserError(
+                f"{root}: the captions of {other} and {one} would go into one file, {stem}.txt: "
+                "rename one of them, or give --to metadata"
+            )
 
 
 class _Beside:

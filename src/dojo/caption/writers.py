@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from dojo.cli import UserError
+from dojo.cli.masking import hide
 from dojo.data.images import BadSample
 from dojo.rewards import vlm, wire
 
@@ -27,7 +28,7 @@ QUESTION = (
 """What a server is asked without --prompt."""
 
 _ABOUT_THE_REQUEST = (400, 413, 415, 422)  # HTTP's: another picture may be taken
-_PATIENCE = 3  # pictures in a row, from the first, that a server may refuse
+_PATIENCE = 3  # pictures in a row, from the first, that may get no caption from a server
 _THOUGHTS = re.compile(r"^.*</think>", re.DOTALL)
 _QUOTED = re.compile(r"^([\"“'])(.*)[\"”']$", re.DOTALL)
 
@@ -48,6 +49,9 @@ class Writer(Protocol):
 def tidy(text: str) -> str:
     """An answer as a caption: on one line, without thoughts before it and quotes around it."""
     words = " ".join(_THOUGHTS.sub("", text).split())
+    if words.startswith("<think>"):  # cut before their end
+        return ""
+    words = words.encode("utf-8", "replace").decode()  # half a surrogate pair fits into no file
     quoted = _QUOTED.match(words)
     return quoted[2].strip() if quoted and quoted[1] not in quoted[2] else words
 
@@ -111,15 +115,37 @@ class Served:
             return BadSample(str(error).removeprefix("--server: "))
         try:
             choice = answer["choices"][0]
-            text = tidy(choice["message"]["content"])
+            text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+            text = tidy(text or "")
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise UserError(
-                f"--server: the answer of {self.model} has no text (choices[0].message.content)"
-            ) from None
+            return self._without_text(answer)
         with self._lock:
-            self._answered = True
-            self.cut += choice.get("finish_reason") == "length"
-        return text or BadSample("the model answered nothing")
+            self._answered |= bool(text)
+            self.cut += cut and bool(text)
+        if not text:
+            return self._without_text(answer, cut=cut)
+        return text
+
+    def _without_text(self, answer: Any, *, cut: bool = False) -> BadSample:
+        """What is said of an answer that is no caption.
+
+        Raises:
+            UserError: no answer was one so far, so that none may ever be.
+        """
+        why = "the model answered nothing"
+        if cut:
+            why = f"the model had not begun its answer when --max_tokens {self.max_tokens} cut it"
+        elif isinstance(answer, dict) and answer.get("error"):
+            why = hide(f"the answer is an error: {answer['error']}")[:500]
+        with self._lock:
+            self._refused += 1
+            hopeless = not self._answered and self._refused >= _PATIENCE
+        if hopeless:
+            raise UserError(
+                f"--server: the answer of {self.model} has no text (choices[0].message.content): "
+                f"{why}"
+            )
+        return BadSample(why)
 
 
 def _uri(picture: Image.Image) -> str:
