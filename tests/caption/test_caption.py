@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -416,6 +417,32 @@ def test_a_blip_without_its_weights_writes_nothing(
     with pytest.raises(UserError, match="--model"):
         main(Args(folder=folder, model=str(damaged)))
     assert list(folder.glob("*.txt")) == []
+
+
+def test_a_silent_server_holds_no_command_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, over = threading.Barrier(2), threading.Event()
+    workers: list[threading.Thread] = []
+
+    def silent(path: str, request: Any) -> Answer:
+        asked.wait(60)
+        over.wait(60)
+        return told("late")
+
+    def interrupted(running: Any, return_when: str) -> Any:
+        asked.wait(60)
+        workers.extend(one for one in threading.enumerate() if "_work" in one.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dojo.caption.__main__.wait", interrupted)
+    with running(fake(silent)) as url:
+        with pytest.raises(KeyboardInterrupt):
+            main(args_of(folder, url, workers=1))
+        assert workers
+        assert all(one.daemon for one in workers)  # Python does not wait for these
+        over.set()
+        for one in workers:
+            one.join(60)
+    assert not (folder / "red.txt").exists()
 
 
 @pytest.mark.slow

@@ -12,10 +12,12 @@ any vision-language model does behind a server that speaks OpenAI's protocol.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Literal
 
 from dojo import cli, data, files
@@ -181,7 +183,7 @@ def _write(
         return [one if isinstance(one, BadSample) else next(told) for one in found]
 
     bar = Bar(total=len(pictures), desc="Writing captions", unit="picture")
-    pool = ThreadPoolExecutor(writer.threads)
+    pool = _Threads(writer.threads, left_alone=args.server is not None)
     running: dict[Future[list[str | BadSample]], Sequence[str]] = {}
     try:
         for names in _groups(pictures, writer.at_once):
@@ -192,7 +194,48 @@ def _write(
             _put(running, place, args.prefix, count, bar)
     finally:
         bar.close()
-        pool.shutdown(wait=False, cancel_futures=True)  # a lost server is waited for by none
+        pool.end(running)
+
+
+Work = Callable[[Sequence[str]], list[str | BadSample]]
+
+
+class _Threads:
+    """Threads that do one piece of work after the other.
+
+    Args:
+        left_alone: what they are still at is waited for by none when the command ends, be it by
+            Ctrl-C: a silent server may take its time. (Python waits for a ThreadPoolExecutor's.)
+    """
+
+    def __init__(self, count: int, *, left_alone: bool) -> None:
+        self.count = count
+        self._waiting: SimpleQueue[tuple[Future[Any], Work, Sequence[str]] | None] = SimpleQueue()
+        for _ in range(count):
+            Thread(target=self._work, daemon=left_alone).start()
+
+    def submit(self, work: Work, names: Sequence[str]) -> Future[list[str | BadSample]]:
+        """Has work done when its turn comes."""
+        future = Future[list[str | BadSample]]()
+        self._waiting.put((future, work, names))
+        return future
+
+    def _work(self) -> None:
+        while (one := self._waiting.get()) is not None:
+            future, work, names = one
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work(names))
+            except BaseException as error:
+                future.set_exception(error)
+
+    def end(self, running: Iterable[Future[Any]]) -> None:
+        """Gives up what has not begun."""
+        for future in running:
+            future.cancel()
+        for _ in range(self.count):
+            self._waiting.put(None)
 
 
 def _put(
