@@ -247,6 +247,24 @@ def test_the_report_of_several_runs_shows_what_differs(
     assert report(["a", "nowhere"]) == 2
 
 
+def test_runs_of_one_name_are_told_apart_and_a_number_that_was_lost_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [Path("a/run"), Path("b/run")]
+    for seed, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        record = {"args": {"run": {"seed": None}}, "seed": seed}
+        (folder / "args.json").write_text(json.dumps(record))
+        lost = json.dumps({"step": 2, "eval_loss": float("nan")})
+        (folder / "metrics.jsonl").write_text(f'{{"step": 1, "eval_loss": 0.5}}\n{lost}\n')
+    assert [line.split() for line in compared(folders)] == [
+        ["run", "seed", "step", "state", "eval_loss"],
+        ["a/run", "0", "2", "not", "finished", "nan"],
+        ["b/run", "1", "2", "not", "finished", "nan"],
+    ]
+
+
 def test_the_command_s_mistakes_are_the_user_s(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

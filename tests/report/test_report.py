@@ -288,3 +288,16 @@ def test_a_report_of_ones_own_stays_and_an_earlier_one_is_replaced(
     assert main([str(folder)]) == 2
     assert "report.html is there already" in capsys.readouterr().err
     assert (folder / "report.html").read_text() == "mine"
+
+
+def test_a_damaged_picture_is_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "validation" / "step-1").mkdir(parents=True)
+    (folder / "args.json").write_text("{}")
+    Image.new("RGB", (8, 8)).save(folder / "whole.png")
+    for name in ("empty.png", "validation/step-1/00.png"):
+        (folder / name).touch()
+    (folder / "contact_sheet.png").write_bytes((folder / "whole.png").read_bytes()[:40])
+    text = report.write(folder).read_text()
+    assert "<figcaption>Whole</figcaption>" in text
+    assert text.count("<figure>") == 1

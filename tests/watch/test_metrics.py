@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dojo.files.records import parse_row
 from dojo.watch.metrics import MAX_KEYS, MetricsFile, seconds_left
 from dojo.watch.thinned import COUNT, HIGH, LOW, ROOM, SUM, Thinned
 from tests.watch import fake_run
@@ -147,3 +148,8 @@ def test_nothing_is_said_of_the_time_left_where_nothing_is_known(
     count: int, num_steps: int | None
 ) -> None:
     assert seconds_left(fake_run.rows(1, count), num_steps) is None
+
+
+def test_a_step_that_is_no_number_makes_no_row() -> None:
+    assert [parse_row(line) for line in (b'{"step": NaN}', b'{"step": 1e999}')] == [None, None]
+    assert parse_row(b'{"step": 2, "loss": NaN}') is not None

@@ -104,7 +104,7 @@ def contact_sheet(
         max_columns: more steps are thinned out evenly; the first and the last stay.
         max_rows: of more pictures the first are shown.
     Returns:
-        None when there are no pictures.
+        None when there are no pictures that can be read.
     """
     found: dict[int, Path] = {}
     for path in folder.glob("step-*"):
@@ -119,8 +119,11 @@ def contact_sheet(
     known = {row["file"]: row["label"] for row in read_pictures(folder)}
     names = ([name for name in known if name in there] or sorted(there))[:max_rows]
     scores = {step: _scores(found[step] / "scores.csv") for step in steps}
+    pictures = [[read(found[step] / name) for step in steps] for name in names]
+    if not any(map(any, pictures)):
+        return None
     return labelled_grid(
-        [[_read(found[step] / name) for step in steps] for name in names],
+        pictures,
         row_labels=[known.get(name, name.removesuffix(".png")) for name in names],
         column_labels=[f"step {step}" for step in steps],
         notes=[[scores[step].get(name, "") for step in steps] for name in names]
@@ -148,7 +151,7 @@ def _scores(path: Path) -> dict[str, str]:
     return found
 
 
-def _read(path: Path) -> Image.Image | None:
+def read(path: Path) -> Image.Image | None:
     """A picture; None where there is none, or its file is damaged."""
     with suppress(OSError, SyntaxError, ValueError), Image.open(path) as picture:
         return picture.convert("RGB")

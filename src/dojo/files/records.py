@@ -7,6 +7,7 @@ rest is counted or named.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def read_pictures(folder: Path) -> list[dict[str, Any]]:
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows of a metrics.jsonl in their order, and how many of its lines are none.
 
-    A row is a table with a number `step`; the last line is none where a kill has cut it off, or
-    another process is writing it.
+    A row is a table with a finite number `step`; the last line is none where a kill has cut it off,
+    or another process is writing it.
     """
     if not path.is_file():
         return [], 0
@@ -84,4 +85,4 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) not in (int, float):
         return None
-    return row
+    return row if abs(row["step"]) < math.inf else None

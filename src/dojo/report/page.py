@@ -10,13 +10,11 @@ from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dojo import files
 from dojo.cli import UserError
 from dojo.cli.masking import hide, is_secret
 from dojo.files import outputs
-from dojo.files.pictures import contact_sheet
+from dojo.files.pictures import contact_sheet, read
 from dojo.files.records import read_if_whole, read_pictures, read_rows
 from dojo.report.curves import charts
 from dojo.report.html import file_size, picture, table
@@ -125,7 +123,7 @@ def _pictures(folder: Path) -> str:
     parts = []
     sheet_file = folder / "contact_sheet.png"
     # A run that is not over yet has none.
-    sheet = _open(sheet_file) if sheet_file.is_file() else contact_sheet(folder / "validation")
+    sheet = read(sheet_file) or contact_sheet(folder / "validation")
     if sheet is not None:
         parts.append(picture("Validation pictures by step", sheet))
     for other in sorted(folder.glob("validation-*")):
@@ -139,13 +137,10 @@ def _pictures(folder: Path) -> str:
         rows = table([_words(name) for name in columns], cells)
         parts.append(f"<details><summary>prompts</summary>{rows}</details>")
     others = [path for path in sorted(folder.glob("*.png")) if path != sheet_file]
-    parts += [picture(_words(path.stem).capitalize(), _open(path)) for path in others[:2]]
+    for path in others[:2]:
+        if (image := read(path)) is not None:
+            parts.append(picture(_words(path.stem).capitalize(), image))
     return "".join(parts)
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def _data(report: Row) -> str:

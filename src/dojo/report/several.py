@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,19 +27,21 @@ def compared(folders: Sequence[Path]) -> list[str]:
         if not (folder / "args.json").is_file():
             raise UserError(f"{folder} holds no run: there is no args.json")
     options = [dict(_options(folder)) for folder in folders]
+    names = [folder.name for folder in folders]
+    alike = len(set(names)) < len(names) or "" in names
     logged = [_last(folder) for folder in folders]
     differing = [name for name in _names(options) if len({_text(one, name) for one in options}) > 1]
     measured = [name for name in _METRICS if any(name in one for one in logged)][:_MOST]
     head = ["run", *differing, "step", "state", *measured]
     rows = [
         [
-            folder.name,
+            str(folder) if alike else name,
             *(_text(said, name) for name in differing),
             str(last.get("step", 0)),
             "finished" if (folder / "finished.json").is_file() else "not finished",
             *(number(last[name]) if name in last else "" for name in measured),
         ]
-        for folder, said, last in zip(folders, options, logged, strict=True)
+        for folder, name, said, last in zip(folders, names, options, logged, strict=True)
     ]
     return list(aligned([head, *rows]))
 
@@ -60,9 +61,12 @@ def _options(folder: Path) -> Iterator[tuple[str, Any]]:
     """The options of a run that may tell it from another."""
     record = read_if_whole(folder / "args.json")
     yield "script", record.get("script")
-    for values in record.get("args", {}).values():
+    groups = record.get("args")
+    for values in groups.values() if isinstance(groups, Mapping) else ():
         if isinstance(values, Mapping):
             yield from ((str(k), v) for k, v in values.items() if k != "output_dir")
+    if record.get("seed") is not None:  # also one that was drawn
+        yield "seed", record["seed"]
 
 
 def _names(options: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -77,11 +81,11 @@ def _text(options: Mapping[str, Any], name: str) -> str:
 
 
 def _last(folder: Path) -> dict[str, float]:
-    """The last number of each metric, and the last step."""
+    """The last number of each metric, which may be NaN, and the last step."""
     found: dict[str, float] = {}
     rows, _ = read_rows(folder / "metrics.jsonl")
     for row in rows:
         for name, value in row.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if isinstance(value, int | float):
                 found[name] = value
     return found
