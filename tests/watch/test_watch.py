@@ -62,6 +62,14 @@ def test_a_folder_that_is_a_run_is_shown_alone(root: Path) -> None:
     assert get(root / "one", "run?run=.")["facts"]["folder"] == "one"
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
+def test_a_folder_whose_name_is_not_utf_8_is_shown_too(root: Path) -> None:
+    fake_run.make(root / os.fsdecode(b"l\xe4ufe"))
+    names = [run["name"] for run in get(root, "runs")["runs"]]
+    assert "l?ufe" in names
+    assert get(root, "run?run=l%3Fufe")["facts"]["folder"] == "l?ufe"
+
+
 def test_a_run_at_work_says_how_long_it_still_takes(root: Path) -> None:
     fake_run.start(root / "one")
     found = {run["name"]: run for run in get(root, "runs")["runs"]}

@@ -64,6 +64,7 @@ class Root:
         found = {}
         for folder in self._walk(self.folder, 0):
             name = folder.relative_to(self.folder).as_posix()
+            name = _readable(name)
             found["." if name == "" else name] = Run(self, folder)
             if len(found) == MAX_RUNS:
                 break
@@ -121,7 +122,7 @@ class Run:
     def options(self) -> dict[str, str]:
         """Its options as texts, by group and name."""
         return {
-            f"{group}.{name}": shown(value)
+            f"{group}.{name}": _readable(shown(value))
             for group, values in self.record["args"].items()
             if isinstance(values, dict)
             for name, value in values.items()
@@ -199,7 +200,7 @@ class Run:
     def facts(self) -> dict[str, str]:
         """What was run, in plain words."""
         found = facts(self.folder, self.record, self.step)
-        return {name: hide(str(value)) for name, value in found.items()}
+        return {name: _readable(hide(str(value))) for name, value in found.items()}
 
     # -- pictures -----------------------------------------------------------------------------
 
@@ -284,6 +285,11 @@ class Run:
             os.utime(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _readable(text: str) -> str:
+    """A text for a page, which takes no bytes of a file's name that are not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def plain_lines(data: bytes) -> list[str]:

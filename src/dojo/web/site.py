@@ -131,7 +131,8 @@ def _file(name: str) -> Endpoint:
 
 async def _refuse(_: Request, error: Exception) -> Response:
     status = error.status if isinstance(error, Refused) else 500
-    return JSONResponse({"error": str(error)}, status)
+    said = str(error).encode("utf-8", "replace").decode()  # half a surrogate pair of a request's
+    return JSONResponse({"error": said}, status)
 
 
 class _Guard:
