@@ -45,7 +45,7 @@ OTHERS = {
     *("--n", "--w", "--h", "--d", "--s", "--l"),  # behind a prompt in a text file
     *("--table", "--long", "--short", "--only", "--seeds", "--rewards"),  # scripts/prove_*.sh
     *("--json", "--steps", "--pocket", "--minutes", "--work_dir", "--tolerance"),  # doctor, bench
-    *("--model", "--batch_size"),
+    *("--model", "--method", "--batch_size"),
     *("--objectives", "--num_groups"),  # python -m dojo.bench common_share
     "--config",  # of every script, dojo.cli's
     *("--answers", "--from_simpletuner", "--overwrite", "--launcher"),  # configure, sweep
