@@ -112,7 +112,7 @@ def trained_on(name: str, loras: Sequence[str]) -> TencentWeights:
             f"--lora_weights_path: they were trained on different networks of {name} ({each}): "
             f"choose one of these by {hunyuandit.WEIGHTS_FLAG}"
         )
-    return next(iter(found.values()), "auto")
+    return next(iter(found.values())) if found else "auto"
 
 
 def _network_of_run(place: Path) -> TencentWeights:
