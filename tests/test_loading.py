@@ -215,6 +215,32 @@ def test_what_is_installed_is_listed_for_who_looks_something_up(
     del sys.modules["listing"]
 
 
+_TABLE = """
+from functools import lru_cache
+opened = []
+@lru_cache
+def create_import_structure_from_path(path):
+    opened.append(path)
+    return {"files": path}
+"""
+
+
+@pytest.mark.usefixtures("state")
+def test_a_table_of_many_folders_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library(tmp_path, "table", monkeypatch, _TABLE)
+    library(tmp_path, "another", monkeypatch, _TABLE)
+    monkeypatch.setattr(loading._OneReading, "module", "table")
+    finders = list(sys.meta_path)
+    for name, times in [("table", 1), ("another", 2)]:
+        module: Any = loading.load(name)
+        for path in [*range(200)] * 2:
+            assert module.create_import_structure_from_path(path) == {"files": path}
+        assert len(module.opened) == times * 200
+    assert sys.meta_path == finders
+
+
 @pytest.mark.parametrize(
     ("optim", "precision", "uses"),
     [
@@ -257,6 +283,9 @@ def test_a_run_imports_nothing_that_it_does_not_use(script: str, tmp_path: Path)
     program = (
         "import atexit, runpy, sys\n"
         f"atexit.register(lambda: print([n for n in {UNUSED!r} if n in sys.modules], flush=True))\n"
+        "def hits(): return sys.modules['transformers.utils.import_utils']"
+        ".create_import_structure_from_path.cache_info().hits\n"
+        "atexit.register(lambda: print('folders known:', hits() > 500, flush=True))\n"
         f"sys.argv = {words!r}\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
@@ -269,4 +298,4 @@ def test_a_run_imports_nothing_that_it_does_not_use(script: str, tmp_path: Path)
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "[]"
+    assert result.stdout.splitlines()[-2:] == ["folders known: True", "[]"]
