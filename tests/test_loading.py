@@ -25,6 +25,7 @@ UNUSED = (
     "pandas",
     "datasets",
     "sklearn",
+    "requests",
     "scipy.integrate",
     "scipy.optimize",
     "scipy.stats",

@@ -9,11 +9,12 @@ out of later searches.
 That is done only until a run has its libraries: it would keep a network that is in a circle just
 then (accelerate's hooks make such) for ever.
 
-Until then parts of scipy and torchvision wait too, six hundred modules: transformers and diffusers
-import them for losses of detection, for schedules of noise and with an enumeration beside them that
-is all they need. And which distribution a package came in is found out when somebody asks:
-diffusers reads the lists of files of all that is installed, for three packages that few have. And
-transformers' table of its models is read from their files once, not twice.
+Until then requests and parts of scipy and torchvision wait too, seven hundred modules: transformers
+and diffusers import them for pictures behind addresses, for losses of detection, for schedules of
+noise and with an enumeration beside them that is all they need. Which distribution a package came
+in is found out when somebody asks: diffusers reads the lists of files of all that is installed, for
+three packages that few have. And transformers' table of its models is read from their files once,
+not twice.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ LIBRARIES = (
 )
 # What these libraries import before anybody needs it, and the functions that they take from it.
 _LATER = {
+    "requests": (),
     "scipy.integrate": (),
     "scipy.optimize": ("linear_sum_assignment",),
     "scipy.stats": (),
