@@ -45,7 +45,7 @@ def sample(
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(steps, device=device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    # torch before 2.14 draws other numbers in bfloat16 than in float32.
+    # Drawn in it: torch 2.11 has other numbers in bfloat16 than in float32, 2.14 those rounded.
     noise = torch.stack([torch.randn(*shape, generator=own, dtype=dtype) for own in generators])
     latents = noise.float().to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
     # What a pipeline hands on: ancestral schedulers draw more noise, DDIM's takes none at eta 0.
